@@ -1,0 +1,36 @@
+# Everything a newcomer needs; each target builds .venv itself when it is missing or its pins have changed.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+demo: .venv/installed  ## draw a picture with the bundled model
+	$(BIN)/mezzotint generate "a lemon on a blue background" --seed 7 --out demo.png
+
+test: .venv/installed-all  ## the tests (about ten minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-all  ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed-all  ## lint, types, floor plan
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed-all  ## the benchmarks; results go to benchmarks/results
+	$(BIN)/python benchmarks/run.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-all: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,sde,test,dev]'
+	touch $@
+
+.PHONY: demo test test-slow check bench

@@ -1,0 +1,171 @@
+"""Make the bundled model `emoji` from nothing: VAE, then latents, then text encoder and UNet, then the folder.
+
+    python recipes/emoji/make.py [--work build/emoji] [--out src/mezzotint/data/emoji] [--device cuda]
+
+Every stage resumes where it was killed. See README.md beside this file for packages, times and curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
+from mezzotint.diffusion.prediction import PREDICTIONS
+from mezzotint.diffusion.schedule import Schedule
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.models.unet import UNet
+from mezzotint.models.vae import VAE
+from mezzotint.train.diffusion import TextToLatents, diffusion_losses
+from mezzotint.train.loop import Losses, Plan, train
+from mezzotint.train.vae import vae_losses
+from mezzotint.weights import save_folder
+from scenes import Scenes, caption_words
+
+VAE_SCENES, LATENT_SCENES = 1, 2  # seeds
+CROP = 64  # side of the VAE's training crops: convolutions do not need the whole picture
+WINDOW = 24  # tokens with BOS and EOS: captions have 16 at most
+EMPTY_SHARE = 0.1  # of captions left out, for guidance
+SCENES = 12_000  # in the cache of latents
+
+VAE_CONFIG = VAEConfig(block_out_channels=(16, 32, 64, 128), norm_num_groups=8, sample_size=128, force_upcast=False)
+UNET_CONFIG = UNetConfig(
+    sample_size=16,
+    block_out_channels=(48, 96, 192),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(2, 3, 6),
+    cross_attention_dim=192,
+    norm_num_groups=16,
+)
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "skip_prk_steps": True,
+}
+SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
+
+VAE_PLAN = Plan(steps=2000, batch=16, lr=3e-3, warmup=50, decay=700, ema=0.995)
+DIFFUSION_PLAN = Plan(steps=7000, batch=32, lr=1e-3, warmup=200, decay=2000)
+
+
+def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
+    """A small CLIP text encoder over the cut vocabulary."""
+    return CLIPConfig(
+        vocab_size=len(tokenizer.vocab),
+        hidden_size=192,
+        intermediate_size=768,
+        projection_dim=192,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=WINDOW,
+        bos_token_id=tokenizer.bos,
+        eos_token_id=tokenizer.eos,
+        pad_token_id=tokenizer.pad,
+    )
+
+
+def train_vae(work: Path, plan: Plan, device: str) -> VAE:
+    """Stage one: the VAE on random crops of scenes, then its scaling factor, which makes latents unit variance."""
+    torch.manual_seed(0)
+    vae = VAE(VAE_CONFIG).to(device)
+    scenes = Scenes(VAE_SCENES, device)
+
+    def losses(step: int, generator: torch.Generator) -> Losses:
+        pixels, _, _ = scenes.batch(range(step * plan.batch, (step + 1) * plan.batch))
+        top, left = torch.randint(0, pixels.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
+        crops = pixels[:, :, top : top + CROP, left : left + CROP].contiguous(memory_format=torch.channels_last)
+        return vae_losses(vae, crops, generator)
+
+    train(vae, losses, plan, work / "vae", plain=("conv_in", "conv_out", "quant_conv"))
+    vae.eval().requires_grad_(False)
+    with torch.inference_mode():
+        means = vae.encode(scenes.batch(range(256))[0]).mean
+    vae.config = vae.config.model_copy(
+        update={"scaling_factor": 1.0 / means.std().item(), "shift_factor": None},
+    )
+    return vae
+
+
+def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tuple[Tensor, Tensor]:
+    """Stage two: scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in a file."""
+    path = work / "latents.pt"
+    if not path.exists():
+        scenes = Scenes(LATENT_SCENES, device)
+        latents, ids = [], []
+        with torch.inference_mode():
+            for first in range(0, SCENES, 100):
+                pixels, captions, _ = scenes.batch(range(first, first + 100))
+                latents.append(vae.scale(vae.encode(pixels.contiguous(memory_format=torch.channels_last)).mean).cpu())
+                ids += [tokenizer.window(tokenizer.encode(caption)) for caption in captions]
+        torch.save((torch.cat(latents).contiguous(), torch.tensor(ids)), path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    latents_, ids_ = torch.load(path, weights_only=True)
+    return latents_.to(device), ids_.to(device)
+
+
+def train_diffusion(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> TextToLatents:
+    """Stage three: text encoder and UNet together."""
+    torch.manual_seed(0)
+    model = TextToLatents(CLIPTextModel(clip_config(tokenizer)), UNet(UNET_CONFIG)).to(latents.device)
+    schedule = Schedule.from_config(ScheduleConfig.model_validate(SCHEDULER_CONFIG))
+    prediction = PREDICTIONS[SCHEDULER_CONFIG["prediction_type"]]
+    empty = torch.tensor(tokenizer.window([]), device=ids.device)
+    per_epoch = len(latents) // plan.batch
+
+    def losses(step: int, generator: torch.Generator) -> Losses:
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
+        chosen = order[place * plan.batch : (place + 1) * plan.batch].to(latents.device)
+        dropped = torch.rand(plan.batch, 1, generator=generator).to(latents.device) < EMPTY_SHARE
+        words = torch.where(dropped, empty, ids[chosen])
+        shuffled = step % 100 == 0
+        return diffusion_losses(model, latents[chosen], words, schedule, prediction, generator, with_shuffled=shuffled)
+
+    train(model, losses, plan, work / "diffusion", plain=("",))
+    return model.eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=Path("src/mezzotint/data/emoji"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae-steps", type=int, default=VAE_PLAN.steps)
+    parser.add_argument("--steps", type=int, default=DIFFUSION_PLAN.steps)
+    options = parser.parse_args()
+
+    tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
+    vae = train_vae(options.work, replace(VAE_PLAN, steps=options.vae_steps), options.device)
+    latents, ids = cache_latents(options.work, vae, tokenizer, options.device)
+    plan = replace(DIFFUSION_PLAN, steps=options.steps)
+    model = train_diffusion(options.work, latents, ids, tokenizer, plan)
+    save_folder(
+        options.out,
+        unet=model.unet,
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        scheduler_config=SCHEDULER_CONFIG,
+        settings=SETTINGS,
+    )
+
+
+if __name__ == "__main__":
+    main()

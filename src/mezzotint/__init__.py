@@ -1,0 +1,45 @@
+"""mezzotint: text to image with latent diffusion. See `load`, and README.md. Importing this costs no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mezzotint import diffusion
+    from mezzotint.errors import BudgetError, CheckpointError, MezzotintError, RequestError
+    from mezzotint.pipeline import Pipeline, load
+    from mezzotint.request import Request, Result
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "MezzotintError",
+    "Pipeline",
+    "Request",
+    "RequestError",
+    "Result",
+    "diffusion",
+    "load",
+]
+
+_ROOMS = {
+    "Pipeline": "pipeline",
+    "load": "pipeline",
+    "Request": "request",
+    "Result": "request",
+    "BudgetError": "errors",
+    "CheckpointError": "errors",
+    "MezzotintError": "errors",
+    "RequestError": "errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported from their rooms on first use."""
+    from importlib import import_module
+
+    if name == "diffusion":
+        return import_module("mezzotint.diffusion")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'mezzotint' has no attribute {name!r}")
+    return getattr(import_module(f"mezzotint.{_ROOMS[name]}"), name)

@@ -1,0 +1,126 @@
+"""Model configurations, read from the config.json files of a diffusers folder. No torch here.
+
+Field names and defaults are those of diffusers and transformers, so a hub config validates as it is; keys that we do
+not use are ignored. Values that the files spell as one number or a list are tuples here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+Numbers = int | tuple[int, ...]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CLIPConfig(_Config):
+    """A CLIP text encoder (`text_encoder/config.json`)."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407  # 2 in old files: the pooled vector is then taken at the highest id
+    pad_token_id: int | None = 1
+    architectures: tuple[str, ...] = ("CLIPTextModel",)
+
+    @property
+    def has_projection(self) -> bool:
+        """True for CLIPTextModelWithProjection (SDXL's second encoder): the pooled vector is projected."""
+        return "CLIPTextModelWithProjection" in self.architectures
+
+
+class UNetConfig(_Config):
+    """A cross-attention UNet (`unet/config.json`, UNet2DConditionModel). Per-level tuples start at the top."""
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: Numbers = 2
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: Numbers = 1
+    attention_head_dim: Numbers = 8  # the number of heads, whatever its name says: diffusers' historic mistake
+    num_attention_heads: Numbers | None = None
+    use_linear_projection: bool = False
+    only_cross_attention: bool = False
+    upcast_attention: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    act_fn: str = "silu"
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None  # guidance embedding of LCM models
+
+    def per_level(self, value: Numbers) -> tuple[int, ...]:
+        """One value a level, top first."""
+        return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads a level, top first."""
+        return self.per_level(self.num_attention_heads or self.attention_head_dim)
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        levels = len(self.block_out_channels)
+        if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
+            raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry a level")
+        return self
+
+
+class VAEConfig(_Config):
+    """A KL autoencoder (`vae/config.json`, diffusers' AutoencoderKL)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side (8 for Stable Diffusion)."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+
+class ScheduleConfig(_Config):
+    """The training noise schedule in `scheduler/scheduler_config.json`; the sampler there is samplers.py's."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    rescale_betas_zero_snr: bool = False
+
+    @field_validator("trained_betas", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value

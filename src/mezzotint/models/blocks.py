@@ -1,0 +1,205 @@
+"""What the UNet is made of: residual blocks, attention, transformers, and the resampling between levels.
+
+Feature maps are (B, C, h, w), in either memory format; tokens are (B, T, C). Nothing here knows of timesteps or
+prompts: a residual block takes its own time projection, a transformer the keys and values of its context, both made
+beforehand (UNet.time_projections, UNet.keys_values). Attribute names are the keys of diffusers' checkpoints.
+Sources: Ho et al. 2020 (residual blocks), Rombach et al. 2022 (transformer blocks), Shazeer 2020 (GEGLU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mezzotint.models.attention import attention
+
+KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions, the time added between them, and a shortcut: (B, inputs, h, w) -> (B, outputs, h, w)."""
+
+    def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`time` (B, outputs) is time_emb_proj of the activated time embedding."""
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))  # (B, outputs, h, w)
+        h = h + time[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to themselves, or, given `context_dim`, to a context's keys and values.
+
+    `upcast` computes the attention itself in float32, which SD 2.1 needs in half precision.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, upcast: bool = False) -> None:
+        super().__init__()
+        self.heads, self.cross, self.upcast = heads, context_dim is not None, upcast
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """Tokens (B, T, dim) -> (B, T, dim); cross-attention is given the result of `keys_values`."""
+        if keys_values is None:
+            q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)  # (B, heads, T, d)
+        else:
+            (q,), (k, v) = self._project(x, self.to_q), keys_values
+        out = attention(q.float(), k.float(), v.float()).to(x.dtype) if self.upcast else attention(q, k, v)
+        y: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, dim)
+        return y
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of a context (B, T, context_dim), each (B, heads, T, d)."""
+        k, v = self._project(context, self.to_k, self.to_v)
+        return k, v
+
+    def fuse(self) -> None:
+        """Lay the weights that meet the same input side by side in one, so that one matmul serves them all.
+
+        to_q, to_k, to_v stay the parameters, now views of that storage. Moving or replacing one of them undoes it.
+        """
+        layers = (self.to_k, self.to_v) if self.cross else (self.to_q, self.to_k, self.to_v)
+        if all(type(layer) is nn.Linear for layer in layers):
+            parts = torch.cat([layer.weight.detach() for layer in layers]).chunk(len(layers))
+            for layer, part in zip(layers, parts, strict=True):
+                layer.weight.data = part
+
+    def _project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+        """Every layer's output, split into heads: (B, heads, T, d) each."""
+        weight = _stacked(layers)
+        parts = [layer(x) for layer in layers] if weight is None else F.linear(x, weight).chunk(len(layers), -1)
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
+
+
+def _stacked(layers: tuple[nn.Linear, ...]) -> Tensor | None:
+    """The one weight that these layers' weights are consecutive views of; None where they are not, or must learn."""
+    if len(layers) == 1 or any(type(layer) is not nn.Linear for layer in layers):  # an adapter wraps one
+        return None
+    first = layers[0].weight
+    if first.requires_grad and torch.is_grad_enabled():  # the gradient belongs to three parameters, not to one
+        return None
+    storage, size = first.untyped_storage().data_ptr(), first.nbytes
+    for position, layer in enumerate(layers[1:], start=1):
+        weight = layer.weight
+        beside = weight.data_ptr() == first.data_ptr() + position * size and weight.shape == first.shape
+        if not beside or weight.untyped_storage().data_ptr() != storage:
+            return None
+    return first.as_strided((len(layers) * first.shape[0], first.shape[1]), (first.shape[1], 1))
+
+
+class GEGLU(nn.Module):
+    """One half of a projection, gated by the gelu of the other: (B, T, dim) -> (B, T, inner)."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, dim=-1)  # (B, T, inner) each
+        gated: Tensor = h * F.gelu(gate)
+        return gated
+
+
+class FeedForward(nn.Module):
+    """The transformer's MLP, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1 was dropout's place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and MLP, each on normed tokens and added to them."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim, upcast)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        x = x + self.attn1(self.norm1(x))  # (B, T, dim)
+        x = x + self.attn2(self.norm2(x), keys_values)
+        y: Tensor = x + self.ff(self.norm3(x))
+        return y
+
+
+class Transformer(nn.Module):
+    """`depth` transformer blocks over the cells of a feature map: (B, dim, h, w) -> the same shape."""
+
+    def __init__(
+        self, dim: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool, upcast: bool
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast) for _ in range(depth))
+        self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
+        """Each block takes the next of `contexts`, the keys and values of its cross-attention."""
+        size = x.shape[-2:]
+        h = self.norm(x)
+        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))  # (B, h*w, dim)
+        for block in self.transformer_blocks:
+            h = block(h, next(contexts))
+        h = _grid(self.proj_out(h), size) if self.linear else self.proj_out(_grid(h, size))
+        y: Tensor = x + h  # x first: a sum keeps the memory format of its first term
+        return y
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h*w, C), no copy in channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _grid(x: Tensor, size: torch.Size) -> Tensor:
+    """(B, h*w, C) -> (B, C, h, w) in channels_last, no copy."""
+    return x.reshape(x.shape[0], *size, x.shape[2]).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halves the size, rounding up, by a convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+class Upsample(nn.Module):
+    """Enlarges to `size` (the size of the skip that comes next) by the nearest cell, then convolves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        y: Tensor = self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+        return y

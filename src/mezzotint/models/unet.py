@@ -1,0 +1,321 @@
+"""The denoising network: a UNet whose transformers attend to the prompt (SD 1.x, 2.x, XL, and small ones alike).
+
+`unet(sample, timestep, condition)` takes noisy latents (B, C, h, w), already scaled as the network was trained, the
+timestep of each, and what they shall show, and returns the network's output (B, C_out, h, w): noise, velocity or
+picture, as trained; making a denoised picture of it is denoiser.py's work. Attribute names are the keys of diffusers'
+UNet2DConditionModel, so its checkpoints load as they are (`load_state_dict(strict=True)`).
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; Podell et al. 2023 (SDXL).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mezzotint.config import UNetConfig
+from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.models.blocks import Attention, Downsample, KeysValues, ResnetBlock, Transformer, Upsample
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What a batch of pictures shall show."""
+
+    context: Tensor  # (B, T, D) hidden states of the text encoders
+    pooled: Tensor | None = None  # (B, P) pooled text, for SDXL
+    time_ids: Tensor | None = None  # (B, 6) original height, width, crop top, left, target height, width, for SDXL
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """The same elsewhere. `time_ids` are numbers of pixels and keep their dtype: bfloat16 would round 1001."""
+        return Condition(
+            self.context.to(device=device, dtype=dtype),
+            None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
+            None if self.time_ids is None else self.time_ids.to(device=device),
+        )
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """One batch of several, which agree in T; what one of them lacks, the whole lacks."""
+
+        def joined(parts: list[Tensor | None]) -> Tensor | None:
+            present = [part for part in parts if part is not None]
+            return torch.cat(present) if len(present) == len(parts) else None
+
+        return Condition(
+            torch.cat([condition.context for condition in conditions]),
+            joined([condition.pooled for condition in conditions]),
+            joined([condition.time_ids for condition in conditions]),
+        )
+
+    def repeat(self, n: int) -> Condition:
+        """The whole batch n times over: rows 0, 1, 0, 1 for n = 2."""
+        return Condition.cat([self] * n)
+
+
+class TimestepEmbedding(nn.Module):
+    """The MLP over a sinusoid (B, inputs) -> (B, dim), with an optional second input (guidance, of LCM models)."""
+
+    def __init__(self, inputs: int, dim: int, cond_dim: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(inputs, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.cond_proj = nn.Linear(cond_dim, inputs, bias=False) if cond_dim is not None else None
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if cond is not None:
+            if self.cond_proj is None:
+                raise RequestError("timestep_cond was given, but this UNet has no time_cond_proj_dim to take it.")
+            x = x + self.cond_proj(cond)
+        y: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return y
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: residual blocks, each followed by a transformer where the level attends."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer], downsample: int | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if downsample is None else [Downsample(downsample)])
+
+    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> list[Tensor]:
+        """The feature map after every layer, for the way up; the last is where the next block begins."""
+        skips = []
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            x = resnet(x, next(times))
+            x = x if transformer is None else transformer(x, contexts)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            skips.append(downsample(x))
+        return skips
+
+
+class MidBlock(nn.Module):
+    """The bottom: residual block, transformer, residual block."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> Tensor:
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            x = resnet(x, next(times))
+            x = x if transformer is None else transformer(x, contexts)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One level on the way up; each residual block also sees the skip of the same size from the way down."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer], upsample: int | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([] if upsample is None else [Upsample(upsample)])
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[KeysValues]
+    ) -> Tensor:
+        """Takes its skips from the end of the list."""
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
+            x = x if transformer is None else transformer(x, contexts)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[-2:])
+        return x
+
+
+class UNet(nn.Module):
+    """Down through the levels, across the bottom, and up again with the skips; the module's docstring says the rest.
+
+    It runs in the memory format of its weights: `.to(memory_format=torch.channels_last)` is the fast one.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        """Raises CheckpointError, naming the field, where the configuration asks for what this network has not."""
+        super().__init__()
+        _check(config)
+        self.config = config
+        channels, heads = config.block_out_channels, config.heads
+        layers = config.per_level(config.layers_per_block)
+        depths = config.per_level(config.transformer_layers_per_block)
+        groups, time_dim, levels = config.norm_num_groups, 4 * channels[0], len(channels)
+
+        def resnet(inputs: int, outputs: int) -> ResnetBlock:
+            return ResnetBlock(inputs, outputs, time_dim, groups, config.norm_eps)
+
+        def transformer(level: int) -> Transformer:
+            return Transformer(
+                channels[level],
+                heads[level],
+                depths[level],
+                config.cross_attention_dim,
+                groups,
+                linear=config.use_linear_projection,
+                upcast=config.upcast_attention,
+            )
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim, config.time_cond_proj_dim)
+        self.add_embedding = (
+            TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, time_dim)
+            if config.addition_embed_type == "text_time"
+            else None
+        )
+
+        width, skips = channels[0], [channels[0]]  # channels of the feature map, and of each skip so far
+        self.down_blocks = nn.ModuleList()
+        for level, kind in enumerate(config.down_block_types):
+            resnets = []
+            for _ in range(layers[level]):
+                resnets.append(resnet(width, channels[level]))
+                width = channels[level]
+                skips.append(width)
+            attentions = [transformer(level) for _ in resnets] if kind.startswith("CrossAttn") else []
+            below = level + 1 < levels
+            self.down_blocks.append(DownBlock(resnets, attentions, width if below else None))
+            skips += [width] if below else []
+
+        self.mid_block = (
+            MidBlock([resnet(width, width), resnet(width, width)], [transformer(levels - 1)])
+            if config.mid_block_type is not None
+            else None
+        )
+
+        self.up_blocks = nn.ModuleList()
+        for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+            resnets = []
+            for _ in range(layers[level] + 1):
+                resnets.append(resnet(width + skips.pop(), channels[level]))
+                width = channels[level]
+            attentions = [transformer(level) for _ in resnets] if kind.startswith("CrossAttn") else []
+            self.up_blocks.append(UpBlock(resnets, attentions, width if level > 0 else None))
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        condition: Condition,
+        *,
+        keys_values: Iterable[KeysValues] | None = None,
+        time_projections: Iterable[Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) at `timestep`, (B,) or one number for all -> the network's output (B, C_out, h, w).
+
+        `keys_values` and `time_projections`, results of the methods of those names, save doing that work again at
+        each step; the output is the same. `timestep_cond` (B, time_cond_proj_dim) is the guidance embedding of LCM
+        models. `down_residuals`, one for each skip, and `mid_residual` are added to them, as ControlNet does.
+        """
+        if time_projections is None:
+            time_projections = self.time_projections(timestep, condition, timestep_cond)
+        times = iter(time_projections)
+        contexts = iter(self.keys_values(condition) if keys_values is None else keys_values)
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
+
+        x = self.conv_in(sample)  # (B, channels[0], h, w)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], times, contexts)  # the last: (B, channels[-1], h / 2^(levels-1), w / ...)
+        x = skips[-1]
+        if down_residuals is not None:
+            if len(down_residuals) != len(skips):
+                raise RequestError(f"{len(down_residuals)} down_residuals were given; this UNet takes {len(skips)}.")
+            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block(x, times, contexts)
+        if mid_residual is not None:
+            x = x + mid_residual
+        for block in self.up_blocks:
+            x = block(x, skips, times, contexts)
+        output: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out_channels, h, w)
+        return output
+
+    def keys_values(self, condition: Condition) -> list[KeysValues]:
+        """Keys and values of the prompt for every cross-attention, in module order; the same at every step."""
+        return [attn.keys_values(condition.context) for attn in self._each(Attention) if attn.cross]
+
+    def time_projections(
+        self, timestep: Tensor | float, condition: Condition, timestep_cond: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the timestep adds in every residual block, in module order: (B, channels), or (1, channels) for all."""
+        weight = self.conv_in.weight
+        timestep = torch.as_tensor(timestep, device=weight.device).reshape(-1)
+        embedding = self.time_embedding(self._sinusoid(timestep, self.config.block_out_channels[0]), timestep_cond)
+        if self.add_embedding is not None:
+            if condition.pooled is None or condition.time_ids is None:
+                raise RequestError("This UNet (addition_embed_type text_time) needs condition.pooled and .time_ids.")
+            ids = self._sinusoid(condition.time_ids.flatten(), self.config.addition_time_embed_dim or 0)
+            ids = ids.reshape(condition.time_ids.shape[0], -1)  # (B, 6 * addition_time_embed_dim)
+            embedding = embedding + self.add_embedding(torch.cat([condition.pooled.to(ids.dtype), ids], dim=1))
+        embedding = F.silu(embedding)  # (B, time_dim)
+        return [resnet.time_emb_proj(embedding) for resnet in self._each(ResnetBlock)]
+
+    def fuse_projections(self) -> None:
+        """Fuse the attention projections (Attention.fuse); call it once the weights are where they will run."""
+        for attn in self._each(Attention):
+            attn.fuse()
+
+    def _each(self, kind: type[M]) -> list[M]:
+        return [module for module in self.modules() if isinstance(module, kind)]
+
+    def _sinusoid(self, numbers: Tensor, dim: int) -> Tensor:
+        """Vaswani et al. 2017, section 3.5, in float32, then in the network's dtype: (N,) -> (N, dim)."""
+        half = dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=numbers.device)
+        frequencies = torch.exp(-math.log(10000) * steps / (half - self.config.freq_shift))
+        angles = numbers.float()[:, None] * frequencies  # (N, half)
+        waves = [angles.cos(), angles.sin()] if self.config.flip_sin_to_cos else [angles.sin(), angles.cos()]
+        return torch.cat(waves, dim=1).to(self.conv_in.weight.dtype)
+
+
+def _check(config: UNetConfig) -> None:
+    """Raise CheckpointError for what this network has not, before torch does it less clearly."""
+    for field, kinds, known in (
+        ("down_block_types", config.down_block_types, ("DownBlock2D", "CrossAttnDownBlock2D")),
+        ("mid_block_type", (config.mid_block_type,), ("UNetMidBlock2DCrossAttn", None)),
+        ("up_block_types", config.up_block_types, ("UpBlock2D", "CrossAttnUpBlock2D")),
+        ("act_fn", (config.act_fn,), ("silu", "swish")),
+        ("only_cross_attention", (config.only_cross_attention,), (False,)),
+    ):
+        for kind in kinds:
+            if kind not in known:
+                raise CheckpointError(
+                    f"The UNet's {field} holds {kind!r}; supported is {' or '.join(map(repr, known))}."
+                )
+    levels = len(config.block_out_channels)
+    heads_field = "attention_head_dim" if config.num_attention_heads is None else "num_attention_heads"
+    for field in ("layers_per_block", "transformer_layers_per_block", heads_field):
+        numbers = config.per_level(getattr(config, field))
+        if len(numbers) != levels:
+            raise CheckpointError(f"The UNet's {field} has {len(numbers)} numbers for {levels} block_out_channels.")
+    for channels, heads in zip(config.block_out_channels, config.heads, strict=True):
+        if channels % heads or channels % config.norm_num_groups:
+            raise CheckpointError(
+                f"The UNet's block_out_channels hold {channels}, which {heads} heads ({heads_field}) and "
+                f"{config.norm_num_groups} groups (norm_num_groups) must both divide."
+            )
+    if config.addition_embed_type and not (
+        config.addition_time_embed_dim and config.projection_class_embeddings_input_dim
+    ):
+        raise CheckpointError(
+            "The UNet's addition_embed_type text_time needs addition_time_embed_dim and "
+            "projection_class_embeddings_input_dim."
+        )

@@ -1,0 +1,328 @@
+"""The page: a Request becomes pictures. encode -> start -> solve -> decode; no mathematics, no file formats here.
+
+    pipe = mezzotint.load()
+    image = pipe("a lemon on a blue background", seed=7)
+
+A Pipeline keeps nothing between calls: all that a run needs travels in the run, so two threads may share one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mezzotint import samplers
+from mezzotint.conditioning import encode, zeros_like
+from mezzotint.denoiser import Denoiser
+from mezzotint.diffusion.guidance import guided
+from mezzotint.diffusion.noise import SeededNoise
+from mezzotint.diffusion.prediction import PREDICTIONS
+from mezzotint.diffusion.schedule import Schedule
+from mezzotint.diffusion.solvers import SOLVERS, Step
+from mezzotint.diffusion.spacing import SPACINGS
+from mezzotint.errors import RequestError
+from mezzotint.image import describe, from_pil, to_pil
+from mezzotint.models.unet import Condition
+from mezzotint.request import Request, Result
+from mezzotint.weights.checkpoint import Parts, open_model
+
+BUNDLED = Path(__file__).parent / "data" / "emoji"
+STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, where the model does not say
+GPU_BATCH = 4  # pictures at once where the request does not say; 1 on the CPU
+ETAS = {"ddim": 0.0, "ddpm": 1.0, "euler_a": 1.0}
+
+OnStep = Callable[[int, int], None]  # steps done, steps in all
+OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
+Job = tuple[Request, int]  # one picture: its resolved request and its own seed
+
+
+def load(
+    path_or_id: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> Pipeline:
+    """A pipeline of the bundled model, or of a diffusers folder, a single file or a hub id.
+
+    device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". options:
+    `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError.
+    """
+    device = torch.device(device or best_device())
+    dtype = _dtype(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
+    return Pipeline(open_model(path_or_id or BUNDLED, device=device, dtype=dtype, **options))
+
+
+def best_device() -> str:
+    """cuda, mps or cpu: the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class Pipeline:
+    """A loaded model. `unet`, `vae`, `text_encoders`, `tokenizers` and `schedule` are the parts, plain modules."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
+        self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
+        self.tokenizers = parts.tokenizers
+        self.scheduler_config = dict(parts.scheduler_config)
+        if parts.model_index.get("_class_name") == "StableDiffusionPipeline":
+            self.scheduler_config["steps_offset"] = 1  # as diffusers' pipeline of that name sets it on loading
+        self.schedule = Schedule.from_config(samplers.resolve(None, self.scheduler_config).schedule)
+        if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
+            self.vae.float()  # its activations pass float16's range
+        self.unet.fuse_projections()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet's weights."""
+        return self.unet.conv_in.weight.dtype
+
+    def __call__(self, prompt: str, **fields: Any) -> Image.Image:
+        """One picture; `fields` are those of a Request."""
+        return self.generate(Request(prompt=prompt, **fields)).images[0]
+
+    def resolve(self, request: Request) -> Request:
+        """The request with the model's own values where it has None. Raises RequestError where it does not fit."""
+        settings = self.parts.settings
+        xl = self.parts.family == "sdxl"
+        native = (self.unet.config.sample_size or 64) * self.vae.config.downscale
+        sampler = samplers.resolve(request.sampler, self.scheduler_config, request.spacing)
+        width = request.width or settings.get("width", native)
+        height = request.height or settings.get("height", native)
+        takes_eta = "eta" in inspect.signature(SOLVERS[sampler.solver]).parameters
+        if request.eta is not None and not takes_eta:
+            raise RequestError(f"eta is {request.eta}; the sampler {sampler.name} takes none, ddim and euler_a do")
+        for name in ("original_size", "crop", "target_size"):
+            if getattr(request, name) is not None and not xl:
+                raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
+        defaults: dict[str, Any] = {
+            "negative_prompt": None if self.parts.model_index.get("force_zeros_for_empty_prompt") else "",
+            "width": width,
+            "height": height,
+            "steps": settings.get("steps", STEPS),
+            "guidance_scale": settings.get("guidance_scale", GUIDANCE_XL if xl else GUIDANCE),
+            "sampler": sampler.name,
+            "spacing": sampler.spacing,
+            "seed": secrets.randbelow(2**32),
+            "batch": 1 if self.device.type == "cpu" else GPU_BATCH,
+            "clip_skip": 0,
+            "eta": ETAS.get(sampler.name) if takes_eta else None,
+            "guidance_rescale": 0.0,
+        }
+        if xl:
+            defaults |= {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
+        resolved = request.replace(
+            **{name: value for name, value in defaults.items() if getattr(request, name) is None}
+        )
+        self._sigmas(resolved)  # raises where the steps do not fit
+        return resolved
+
+    @overload
+    def generate(
+        self,
+        request: Request,
+        latents: Tensor | None = ...,
+        *,
+        on_step: OnStep | None = ...,
+        on_image: OnImage | None = ...,
+    ) -> Result: ...
+    @overload
+    def generate(
+        self,
+        request: Sequence[Request],
+        latents: Tensor | None = ...,
+        *,
+        on_step: OnStep | None = ...,
+        on_image: OnImage | None = ...,
+    ) -> list[Result]: ...
+
+    def generate(
+        self,
+        request: Request | Sequence[Request],
+        latents: Tensor | None = None,
+        *,
+        on_step: OnStep | None = None,
+        on_image: OnImage | None = None,
+    ) -> Result | list[Result]:
+        """Draw a request, or several, of which neighbours that differ only in words and seeds share a batch.
+
+        latents: (pictures, C, h, w) unit-variance starting noise, instead of drawn. on_step(done, total) is called
+        after each step, on_image(index, picture) when a picture is finished; what they raise ends the run.
+        """
+        requests = [self.resolve(r) for r in ([request] if isinstance(request, Request) else request)]
+        jobs: list[Job] = [(r, r.seed + k) for r in requests for k in range(r.count)]  # type: ignore[operator]
+        groups = _groups(jobs)
+        total, done = sum(group[0][0].steps for group in groups), 0  # type: ignore[misc]
+        images: list[Image.Image] = []
+        finals: list[Tensor] = []
+        timings = {"denoise": 0.0, "decode": 0.0}
+        for group in groups:
+            start = time.perf_counter()
+            given = None if latents is None else latents[len(images) : len(images) + len(group)]
+            for step in self._steps(group, given):
+                x = step.x
+                done += 1
+                if on_step:
+                    on_step(done, total)
+            finals.append(self._final(group[0][0], x))
+            middle = time.perf_counter()
+            for (job, seed), image in zip(group, self.decode(finals[-1]), strict=True):
+                image.info.update(describe(job, seed, self._facts(), [s for _, s in group]))
+                images.append(image)
+                if on_image:
+                    on_image(len(images) - 1, image)
+            timings["denoise"] += middle - start
+            timings["decode"] += time.perf_counter() - middle
+        x = torch.cat(finals)
+        results: list[Result] = []
+        first = 0
+        for r in requests:
+            part = slice(first, first + r.count)
+            results.append(Result(images[part], x[part], [seed for _, seed in jobs[part]], r, timings))
+            first += r.count
+        return results[0] if isinstance(request, Request) else results
+
+    def stream(self, request: Request, latents: Tensor | None = None) -> Iterator[Step]:
+        """The steps of a request, all its pictures in one batch: Step.index, .sigma, .x, .denoised (count, C, h, w)."""
+        request = self.resolve(request)
+        return self._steps([(request, request.seed + k) for k in range(request.count)], latents)  # type: ignore[operator]
+
+    def _steps(self, group: Sequence[Job], latents: Tensor | None) -> Iterator[Step]:
+        """One batch from noise to its last x."""
+        request = group[0][0]
+        sampler, sigmas = self._sampler(request), self._sigmas(request)
+        shape = self._latent_shape(request)
+        noise = SeededNoise([seed for _, seed in group], shape, self.device)
+        if latents is None:
+            latents = noise.draw()
+        elif latents.shape != (len(group), *shape):
+            raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be {(len(group), *shape)}")
+        start = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
+        x = latents.to(self.device, torch.float32) * start
+        options = sampler.options if request.eta is None else {**sampler.options, "eta": request.eta}
+        with torch.inference_mode():
+            conditions = self._conditions([job for job, _ in group])
+            prediction = PREDICTIONS[sampler.schedule.prediction_type]
+            schedule = Schedule.from_config(sampler.schedule)
+            denoiser = Denoiser(self.unet, schedule, prediction, conditions, sampler.timestep)
+            denoise = guided(
+                denoiser.outputs,
+                prediction,
+                request.guidance_scale or 0.0,
+                request.guidance_rescale or 0.0,
+                request.guidance_interval,
+            )
+        solver = SOLVERS[sampler.solver](denoise, x, sigmas, noise, **options)
+        while True:  # inference mode is the thread's: it must not stay on while the caller looks at a step
+            with torch.inference_mode():
+                step = next(solver, None)
+            if step is None:
+                return
+            yield step
+
+    def _sampler(self, request: Request) -> samplers.Sampler:
+        return samplers.resolve(request.sampler, self.scheduler_config, request.spacing)
+
+    def _sigmas(self, request: Request) -> list[float]:
+        sampler = self._sampler(request)
+        schedule = Schedule.from_config(sampler.schedule)
+        return SPACINGS[sampler.spacing](schedule, request.steps or STEPS, **sampler.spacing_options)
+
+    def _final(self, request: Request, x: Tensor) -> Tensor:
+        """The last x as the VAE takes it."""
+        last = self._sigmas(request)[-1]
+        return x / math.sqrt(1.0 + last**2) if self._sampler(request).rescale_final else x
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        side = self.vae.config.downscale
+        if not request.height or not request.width or request.height % side or request.width % side:
+            raise RequestError(f"the size is {request.width}x{request.height}; both must be multiples of {side}")
+        return self.vae.config.latent_channels, request.height // side, request.width // side
+
+    def _conditions(self, requests: Sequence[Request]) -> list[Condition]:
+        """(conditional, unconditional) for one batch; the second only where guidance asks for it."""
+        request = requests[0]
+        same = all(r.prompt == request.prompt and r.negative_prompt == request.negative_prompt for r in requests)
+        rows = requests[:1] if same else requests
+        guides = (request.guidance_scale or 0.0) > 1.0
+        negatives = [r.negative_prompt for r in rows] if guides else []
+        texts = [r.prompt for r in rows] + [negative or "" for negative in negatives]
+        encoded = encode(texts, self.tokenizers, self.text_encoders, request.clip_skip or 0)
+        ids = None
+        if request.original_size and request.crop and request.target_size:
+            numbers = [*request.original_size, *request.crop, *request.target_size]
+            ids = torch.tensor([numbers] * len(rows), dtype=torch.float32)
+        conditions = []
+        for part in range(1 + guides):
+            own = slice(part * len(rows), (part + 1) * len(rows))
+            pooled = None if encoded.pooled is None else encoded.pooled[own]
+            condition = Condition(encoded.context[own], pooled, ids)
+            conditions.append(zeros_like(condition) if part and request.negative_prompt is None else condition)
+        return conditions
+
+    def encode(self, prompt: str, request: Request | None = None) -> Condition:
+        """What a prompt means to the UNet: context (1, T, D) float32, and for SDXL pooled (1, P)."""
+        with torch.inference_mode():
+            return encode([prompt], self.tokenizers, self.text_encoders, (request and request.clip_skip) or 0)
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (B, C, h, w) as a run leaves them -> B pictures."""
+        with torch.inference_mode():
+            z = self.vae.unscale(latents.to(self.device)).to(self.vae.decoder.conv_in.weight.dtype)
+            return to_pil(self.vae.decode(z))
+
+    def encode_image(self, image: Image.Image) -> Tensor:
+        """A picture, its sides multiples of 8 -> the latents (1, C, h, w) float32 of its posterior's mean."""
+        with torch.inference_mode():
+            weight = self.vae.encoder.conv_in.weight
+            return self.vae.scale(self.vae.encode(from_pil(image).to(weight.device, weight.dtype)).mean).float()
+
+    def _facts(self) -> dict[str, Any]:
+        """What the same bits depend on, beside the request."""
+        return {
+            "name": self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name,
+            "family": self.parts.family,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs in order, cut where the batch is full or the next job differs in more than words and seed."""
+    groups: list[list[Job]] = []
+    kinds: list[Request] = []
+    for job in jobs:
+        kind = job[0].replace(prompt="", negative_prompt=job[0].negative_prompt and "", seed=0, count=1)
+        if groups and kinds[-1] == kind and len(groups[-1]) < (kind.batch or 1):
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+            kinds.append(kind)
+    return groups
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in known.values():
+        raise RequestError(f"dtype is {dtype!r}; it can be {', '.join(known)}")
+    return found

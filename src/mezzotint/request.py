@@ -1,0 +1,196 @@
+"""What is asked for, and what came of it. No torch here.
+
+A `Request` is one frozen, validated record; the Python call, the command line, a bulk file's row and a PNG's metadata
+are all this record. A field that is None means "the model's own", and `Pipeline.resolve` fills it in. Whatever is wrong
+with a request is a `RequestError` naming the field and what would be right; so each field's description is the end of
+the sentence "<field> is ...; it must be <description>".
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from mezzotint import samplers
+from mezzotint.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+MAX_PROMPT = 100_000  # characters: hundreds of times what any text encoder's windows hold
+MAX_SIDE = 8192  # pixels
+MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
+
+_TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
+_SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
+_EXTENT = "(height, width), two whole numbers of pixels above 0, as SDXL was told of its training pictures"
+
+Text = Annotated[str, Field(max_length=MAX_PROMPT)]
+Side = Annotated[int, Field(multiple_of=8, ge=8, le=MAX_SIDE)]
+Extent = Annotated[int, Field(ge=1, le=1_000_000)]
+Offset = Annotated[int, Field(ge=0, le=1_000_000)]
+Sigma = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class Request(BaseModel):
+    """One request for pictures. Image k of the `count` has seed `seed + k`, so it does not depend on its neighbours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: Text = Field(description=_TEXT)
+    negative_prompt: Text | None = Field(default=None, description=_TEXT)
+    width: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
+    height: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
+    steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
+    guidance_scale: float | None = Field(
+        default=None, ge=0.0, le=1000.0, description="a number from 0 to 1000 (1: no guidance)"
+    )
+    sampler: str | None = Field(
+        default=None, min_length=1, max_length=100, description="a name from `mezzotint samplers`"
+    )
+    spacing: str | None = Field(
+        default=None, min_length=1, max_length=100, description="a name from `mezzotint samplers`"
+    )
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1")
+    count: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1 to 10,000 (pictures)")
+    batch: int | None = Field(
+        default=None, ge=1, le=10_000, description="a whole number from 1 to 10,000 (pictures at once)"
+    )
+    clip_skip: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="the number of text encoder layers to skip from the end, beyond the model's own, as in diffusers",
+    )
+    eta: float | None = Field(default=None, ge=0.0, le=1.0, description="a number from 0 (no fresh noise) to 1")
+    guidance_rescale: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="a number from 0 to 1 (Lin et al. 2023)"
+    )
+    guidance_interval: tuple[Sigma, Sigma] | None = Field(
+        default=None,
+        description="two noise levels (low, high) in sigma with 0 <= low < high <= 1e6; guidance works where "
+        "low < sigma <= high (Kynkäänniemi et al. 2024)",
+    )
+    original_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
+    crop: tuple[Offset, Offset] | None = Field(
+        default=None,
+        description="(top, left), two whole numbers of pixels from 0, as SDXL was told of its training crops",
+    )
+    target_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # Python's True would pass as 1
+            raise PydanticCustomError("boolean", "a boolean")
+        return value
+
+    @field_validator("sampler", "spacing")
+    @classmethod
+    def _name_is_known(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.field_name == "sampler" and value not in (None, *samplers.NAMES):
+            samplers.resolve(value, {})  # raises, with the nearest names
+        if info.field_name == "spacing" and value not in (None, *samplers.SPACINGS):
+            samplers.resolve(None, {}, value)
+        return value
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval_is_not_empty(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise PydanticCustomError("interval", "an empty interval")
+        return value
+
+    @model_validator(mode="after")
+    def _last_seed_fits(self) -> Self:
+        if self.seed is not None and self.seed + self.count - 1 > MAX_SEED:
+            raise RequestError(
+                f"seed is {self.seed} and count {self.count}; picture k has seed + k, which must be at most 2**64 - 1"
+            )
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _speak(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise RequestError(_sentence(error, data)) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """A Request from JSON text; RequestError also where the text is not JSON."""
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise RequestError(f"the request is not JSON: {error.errors()[0]['msg']}") from None
+
+    def replace(self, **changes: Any) -> Self:
+        """The same request with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a request gave.
+
+    images: `count` pictures in order, each carrying its record in `image.info`. latents: (count, C, h, w) float32, what
+    diffusers returns for output_type="latent". seeds: one a picture. request: as it ran, with no None left that the
+    model has a value for. timings: seconds by stage.
+    """
+
+    images: list[Image.Image]
+    latents: torch.Tensor
+    seeds: list[int]
+    request: Request
+    timings: dict[str, float]
+
+
+def _sentence(error: ValidationError, data: Any) -> str:
+    """pydantic's findings as sentences: which field, what it is, what it must be."""
+    given: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
+    # a pair reports each of its halves: one sentence a field, and not a thousand of them
+    findings = {finding["loc"][0] if finding["loc"] else None: finding["type"] for finding in error.errors()}
+    sentences = []
+    for name, kind in list(findings.items())[:5]:
+        field = Request.model_fields.get(str(name))
+        if name is None:
+            sentences.append(f"the request is {_brief(data)}; it must be an object with the fields of a Request")
+        elif field is None:
+            near = difflib.get_close_matches(str(name)[:100], Request.model_fields, n=1)
+            hint = f"the nearest is {near[0]}" if near else f"it has {', '.join(Request.model_fields)}"
+            sentences.append(f"a request has no field {_brief(name)}; {hint}")
+        else:
+            state = "is missing" if kind == "missing" else f"is {_brief(given.get(name))}"
+            sentences.append(f"{name} {state}; it must be {field.description}")
+    return ". ".join(sentences)
+
+
+_quoter = reprlib.Repr()
+_quoter.maxstring = _quoter.maxother = _quoter.maxlong = 60
+
+
+def _brief(value: Any) -> str:
+    """A value as an error may quote it: never megabytes of it."""
+    if isinstance(value, str) and len(value) > 60:
+        return f"{len(value):,} characters long"
+    try:
+        return _quoter.repr(value)
+    except ValueError:  # Python does not spell integers of over 4,300 digits
+        return "a number of thousands of digits"

@@ -1,0 +1,208 @@
+"""Open a model: a diffusers folder, an original single file, or a hub id -> the networks, filled and ready to run.
+
+Networks are built without memory (meta device) and checked against the table of contents first; then their weights are
+read one tensor after another, each converted, placed and let go before the next. Nothing in a file is ever executed,
+and only a hub id reaches the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from mezzotint.errors import CheckpointError
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.models.unet import UNet
+from mezzotint.models.vae import VAE
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.folder import plan_folder
+from mezzotint.weights.hub import locate
+from mezzotint.weights.keys import Family
+from mezzotint.weights.part import ENCODERS, NETWORKS, Overrides, Plan, word
+from mezzotint.weights.single import kind_of, plan_file
+
+FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+
+
+@dataclass
+class Parts:
+    """A model taken apart. `text_encoders` and `tokenizers` go together; `settings` is an optional mezzotint.json."""
+
+    family: Family
+    unet: UNet
+    vae: VAE
+    text_encoders: list[CLIPTextModel]
+    tokenizers: list[Tokenizer]
+    scheduler_config: dict[str, Any]
+    model_index: dict[str, Any]
+    settings: dict[str, Any]
+    source: Path
+    files: list[Path]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """File name (below the model's folder) -> sha256 of its bytes. Read on the first use, not on loading."""
+        root = self.source if self.source.is_dir() else self.source.parent
+        hashes = {}
+        for path in self.files:
+            with path.open("rb") as file:
+                hashes[path.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
+
+
+def open_model(
+    path_or_id: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    family: str | None = None,
+    prediction: str | None = None,
+    config: Overrides | None = None,
+) -> Parts:
+    """Load a model.
+
+    path_or_id: a folder in the diffusers layout, a .safetensors, .ckpt, .pt or .bin file in the original layout, or the
+    id of a hub repository (owner/name).
+    variant: of a folder's weights, such as "fp16"; None takes the plain files, or fp16 where there are only those.
+    dtype: of all weights; None keeps what most of each part's weights are.
+    family ("sd1", "sd2", "sdxl") and prediction ("epsilon", "v_prediction", "sample"): instead of what is found.
+    config: fields that shapes cannot show, by part: {"unet": {"attention_head_dim": 4}, "vae": {"norm_num_groups": 8}}.
+
+    Raises CheckpointError, a sentence, before any weight is read, for all that can be seen without reading them.
+    """
+    found = _plan(locate(path_or_id, variant), variant, family, prediction, config or {})
+    if found.problems:
+        raise CheckpointError(found.problems[0])
+    networks: dict[str, Any] = {}
+    for part in found.parts:
+        networks[part.name] = part.network()
+        for problem in part.problems(networks[part.name]):
+            raise CheckpointError(problem)
+    tokenizers = [make() for make in found.tokenizers]
+    for part in found.parts:
+        part.load(networks[part.name], dtype, torch.device(device))
+    return Parts(
+        family=found.family,
+        unet=networks["unet"],
+        vae=networks["vae"],
+        text_encoders=[networks[name] for name in ENCODERS if name in networks],
+        tokenizers=tokenizers,
+        scheduler_config=found.scheduler_config,
+        model_index=found.model_index,
+        settings=found.settings,
+        source=found.path,
+        files=found.files,
+    )
+
+
+def _plan(path: Path, variant: str | None, family: str | None, prediction: str | None, config: Overrides) -> Plan:
+    for field_name, value, known in (
+        ("family", family, FAMILIES),
+        ("prediction", prediction, ("epsilon", "v_prediction", "sample")),
+        *(("config", name, NETWORKS) for name in config),
+    ):
+        if value is not None and value not in known:
+            raise CheckpointError(f"{field_name} cannot be {value!r}; it can be {', '.join(known)}")
+    if path.is_dir():
+        return plan_folder(path, variant, cast("Family | None", family), prediction, config)
+    if variant:
+        raise CheckpointError(f"{path} is one file and has no variant {variant!r}; leave variant out")
+    return plan_file(path, cast("Family | None", family), prediction, config)
+
+
+@dataclass
+class PartReport:
+    """One network as the files hold it: numbers of weights, and tensors, and weights by dtype."""
+
+    name: str
+    parameters: int
+    keys: int
+    dtypes: dict[str, int]
+
+
+@dataclass
+class Report:
+    """What a file or folder is. `report.text()` is for a person, `report.to_dict()` for a program."""
+
+    path: str
+    kind: str
+    family: str | None = None
+    prediction: str | None = None
+    sampler: str | None = None
+    keys: int = 0
+    bytes: int = 0
+    parts: list[PartReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "parts": [vars(part) for part in self.parts]}
+
+    def text(self) -> str:
+        lines = [f"{self.path}: {self.kind}, {self.bytes / 1e6:,.1f} MB, {self.keys} tensors"]
+        if self.family:
+            lines.append(f"  family {self.family}, prediction {self.prediction}, sampler {self.sampler}")
+        for part in self.parts:
+            dtypes = ", ".join(part.dtypes)
+            lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors")
+        lines += [f"  passed over     {line}" for line in self.passed_over]
+        lines += [f"  problem         {line}" for line in self.problems]
+        return "\n".join(lines)
+
+
+def inspect_model(path: str | Path, *, variant: str | None = None, config: Overrides | None = None) -> Report:
+    """Say what a model folder or any tensor file is, and what is wrong with it, without reading its weights.
+
+    Raises CheckpointError when there is nothing at the path, or it is neither a model folder nor a tensor file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        found = _plan(path, variant, None, None, config or {})
+    except CheckpointError:
+        if path.is_dir():
+            raise
+        file = TensorFile(path)  # raises the same sentence where the file itself cannot be read
+        dtypes: Counter[str] = Counter()
+        for entry in file.entries.values():
+            dtypes[word(entry.dtype)] += entry.count
+        part = PartReport("tensors", dtypes.total(), len(file.entries), dict(dtypes.most_common()))
+        return Report(
+            str(path), kind_of(file.shapes), keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata
+        )
+    return _report(found)
+
+
+def _report(found: Plan) -> Report:
+    files = {file.path: file for part in found.parts for file in part.files.values()}
+    report = Report(
+        str(found.path),
+        f"{FAMILIES[found.family]} ({found.layout})",
+        found.family,
+        found.scheduler_config.get("prediction_type", "epsilon"),
+        found.scheduler_config.get("_class_name"),
+        keys=sum(len(file.entries) for file in files.values()),
+        bytes=sum(file.size for file in files.values()),
+        problems=list(found.problems),
+        passed_over=found.passed_over,
+        metadata={key: value for file in files.values() for key, value in file.metadata.items()},
+    )
+    for part in found.parts:
+        dtypes = {word(dtype): count for dtype, count in part.dtypes().most_common()}
+        keys = len({source.key for source in part.sources.values()})
+        report.parts.append(PartReport(part.name, sum(dtypes.values()), keys, dtypes))
+        try:
+            report.problems += part.problems(part.network())
+        except CheckpointError as error:
+            report.problems.append(str(error))
+    return report

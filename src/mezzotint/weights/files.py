@@ -1,0 +1,297 @@
+"""Tensor files, read one tensor at a time: safetensors, and PyTorch's own (.ckpt, .pt, .bin) without running anything.
+
+`TensorFile(path)` reads the table of contents only. `read(name)` copies one tensor from the file into fresh memory and
+keeps nothing: no memory map, whose pages would count as ours. What a file is, is seen in its first bytes, not its name.
+
+A safetensors header is held to the format's own rules (github.com/huggingface/safetensors, README "Format") before
+anything is allocated. A PyTorch file goes through `torch.load(weights_only=True, map_location="meta")`, which gives the
+shapes and where the bytes lie; the bytes are then read like those of a safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import stat
+import weakref
+import zipfile
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mezzotint.errors import CheckpointError
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors format's own bound
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin, by protocol
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `count` elements of `dtype` from byte `start`; `stride` as in torch, None for row-major."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        if self.stride is None:
+            return math.prod(self.shape)
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+
+class TensorFile:
+    """An open tensor file: `entries` by name, `metadata` (strings) and `scalars` (numbers kept beside the tensors).
+
+    Raises CheckpointError, a sentence, for whatever is missing, damaged, foreign or unsafe.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        self.scalars: dict[str, float] = {}
+        self._held: dict[str, Tensor] = {}  # of PyTorch's format before 1.6, which can only be read whole
+        self._file = _open(path)
+        weakref.finalize(self, self._file.close)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+        head = self._file.read(64)
+        length = int.from_bytes(head[:8], "little")
+        if head[8:9] == b"{" and length <= max(self.size, MAX_HEADER):  # first: the length may spell anything
+            self._read_safetensors(length)
+        elif head.startswith(b"PK\x03\x04"):
+            self._read_zip()
+        elif head[:2] in PICKLES:
+            self._read_legacy()
+        elif head.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it")
+        elif head.lstrip()[:1] == b"<":
+            raise CheckpointError(f"{path} is a web page, not a model file: the download went wrong")
+        elif path.suffix == ".safetensors":
+            self._read_safetensors(length)  # which says what is wrong
+        else:
+            raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def read(self, name: str, third: int | None = None) -> Tensor:
+        """The tensor on the CPU, in memory of its own; with `third` (0, 1, 2) only that third of its rows."""
+        entry = self.entries[name]
+        if name in self._held:
+            whole = self._held[name]
+            return whole if third is None else whole.chunk(3)[third]
+        if entry.stride is not None:
+            span = self._bytes(entry.start, entry.count, entry.dtype)
+            whole = span.as_strided(entry.shape, entry.stride)
+            return whole if third is None else whole.chunk(3)[third]
+        shape, start = entry.shape, entry.start
+        if third is not None:
+            shape = (shape[0] // 3, *shape[1:])
+            start += third * math.prod(shape) * entry.dtype.itemsize
+        return self._bytes(start, math.prod(shape), entry.dtype).view(shape)
+
+    def _bytes(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` elements from byte `start`, 1-D."""
+        flat = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        left = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs do not know the buffer protocol
+        self._file.seek(start)
+        while left:
+            got = self._file.readinto(left)
+            if not got:
+                raise CheckpointError(f"{self.path} ended while it was being read: was it replaced or cut meanwhile?")
+            left = left[got:]
+        return flat.view(dtype)
+
+    def _read_safetensors(self, length: int) -> None:
+        def refuse(why: str) -> CheckpointError:
+            return CheckpointError(f"{self.path} is not a whole safetensors file: {why}")
+
+        if self.size < 8 or length > self.size - 8:
+            raise refuse(f"its header should have {length} bytes, the file has {self.size}; download it again")
+        if length > MAX_HEADER:
+            raise refuse(f"its header has {length} bytes, more than the format's {MAX_HEADER}")
+        self._file.seek(8)
+        header = self._file.read(length)
+        if header[:1] != b"{":
+            raise refuse("its header does not begin with '{'")
+        try:
+            table = json.loads(
+                header.decode(), object_pairs_hook=_unique, parse_int=_natural, parse_constant=_no_constant
+            )
+        except (ValueError, RecursionError) as error:
+            raise refuse(f"its header is not valid JSON ({_short(error)})") from None
+
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise refuse("its __metadata__ is not a table of strings")
+        spans: list[tuple[int, int, str]] = []
+        first = 8 + length
+        for name, row in table.items():
+            dtype, shape, begin, end = _row(name, row, refuse)
+            spans.append((begin, end, name))
+            self.entries[name] = Entry(dtype, shape, first + begin)
+        reached = 0
+        for begin, end, name in sorted(spans):
+            if begin != reached:
+                raise refuse(f"there is a hole or an overlap before {name!r}")
+            reached = end
+        if first + reached != self.size:
+            what = "is cut short" if first + reached > self.size else "has bytes after its end"
+            raise refuse(f"it {what}: {self.size} bytes of {first + reached}; download it again")
+        self.metadata = metadata
+
+    def _read_zip(self) -> None:
+        try:
+            with zipfile.ZipFile(self._file) as archive:
+                packed = next(
+                    (row.filename for row in archive.infolist() if row.compress_type or row.flag_bits & 1), ""
+                )
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{self.path} is a damaged PyTorch file ({_short(error)}); download it again"
+            ) from None
+        if packed:
+            raise CheckpointError(f"{self.path} is a packed archive ({packed!r}), not a file that torch.save wrote")
+        tensors = self._unpickle()
+        for name, tensor in tensors.items():
+            storage = tensor.untyped_storage()
+            start = getattr(storage, "_checkpoint_offset", None)
+            if start is None or tensor.layout != torch.strided:
+                raise CheckpointError(f"{self.path}: {name!r} is not a plain tensor")
+            entry = Entry(
+                tensor.dtype,
+                tuple(tensor.shape),
+                start + tensor.storage_offset() * tensor.dtype.itemsize,
+                None if tensor.is_contiguous() else tensor.stride(),
+            )
+            if entry.start + entry.count * entry.dtype.itemsize > min(self.size, start + storage.nbytes()):
+                raise CheckpointError(f"{self.path}: {name!r} lies outside the file; download it again")
+            self.entries[name] = entry
+
+    def _read_legacy(self) -> None:
+        self._held = self._unpickle("cpu")
+        self.entries = {name: Entry(t.dtype, tuple(t.shape), 0) for name, t in self._held.items()}
+
+    def _unpickle(self, device: str = "meta") -> dict[str, Tensor]:
+        self._file.seek(0)
+        try:
+            with torch.serialization.safe_globals(_STAND_INS):
+                tree = torch.load(self._file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            code = f"Python code ({found[1]})" if found else "more than plain tensors"
+            raise CheckpointError(
+                f"{self.path} holds {code} and is refused; nothing in it was run. Ask for a safetensors file"
+            ) from None
+        except Exception as error:  # torch's reader answers damage with whatever its parser met
+            raise CheckpointError(
+                f"{self.path} is a damaged PyTorch file ({_short(error)}); download it again"
+            ) from None
+        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+            tree = {**tree, **tree["state_dict"]}
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{self.path} holds a {type(tree).__name__}, not a table of tensors")
+        self.scalars = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, int | float)}
+        return {k: v.detach() for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+
+
+class _Ignored:
+    """Stands for the few training-time objects in the original Stable Diffusion .ckpt files; does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+_STAND_INS: list[Any] = [
+    (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_Ignored, "numpy.dtype"),
+    (_Ignored, "_codecs.encode"),
+]
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block or never end
+            raise CheckpointError(f"{path} is not a file")
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _short(error: BaseException) -> str:
+    """The first line of somebody else's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _natural(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 18:
+        raise ValueError(f"{digits[:20]} is not a size")
+    return int(digits)
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _row(name: str, row: Any, refuse: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """One line of a safetensors header, checked: dtype, shape, begin, end."""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise refuse("a name in its header is not Unicode")
+    try:
+        dtype, shape, (begin, end) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+        sizes = (*shape, begin, end)
+        if not isinstance(shape, list) or any(type(size) is not int for size in sizes):
+            raise TypeError
+    except (KeyError, TypeError, ValueError):
+        raise refuse(f"{name!r} needs a known dtype, a shape and two data_offsets") from None
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= 2**60:
+            raise refuse(f"{name!r} is too large")
+    if count * dtype.itemsize != end - begin:
+        raise refuse(
+            f"{name!r} of shape {shape} needs {count * dtype.itemsize} bytes, its data_offsets give {end - begin}"
+        )
+    return dtype, tuple(shape), begin, end

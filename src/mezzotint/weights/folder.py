@@ -1,0 +1,169 @@
+"""A model folder in the diffusers layout: model_index.json and one folder a part."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mezzotint.config import UNetConfig
+from mezzotint.errors import CheckpointError
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.weights import keys
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.keys import Family
+from mezzotint.weights.part import ENCODERS, NETWORKS, Overrides, Part, Plan, listed
+
+STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
+SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
+LARGEST_JSON = 50_000_000  # bytes; CLIP's whole tokenizer.json has 2 MB, a large index 1 MB
+
+
+def plan_folder(
+    path: Path, variant: str | None, family: Family | None, prediction: str | None, config: Overrides
+) -> Plan:
+    """Look through a folder. Raises CheckpointError only when it is no Stable Diffusion model at all."""
+    index_path = path / "model_index.json"
+    if not index_path.exists():
+        raise CheckpointError(
+            f"{path} has no model_index.json, so it is not a model folder in the diffusers layout; "
+            "a single .safetensors or .ckpt file is named by its own path"
+        )
+    index = read_json(index_path)
+    named = {name: row[1] for name, row in index.items() if isinstance(row, list) and len(row) == 2 and row[1]}
+    if "unet" not in named:
+        raise CheckpointError(
+            f"{path} is a {index.get('_class_name', 'model')} without a unet; mezzotint draws with Stable Diffusion "
+            "1, 2 and XL and small models of the same form"
+        )
+    plan = Plan(path, "diffusers folder", model_index=index, files=[index_path])
+    needed = {"unet", "vae"} | (ENCODERS.keys() & named.keys() or {"text_encoder"})
+    varied = False
+    for name in (name for name in NETWORKS if name in needed):
+        try:
+            part = _part(path / name, named.get(name), variant, config)
+            paths = sorted({file.path for file in part.files.values()})
+            varied |= any(f".{variant}" in file.name for file in paths)
+            plan.parts.append(part)
+            plan.files += [path / name / "config.json", *paths]
+        except CheckpointError as error:
+            plan.problems.append(str(error))
+        if name in ENCODERS:
+            _add_tokenizer(plan, path / ENCODERS[name])
+    if variant and not varied and not plan.problems:
+        plan.problems.append(f"{path} has no files of the variant {variant!r}; leave variant out")
+    for name, class_name in named.items():
+        if name not in (*needed, *ENCODERS.values(), "scheduler"):
+            plan.passed_over.append(f"{name} ({class_name}): not needed to draw a picture")
+    try:
+        plan.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
+        plan.files.append(path / "scheduler" / "scheduler_config.json")
+        if (path / "mezzotint.json").exists():
+            plan.settings = read_json(path / "mezzotint.json")
+            plan.files.append(path / "mezzotint.json")
+    except CheckpointError as error:
+        plan.problems.append(str(error))
+    if prediction:
+        plan.scheduler_config["prediction_type"] = prediction
+    plan.family = family or _family(plan)
+    return plan
+
+
+def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
+    """Of the file names in one part's folder, the weights, or the index of their shards, to read.
+
+    safetensors before PyTorch's, whole before sharded. A variant's files come before the plain ones when it is asked
+    for; when none is, the plain ones come before those of fp16.
+    """
+    listing = set(names)
+    for kind in (f".{variant}", "") if variant else ("", ".fp16"):
+        for suffix, stems in STEMS.items():
+            for stem in stems:
+                for name in (f"{stem}{kind}.{suffix}", f"{stem}.{suffix}.index{kind}.json"):
+                    if name in listing:
+                        return name
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError when the file is missing or holds something else."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path} has more than {LARGEST_JSON} bytes, which no description needs")
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({str(error)[:120]})") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return table
+
+
+def _part(folder: Path, class_name: str | None, variant: str | None, overrides: Overrides) -> Part:
+    name = folder.name
+    classes = NETWORKS[name][0]
+    if class_name is None or not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing: the model needs its {name}")
+    if class_name not in classes:
+        raise CheckpointError(f"{folder} is a {class_name}; mezzotint knows {' or '.join(classes)}")
+    fields = read_json(folder / "config.json")
+    if name in ENCODERS:
+        fields["architectures"] = [class_name]  # model_index.json decides, as in diffusers
+    files: dict[str, TensorFile] = {}
+    for path in _weight_files(folder, variant):
+        file = TensorFile(path)
+        twice = sorted(files.keys() & file.entries.keys())
+        if twice:
+            raise CheckpointError(f"{path} repeats tensors of another shard: {listed(twice)}")
+        files |= dict.fromkeys(file.entries, file)
+    sources = keys.folder_sources(files, name)
+    if class_name == "CLIPTextModel":
+        sources.pop("text_projection.weight", None)  # some files keep it; this class has none
+    return Part.of(name, folder, {**fields, **overrides.get(name, {})}, files, sources, [])
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    chosen = choose_weights((path.name for path in _inside(folder)), variant)
+    if chosen is None:
+        stem = STEMS["safetensors"][folder.name in ENCODERS]
+        raise CheckpointError(f"{folder} has no weights: no {stem}.safetensors, sharded or whole, and no .bin")
+    if not chosen.endswith(".json"):
+        return [folder / chosen]
+    shards = read_json(folder / chosen).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{folder / chosen} has no weight_map")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise CheckpointError(f"{folder / chosen} names the shard {shard!r}; a shard is a file beside its index")
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{folder / shard} is missing: {chosen} names it")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _add_tokenizer(plan: Plan, folder: Path) -> None:
+    if not folder.is_dir():
+        plan.problems.append(f"{folder} is missing: the text encoder needs its tokenizer")
+        return
+    plan.tokenizers.append(partial(Tokenizer.from_folder, folder))
+    plan.files += [file for file in _inside(folder) if file.is_file()]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def _family(plan: Plan) -> Family:
+    unet = plan.config("unet")
+    if plan.config("text_encoder_2") or (isinstance(unet, UNetConfig) and unet.addition_embed_type == "text_time"):
+        return "sdxl"
+    second = isinstance(unet, UNetConfig) and (unet.cross_attention_dim == 1024 or unet.use_linear_projection)
+    return "sd2" if second else "sd1"

@@ -1,0 +1,102 @@
+"""Hub ids: "owner/name" -> a local folder holding the files that drawing needs, from the cache or downloaded.
+
+A path that exists, or that looks like a path, never reaches the network. A cached model is used without asking.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mezzotint.errors import CheckpointError
+from mezzotint.weights.folder import choose_weights, plan_folder
+from mezzotint.weights.part import NETWORKS
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+TIMEOUT = 10.0  # seconds for the hub's first answer
+DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2")
+
+
+def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
+    """The file or folder that was named: the path itself, or the hub's snapshot.
+
+    Raises CheckpointError when there is no such path, or the hub cannot give the model.
+    """
+    path = Path(path_or_id).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # too long, or a NUL byte: then it is no hub id either
+        pass
+    name = str(path_or_id)
+    if isinstance(path_or_id, Path) or not HUB_ID.fullmatch(name) or path.suffix in FILES:
+        raise CheckpointError(
+            f"{name[:200]!r} does not exist: give a model folder, a .safetensors or .ckpt file, "
+            "or a hub id (owner/name)"
+        )
+    return _cached(name, variant) or _download(name, variant)
+
+
+def _cached(name: str, variant: str | None) -> Path | None:
+    """The snapshot in huggingface_hub's cache, if it is whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["model_index.json"]))
+        return None if plan_folder(folder, variant, None, None, {}).problems else folder
+    except (OSError, HfHubHTTPError, CheckpointError):
+        return None
+
+
+def _download(name: str, variant: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        listing = HfApi().model_info(name, timeout=TIMEOUT).siblings or []  # fails at once when there is no network
+        files = needed((file.rfilename for file in listing), variant)
+        if "model_index.json" not in files:
+            raise CheckpointError(
+                f"The hub's {name} has no model_index.json; to use a single file of it, download that and give its path"
+            )
+        return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in files]))
+    except CheckpointError:
+        raise
+    except GatedRepoError:
+        raise CheckpointError(
+            f"The hub's {name} asks for a licence to be accepted: do so on its page, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{name!r} is neither a path here nor a model on the hub (a private one needs `hf auth login`)"
+        ) from None
+    except OfflineModeIsEnabled:
+        raise CheckpointError(f"{name!r} is not in the cache, and HF_HUB_OFFLINE forbids downloading it") from None
+    except Exception as error:  # the client passes on whatever its HTTP library, the disk or the server met
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name!r} is not in the cache and could not be downloaded: {first}") from error
+
+
+def needed(listing: Iterable[str], variant: str | None) -> list[str]:
+    """Of a repository's files, those that drawing needs: the descriptions, and each part's weights in one format."""
+    listing = set(listing)
+    files = ["model_index.json", "mezzotint.json"]
+    for name in listing:
+        folder, _, leaf = name.partition("/")
+        if folder in DESCRIPTIONS and leaf.endswith((".json", ".txt")):
+            files.append(name)
+    for part in NETWORKS:
+        inside = [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
+        chosen = choose_weights(inside, variant)
+        if chosen is None:
+            continue
+        files += [f"{part}/config.json", f"{part}/{chosen}"]
+        if chosen.endswith(".json"):  # stem.safetensors.index.fp16.json -> stem.fp16-00001-of-00002.safetensors
+            stem, suffix, kind = re.fullmatch(r"(\w+)\.(\w+)\.index(\.\w+)?\.json", chosen).groups(default="")  # type: ignore[union-attr]
+            shard = re.compile(rf"{stem}({re.escape(kind)}-\d+-of-\d+|-\d+-of-\d+{re.escape(kind)})\.{suffix}")
+            files += [f"{part}/{leaf}" for leaf in inside if shard.fullmatch(leaf)]
+    return sorted(name for name in files if name in listing)

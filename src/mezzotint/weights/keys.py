@@ -1,0 +1,341 @@
+"""The original names in single-file checkpoints (CompVis latent-diffusion, Stability generative-models, OpenCLIP), and
+the module names they stand for.
+
+For each network of a file: `config` fields read off the tensors' shapes, and `Sources`: for every parameter of the
+module, which tensor of the file it is (or which third of it, or its transpose). A table maps dotted prefixes of the
+file to dotted prefixes of the module; the longest prefix that fits a key renames it. Level and layer counts come from
+the shapes, so small models of the same form map by the same tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+Family = Literal["sd1", "sd2", "sdxl"]
+Shapes = Mapping[str, tuple[int, ...]]
+Table = dict[str, str]
+
+
+class Source(NamedTuple):
+    """What a parameter is: the tensor `key`, or one third of its rows (OpenCLIP's fused q, k, v), or its transpose."""
+
+    key: str
+    third: int | None = None
+    transpose: bool = False
+
+
+Sources = dict[str, Source]
+
+# Where each network's tensors begin in a single file.
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "clip": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
+    "open_clip": ("cond_stage_model.model.", "conditioner.embedders.1.model."),
+}
+REFINER = "conditioner.embedders.0.model."
+
+# Keys inside a network that are no weights of ours: index buffers, CLIP's image-side scale, training leftovers.
+IGNORED = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$|^(loss|model_ema)\.")
+
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.13
+OPEN_CLIP_ENDS = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+}
+OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def under(shapes: Shapes, prefix: str) -> Shapes:
+    """The part of a file below `prefix`, without it."""
+    return {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def first_prefix(shapes: Shapes, prefixes: tuple[str, ...]) -> str | None:
+    return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)), None)
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the highest number that `pattern`'s group finds in the keys; 0 when it finds none."""
+    found = (re.match(pattern, key) for key in shapes)
+    count = max((int(match[1]) + 1 for match in found if match), default=0)
+    if count > len(shapes):  # before anything counts up to it
+        raise ValueError(f"a key is numbered {count - 1} in a table of {len(shapes)}")
+    return count
+
+
+def _rename(shapes: Shapes, table: Table) -> tuple[Sources, list[str]]:
+    """Every key renamed by the longest prefix in `table`; the keys that none fits."""
+    sources: Sources = {}
+    unknown: list[str] = []
+    for key in shapes:
+        stem = key
+        while stem not in table and "." in stem:
+            stem = stem.rpartition(".")[0]
+        if stem in table:
+            sources[table[stem] + key[len(stem) :]] = Source(key)
+        else:
+            unknown.append(key)
+    return sources, unknown
+
+
+# UNet
+
+
+class _Levels(NamedTuple):
+    """The form of an LDM UNet: resnets a level; channels and transformer depth (0: none) of each level, top first."""
+
+    layers: int
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> _Levels:
+        inputs = _count(shapes, r"input_blocks\.(\d+)\.")
+        downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
+        layers = (downs[0] if downs else inputs) - 1
+        first = [1 + level * (layers + 1) for level in range(len(downs) + 1)]  # input block that starts each level
+        return cls(
+            layers,
+            tuple(shapes.get(f"input_blocks.{i}.0.out_layers.3.weight", (0,))[0] for i in first),
+            tuple(_count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first),
+        )
+
+    def blocks(self) -> Iterator[tuple[str, str]]:
+        """(block of the file, module) for every resnet, transformer, down- and upsampler."""
+        last = len(self.depths) - 1
+        i = 1
+        for level, depth in enumerate(self.depths):
+            for layer in range(self.layers):
+                yield f"input_blocks.{i}.0", f"down_blocks.{level}.resnets.{layer}"
+                if depth:
+                    yield f"input_blocks.{i}.1", f"down_blocks.{level}.attentions.{layer}"
+                i += 1
+            if level < last:
+                yield f"input_blocks.{i}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
+                i += 1
+        yield "middle_block.0", "mid_block.resnets.0"
+        yield "middle_block.1", "mid_block.attentions.0"
+        yield "middle_block.2", "mid_block.resnets.1"
+        i = 0
+        for level, depth in enumerate(reversed(self.depths)):
+            for layer in range(self.layers + 1):
+                yield f"output_blocks.{i}.0", f"up_blocks.{level}.resnets.{layer}"
+                if depth:
+                    yield f"output_blocks.{i}.1", f"up_blocks.{level}.attentions.{layer}"
+                if level < last and layer == self.layers:
+                    yield f"output_blocks.{i}.{2 if depth else 1}.conv", f"up_blocks.{level}.upsamplers.0.conv"
+                i += 1
+
+
+def unet_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
+    """Sources of an LDM UNet (keys without `model.diffusion_model.`), and the keys that have no place."""
+    table = dict(UNET_ENDS)
+    for block, module in _Levels.of(shapes).blocks():
+        table[block] = module
+        if ".resnets." in module:
+            table |= {f"{block}.{old}": f"{module}.{new}" for old, new in RESNET.items()}
+    return _rename(shapes, table)
+
+
+def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
+    """UNetConfig fields from an LDM UNet's shapes. Heads: SD1 has 8 of them, the others have them 64 wide."""
+    levels = _Levels.of(shapes)
+    attends = [depth > 0 for depth in levels.depths]
+    middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    depths = [*levels.depths[:-1], middle]  # the middle block has the deepest level's depth, with or without attention
+    context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
+    proj_in = next((shape for key, shape in shapes.items() if key.endswith(".proj_in.weight")), ())
+    config: dict[str, Any] = {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "block_out_channels": levels.channels,
+        "layers_per_block": levels.layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
+        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
+        "cross_attention_dim": context,
+        "use_linear_projection": len(proj_in) == 2,
+        "attention_head_dim": 8 if family == "sd1" else [max(width // 64, 1) for width in levels.channels],
+    }
+    if "label_emb.0.0.weight" in shapes:
+        config["addition_embed_type"] = "text_time"
+        config["projection_class_embeddings_input_dim"] = shapes["label_emb.0.0.weight"][1]
+    return config
+
+
+# VAE
+
+
+def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
+    """Sources of an LDM autoencoder (keys without `first_stage_model.`), and the keys that have no place."""
+    levels, layers = _vae_levels(shapes)
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half, way, resnets in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
+        table |= {f"{half}.{end}": f"{half}.{end}" for end in ("conv_in", "conv_out")}
+        table[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        for i in (0, 1):
+            _vae_resnet(table, f"{half}.mid.block_{i + 1}", f"{half}.mid_block.resnets.{i}")
+        for old, new in VAE_ATTENTION.items():
+            table[f"{half}.mid.attn_1.{old}"] = f"{half}.mid_block.attentions.0.{new}"
+        for level in range(levels):
+            block = f"{half}.{way}.{level}"
+            # the file counts the decoder's levels from the top as well, the module in the order that they run
+            module = f"{half}.{way}_blocks.{level if way == 'down' else levels - 1 - level}"
+            table[f"{block}.{way}sample.conv"] = f"{module}.{way}samplers.0.conv"
+            for layer in range(resnets):
+                _vae_resnet(table, f"{block}.block.{layer}", f"{module}.resnets.{layer}")
+    return _rename(shapes, table)
+
+
+def _vae_resnet(table: Table, block: str, module: str) -> None:
+    table[block] = module
+    table[f"{block}.nin_shortcut"] = f"{module}.conv_shortcut"
+
+
+def _vae_levels(shapes: Shapes) -> tuple[int, int]:
+    return _count(shapes, r"encoder\.down\.(\d+)\."), _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
+
+
+def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
+    """VAEConfig fields from an LDM autoencoder's shapes; the scaling factor is the family's."""
+    levels, layers = _vae_levels(shapes)
+    return {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "layers_per_block": layers,
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "scaling_factor": 0.13025 if family == "sdxl" else 0.18215,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+    }
+
+
+# Text encoders
+
+
+def clip_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
+    """Sources of a transformers CLIP text model in a single file; a projection, which some files have, is not read."""
+    sources = folder_sources(shapes, "text_encoder")
+    sources.pop("text_projection.weight", None)
+    return sources, []
+
+
+def clip_config(shapes: Shapes, _: Family) -> dict[str, Any]:
+    """CLIPConfig fields of an OpenAI CLIP text model from its shapes; heads are 64 wide."""
+    shapes = {target: shapes[source.key] for target, source in folder_sources(shapes, "text_encoder").items()}
+    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(width // 64, 1),
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "hidden_act": "quick_gelu",
+        "eos_token_id": 2,  # as in the published configs: the pooled vector is taken at the highest id
+    }
+
+
+def open_clip_layers(shapes: Shapes, family: Family) -> int:
+    """How many layers are used: all in SDXL, all but the last in SD2 (23 of ViT-H's 24; some files lack the 24th)."""
+    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    return layers if family == "sdxl" or layers == 23 else layers - 1
+
+
+def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str]]:
+    """Sources of an OpenCLIP text tower (keys without prefix): fused in_proj in thirds, text_projection transposed."""
+    table = dict(OPEN_CLIP_ENDS)
+    sources: Sources = {}
+    layers = open_clip_layers(shapes, family)
+    used = {}
+    for key, shape in shapes.items():
+        layer = re.match(r"transformer\.resblocks\.(\d+)\.", key)
+        if layer is None or int(layer[1]) < layers:
+            used[key] = shape
+    for i in range(layers):
+        block, module = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+        table |= {f"{block}.{old}": f"{module}.{new}" for old, new in OPEN_CLIP_LAYER.items()}
+        for kind in ("weight", "bias"):
+            fused = f"{block}.attn.in_proj_{kind}"
+            if used.pop(fused, None):
+                for third, name in enumerate("qkv"):
+                    sources[f"{module}.self_attn.{name}_proj.{kind}"] = Source(fused, third=third)
+    if used.pop("text_projection", None) and family == "sdxl":  # SD2 takes no pooled vector
+        sources["text_projection.weight"] = Source("text_projection", transpose=True)
+    renamed, unknown = _rename(used, table)
+    return sources | renamed, unknown
+
+
+def open_clip_config(shapes: Shapes, family: Family) -> dict[str, Any]:
+    """CLIPConfig fields of an OpenCLIP text tower from its shapes; heads are 64 wide."""
+    vocab, width = shapes["token_embedding.weight"]
+    with_projection = family == "sdxl" and "text_projection" in shapes
+    return {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "num_hidden_layers": open_clip_layers(shapes, family),
+        "num_attention_heads": max(width // 64, 1),
+        "max_position_embeddings": shapes["positional_embedding"][0],
+        "hidden_act": "gelu",
+        "projection_dim": shapes["text_projection"][1] if with_projection else width,
+        "eos_token_id": 2,
+        "architectures": ["CLIPTextModelWithProjection" if with_projection else "CLIPTextModel"],
+    }
+
+
+CONFIGS = {"unet": unet_config, "vae": vae_config, "clip": clip_config, "open_clip": open_clip_config}
+SOURCES = {"unet": unet_sources, "vae": vae_sources, "clip": clip_sources, "open_clip": open_clip_sources}
+
+
+# Folders
+
+
+def folder_sources(names: Iterable[str], part: str) -> Sources:
+    """Sources of one part of a diffusers folder: the module's own names, but for two old spellings.
+
+    Text encoders may lack the leading `text_model.` (transformers 5), VAEs may have query, key, value and proj_attn.
+    """
+    sources: Sources = {}
+    for name in names:
+        if IGNORED.search(name):
+            continue
+        target = name
+        if part.startswith("text_encoder"):
+            if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+                target = f"text_model.{name}"
+        elif part == "vae" and ".attentions." in name:
+            block, leaf, kind = name.rsplit(".", 2)
+            target = f"{block}.{OLD_VAE_ATTENTION.get(leaf, leaf)}.{kind}"
+        sources[target] = Source(name)
+    return sources

@@ -1,0 +1,172 @@
+"""An original single file (.safetensors, .ckpt): all networks in one table, described by nothing but their shapes.
+
+What shapes cannot show is the family's published default: the scheduler, the native size, the number of heads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mezzotint.errors import CheckpointError
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.weights import keys
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.keys import Family, Shapes, Sources
+from mezzotint.weights.part import Overrides, Part, Plan, listed
+
+CLIP_TOKENS = 49408
+PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction", "epsilon": "epsilon"}
+
+# What a file is that is no whole model, by a word in its keys.
+KINDS = {
+    "lora": "a LoRA",
+    "double_blocks.": "a Flux model",
+    "joint_blocks.": "a Stable Diffusion 3 model",
+    "control_model.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    "string_to_param": "a textual-inversion embedding",
+    "emb_params": "a textual-inversion embedding",
+    "encoder.down": "a VAE alone",
+    "down_blocks.": "a UNet alone",
+    "input_blocks.": "a UNet alone",
+    "text_model.": "a text encoder alone",
+}
+
+
+def plan_file(path: Path, family: Family | None, prediction: str | None, config: Overrides) -> Plan:
+    """Look through a file. Raises CheckpointError when it is damaged, or no Stable Diffusion model at all."""
+    file = TensorFile(path)
+    shapes = file.shapes
+    prefixes = {kind: keys.first_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
+    if prefixes["unet"] is None:
+        raise CheckpointError(f"{path} holds {kind_of(shapes)}, not a whole Stable Diffusion model")
+    if prefixes["clip"] is None and any(key.startswith(keys.REFINER) for key in shapes):
+        raise CheckpointError(f"{path} is SDXL's refiner, which mezzotint cannot run")
+    family = family or _family(keys.under(shapes, prefixes["unet"]), prefixes["open_clip"] is not None)
+    kinds = {"unet": "unet", "vae": "vae", "text_encoder": "clip"}
+    if family == "sdxl":
+        kinds["text_encoder_2"] = "open_clip"
+    elif family == "sd2" and prefixes["open_clip"]:
+        kinds["text_encoder"] = "open_clip"
+
+    plan = Plan(path, "single file", family, files=[path])
+    plan.scheduler_config = _scheduler(file, family, prediction)
+    plan.model_index = {"_class_name": "StableDiffusionPipeline"}
+    if family == "sdxl":
+        plan.model_index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    found: dict[str, tuple[dict[str, Any], Sources, list[str]]] = {}
+    for name, kind in kinds.items():
+        try:
+            found[name] = _read(path, name, kind, prefixes[kind], shapes, family)
+        except CheckpointError as error:
+            plan.problems.append(str(error))
+    if "unet" in found:
+        _complete(found["unet"][0], family, plan.scheduler_config["prediction_type"], found.get("text_encoder_2"))
+    for name, (fields, sources, unknown) in found.items():
+        try:
+            files = dict.fromkeys((source.key for source in sources.values()), file)
+            plan.parts.append(Part.of(name, path, {**fields, **config.get(name, {})}, files, sources, unknown))
+        except CheckpointError as error:
+            plan.problems.append(str(error))
+        if name.startswith("text_encoder"):
+            pad = "!" if kinds[name] == "open_clip" else "<|endoftext|>"  # OpenCLIP pads with id 0, which is "!"
+            plan.tokenizers.append(partial(Tokenizer.clip, pad=pad))
+            if fields["vocab_size"] != CLIP_TOKENS:
+                plan.problems.append(
+                    f"{path}: its text encoder knows {fields['vocab_size']} tokens, not CLIP's {CLIP_TOKENS}; "
+                    "a model with a tokenizer of its own must be a folder"
+                )
+    used = tuple(prefix for kind in kinds.values() if (prefix := prefixes[kind]))
+    over = Counter(key.partition(".")[0] for key in shapes if not key.startswith(used))
+    plan.passed_over = [f"{top} ({count} tensor{'s' * (count > 1)})" for top, count in over.items()]
+    return plan
+
+
+def kind_of(shapes: Shapes) -> str:
+    """What a file that is no whole model seems to be."""
+    for fragment, kind in KINDS.items():
+        if any(fragment in key for key in shapes):
+            return kind
+    return f"{len(shapes)} tensors of an unknown kind (such as {listed(list(shapes), 2)})" if shapes else "no tensors"
+
+
+def _family(unet: Shapes, open_clip: bool) -> Family:
+    if "label_emb.0.0.weight" in unet:
+        return "sdxl"
+    context = next((shape[-1] for key, shape in unet.items() if key.endswith("attn2.to_k.weight") and shape), 0)
+    return "sd2" if open_clip or context == 1024 else "sd1"
+
+
+def _read(
+    path: Path, name: str, kind: str, prefix: str | None, shapes: Shapes, family: Family
+) -> tuple[dict[str, Any], Sources, list[str]]:
+    """Config fields, sources and unknown keys of one network."""
+    if prefix is None:
+        raise CheckpointError(f"{path} has no {name}, which a {family} model needs")
+    shapes = {key: shape for key, shape in keys.under(shapes, prefix).items() if not keys.IGNORED.search(key)}
+    try:
+        fields = keys.CONFIGS[kind](shapes, family)
+        sources, unknown = keys.SOURCES[kind](shapes, family)
+    except KeyError as error:
+        raise CheckpointError(f"{path} ({name}) lacks {prefix}{error.args[0]}") from None
+    except (ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{path} ({name}) is not in the original layout: {error}") from None
+    sources = {target: source._replace(key=prefix + source.key) for target, source in sources.items()}
+    return fields, sources, [prefix + key for key in unknown]
+
+
+def _complete(
+    unet: dict[str, Any], family: Family, prediction: str, second: tuple[dict[str, Any], Any, Any] | None
+) -> None:
+    """The UNet's config fields that its own shapes do not show."""
+    unet["sample_size"] = {"sd1": 64, "sd2": 96 if prediction == "v_prediction" else 64, "sdxl": 128}[family]
+    unet["upcast_attention"] = family == "sd2"  # its attention overflows float16 otherwise
+    inputs = unet.get("projection_class_embeddings_input_dim")
+    if inputs and second:  # beside the pooled text there are six numbers of size and place
+        unet["addition_time_embed_dim"] = (inputs - second[0]["projection_dim"]) // 6
+
+
+def _scheduler(file: TensorFile, family: Family, prediction: str | None) -> dict[str, Any]:
+    """The published scheduler_config.json of SD 1.5, SD 2-base, SD 2.1 (v) or SDXL base."""
+    prediction = prediction or _said_prediction(file) or _usual_prediction(file, family)
+    config: dict[str, Any] = {
+        "_class_name": "PNDMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "prediction_type": prediction,
+    }
+    if family == "sdxl":
+        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    elif family == "sd2" and prediction == "v_prediction":
+        config["_class_name"] = "DDIMScheduler"
+    if "ztsnr" in file.entries:
+        config["rescale_betas_zero_snr"] = True
+    return config
+
+
+def _said_prediction(file: TensorFile) -> str | None:
+    """Where the file says it: ModelSpec metadata, a marker tensor, or SD2-base's count of training steps."""
+    said = file.metadata.get("modelspec.prediction_type", "").lower()
+    architecture = file.metadata.get("modelspec.architecture", "")
+    if said in PREDICTIONS:
+        return PREDICTIONS[said]
+    if "v_pred" in file.entries or architecture.startswith("stable-diffusion-v2-768-v"):
+        return "v_prediction"
+    if architecture.startswith("stable-diffusion-v2-512") or file.scalars.get("global_step") == 875000:
+        return "epsilon"
+    return None
+
+
+def _usual_prediction(file: TensorFile, family: Family) -> str:
+    """v for what has SD 2.1's shapes (its 512-pixel base has the same, and differs only by name), else epsilon."""
+    first = file.shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
+    return "v_prediction" if family == "sd2" and first[:2] == (320, 4) else "epsilon"

@@ -1,0 +1,67 @@
+"""The tables, against diffusers' and by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+
+from mezzotint.config import ScheduleConfig
+from mezzotint.diffusion.schedule import Schedule
+
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SD,
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
+        SD | {"num_train_timesteps": 50},
+    ],
+)
+def test_alphas_are_those_of_diffusers(config: dict[str, Any]) -> None:
+    schedule = Schedule.from_config(ScheduleConfig.model_validate(config))
+    theirs = diffusers.DDPMScheduler(**config).alphas_cumprod.double().numpy()
+    assert schedule.alphas_cumprod.dtype == np.float64
+    assert schedule.num_train_timesteps == len(theirs)
+    np.testing.assert_allclose(schedule.alphas_cumprod, theirs, rtol=5e-5)
+
+
+def test_zero_terminal_snr_ends_at_a_finite_sigma() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD, rescale_betas_zero_snr=True))
+    theirs = diffusers.EulerDiscreteScheduler(**SD, rescale_betas_zero_snr=True)
+    np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod.double().numpy(), rtol=2e-3)
+    np.testing.assert_allclose(schedule.alphas_cumprod[:-50], theirs.alphas_cumprod.double().numpy()[:-50], rtol=5e-5)
+    assert schedule.sigma_max == pytest.approx(4096, rel=1e-6)
+    plain = Schedule.from_config(ScheduleConfig(**SD))
+    assert schedule.sigma_min == pytest.approx(plain.sigma_min, rel=1e-12)
+
+
+def test_stable_diffusion_in_figures() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    assert schedule.sigma_min == pytest.approx(0.0291672, rel=1e-5)
+    assert schedule.sigma_max == pytest.approx(14.614647, rel=1e-5)
+    assert np.all(np.diff(schedule.sigmas) > 0)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_sigma_and_timestep_are_inverse(log: bool) -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    for timestep in (0.0, 0.25, 17.0, 400.5, 998.9, 999.0):
+        assert schedule.timestep(schedule.sigma(timestep, log=log), log=log) == pytest.approx(timestep, abs=1e-9)
+    assert schedule.sigma(500) == schedule.sigmas[500]
+    middle = schedule.sigma(400.5, log=log)
+    lower, upper = schedule.sigmas[400:402]
+    assert middle == pytest.approx(math.sqrt(lower * upper) if log else (lower + upper) / 2, rel=1e-12)
+
+
+def test_beyond_the_table_is_its_end() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    assert schedule.timestep(0.0) == 0.0 and schedule.timestep(1e6) == 999.0
+    assert schedule.sigma(-5) == schedule.sigma_min and schedule.sigma(1000) == schedule.sigma_max

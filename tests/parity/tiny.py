@@ -1,0 +1,138 @@
+"""Small random models of every shape that mezzotint runs, built by diffusers and transformers, for the parity tests.
+
+Each builder is seeded, float32, in eval mode, and takes milliseconds. `FAMILIES` names the shapes: sd1, sd2 (linear
+projections, heads per level; run it with v-prediction), sdxl (added text and time, depth per level), inpainting (9
+channels).
+The UNet's conv_out weights are scaled by 5, so that any two samplers give visibly different pictures.
+Also here: the published configurations of the full-size models, for key and shape lists on the meta device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+FAMILIES = ("sd1", "sd2", "sdxl", "inpainting")
+
+TOKENS = 100  # vocabulary; 98 begins a prompt, 99 ends it
+WIDTH = 32  # of each text encoder; SDXL's context is two of them side by side
+
+_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": _UNET,
+    "sd2": _UNET | {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True},
+    "sdxl": _UNET
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    },
+    "inpainting": _UNET | {"in_channels": 9},
+}
+
+VAE: dict[str, Any] = {
+    "block_out_channels": (16, 16, 32, 32),  # f = 8, as everywhere in this family
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 64,
+}
+
+CLIP: dict[str, Any] = {
+    "vocab_size": TOKENS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "projection_dim": WIDTH,
+    "bos_token_id": 98,
+    "eos_token_id": 99,
+    "pad_token_id": 99,
+}
+CLIP_ACT = {"sd1": "quick_gelu", "sd2": "gelu", "sdxl": "quick_gelu", "inpainting": "quick_gelu"}
+
+
+def unet(family: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """A diffusers UNet of this family, `changes` to its configuration applied."""
+    torch.manual_seed(seed)
+    model = UNet2DConditionModel(**UNETS[family] | changes)
+    with torch.no_grad():
+        model.conv_out.weight.mul_(5)
+    return model.eval()
+
+
+def vae(seed: int = 1, **changes: Any) -> AutoencoderKL:
+    """A diffusers AutoencoderKL, downscaling by 8."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(**VAE | changes).eval()
+
+
+def clip(family: str = "sd1", seed: int = 2, *, projection: bool = False, **changes: Any) -> CLIPTextModel:
+    """A transformers CLIP text model; with `projection`, a CLIPTextModelWithProjection (SDXL's second, gelu)."""
+    torch.manual_seed(seed)
+    act = "gelu" if projection else CLIP_ACT[family]
+    config = CLIPTextConfig(**CLIP | {"hidden_act": act} | changes)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def text_encoders(family: str) -> list[CLIPTextModel]:
+    """The family's text encoders, in order."""
+    return [clip(family)] + ([clip(family, seed=3, projection=True)] if family == "sdxl" else [])
+
+
+_SD: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+FULL_UNETS: dict[str, dict[str, Any]] = {
+    "sd1.5": _SD,
+    "sd1.5-inpainting": _SD | {"in_channels": 9},
+    "sd2.1": _SD
+    | {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}

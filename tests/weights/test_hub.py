@@ -1,0 +1,190 @@
+"""Hub ids against a tiny hub on the loopback: only what is needed, the cache before the network, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from mezzotint.errors import CheckpointError
+from mezzotint.weights import open_model
+from mezzotint.weights.hub import needed
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NAME = "someone/tiny-model"
+
+
+class Hub(ThreadingHTTPServer):
+    """A model repository, as much of the hub's interface as huggingface_hub asks for; `downloads` are files sent."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.downloads: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/models/gated/model" or path.startswith("/api/models/gated/model/"):
+            self.send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+        elif path.startswith(f"/api/models/{NAME}/tree/"):
+            rows = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in self.server.files.items()
+            ]
+            self.send(200, json.dumps(rows).encode(), {}, body)
+        elif path in (f"/api/models/{NAME}", f"/api/models/{NAME}/revision/main"):
+            siblings = [{"rfilename": name} for name in self.server.files]
+            info = {"id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+            self.send(200, json.dumps(info).encode(), {}, body)
+        elif path.startswith(f"/{NAME}/resolve/") and (name := path.split("/", 5)[5]) in self.server.files:
+            content = self.server.files[name]
+            if body:
+                self.server.downloads.append(name)
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.send(200, content, headers, body)
+        else:
+            self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    root = tiny_model.folder
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    half = {name.replace(".safetensors", ".fp16.safetensors"): b"x" for name in files if name.endswith(".safetensors")}
+    files |= half | {
+        "model.ckpt": b"x",
+        "unet/diffusion_pytorch_model.bin": b"x",
+        "README.md": b"x",
+        "unet/x.onnx": b"x",
+    }
+    server = Hub(files)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_model_is_downloaded_once_and_only_what_it_needs(hub: Hub, tiny_model: Any, capfd: Any) -> None:
+    parts = open_model(NAME)
+    assert torch.equal(parts.unet.conv_in.weight, tiny_model.unet.conv_in.weight)
+    weights = sorted(name for name in hub.downloads if not name.endswith((".json", ".txt")))
+    assert weights == [
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert "mezzotint.json" in hub.downloads
+    assert "README.md" not in hub.downloads
+    assert "%|" in capfd.readouterr().err  # progress was shown
+    count = len(hub.downloads)
+    hub.shutdown()
+    hub.server_close()
+    assert torch.equal(open_model(NAME).unet.conv_in.weight, parts.unet.conv_in.weight)  # cached: no network needed
+    assert len(hub.downloads) == count
+
+
+def test_an_incomplete_cache_is_completed(hub: Hub, tmp_path: Path) -> None:
+    parts = open_model(NAME)
+    (parts.source / "vae/diffusion_pytorch_model.safetensors").unlink()
+    hub.downloads.clear()
+    open_model(NAME)
+    assert hub.downloads in ([], ["vae/diffusion_pytorch_model.safetensors"])  # the blob may still be in the cache
+
+
+def test_what_the_hub_does_not_have(hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match="neither a path here nor a model on the hub"):
+        open_model("someone/else")
+    with pytest.raises(CheckpointError, match="licence to be accepted"):
+        open_model("gated/model")
+    del hub.files["model_index.json"]
+    with pytest.raises(CheckpointError, match="has no model_index"):
+        open_model(NAME)
+
+
+def test_offline_and_not_cached(hub: Hub) -> None:
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(CheckpointError, match="not in the cache and could not be downloaded"):
+        open_model(NAME)
+
+
+def test_needed_picks_one_format_and_variant() -> None:
+    listing = [
+        "model_index.json",
+        "README.md",
+        "v1.safetensors",
+        "safety_checker/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.bin",
+    ]
+    common = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "unet/config.json"]
+    vae = ["vae/config.json", "vae/diffusion_pytorch_model.bin"]
+    unet = "unet/diffusion_pytorch_model"
+    plain = [
+        f"{unet}-00001-of-00002.safetensors",
+        f"{unet}-00002-of-00002.safetensors",
+        f"{unet}.safetensors.index.json",
+    ]
+    half = [f"{unet}.fp16-00001-of-00001.safetensors", f"{unet}.safetensors.index.fp16.json"]
+    assert needed(listing, None) == sorted(common + plain + vae)
+    assert needed(listing, "fp16") == sorted(common + half + vae)
+
+
+def test_a_missing_local_path_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any) -> None:
+        raise AssertionError("a path reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    for name in ("models/a.safetensors", Path("someone/model"), "./someone/model", "/someone/model"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            open_model(name)
