@@ -1,7 +1,7 @@
-"""Peak memory of opening one model, in a process of its own: `python benchmarks/load_memory.py FILE [DTYPE]`.
+"""Peak memory of `mezzotint.load`, in a process of its own: `python benchmarks/load_memory.py FILE DTYPE`.
 
-Prints one JSON object: the peak (VmHWM) above `import torch`, the bytes of the tensors that the model then holds, their
-ratio (the bound is 1.15), and seconds. Linux only.
+Prints one JSON object: the peak (VmHWM) above `import torch`, the bytes of the tensors that the pipeline then holds,
+and their ratio. Linux only.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ def peak() -> int:
 
 
 def main() -> None:
-    path, dtype = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+    path, dtype = sys.argv[1:3]
     before = peak()
-    from mezzotint.weights import open_model
+    import mezzotint
 
     start = time.perf_counter()
-    parts = open_model(path, dtype=getattr(torch, dtype) if dtype else None)
+    pipe = mezzotint.load(path, device="cpu", dtype=dtype)
     seconds = time.perf_counter() - start
-    networks = (parts.unet, parts.vae, *parts.text_encoders)
-    held = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
     grown = peak() - before
-    ratio = round(grown / held, 4)
-    print(json.dumps({"dtype": dtype, "peak": grown, "held": held, "ratio": ratio, "seconds": round(seconds, 2)}))
+    networks = (pipe.unet, pipe.vae, *pipe.text_encoders)
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    assert {tensor.dtype for tensor in tensors} == {getattr(torch, dtype)}
+    held = sum(tensor.nbytes for tensor in tensors)
+    measures = {"load_s": seconds, "grown_mb": grown / 1e6, "held_mb": held / 1e6, "peak_over_held": grown / held}
+    print(json.dumps(measures))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
-"""Make the bundled model `emoji` from nothing: VAE, then latents, then text encoder and UNet, then the folder.
+"""Make the bundled model `emoji` from nothing to the folder. Five stages; each resumes where it was killed.
 
     python recipes/emoji/make.py [--work build/emoji] [--out src/mezzotint/data/emoji] [--device cuda]
 
-Every stage resumes where it was killed. See README.md beside this file for packages, times and curves.
+    vae        encoder and decoder together
+    latents    scenes through the encoder, which is final from here on
+    diffusion  text encoder and UNet on those latents
+    decoder    the decoder alone goes on; it needs `vae` only, so it may run beside `diffusion`
+    save       the folder
+
+`--stages decoder` runs one of them. See README.md beside this file for packages, times and curves.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
 from mezzotint.diffusion.prediction import PREDICTIONS
@@ -28,11 +35,13 @@ from mezzotint.train.vae import vae_losses
 from mezzotint.weights import save_folder
 from scenes import Scenes, caption_words
 
-VAE_SCENES, LATENT_SCENES = 1, 2  # seeds
+VAE_SCENES, LATENT_SCENES, DECODER_SCENES = 1, 2, 3  # seeds
 CROP = 64  # side of the VAE's training crops: convolutions do not need the whole picture
-WINDOW = 24  # tokens with BOS and EOS: captions have 16 at most
+WINDOW = 20  # tokens with BOS and EOS: captions have 16 at most
 EMPTY_SHARE = 0.1  # of captions left out, for guidance
-SCENES = 12_000  # in the cache of latents
+SCENES = 6_000  # in the cache of latents
+
+STAGES = ("vae", "latents", "diffusion", "decoder", "save")
 
 VAE_CONFIG = VAEConfig(block_out_channels=(16, 32, 64, 128), norm_num_groups=8, sample_size=128, force_upcast=False)
 UNET_CONFIG = UNetConfig(
@@ -61,8 +70,10 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 }
 SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
 
-VAE_PLAN = Plan(steps=2000, batch=16, lr=3e-3, warmup=50, decay=700, ema=0.995)
-DIFFUSION_PLAN = Plan(steps=7000, batch=32, lr=1e-3, warmup=200, decay=2000)
+VAE_PLAN = Plan(steps=800, batch=16, lr=3e-3, warmup=50, decay=200, ema=0.99)
+DECODER_PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
+DIFFUSION_PLAN = Plan(steps=3800, batch=32, lr=1e-3, warmup=100, decay=1200, save_every=100)
+SHARES = {"single": 0.72, "sized": 0.10, "recoloured": 0.08, "pair": 0.10}  # for a short training
 
 
 def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
@@ -81,33 +92,44 @@ def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
     )
 
 
-def train_vae(work: Path, plan: Plan, device: str) -> VAE:
-    """Stage one: the VAE on random crops of scenes, then its scaling factor, which makes latents unit variance."""
-    torch.manual_seed(0)
-    vae = VAE(VAE_CONFIG).to(device)
-    scenes = Scenes(VAE_SCENES, device)
+def crop_losses(vae: VAE, scenes: Scenes, batch: int) -> Callable[[int, torch.Generator], Losses]:
+    """The VAE's losses on a random crop of fresh scenes for each step."""
 
     def losses(step: int, generator: torch.Generator) -> Losses:
-        pixels, _, _ = scenes.batch(range(step * plan.batch, (step + 1) * plan.batch))
+        pixels, _, _ = scenes.batch(range(step * batch, (step + 1) * batch))
         top, left = torch.randint(0, pixels.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
         crops = pixels[:, :, top : top + CROP, left : left + CROP].contiguous(memory_format=torch.channels_last)
         return vae_losses(vae, crops, generator)
 
-    train(vae, losses, plan, work / "vae", plain=("conv_in", "conv_out", "quant_conv"))
+    return losses
+
+
+def train_vae(work: Path, plan: Plan, device: str) -> VAE:
+    """The whole VAE, then its scaling factor, which makes latents unit variance."""
+    torch.manual_seed(0)
+    vae = VAE(VAE_CONFIG).to(device)
+    scenes = Scenes(VAE_SCENES, device)
+    train(vae, crop_losses(vae, scenes, plan.batch), plan, work / "vae", plain=("conv_in", "conv_out", "quant_conv"))
     vae.eval().requires_grad_(False)
     with torch.inference_mode():
-        means = vae.encode(scenes.batch(range(256))[0]).mean
-    vae.config = vae.config.model_copy(
-        update={"scaling_factor": 1.0 / means.std().item(), "shift_factor": None},
-    )
+        spread = vae.encode(scenes.batch(range(256))[0]).mean.std().item()
+    vae.config = vae.config.model_copy(update={"scaling_factor": 1.0 / spread})
     return vae
 
 
+def train_decoder(work: Path, vae: VAE, plan: Plan, device: str) -> None:
+    """The decoder alone, in place: latents, and all that was trained on them, stay as they are."""
+    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
+    losses = crop_losses(vae, Scenes(DECODER_SCENES, device), plan.batch)
+    train(decoder, losses, plan, work / "decoder", plain=("conv_in", "conv_out", "1.weight"))
+    decoder.eval().requires_grad_(False)
+
+
 def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tuple[Tensor, Tensor]:
-    """Stage two: scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in a file."""
+    """Scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in a file."""
     path = work / "latents.pt"
     if not path.exists():
-        scenes = Scenes(LATENT_SCENES, device)
+        scenes = Scenes(LATENT_SCENES, device, shares=SHARES)
         latents, ids = [], []
         with torch.inference_mode():
             for first in range(0, SCENES, 100):
@@ -121,7 +143,7 @@ def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tu
 
 
 def train_diffusion(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> TextToLatents:
-    """Stage three: text encoder and UNet together."""
+    """Text encoder and UNet together."""
     torch.manual_seed(0)
     model = TextToLatents(CLIPTextModel(clip_config(tokenizer)), UNet(UNET_CONFIG)).to(latents.device)
     schedule = Schedule.from_config(ScheduleConfig.model_validate(SCHEDULER_CONFIG))
@@ -147,15 +169,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=Path("src/mezzotint/data/emoji"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae-steps", type=int, default=VAE_PLAN.steps)
-    parser.add_argument("--steps", type=int, default=DIFFUSION_PLAN.steps)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_PLAN.steps)
+    parser.add_argument("--steps", type=int, default=DIFFUSION_PLAN.steps, help="of the diffusion stage")
     options = parser.parse_args()
 
+    # a finished stage costs only the reading of its checkpoint, so every stage may ask for those before it
     tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
-    vae = train_vae(options.work, replace(VAE_PLAN, steps=options.vae_steps), options.device)
-    latents, ids = cache_latents(options.work, vae, tokenizer, options.device)
-    plan = replace(DIFFUSION_PLAN, steps=options.steps)
-    model = train_diffusion(options.work, latents, ids, tokenizer, plan)
+    vae = train_vae(options.work, VAE_PLAN, options.device)
+    if {"latents", "diffusion", "save"} & {*options.stages}:
+        latents, ids = cache_latents(options.work, vae, tokenizer, options.device)
+    if {"diffusion", "save"} & {*options.stages}:
+        plan = replace(DIFFUSION_PLAN, steps=options.steps)
+        model = train_diffusion(options.work, latents, ids, tokenizer, plan)
+    if {"decoder", "save"} & {*options.stages}:
+        train_decoder(options.work, vae, replace(DECODER_PLAN, steps=options.decoder_steps), options.device)
+    if "save" not in options.stages:
+        return
     save_folder(
         options.out,
         unet=model.unet,

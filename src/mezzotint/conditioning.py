@@ -24,11 +24,11 @@ def encode(
     With one encoder (SD 1, 2): the last layer but `clip_skip`, normed, and no pooled vector. With two (SDXL): of both
     the layer before, not normed, joined along D, and the second one's pooled vector (B, P).
     """
-    two = len(encoders) > 1
+    two, count = len(encoders) > 1, windows(texts, tokenizers)
     contexts, pooled = [], None
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        windows = _windows(texts, tokenizer).to(encoder.text_model.final_layer_norm.weight.device)  # (k, B, T)
-        states = [encoder(ids, skip=clip_skip + two, normed=not two) for ids in windows]
+        rows = _windows(texts, tokenizer, count).to(encoder.text_model.final_layer_norm.weight.device)  # (k, B, T)
+        states = [encoder(ids, skip=clip_skip + two, normed=not two) for ids in rows]
         contexts.append(torch.cat([hidden for hidden, _ in states], dim=1).float())
         pooled = states[0][1].float()
     return Condition(torch.cat(contexts, dim=-1), pooled if two else None)
@@ -40,9 +40,13 @@ def zeros_like(condition: Condition) -> Condition:
     return Condition(torch.zeros_like(condition.context), pooled, condition.time_ids)
 
 
-def _windows(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-    """(k, B, T) ids; texts that need fewer windows get empty ones."""
+def windows(texts: Sequence[str], tokenizers: Sequence[Tokenizer]) -> int:
+    """How many windows the longest text fills; SDXL's tokenizers split "!!" differently, and the longer list counts."""
+    return max(1, *(-(-len(t.encode(text)) // (t.max_length - 2)) for t in tokenizers for text in texts))
+
+
+def _windows(texts: Sequence[str], tokenizer: Tokenizer, count: int) -> Tensor:
+    """(count, B, T) ids; texts that need fewer windows get empty ones."""
     room = tokenizer.max_length - 2
     ids = [tokenizer.encode(text) for text in texts]
-    starts = range(0, max(1, *(len(row) for row in ids)), room)
-    return torch.tensor([[tokenizer.window(row[start : start + room]) for row in ids] for start in starts])
+    return torch.tensor([[tokenizer.window(row[i * room : (i + 1) * room]) for row in ids] for i in range(count)])

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint import samplers
-from mezzotint.conditioning import encode, zeros_like
+from mezzotint.conditioning import encode, windows, zeros_like
 from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.guidance import guided
 from mezzotint.diffusion.noise import SeededNoise
@@ -31,6 +31,7 @@ from mezzotint.diffusion.solvers import SOLVERS, Step
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.errors import RequestError
 from mezzotint.image import describe, from_pil, to_pil
+from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.request import Request, Result
 from mezzotint.weights.checkpoint import Parts, open_model
@@ -38,7 +39,6 @@ from mezzotint.weights.checkpoint import Parts, open_model
 BUNDLED = Path(__file__).parent / "data" / "emoji"
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, where the model does not say
 GPU_BATCH = 4  # pictures at once where the request does not say; 1 on the CPU
-ETAS = {"ddim": 0.0, "ddpm": 1.0, "euler_a": 1.0}
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
@@ -57,7 +57,7 @@ def load(
     device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". options:
     `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError.
     """
-    device = torch.device(device or best_device())
+    device = _device(device or best_device())
     dtype = _dtype(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
     return Pipeline(open_model(path_or_id or BUNDLED, device=device, dtype=dtype, **options))
 
@@ -107,8 +107,8 @@ class Pipeline:
         sampler = samplers.resolve(request.sampler, self.scheduler_config, request.spacing)
         width = request.width or settings.get("width", native)
         height = request.height or settings.get("height", native)
-        takes_eta = "eta" in inspect.signature(SOLVERS[sampler.solver]).parameters
-        if request.eta is not None and not takes_eta:
+        eta = inspect.signature(SOLVERS[sampler.solver]).parameters.get("eta")
+        if request.eta is not None and eta is None:
             raise RequestError(f"eta is {request.eta}; the sampler {sampler.name} takes none, ddim and euler_a do")
         for name in ("original_size", "crop", "target_size"):
             if getattr(request, name) is not None and not xl:
@@ -124,7 +124,7 @@ class Pipeline:
             "seed": secrets.randbelow(2**32),
             "batch": 1 if self.device.type == "cpu" else GPU_BATCH,
             "clip_skip": 0,
-            "eta": ETAS.get(sampler.name) if takes_eta else None,
+            "eta": eta and eta.default,
             "guidance_rescale": 0.0,
         }
         if xl:
@@ -168,8 +168,10 @@ class Pipeline:
         after each step, on_image(index, picture) when a picture is finished; what they raise ends the run.
         """
         requests = [self.resolve(r) for r in ([request] if isinstance(request, Request) else request)]
-        jobs: list[Job] = [(r, r.seed + k) for r in requests for k in range(r.count)]  # type: ignore[operator]
-        groups = _groups(jobs)
+        groups = _groups(requests, self.tokenizers)
+        pictures = sum(r.count for r in requests)
+        if latents is not None and latents.shape[:1] != (pictures,):
+            raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
         total, done = sum(group[0][0].steps for group in groups), 0  # type: ignore[misc]
         images: list[Image.Image] = []
         finals: list[Tensor] = []
@@ -182,21 +184,22 @@ class Pipeline:
                 done += 1
                 if on_step:
                     on_step(done, total)
-            finals.append(self._final(group[0][0], x))
+            x = self._final(group[0][0], x)
+            finals += x.unbind()
             middle = time.perf_counter()
-            for (job, seed), image in zip(group, self.decode(finals[-1]), strict=True):
+            for (job, seed), image in zip(group, self.decode(x), strict=True):
                 image.info.update(describe(job, seed, self._facts(), [s for _, s in group]))
                 images.append(image)
                 if on_image:
                     on_image(len(images) - 1, image)
             timings["denoise"] += middle - start
             timings["decode"] += time.perf_counter() - middle
-        x = torch.cat(finals)
         results: list[Result] = []
         first = 0
         for r in requests:
             part = slice(first, first + r.count)
-            results.append(Result(images[part], x[part], [seed for _, seed in jobs[part]], r, timings))
+            seeds = [r.seed + k for k in range(r.count)]  # type: ignore[operator]
+            results.append(Result(images[part], torch.stack(finals[part]), seeds, r, timings))
             first += r.count
         return results[0] if isinstance(request, Request) else results
 
@@ -265,7 +268,9 @@ class Pipeline:
         guides = (request.guidance_scale or 0.0) > 1.0
         negatives = [r.negative_prompt for r in rows] if guides else []
         texts = [r.prompt for r in rows] + [negative or "" for negative in negatives]
-        encoded = encode(texts, self.tokenizers, self.text_encoders, request.clip_skip or 0)
+        encoded = [encode(texts, self.tokenizers, self.text_encoders, request.clip_skip or 0)]
+        if guides:  # clip_skip is the prompt's alone, as in diffusers
+            encoded += [encode(texts, self.tokenizers, self.text_encoders)] if request.clip_skip else encoded
         ids = None
         if request.original_size and request.crop and request.target_size:
             numbers = [*request.original_size, *request.crop, *request.target_size]
@@ -273,8 +278,9 @@ class Pipeline:
         conditions = []
         for part in range(1 + guides):
             own = slice(part * len(rows), (part + 1) * len(rows))
-            pooled = None if encoded.pooled is None else encoded.pooled[own]
-            condition = Condition(encoded.context[own], pooled, ids)
+            whole = encoded[part]
+            pooled = None if whole.pooled is None else whole.pooled[own]
+            condition = Condition(whole.context[own], pooled, ids)
             conditions.append(zeros_like(condition) if part and request.negative_prompt is None else condition)
         return conditions
 
@@ -291,6 +297,9 @@ class Pipeline:
 
     def encode_image(self, image: Image.Image) -> Tensor:
         """A picture, its sides multiples of 8 -> the latents (1, C, h, w) float32 of its posterior's mean."""
+        side = self.vae.config.downscale
+        if image.width % side or image.height % side:
+            raise RequestError(f"the picture is {image.width}x{image.height}; both must be multiples of {side}")
         with torch.inference_mode():
             weight = self.vae.encoder.conv_in.weight
             return self.vae.scale(self.vae.encode(from_pil(image).to(weight.device, weight.dtype)).mean).float()
@@ -306,18 +315,31 @@ class Pipeline:
         }
 
 
-def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs in order, cut where the batch is full or the next job differs in more than words and seed."""
+def _groups(requests: Sequence[Request], tokenizers: Sequence[Tokenizer]) -> list[list[Job]]:
+    """Pictures in order, cut where the batch is full or the next request differs in more than words and seed.
+
+    Texts that fill different numbers of windows do not meet: an empty window more would change the picture.
+    """
     groups: list[list[Job]] = []
-    kinds: list[Request] = []
-    for job in jobs:
-        kind = job[0].replace(prompt="", negative_prompt=job[0].negative_prompt and "", seed=0, count=1)
-        if groups and kinds[-1] == kind and len(groups[-1]) < (kind.batch or 1):
-            groups[-1].append(job)
-        else:
-            groups.append([job])
-            kinds.append(kind)
+    last: tuple[Request, int] | None = None
+    for r in requests:
+        alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1)
+        kind = alike, windows([r.prompt, r.negative_prompt or ""], tokenizers)
+        for k in range(r.count):
+            if kind != last or len(groups[-1]) == r.batch:
+                groups.append([])
+            groups[-1].append((r, r.seed + k))  # type: ignore[operator]
+            last = kind
     return groups
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch raises any of them
+        raise RequestError(f"device is {str(name)!r}, which is not here; the best here is {best_device()!r}") from None
+    return device
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

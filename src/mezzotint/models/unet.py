@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.models.blocks import Attention, Downsample, KeysValues, ResnetBlock, Transformer, Upsample
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +201,9 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        # in module order; kept, because looking through the whole tree at each step takes a millisecond or two
+        self._attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
 
     def forward(
         self,
@@ -250,7 +250,7 @@ class UNet(nn.Module):
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:
         """Keys and values of the prompt for every cross-attention, in module order; the same at every step."""
-        return [attn.keys_values(condition.context) for attn in self._each(Attention) if attn.cross]
+        return [attn.keys_values(condition.context) for attn in self._attentions if attn.cross]
 
     def time_projections(
         self, timestep: Tensor | float, condition: Condition, timestep_cond: Tensor | None = None
@@ -266,15 +266,12 @@ class UNet(nn.Module):
             ids = ids.reshape(condition.time_ids.shape[0], -1)  # (B, 6 * addition_time_embed_dim)
             embedding = embedding + self.add_embedding(torch.cat([condition.pooled.to(ids.dtype), ids], dim=1))
         embedding = F.silu(embedding)  # (B, time_dim)
-        return [resnet.time_emb_proj(embedding) for resnet in self._each(ResnetBlock)]
+        return [resnet.time_emb_proj(embedding) for resnet in self._resnets]
 
     def fuse_projections(self) -> None:
         """Fuse the attention projections (Attention.fuse); call it once the weights are where they will run."""
-        for attn in self._each(Attention):
+        for attn in self._attentions:
             attn.fuse()
-
-    def _each(self, kind: type[M]) -> list[M]:
-        return [module for module in self.modules() if isinstance(module, kind)]
 
     def _sinusoid(self, numbers: Tensor, dim: int) -> Tensor:
         """Vaswani et al. 2017, section 3.5, in float32, then in the network's dtype: (N,) -> (N, dim)."""

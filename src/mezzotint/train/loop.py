@@ -9,11 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import mean
 
 import torch
 from torch import Tensor, nn
 
+from mezzotint.errors import CheckpointError
 from mezzotint.train.optim import Optimiser
 
 Losses = dict[str, Tensor]  # "loss" is the one that is minimised; the others are logged
@@ -52,6 +54,8 @@ def train(
     """Minimise losses(step, generator)["loss"] over the module's parameters; returns it holding the EMA weights.
 
     The generator (CPU) is seeded by (plan.seed, step). `folder` holds checkpoint.pt (always whole) and log.jsonl.
+    Raises CheckpointError where the one that is there cannot be resumed, FloatingPointError where a gradient is not
+    finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimiser = Optimiser(module, plan.lr, plain)
@@ -98,8 +102,12 @@ def _save(path: Path, step: int, module: nn.Module, optimiser: Optimiser, averag
 def _resume(path: Path, module: nn.Module, optimiser: Optimiser, averages: list[Tensor]) -> int:
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
-    module.load_state_dict(state["module"])
-    optimiser.load_state_dict(state["optimiser"])
-    torch._foreach_copy_(averages, state["averages"])
-    return int(state["step"])
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch._foreach_copy_(averages, state["averages"])
+        return int(state["step"])
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or of another model ({reason}); delete it to begin anew") from error

@@ -1,0 +1,313 @@
+"""The benchmarks: `python benchmarks/run.py [--rows NAME...] [--runs N] [--quick]`. The rules are in README.md.
+
+A row is a few commands, ours first. Each run is a fresh process; runs are interleaved (A B C, C B A, A B C ...) after
+warm-ups that are not counted, and ratios are of medians within this one session. The parent measures seconds from spawn
+to exit, seconds until the command's picture was saved (its file's time), and peak memory (ru_maxrss); a child may print
+more as one JSON object. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BUNDLED = ROOT / "src" / "mezzotint" / "data" / "emoji"
+PYTHON = sys.executable
+PACKAGES = ("mezzotint", "torch", "diffusers", "transformers", "numpy", "safetensors", "tokenizers", "typer")
+
+Measures = dict[str, float]
+
+
+@dataclass
+class Row:
+    """One comparison. `commands`: ours first, then the peers'; `pictures`: what a command writes, by the same names."""
+
+    name: str
+    about: str
+    measure: str  # what the ratios and the limit are of
+    commands: dict[str, list[str]]
+    pictures: dict[str, Path] = field(default_factory=dict)
+    limit: float | None = None  # what our measure must stay under
+    runs: int = 7
+    warmups: int = 2
+    prepare: Callable[[], None] = lambda: None
+    check: Callable[[], dict[str, Any]] = dict  # after the runs; what it returns is reported
+    missing: str = ""  # why this row cannot run
+
+
+# Rows
+
+
+def first_picture(folder: Path, model: Path) -> Row:
+    """From process start to the first picture of the bundled model, 20 steps, against diffusers on the same folder."""
+    pictures = {name: folder / f"{name}.png" for name in ("mezzotint", "diffusers", "diffusers_best")}
+    prompt, seed = "a lemon on a blue background", "7"
+    ours = [PYTHON, "-m", "mezzotint", "generate", prompt, "--seed", seed, "--steps", "20", "--device", "cpu"]
+    peer = [PYTHON, str(HERE / "diffusers_picture.py"), str(model), prompt, seed]
+    commands = {
+        "mezzotint": [*ours, "--dtype", "float32", "--model", str(model), "--out", str(pictures["mezzotint"])],
+        "diffusers": [*peer, str(pictures["diffusers"])],
+        "diffusers_best": [*peer, str(pictures["diffusers_best"]), "--best"],
+    }
+    return Row(
+        "first_picture",
+        "emoji, 20 steps, CPU, float32: from process start to the first picture saved as PNG",
+        "saved_s",
+        commands,
+        pictures,
+        check=lambda: {
+            f"levels_apart_{name}": _apart(pictures["mezzotint"], pictures[name]) for name in list(pictures)[1:]
+        },
+        missing="" if (model / "model_index.json").exists() else "its model is missing: give --model FOLDER",
+    )
+
+
+def load_memory(folder: Path, model: Path) -> Row:
+    """Peak memory of loading a 2.13 GB single file of SD 1.5's shape, in three dtypes."""
+    file = folder / "sd15.safetensors"
+    child = [PYTHON, str(HERE / "load_memory.py"), str(file)]
+    return Row(
+        "load_memory",
+        "mezzotint.load of a 2.13 GB fp16 single file: peak above `import torch` over the bytes then held",
+        "peak_over_held",
+        {dtype: [*child, dtype] for dtype in ("float16", "float32", "bfloat16")},
+        limit=1.15,
+        runs=3,
+        warmups=0,
+        prepare=lambda: _prepare([PYTHON, str(HERE / "sd15_file.py"), str(file)]),
+    )
+
+
+def help_(folder: Path, model: Path) -> Row:
+    """How long `mezzotint --help` takes, and whether it imports torch."""
+    command = [PYTHON, "-m", "mezzotint", "--help"]
+
+    def check() -> dict[str, Any]:
+        traced = [PYTHON, "-X", "importtime", *command[1:]]
+        log = subprocess.run(traced, env=environment(), capture_output=True, text=True, check=True).stderr
+        modules = {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}
+        return {"modules": len(modules), "imports_torch": "torch" in modules}
+
+    return Row("help", "mezzotint --help", "wall_s", {"mezzotint": command}, limit=0.4, runs=15, check=check)
+
+
+ROWS = {"first_picture": first_picture, "load_memory": load_memory, "help": help_}
+
+
+def _apart(one: Path, other: Path) -> int:
+    """The largest difference between two pictures, in levels of 255."""
+    from PIL import Image, ImageChops
+
+    with Image.open(one) as a, Image.open(other) as b:
+        extrema: Any = ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getextrema()
+    return int(max(high for _, high in extrema))
+
+
+def _prepare(command: list[str]) -> None:
+    subprocess.run(command, env=environment(), check=True)
+
+
+# Running
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """The children's: offline, with bytecode as an installed program has it, and so many threads."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    variables |= {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    return variables | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+
+
+def run_once(command: list[str], picture: Path | None, threads: int | None) -> Measures:
+    """One fresh process. Raises RuntimeError, with the end of what it said, where it fails or saves no picture."""
+    if picture:
+        picture.unlink(missing_ok=True)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        clock, start = time.time(), time.perf_counter()
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment(threads))
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        said, wrong = out.read().decode(errors="replace"), err.read().decode(errors="replace")
+    if process.returncode or (picture and not picture.exists()):
+        what = (wrong or said).strip()[-600:]
+        raise RuntimeError(f"{shlex.join(shown(command))} failed ({process.returncode}): {what}")
+    measures = {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
+    if picture:
+        measures["saved_s"] = picture.stat().st_mtime - clock
+    last = said.strip().splitlines()[-1:] or [""]
+    if last[0].startswith("{"):
+        measures |= {name: value for name, value in json.loads(last[0]).items() if isinstance(value, int | float)}
+    return measures
+
+
+def order(names: list[str], rounds: int) -> Iterator[str]:
+    """A B C, C B A, A B C ...: what drifts while the benchmark runs meets all alike."""
+    for number in range(rounds):
+        yield from names[::-1] if number % 2 else names
+
+
+def run_row(row: Row, threads: int | None = None) -> dict[str, Any]:
+    """All runs of a row, and what they say: its record."""
+    row.prepare()
+    load = os.getloadavg()[0]
+    names = list(row.commands)
+    for name in order(names, row.warmups):
+        run_once(row.commands[name], row.pictures.get(name), threads)
+    runs: dict[str, list[Measures]] = {name: [] for name in names}
+    for name in order(names, row.runs):
+        runs[name].append(run_once(row.commands[name], row.pictures.get(name), threads))
+    sides = {name: summary(measured) for name, measured in runs.items()}
+    record: dict[str, Any] = {
+        "row": row.name,
+        "about": row.about,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(threads) | {"load_before": round(load, 2)},
+        "warmups": row.warmups,
+        "commands": {name: shlex.join(shown(command)) for name, command in row.commands.items()},
+        "measure": row.measure,
+        "sides": sides,
+    }
+    if row.limit is None:
+        record["ratios"] = ratios(sides, row.measure)
+    else:
+        worst = max(side[row.measure]["median"] for side in sides.values())
+        record |= {"limit": row.limit, "within_limit": worst < row.limit}
+    return record | {"checks": row.check()}
+
+
+def summary(runs: list[Measures]) -> dict[str, dict[str, Any]]:
+    """For each measure that all runs have: median, quartiles, extremes, and the runs in their order."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs if name in run]
+        if len(values) < len(runs):
+            continue
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        numbers = {
+            "median": statistics.median(values),
+            "q1": low,
+            "q3": high,
+            "min": min(values),
+            "max": max(values),
+        }
+        rounded = {key: round(value, 4) for key, value in numbers.items()}
+        table[name] = {**rounded, "runs": [round(value, 4) for value in values]}
+    return table
+
+
+def ratios(sides: dict[str, Any], measure: str) -> dict[str, float]:
+    """The first side's median over each other's."""
+    ours, *peers = sides
+    medians = {name: side[measure]["median"] for name, side in sides.items()}
+    return {f"{ours}/{peer}": round(medians[ours] / medians[peer], 4) for peer in peers}
+
+
+def machine(threads: int | None) -> dict[str, Any]:
+    """What the figures depend on, beside the code."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": threads or os.environ.get("OMP_NUM_THREADS", "torch's default"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    features = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = [name for name in ("avx2", "avx512f", "amx_tile") if name in features]
+    return " ".join([next(named, platform.processor() or "unknown"), *known])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def shown(command: list[str]) -> list[str]:
+    """A command as another machine would spell it."""
+    places = {PYTHON: "python", str(ROOT) + os.sep: "", tempfile.gettempdir() + os.sep: "TMP/"}
+    for place, name in places.items():
+        command = [word.replace(place, name) for word in command]
+    return command
+
+
+# Reporting
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record for a person: medians, a line a side, the row's measure first with quartiles; then what follows."""
+    lines = [f"{record['row']}: {record['about']}"]
+    main = record["measure"]
+    for name, side in record["sides"].items():
+        numbers = side[main]
+        first = f"{main} {numbers['median']:.3f} ({numbers['q1']:.3f} to {numbers['q3']:.3f}, n={len(numbers['runs'])})"
+        others = [f"{measure} {side[measure]['median']:.4g}" for measure in side if measure != main]
+        lines.append(f"  {name:<16}{first:<44}" + "  ".join(others))
+    lines += [f"  {pair} of {main}: {ratio:.3f}" for pair, ratio in record.get("ratios", {}).items()]
+    if "limit" in record:
+        lines.append(f"  {main} is {'within' if record['within_limit'] else 'OVER'} its limit {record['limit']}")
+    lines += [f"  {name}: {value}" for name, value in record["checks"].items()]
+    return "\n".join(lines)
+
+
+def save(record: dict[str, Any], folder: Path) -> Path:
+    """Write the record as YYYY-MM-DD-<row>.json; a second one of the same day replaces the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['date']}-{record['row']}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(ROWS)
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--runs", type=int, help="counted runs of each command, instead of the row's own number")
+    parser.add_argument("--quick", action="store_true", help="one warm-up, two runs: to see that it works")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every child; else the environment's")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="a diffusers folder instead of the bundled model")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON records")
+    options = parser.parse_args()
+    for name in options.rows:
+        with tempfile.TemporaryDirectory(prefix="mezzotint-bench-") as folder:
+            row = ROWS[name](Path(folder), options.model.resolve())
+            if row.missing:
+                print(f"{name}: not run, {row.missing}", flush=True)
+                continue
+            if options.quick:
+                row.runs, row.warmups = min(row.runs, 2), min(row.warmups, 1)
+            row.runs = options.runs or row.runs
+            record = run_row(row, options.threads)
+            print(f"{table(record)}\n  written to {os.path.relpath(save(record, options.out))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

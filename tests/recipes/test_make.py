@@ -1,0 +1,178 @@
+"""The recipe from nothing to a folder that draws, in miniature: its own main(), small networks, an atlas of squares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import make
+import mezzotint
+import scenes
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.models.vae import VAE
+
+SMALL_UNET = {
+    "block_out_channels": (8, 8, 16),
+    "attention_head_dim": (2, 2, 2),
+    "cross_attention_dim": 16,
+    "norm_num_groups": 4,
+}
+SMALL_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "projection_dim": 16}
+VAE_STEPS, DIFFUSION_STEPS, DECODER_STEPS = (
+    [f"{stage} {step}" for step in range(4)] for stage in ("vae", "diffusion", "decoder")
+)
+
+
+class Died(BaseException):
+    """Stands for a kill."""
+
+
+class Few(scenes.Scenes):
+    """Batches cut to 16 scenes: the encoder's work at full size is what would take long."""
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        return super().batch(indices[:16])
+
+
+class Recipe:
+    """The recipe made small, writing into `folder`. `ran` lists the steps of training that ran, as "vae 3"."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, atlas: torch.Tensor) -> None:
+        self.work, self.model, self.patch = folder / "work", folder / "model", monkeypatch
+        self.ran: list[str] = []
+        self.die_at = ""
+        self._train, clip_config = make.train, make.clip_config
+        few = {"batch": 4, "save_every": 2, "log_every": 1}
+        for name, value in {
+            "VAE_CONFIG": make.VAE_CONFIG.model_copy(update={"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2}),
+            "UNET_CONFIG": make.UNET_CONFIG.model_copy(update=SMALL_UNET),
+            "clip_config": lambda tokenizer: clip_config(tokenizer).model_copy(update=SMALL_CLIP),
+            "Scenes": partial(Few, atlas=atlas),
+            "SCENES": 100,
+            "VAE_PLAN": replace(make.VAE_PLAN, steps=4, **few),  # type: ignore[arg-type]
+            "DECODER_PLAN": replace(make.DECODER_PLAN, **few),  # type: ignore[arg-type]
+            "DIFFUSION_PLAN": replace(make.DIFFUSION_PLAN, **few),  # type: ignore[arg-type]
+            "train": self.train,
+        }.items():
+            monkeypatch.setattr(make, name, value)
+
+    def train(self, module: Any, losses: Callable[..., Any], plan: Any, folder: Path, **options: Any) -> Any:
+        def noted(step: int, generator: torch.Generator) -> Any:
+            if self.die_at == f"{folder.name} {step}":
+                raise Died
+            self.ran.append(f"{folder.name} {step}")
+            return losses(step, generator)
+
+        return self._train(module, noted, plan, folder, **options, log=lambda line: None)
+
+    def run(self, *arguments: str, die_at: str = "") -> dict[str, bytes]:
+        """main(), as from the command line; the files that it wrote."""
+        self.die_at, self.ran = die_at, []
+        places = [f"--work={self.work}", f"--out={self.model}", "--device=cpu"]
+        self.patch.setattr(sys, "argv", ["make.py", *places, "--steps=4", "--decoder-steps=4", *arguments])
+        make.main()
+        files = (path for path in self.model.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.model)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def atlas() -> torch.Tensor:
+    """A square of one colour for each object, in each size: no font is needed."""
+    atlas = torch.zeros(len(scenes.SIZES), len(scenes.NAMES), scenes.SIDE, scenes.SIDE, 4, dtype=torch.uint8)
+    colours = torch.randint(0, 256, (len(scenes.NAMES), 1, 1, 4), generator=torch.Generator().manual_seed(0))
+    colours[..., 3] = 255
+    for sized, size in zip(atlas, scenes.SIZES, strict=True):
+        start = (scenes.SIDE - size) // 2
+        sized[:, start : start + size, start : start + size] = colours.to(torch.uint8)
+    return atlas
+
+
+def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atlas: torch.Tensor
+) -> None:
+    with monkeypatch.context() as patch:
+        recipe = Recipe(tmp_path / "unbroken", patch, atlas)
+        made = recipe.run()
+        assert recipe.ran == VAE_STEPS + DIFFUSION_STEPS + DECODER_STEPS
+
+        pipe = mezzotint.load(recipe.model, device="cpu")
+        request = pipe.resolve(mezzotint.Request(prompt="a lemon left of a whale on a pink background", seed=7))
+        settings = {name: getattr(request, name) for name in make.SETTINGS}
+        assert settings == make.SETTINGS == json.loads(made["mezzotint.json"])
+        (image,) = pipe.generate(request.replace(steps=2)).images
+        assert image.size == (128, 128) and len(image.getcolors(128 * 128) or []) > 100
+        assert pipe.schedule.sigma_max == pytest.approx(4096, rel=1e-3), "zero terminal SNR"
+        assert pipe.tokenizers[0].max_length == make.WINDOW
+
+        latents, ids = torch.load(recipe.work / "latents.pt", weights_only=True)
+        assert latents.shape == (16, 4, 16, 16) and ids.shape == (16, make.WINDOW)
+        assert 0.5 < latents.std() < 2.0, "the scaling factor makes them about unit variance"
+
+        again = recipe.run()  # all there: nothing is trained, the same folder is written
+        assert recipe.ran == [] and again == made
+
+    with monkeypatch.context() as patch:
+        recipe = Recipe(tmp_path / "killed", patch, atlas)
+        with pytest.raises(Died):
+            recipe.run(die_at="vae 3")
+        assert recipe.ran == VAE_STEPS[:3]
+        with pytest.raises(Died):
+            recipe.run(die_at="diffusion 1")
+        assert recipe.ran == VAE_STEPS[2:] + DIFFUSION_STEPS[:1]
+        recipe.run("--stages", "decoder")  # before its turn: it needs the VAE only
+        assert recipe.ran == DECODER_STEPS and not recipe.model.exists()
+        assert recipe.run() == made, "the same bytes"
+        assert recipe.ran == DIFFUSION_STEPS, "nothing that was finished is made again"
+
+
+def test_the_configurations_fit_together() -> None:
+    """The full sizes, on no memory: what section 6 of the design allows."""
+    tokenizer = Tokenizer.cut(scenes.caption_words(), max_length=make.WINDOW)
+    with torch.device("meta"):
+        networks = make.CLIPTextModel(make.clip_config(tokenizer)), make.UNet(make.UNET_CONFIG), VAE(make.VAE_CONFIG)
+    assert make.clip_config(tokenizer).hidden_size == make.UNET_CONFIG.cross_attention_dim
+    assert make.VAE_CONFIG.sample_size == scenes.SIDE == make.SETTINGS["width"] == make.SETTINGS["height"]
+    assert make.UNET_CONFIG.sample_size == scenes.SIDE // make.VAE_CONFIG.downscale
+    half = sum(2 * parameter.numel() for network in networks for parameter in network.parameters())
+    assert half < 48_000_000, "bytes in fp16"
+
+
+def test_every_caption_fits_the_window_uncut_and_in_whole_words() -> None:
+    tokenizer, whole = Tokenizer.cut(scenes.caption_words(), max_length=make.WINDOW), Tokenizer.clip()
+    for caption in scenes.Scenes(make.LATENT_SCENES).specs(range(1_000))[0]:
+        ids = tokenizer.encode(caption)
+        assert len(ids) <= make.WINDOW - 2
+        assert [tokenizer.token(id) for id in ids] == [whole.token(id) for id in whole.encode(caption)]
+
+
+def test_no_two_batches_of_an_epoch_share_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And guidance gets its share of empty captions."""
+    tokenizer = Tokenizer.cut(["a lemon"], max_length=8)
+    latents = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 4, 2, 2)
+    ids = torch.full((20, 8), 3)
+    seen: list[tuple[list[int], int]] = []
+
+    def record(model: Any, latents: torch.Tensor, ids: torch.Tensor, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        seen.append((latents[:, 0, 0, 0].int().tolist(), int((ids != 3).any(1).sum())))
+        return {}
+
+    def only_losses(module: Any, losses: Callable[..., Any], plan: Any, folder: Path, **options: Any) -> None:
+        for step in range(plan.steps):
+            losses(step, torch.Generator().manual_seed(step))
+
+    monkeypatch.setattr(make, "diffusion_losses", record)
+    monkeypatch.setattr(make, "train", only_losses)
+    monkeypatch.setattr(make, "UNET_CONFIG", make.UNET_CONFIG.model_copy(update=SMALL_UNET))
+    make.train_diffusion(tmp_path, latents, ids, tokenizer, make.Plan(steps=250, batch=4))
+    epochs = [[row for rows, _ in seen[i : i + 5] for row in rows] for i in range(0, 250, 5)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 50, "each in another order"
+    assert abs(sum(empty for _, empty in seen) / 1000 - make.EMPTY_SHARE) < 0.03

@@ -1,0 +1,118 @@
+"""The public face: names, the price of importing them, the console script, the version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mezzotint
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PUBLIC = {
+    "BudgetError",
+    "CheckpointError",
+    "MezzotintError",
+    "Pipeline",
+    "Request",
+    "RequestError",
+    "Result",
+    "diffusion",
+    "load",
+}
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_all_is_exact() -> None:
+    assert set(mezzotint.__all__) == PUBLIC
+    assert mezzotint.__all__ == sorted(mezzotint.__all__)
+    assert set(mezzotint._ROOMS) | {"diffusion"} == PUBLIC, "each name has its room, and no room a name beside them"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_name_is_there_and_says_what_it_is(name: str) -> None:
+    public = getattr(mezzotint, name)
+    assert (inspect.getdoc(public) or "").strip()
+    assert not isinstance(public, type) or public.__module__.startswith("mezzotint.")
+
+
+def test_star_import_gives_the_public_names() -> None:
+    names: dict[str, object] = {}
+    exec("from mezzotint import *", names)
+    assert set(names) - {"__builtins__"} == PUBLIC
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'mezzotint' has no attribute 'nothing'"):
+        mezzotint.nothing  # noqa: B018
+    with pytest.raises(ImportError, match="nothing"):
+        from mezzotint import nothing  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mezzotint",
+        "from mezzotint import Request, RequestError; Request(prompt='a lemon', sampler='DPM++ 2M Karras')",
+        "import mezzotint.samplers, mezzotint.config, mezzotint.request, mezzotint.errors",
+    ],
+)
+def test_importing_costs_no_torch(code: str) -> None:
+    heavy = {"torch", "numpy", "PIL", "scipy", "tokenizers", "huggingface_hub"}
+    assert python(f"{code}; import sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_the_whole_engine_from_the_package_alone_and_without_its_oracles() -> None:
+    peers = {"diffusers", "transformers", "peft", "accelerate", "k_diffusion", "compel"}
+    code = f"""
+import sys, mezzotint
+assert mezzotint.diffusion.solvers.SOLVERS and mezzotint.diffusion.spacing.SPACINGS
+import mezzotint.pipeline, mezzotint.train.loop, mezzotint.train.vae, mezzotint.train.diffusion
+print(sorted({peers} & set(sys.modules)))
+"""
+    assert python(code) == "[]"
+
+
+def test_solvers_and_spacings_are_called_alike() -> None:
+    for solver in mezzotint.diffusion.solvers.SOLVERS.values():
+        assert list(inspect.signature(solver).parameters)[:4] == ["denoise", "x", "sigmas", "noise"]
+    for spacing in mezzotint.diffusion.spacing.SPACINGS.values():
+        assert list(inspect.signature(spacing).parameters)[:2] == ["schedule", "steps"]
+
+
+def test_a_pipeline_has_the_names_that_others_are_written_against(sd1: mezzotint.Pipeline) -> None:
+    for name in ("unet", "vae", "text_encoders", "tokenizers", "schedule"):
+        assert getattr(sd1, name) is not None
+    wanted = {
+        "generate": ["request", "latents"],
+        "stream": ["request"],
+        "decode": ["latents"],
+        "encode_image": ["image"],
+        "encode": ["prompt", "request"],
+        "resolve": ["request"],
+    }
+    for name, parameters in wanted.items():
+        assert list(inspect.signature(getattr(sd1, name)).parameters)[: len(parameters)] == parameters
+    assert list(inspect.signature(mezzotint.load).parameters)[:3] == ["path_or_id", "device", "dtype"]
+
+
+def test_the_version_agrees() -> None:
+    assert importlib.metadata.version("mezzotint") == PROJECT["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
+
+
+def test_the_console_script_points_to_a_function() -> None:
+    assert PROJECT["scripts"] == {"mezzotint": "mezzotint.cli:main"}
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="mezzotint")
+    assert script.value == "mezzotint.cli:main"
+    assert callable(script.load())
