@@ -1,6 +1,6 @@
 """A solver of your own: a generator over falling noise levels. This is the midpoint method in log sigma."""
 
-import itertools
+from itertools import pairwise
 
 import torch
 
@@ -12,7 +12,7 @@ from mezzotint.diffusion.spacing import SPACINGS
 
 
 def midpoint(denoise, x, sigmas, noise=None):
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         if sigma_next > 0.0:
             middle = (sigma * sigma_next) ** 0.5
@@ -22,10 +22,9 @@ def midpoint(denoise, x, sigmas, noise=None):
 
 
 pipe = mezzotint.load()
-prediction = PREDICTIONS[pipe.scheduler_config["prediction_type"]]
+prediction = PREDICTIONS[pipe.scheduler_config.get("prediction_type", "epsilon")]
 with torch.inference_mode():
     denoise = Denoiser(pipe.unet, pipe.schedule, prediction, [pipe.encode("a lemon on a blue background")])
     sigmas = SPACINGS["trailing"](pipe.schedule, 12)
-    noise = torch.randn(1, 4, 16, 16, device=pipe.device)
-    *_, last = midpoint(denoise, noise * sigmas[0], sigmas)
+    *_, last = midpoint(denoise, torch.randn(1, 4, 16, 16, device=pipe.device) * sigmas[0], sigmas)
 pipe.decode(last.x)[0].save("midpoint.png")

@@ -72,7 +72,7 @@ SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
 
 VAE_PLAN = Plan(steps=800, batch=16, lr=3e-3, warmup=50, decay=200, ema=0.99)
 DECODER_PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
-DIFFUSION_PLAN = Plan(steps=3800, batch=32, lr=1e-3, warmup=100, decay=1200, save_every=100)
+DIFFUSION_PLAN = Plan(steps=3600, batch=32, lr=2e-3, warmup=100, decay=1200, save_every=100)
 SHARES = {"single": 0.72, "sized": 0.10, "recoloured": 0.08, "pair": 0.10}  # for a short training
 
 
@@ -160,7 +160,7 @@ def train_diffusion(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokeniz
         shuffled = step % 100 == 0
         return diffusion_losses(model, latents[chosen], words, schedule, prediction, generator, with_shuffled=shuffled)
 
-    train(model, losses, plan, work / "diffusion", plain=("",))
+    train(model, losses, plan, work / "diffusion", plain=("conv_in", "conv_out"))
     return model.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ writes and many tools read. In memory they live in `image.info`. The record hold
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -135,6 +136,7 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)

@@ -180,11 +180,11 @@ class Pipeline:
             start = time.perf_counter()
             given = None if latents is None else latents[len(images) : len(images) + len(group)]
             for step in self._steps(group, given):
-                x = step.x
+                last = step
                 done += 1
                 if on_step:
                     on_step(done, total)
-            x = self._final(group[0][0], x)
+            x = self._final(group[0][0], last)
             finals += x.unbind()
             middle = time.perf_counter()
             for (job, seed), image in zip(group, self.decode(x), strict=True):
@@ -249,10 +249,9 @@ class Pipeline:
         schedule = Schedule.from_config(sampler.schedule)
         return SPACINGS[sampler.spacing](schedule, request.steps or STEPS, **sampler.spacing_options)
 
-    def _final(self, request: Request, x: Tensor) -> Tensor:
-        """The last x as the VAE takes it."""
-        last = self._sigmas(request)[-1]
-        return x / math.sqrt(1.0 + last**2) if self._sampler(request).rescale_final else x
+    def _final(self, request: Request, last: Step) -> Tensor:
+        """The last step's x as the VAE takes it."""
+        return last.x / math.sqrt(1.0 + last.sigma**2) if self._sampler(request).rescale_final else last.x
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         side = self.vae.config.downscale

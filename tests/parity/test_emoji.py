@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture(scope="module")
 def peer() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(BUNDLED, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(BUNDLED)  # as a newcomer would
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -10,14 +10,23 @@ from torch import Tensor, nn
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix to g (m, n): quintic Newton-Schulz, Jordan et al. 2024."""
+    """Roughly the nearest semi-orthogonal matrix to g (m, n): quintic Newton-Schulz, Jordan et al. 2024.
+
+    The iteration x <- (a + b x xT + c (x xT)^2) x is run on x xT alone, which is square and small, and its product of
+    factors is applied to x once: 2 to 3 times fewer operations for a convolution's long rows.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0: singular values end in about [0.7, 1.2]
     x = g / (g.norm() + 1e-7)
     if tall := x.shape[0] > x.shape[1]:
         x = x.T
+    gram = x @ x.T
+    eye = torch.eye(len(gram), dtype=g.dtype, device=g.device)
+    product = eye
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        factor = a * eye + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x.T if tall else x  # type: ignore[no-any-return]
 
 
@@ -38,7 +47,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+                velocity = self.state[p]["velocity"]
                 velocity.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(velocity, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -51,7 +51,7 @@ def save_folder(
     encoder_fields = {
         "architectures": [encoder_class],
         "model_type": "clip_text_model",
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": "float32",  # else transformers alone would take the file's dtype, and diffusers mix the two
     }
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
