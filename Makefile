@@ -1,7 +1,6 @@
 # Everything a newcomer needs; each target builds .venv itself when it is missing or its pins have changed.
 PYTHON ?= python3
 BIN := .venv/bin
-export HF_HUB_OFFLINE ?= 1
 
 demo: .venv/installed  ## draw a picture with the bundled model
 	$(BIN)/mezzotint generate "a lemon on a blue background" --seed 7 --out demo.png

@@ -72,7 +72,7 @@ SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
 
 VAE_PLAN = Plan(steps=800, batch=16, lr=3e-3, warmup=50, decay=200, ema=0.99)
 DECODER_PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
-DIFFUSION_PLAN = Plan(steps=3200, batch=32, lr=2e-3, warmup=100, decay=1800, save_every=100)
+DIFFUSION_PLAN = Plan(steps=2900, batch=32, lr=2e-3, warmup=100, decay=1800, save_every=100)
 SHARES = {"single": 0.72, "sized": 0.10, "recoloured": 0.08, "pair": 0.10}  # for a short training
 
 
