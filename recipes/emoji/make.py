@@ -32,7 +32,7 @@ from mezzotint.models.vae import VAE
 from mezzotint.train.diffusion import TextToLatents, diffusion_losses
 from mezzotint.train.loop import Losses, Plan, train
 from mezzotint.train.vae import vae_losses
-from mezzotint.weights import save_folder
+from mezzotint.weights import Parts, open_model, save_folder
 from scenes import Scenes, caption_words
 
 VAE_SCENES, LATENT_SCENES, DECODER_SCENES = 1, 2, 3  # seeds
@@ -71,7 +71,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
 
 VAE_PLAN = Plan(steps=800, batch=16, lr=3e-3, warmup=50, decay=200, ema=0.99)
-DECODER_PLAN = Plan(steps=2000, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
+DECODER_PLAN = Plan(steps=800, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
 DIFFUSION_PLAN = Plan(steps=2900, batch=32, lr=2e-3, warmup=100, decay=1800, save_every=100)
 SHARES = {"single": 0.72, "sized": 0.10, "recoloured": 0.08, "pair": 0.10}  # for a short training
 
@@ -142,10 +142,15 @@ def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tu
     return latents_.to(device), ids_.to(device)
 
 
-def train_diffusion(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> TextToLatents:
-    """Text encoder and UNet together."""
+def train_diffusion(
+    work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan, start: Parts | None = None
+) -> TextToLatents:
+    """Text encoder and UNet together, from nothing or from the weights of `start`."""
     torch.manual_seed(0)
     model = TextToLatents(CLIPTextModel(clip_config(tokenizer)), UNet(UNET_CONFIG)).to(latents.device)
+    if start:
+        model.text_encoder.load_state_dict(start.text_encoders[0].state_dict())
+        model.unet.load_state_dict(start.unet.state_dict())
     schedule = Schedule.from_config(ScheduleConfig.model_validate(SCHEDULER_CONFIG))
     prediction = PREDICTIONS[SCHEDULER_CONFIG["prediction_type"]]
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
@@ -172,16 +177,19 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--decoder-steps", type=int, default=DECODER_PLAN.steps)
     parser.add_argument("--steps", type=int, default=DIFFUSION_PLAN.steps, help="of the diffusion stage")
+    parser.add_argument("--start", type=Path, help="a folder to go on from: its VAE is final, the rest learns on")
     options = parser.parse_args()
 
+    options.work.mkdir(parents=True, exist_ok=True)
+    start = open_model(options.start, dtype=torch.float32, device=options.device) if options.start else None
     # a finished stage costs only the reading of its checkpoint, so every stage may ask for those before it
     tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
-    vae = train_vae(options.work, VAE_PLAN, options.device)
+    vae = start.vae.requires_grad_(False) if start else train_vae(options.work, VAE_PLAN, options.device)
     if {"latents", "diffusion", "save"} & {*options.stages}:
         latents, ids = cache_latents(options.work, vae, tokenizer, options.device)
     if {"diffusion", "save"} & {*options.stages}:
         plan = replace(DIFFUSION_PLAN, steps=options.steps)
-        model = train_diffusion(options.work, latents, ids, tokenizer, plan)
+        model = train_diffusion(options.work, latents, ids, tokenizer, plan, start)
     if {"decoder", "save"} & {*options.stages}:
         train_decoder(options.work, vae, replace(DECODER_PLAN, steps=options.decoder_steps), options.device)
     if "save" not in options.stages:

@@ -119,6 +119,11 @@ def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
         again = recipe.run()  # all there: nothing is trained, the same folder is written
         assert recipe.ran == [] and again == made
 
+        recipe.work = tmp_path / "more"  # from the folder alone: what no step changes comes out as it went in
+        assert recipe.run("--start", str(recipe.model), "--steps=0", "--decoder-steps=0") == made
+        recipe.run("--start", str(recipe.model), "--steps=2", "--decoder-steps=0")
+        assert recipe.ran == DIFFUSION_STEPS[:2], "the VAE is final"
+
     with monkeypatch.context() as patch:
         recipe = Recipe(tmp_path / "killed", patch, atlas)
         with pytest.raises(Died):
