@@ -1,10 +1,11 @@
-"""Make the bundled model `emoji` from nothing to the folder. Five stages; each resumes where it was killed.
+"""Make the bundled model `emoji` from nothing to the folder. Six stages; each resumes where it was killed.
 
     python recipes/emoji/make.py [--work build/emoji] [--out src/mezzotint/data/emoji] [--device cuda]
 
     vae        encoder and decoder together
     latents    scenes through the encoder, which is final from here on
-    diffusion  text encoder and UNet on those latents
+    text       the text encoder alone learns to foretell them
+    diffusion  text encoder and UNet on them
     decoder    the decoder alone goes on; it needs `vae` only, so it may run beside `diffusion`
     save       the folder
 
@@ -31,6 +32,7 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.train.diffusion import TextToLatents, diffusion_losses
 from mezzotint.train.loop import Losses, Plan, train
+from mezzotint.train.text import TextToMean, text_losses
 from mezzotint.train.vae import vae_losses
 from mezzotint.weights import Parts, open_model, save_folder
 from scenes import Scenes, caption_words
@@ -39,9 +41,9 @@ VAE_SCENES, LATENT_SCENES, DECODER_SCENES = 1, 2, 3  # seeds
 CROP = 64  # side of the VAE's training crops: convolutions do not need the whole picture
 WINDOW = 20  # tokens with BOS and EOS: captions have 16 at most
 EMPTY_SHARE = 0.1  # of captions left out, for guidance
-SCENES = 6_000  # in the cache of latents
+SCENES = 16_000  # in the cache of latents
 
-STAGES = ("vae", "latents", "diffusion", "decoder", "save")
+STAGES = ("vae", "latents", "text", "diffusion", "decoder", "save")
 
 VAE_CONFIG = VAEConfig(block_out_channels=(16, 32, 64, 128), norm_num_groups=8, sample_size=128, force_upcast=False)
 UNET_CONFIG = UNetConfig(
@@ -72,8 +74,8 @@ SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
 
 VAE_PLAN = Plan(steps=800, batch=16, lr=3e-3, warmup=50, decay=200, ema=0.99)
 DECODER_PLAN = Plan(steps=800, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
-DIFFUSION_PLAN = Plan(steps=2900, batch=32, lr=2e-3, warmup=100, decay=1800, save_every=100)
-SHARES = {"single": 0.72, "sized": 0.10, "recoloured": 0.08, "pair": 0.10}  # for a short training
+TEXT_PLAN = Plan(steps=1500, batch=64, lr=3e-3, warmup=20, decay=1000, ema=0.99)
+DIFFUSION_PLAN = Plan(steps=3200, batch=32, lr=2e-3, warmup=50, decay=1600, save_every=100)
 
 
 def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
@@ -129,7 +131,7 @@ def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tu
     """Scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in a file."""
     path = work / "latents.pt"
     if not path.exists():
-        scenes = Scenes(LATENT_SCENES, device, shares=SHARES)
+        scenes = Scenes(LATENT_SCENES, device)
         latents, ids = [], []
         with torch.inference_mode():
             for first in range(0, SCENES, 100):
@@ -142,28 +144,47 @@ def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tu
     return latents_.to(device), ids_.to(device)
 
 
+def chosen_rows(rows: int, batch: int, step: int) -> Tensor:
+    """The rows of a step's batch: each epoch goes through all of them in an order of its own."""
+    epoch, place = divmod(step, rows // batch)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(epoch))
+    return order[place * batch : (place + 1) * batch]
+
+
+def train_text(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> CLIPTextModel:
+    """The text encoder alone, by what it foretells of the latents."""
+    torch.manual_seed(0)
+    model = TextToMean(CLIPTextModel(clip_config(tokenizer)), latents[0].numel()).to(latents.device)
+
+    def losses(step: int, generator: torch.Generator) -> Losses:
+        rows = chosen_rows(len(latents), plan.batch, step).to(latents.device)
+        return text_losses(model, latents[rows], ids[rows])
+
+    train(model, losses, plan, work / "text", plain=("head",))
+    return model.text_encoder
+
+
 def train_diffusion(
-    work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan, start: Parts | None = None
+    work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan, start: Parts | CLIPTextModel
 ) -> TextToLatents:
-    """Text encoder and UNet together, from nothing or from the weights of `start`."""
+    """Text encoder and UNet together: from a text encoder and no UNet, or from the weights of a whole model."""
     torch.manual_seed(0)
     model = TextToLatents(CLIPTextModel(clip_config(tokenizer)), UNet(UNET_CONFIG)).to(latents.device)
-    if start:
+    if isinstance(start, Parts):
         model.text_encoder.load_state_dict(start.text_encoders[0].state_dict())
         model.unet.load_state_dict(start.unet.state_dict())
+    else:
+        model.text_encoder.load_state_dict(start.state_dict())
     schedule = Schedule.from_config(ScheduleConfig.model_validate(SCHEDULER_CONFIG))
     prediction = PREDICTIONS[SCHEDULER_CONFIG["prediction_type"]]
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
-    per_epoch = len(latents) // plan.batch
 
     def losses(step: int, generator: torch.Generator) -> Losses:
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
-        chosen = order[place * plan.batch : (place + 1) * plan.batch].to(latents.device)
+        rows = chosen_rows(len(latents), plan.batch, step).to(latents.device)
         dropped = torch.rand(plan.batch, 1, generator=generator).to(latents.device) < EMPTY_SHARE
-        words = torch.where(dropped, empty, ids[chosen])
+        words = torch.where(dropped, empty, ids[rows])
         shuffled = step % 100 == 0
-        return diffusion_losses(model, latents[chosen], words, schedule, prediction, generator, with_shuffled=shuffled)
+        return diffusion_losses(model, latents[rows], words, schedule, prediction, generator, with_shuffled=shuffled)
 
     train(model, losses, plan, work / "diffusion", plain=("conv_in", "conv_out"))
     return model.eval().requires_grad_(False)
@@ -185,11 +206,13 @@ def main() -> None:
     # a finished stage costs only the reading of its checkpoint, so every stage may ask for those before it
     tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
     vae = start.vae.requires_grad_(False) if start else train_vae(options.work, VAE_PLAN, options.device)
-    if {"latents", "diffusion", "save"} & {*options.stages}:
+    if {"latents", "text", "diffusion", "save"} & {*options.stages}:
         latents, ids = cache_latents(options.work, vae, tokenizer, options.device)
+    if {"text", "diffusion", "save"} & {*options.stages}:
+        begun = start or train_text(options.work, latents, ids, tokenizer, TEXT_PLAN)
     if {"diffusion", "save"} & {*options.stages}:
         plan = replace(DIFFUSION_PLAN, steps=options.steps)
-        model = train_diffusion(options.work, latents, ids, tokenizer, plan, start)
+        model = train_diffusion(options.work, latents, ids, tokenizer, plan, begun)
     if {"decoder", "save"} & {*options.stages}:
         train_decoder(options.work, vae, replace(DECODER_PLAN, steps=options.decoder_steps), options.device)
     if "save" not in options.stages:

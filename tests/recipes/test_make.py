@@ -26,8 +26,8 @@ SMALL_UNET = {
     "norm_num_groups": 4,
 }
 SMALL_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "projection_dim": 16}
-VAE_STEPS, DIFFUSION_STEPS, DECODER_STEPS = (
-    [f"{stage} {step}" for step in range(4)] for stage in ("vae", "diffusion", "decoder")
+VAE_STEPS, TEXT_STEPS, DIFFUSION_STEPS, DECODER_STEPS = (
+    [f"{stage} {step}" for step in range(4)] for stage in ("vae", "text", "diffusion", "decoder")
 )
 
 
@@ -58,6 +58,7 @@ class Recipe:
             "Scenes": partial(Few, atlas=atlas),
             "SCENES": 100,
             "VAE_PLAN": replace(make.VAE_PLAN, steps=4, **few),  # type: ignore[arg-type]
+            "TEXT_PLAN": replace(make.TEXT_PLAN, steps=4, **few),  # type: ignore[arg-type]
             "DECODER_PLAN": replace(make.DECODER_PLAN, **few),  # type: ignore[arg-type]
             "DIFFUSION_PLAN": replace(make.DIFFUSION_PLAN, **few),  # type: ignore[arg-type]
             "train": self.train,
@@ -101,7 +102,7 @@ def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
     with monkeypatch.context() as patch:
         recipe = Recipe(tmp_path / "unbroken", patch, atlas)
         made = recipe.run()
-        assert recipe.ran == VAE_STEPS + DIFFUSION_STEPS + DECODER_STEPS
+        assert recipe.ran == VAE_STEPS + TEXT_STEPS + DIFFUSION_STEPS + DECODER_STEPS
 
         pipe = mezzotint.load(recipe.model, device="cpu")
         request = pipe.resolve(mezzotint.Request(prompt="a lemon left of a whale on a pink background", seed=7))
@@ -131,7 +132,7 @@ def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
         assert recipe.ran == VAE_STEPS[:3]
         with pytest.raises(Died):
             recipe.run(die_at="diffusion 1")
-        assert recipe.ran == VAE_STEPS[2:] + DIFFUSION_STEPS[:1]
+        assert recipe.ran == VAE_STEPS[2:] + TEXT_STEPS + DIFFUSION_STEPS[:1]
         recipe.run("--stages", "decoder")  # before its turn: it needs the VAE only
         assert recipe.ran == DECODER_STEPS and not recipe.model.exists()
         assert recipe.run() == made, "the same bytes"
@@ -176,7 +177,10 @@ def test_no_two_batches_of_an_epoch_share_a_picture(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(make, "diffusion_losses", record)
     monkeypatch.setattr(make, "train", only_losses)
     monkeypatch.setattr(make, "UNET_CONFIG", make.UNET_CONFIG.model_copy(update=SMALL_UNET))
-    make.train_diffusion(tmp_path, latents, ids, tokenizer, make.Plan(steps=250, batch=4))
+    start = make.CLIPTextModel(make.clip_config(tokenizer))
+    model = make.train_diffusion(tmp_path, latents, ids, tokenizer, make.Plan(steps=250, batch=4), start)
+    for name, weight in start.state_dict().items():
+        assert torch.equal(model.text_encoder.state_dict()[name], weight), "it begins from the text stage's"
     epochs = [[row for rows, _ in seen[i : i + 5] for row in rows] for i in range(0, 250, 5)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 50, "each in another order"

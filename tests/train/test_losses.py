@@ -17,6 +17,7 @@ from mezzotint.models.unet import Condition, UNet
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.train.diffusion import TextToLatents, diffusion_losses
 from mezzotint.train.loop import Losses
+from mezzotint.train.text import TextToMean, text_losses
 from mezzotint.train.vae import KL_WEIGHT, gradients, vae_losses
 
 SCHEDULE = Schedule.from_config(ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
@@ -169,6 +170,23 @@ def test_words_are_learnt(model: TextToLatents) -> None:
 
 
 # ---- the VAE's stage -------------------------------------------------------------------------------------------------
+
+
+def test_the_text_encoder_foretells_the_mean_of_each_caption(model: TextToLatents) -> None:
+    """Two captions, two pictures each: the loss falls to the pictures' variance about their caption's mean."""
+    torch.manual_seed(0)
+    foretelling = TextToMean(model.text_encoder, 4 * 2 * 2)
+    latents = torch.randn(4, 4, 2, 2)
+    ids = torch.tensor([[1, 5, 2, 2], [1, 5, 2, 2], [1, 7, 2, 2], [1, 7, 2, 2]])
+    floor = (latents.view(2, 2, -1) - latents.view(2, 2, -1).mean(1, keepdim=True)).square().mean()
+    optimiser = torch.optim.Adam(foretelling.parameters(), 1e-2)
+    for _ in range(200):
+        losses = text_losses(foretelling, latents, ids)
+        optimiser.zero_grad()
+        losses["loss"].backward()
+        optimiser.step()
+    assert losses["loss"].item() == pytest.approx(floor.item(), abs=1e-3)
+    assert losses["last"].item() == pytest.approx(floor.item(), abs=1e-3)
 
 
 def pixels(batch: int = 2) -> Tensor:
