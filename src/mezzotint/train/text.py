@@ -7,7 +7,6 @@ far in 3,000 pictures as with an untrained text encoder in 90,000.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mezzotint.models.clip import CLIPTextModel
