@@ -22,7 +22,7 @@ from mezzotint import cli
 from mezzotint.image import describe, read_metadata
 from mezzotint.request import Request, Result
 
-COMMANDS = ["generate", "inspect", "samplers", "models", "env"]
+COMMANDS = ["generate", "inspect", "samplers", "models", "env", "report"]
 OWN = {"width": 16, "height": 8, "steps": 3, "guidance_scale": 7.5, "sampler": "euler", "seed": 40, "batch": 1}
 
 
@@ -109,7 +109,9 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
     options = (
         "--negative dark --size 104x72 --steps 2 --guidance 3.5 --sampler ddim --spacing karras --seed 7 --count 2 "
         "--batch 2 --clip-skip 1 --eta 0.5 --guidance-rescale 0.7 --guidance-interval 0.3:5 --original-size 801x1000 "
-        "--crop 3x0 --target-size 1024x512"
+        "--crop 3x0 --target-size 1024x512 --guidance-method apg --guidance-steps 0:0.8 --apg-eta 0.1 "
+        "--apg-momentum -0.75 --apg-norm-threshold 7.5 --cfg-zero-init-steps 2 --perp-neg-scale 1.5 --mimic-scale 5 "
+        "--threshold-percentile 0.95"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -129,12 +131,35 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             eta=0.5,
             guidance_rescale=0.7,
             guidance_interval=(0.3, 5.0),
+            guidance_method="apg",
+            guidance_steps=(0.0, 0.8),
+            apg_eta=0.1,
+            apg_momentum=-0.75,
+            apg_norm_threshold=7.5,
+            cfg_zero_init_steps=2,
+            perp_neg_scale=1.5,
+            mimic_scale=5.0,
+            threshold_percentile=0.95,
             original_size=(1000, 801),
             crop=(0, 3),
             target_size=(512, 1024),
         )
     ]
-    assert None not in dict(pipe.requests[0]).values()
+    assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}
+
+
+def test_levels_of_ones_own(run: Run, pipe: FakePipeline) -> None:
+    assert run("generate", "a lemon", "--sigmas", "14.6,3,0.5,0").code == 0
+    assert run("generate", "a lemon", "--timesteps", "999,250,1.5").code == 0
+    assert [(r.sigmas, r.timesteps) for r in pipe.requests] == [
+        ((14.6, 3.0, 0.5, 0.0), None),
+        (None, (999.0, 250.0, 1.5)),
+    ]
+
+
+def test_several_guidance_scales(run: Run, pipe: FakePipeline) -> None:
+    assert run("generate", "a lemon", "--guidance", "9,3.5,1").code == 0
+    assert pipe.requests[0].guidance_scale == (9.0, 3.5, 1.0)
 
 
 def test_model_device_and_dtype_reach_load(run: Run, pipe: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +231,18 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --steps 10000", "steps is 10000; it must be a whole number from 1 to 1000"),
         ("x --steps many", "Invalid value for '--steps'"),
         ("x --guidance nan", "guidance_scale is nan; "),
+        ("x --guidance 7,inf", "guidance_scale is (7.0, inf); "),
+        ("x --guidance much", "guidance_scale is 'much'; it must be a number, or several with commas"),
+        ("x --guidance-method pag", "guidance_method is 'pag'; it must be cfg, apg, cfg_zero or perp_neg"),
+        ("x --guidance-steps 0.8:0.2", "guidance_steps is (0.8, 0.2); "),
+        ("x --guidance-steps 10", "guidance_steps is '10'; it must be START:STOP"),
+        ("x --threshold-percentile 0.9", "threshold_percentile is 0.9 without mimic_scale"),
         ("x --sampler eulr", "sampler is 'eulr'; did you mean "),
-        ("x --spacing karas", "spacing is 'karas'; did you mean karras?"),
+        ("x --spacing karas", "spacing is 'karas'; did you mean karras"),
+        ("x --sigmas 1,2,0", "sigmas is (1.0, 2.0, 0.0); it must be 2 to 1001 falling noise levels"),
+        ("x --sigmas high", "sigmas is 'high'; it must be falling noise levels with commas"),
+        ("x --timesteps 9,nan", "timesteps is (9.0, nan); it must be "),
+        ("x --sigmas 2,1,0 --steps 3", "steps is 3 and sigmas has 2 steps"),
         ("x --seed -1", "seed is -1; "),
         ("x --seed 18446744073709551615 --count 2", "at most 2**64 - 1"),
         ("x --count 0", "count is 0; "),
@@ -386,13 +421,19 @@ def test_python_m_answers_wrong_input_without_a_traceback(tmp_path: Path) -> Non
 
 
 def test_samplers_come_from_the_table(run: Run) -> None:
-    from mezzotint.samplers import SPACINGS, TABLE
+    from mezzotint.samplers import FEW_STEPS, SPACINGS, TABLE
 
     lines = run("samplers").out.splitlines()
-    assert [line.split()[0] for line in lines[1 : len(TABLE) + 1]] == [row.name for row in TABLE]
+    for row, line in zip(TABLE, lines[1 : len(TABLE) + 1], strict=True):
+        noise = "yes" if row.stochastic else "no"
+        assert line.split()[:4] == [row.name, str(row.order), str(row.calls), noise]
+        assert all(f"  {cell}" in line for cell in (row.good_for, row.diffusers, row.a1111, row.comfyui) if cell)
+    for name, (base, _, steps, scale) in FEW_STEPS.items():
+        assert f"  {name}: {base}, {steps} steps, guidance {scale:g}" in lines
     assert f"spacings: {', '.join(SPACINGS)}" in lines
     record = json.loads(run("samplers", "--json").out)
     assert record["samplers"] == [row._asdict() for row in TABLE]
+    assert set(record["few_steps"]) == set(FEW_STEPS)
     assert all(Request(prompt="", sampler=name) for name in record["names"])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mezzotint.config import ScheduleConfig, UNetConfig
 from mezzotint.denoiser import Denoiser
-from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS
+from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, preconditioned
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
 
@@ -86,13 +86,31 @@ def test_timestep_kinds() -> None:
     lower, upper = SCHEDULE.sigmas[100:102]
     between = lower ** (1 - 0.7) * upper**0.7
     linear = 100 + (between - lower) / (upper - lower)
-    expected = {"interpolated": 100.7, "linear": linear, "rounded": 101.0, "truncated": 100.0}
+    expected = {
+        "interpolated": 100.7,
+        "nearest": 101.0,
+        "linear": linear,
+        "rounded": 101.0,
+        "truncated": 100.0,
+        "edm": math.log(between) / 4,
+    }
     for kind, timestep in expected.items():
-        assert denoiser(Recorder(), condition(1, 0.0), timestep=kind).timestep(between) == pytest.approx(
-            timestep, abs=1e-9
-        )
+        for levels in (None, [between]):
+            run = denoiser(Recorder(), condition(1, 0.0), timestep=kind, levels=levels)
+            assert run.timestep(between) == pytest.approx(timestep, abs=1e-9)
+        elsewhere = denoiser(Recorder(), condition(1, 0.0), timestep=kind, levels=[1.0]).timestep(between)
+        assert elsewhere == pytest.approx(timestep if kind in ("nearest", "edm") else 100.7, abs=1e-9)
     assert linear != pytest.approx(100.7, abs=1e-4)
     assert denoiser(Recorder(), condition(1, 0.0), timestep="truncated").timestep(SCHEDULE.sigma_min) == 0.0
+
+
+def test_edm_scales_by_its_data() -> None:
+    """c_in and c_noise of Karras et al. 2022, table 1."""
+    unet = Recorder()
+    Denoiser(unet, SCHEDULE, preconditioned(0.5), [condition(1, 0.0)], "edm")(X, 2.0)  # type: ignore[arg-type]
+    ((sample, timestep, _),) = unet.seen
+    torch.testing.assert_close(sample, X / math.sqrt(4.0 + 0.25))
+    assert timestep == pytest.approx(math.log(2.0) / 4)
 
 
 def test_is_the_unet_itself() -> None:

@@ -28,6 +28,15 @@ FULL: dict[str, Any] = {
     "eta": 0.5,
     "guidance_rescale": 0.7,
     "guidance_interval": (0.3, 5.0),
+    "guidance_steps": (0.0, 0.8),
+    "guidance_method": "apg",
+    "apg_eta": 0.1,
+    "apg_momentum": -0.75,
+    "apg_norm_threshold": 7.5,
+    "cfg_zero_init_steps": 2,
+    "perp_neg_scale": 1.5,
+    "mimic_scale": 5.0,
+    "threshold_percentile": 0.95,
     "original_size": (1000, 801),
     "crop": (0, 3),
     "target_size": (1024, 1024),
@@ -36,8 +45,8 @@ FULL: dict[str, Any] = {
 
 def test_a_full_request_survives_json() -> None:
     request = Request(**FULL)
-    assert set(FULL) == set(Request.model_fields)
-    assert request.model_dump() == FULL
+    assert {*FULL, "sigmas", "timesteps"} == set(Request.model_fields)  # which exclude a spacing
+    assert request.model_dump(exclude={"sigmas", "timesteps"}) == FULL
     assert Request.model_validate_json(request.model_dump_json()) == request
     assert hash(request) == hash(Request(**FULL))
 
@@ -96,6 +105,34 @@ def test_replace_validates_and_leaves_the_first_alone() -> None:
         ("eta", float("nan")),
         ("eta", 1.5),
         ("guidance_rescale", 2),
+        ("guidance_scale", [7.5, float("nan")]),
+        ("guidance_scale", [7.5, float("inf")]),
+        ("guidance_scale", [7.5, -1.0]),
+        ("guidance_scale", []),
+        ("guidance_scale", [1.0] * 1001),
+        ("guidance_scale", "much"),
+        ("guidance_method", "cfg++"),
+        ("guidance_steps", (0.8, 0.2)),
+        ("guidance_steps", (0.5, 0.5)),
+        ("guidance_steps", (0, 20)),
+        ("guidance_steps", (float("nan"), 1.0)),
+        ("apg_eta", -0.1),
+        ("apg_momentum", 1.0),
+        ("apg_momentum", float("nan")),
+        ("apg_norm_threshold", -1),
+        ("apg_norm_threshold", float("inf")),
+        ("cfg_zero_init_steps", 0.5),
+        ("perp_neg_scale", float("inf")),
+        ("mimic_scale", float("nan")),
+        ("threshold_percentile", 95),
+        ("sigmas", [1.0, 2.0, 0.0]),
+        ("sigmas", [2.0, 2.0, 0.0]),
+        ("sigmas", [2.0]),
+        ("sigmas", [2.0, -1.0]),
+        ("sigmas", [float("inf"), 1.0]),
+        ("sigmas", [2.0, float("nan")]),
+        ("timesteps", []),
+        ("timesteps", [1, 2]),
         ("guidance_interval", (5.0, 0.3)),
         ("guidance_interval", (1.0, 1.0)),
         ("guidance_interval", (0.1, float("inf"))),
@@ -140,6 +177,36 @@ def test_the_last_seed_must_fit() -> None:
     assert Request(prompt="", seed=MAX_SEED).seed == MAX_SEED
     with pytest.raises(RequestError, match="count 2; picture k has seed"):
         Request(prompt="", seed=MAX_SEED, count=2)
+
+
+@pytest.mark.parametrize("levels", [{"sigmas": [14.6, 3, 0.5]}, {"timesteps": [999, 1.5]}], ids=str)
+def test_levels_of_ones_own(levels: dict[str, Any]) -> None:
+    request = Request(prompt="", **levels)
+    assert Request.model_validate_json(request.model_dump_json()) == request
+    with pytest.raises(RequestError, match=r"steps is 3 and .* has 2 steps; leave steps out"):
+        Request(prompt="", steps=3, **levels)
+    with pytest.raises(RequestError, match="and spacing are given; each says which noise levels to visit, give one"):
+        Request(prompt="", spacing="karras", **levels)
+
+
+def test_guidance_may_have_several_scales() -> None:
+    request = Request(prompt="", guidance_scale=[9, 3.5])  # type: ignore[arg-type]
+    assert request.guidance_scale == (9.0, 3.5)
+    assert Request.model_validate_json(request.model_dump_json()) == request
+    assert hash(request) == hash(request.replace(guidance_scale=(9.0, 3.5)))
+
+
+def test_a_percentile_needs_its_scale() -> None:
+    with pytest.raises(RequestError, match=r"threshold_percentile is 0\.9 without mimic_scale; give both, or neither"):
+        Request(prompt="", threshold_percentile=0.9)
+
+
+def test_the_guidance_methods_are_those_that_there_are() -> None:
+    from mezzotint.diffusion.guidance import METHODS
+
+    assert all(Request(prompt="", guidance_method=name) for name in METHODS)
+    description = Request.model_fields["guidance_method"].description
+    assert description == f"{', '.join([*METHODS][:-1])} or {[*METHODS][-1]}"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"prompt": "\\ud800"}', b'{"prompt": "\xff"}', '{"prompt": 1e999}'])

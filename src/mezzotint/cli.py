@@ -94,9 +94,19 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="What to keep out of the picture.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, from 0; 1 is no guidance.")] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(metavar="SCALE[,...]", help="Guidance scale, 1 is none; 9,3 falls from 9 to 3 over the steps."),
+    ] = None,
+    guidance_method: Annotated[str | None, typer.Option(help="cfg, apg, cfg_zero or perp_neg.")] = None,
     sampler: Annotated[str | None, typer.Option(help="A name from `mezzotint samplers`.")] = None,
     spacing: Annotated[str | None, typer.Option(help="Overrides the sampler's spacing of noise levels.")] = None,
+    sigmas: Annotated[
+        str | None, typer.Option(metavar="LEVEL,...", help="Noise levels of your own, instead of steps and a spacing.")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="STEP,...", help="Timesteps of your own, instead of steps and a spacing.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first picture; the next has seed + 1. Else random.")] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     batch: Annotated[int | None, typer.Option(help="How many to draw at once.")] = None,
@@ -105,6 +115,20 @@ def generate(
     guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure, 0 to 1.")] = None,
     guidance_interval: Annotated[
         str | None, typer.Option(metavar="LOW:HIGH", help="Noise levels (sigma) between which guidance works.")
+    ] = None,
+    guidance_steps: Annotated[
+        str | None, typer.Option(metavar="START:STOP", help="Part of the steps in which guidance works, such as 0:0.6.")
+    ] = None,
+    apg_eta: Annotated[float | None, typer.Option(help="apg: weight of what oversaturates; 1 keeps it.")] = None,
+    apg_momentum: Annotated[float | None, typer.Option(help="apg: of the running average, below 0.")] = None,
+    apg_norm_threshold: Annotated[float | None, typer.Option(help="apg: longest difference; 0 is no limit.")] = None,
+    cfg_zero_init_steps: Annotated[int | None, typer.Option(help="cfg_zero: first steps with no output.")] = None,
+    perp_neg_scale: Annotated[float | None, typer.Option(help="perp_neg: weight of the negative prompt.")] = None,
+    mimic_scale: Annotated[
+        float | None, typer.Option(help="Dynamic thresholding: hold values to the range of this guidance scale.")
+    ] = None,
+    threshold_percentile: Annotated[
+        float | None, typer.Option(help="With --mimic-scale: the share of values not cut off, 0 to 1.")
     ] = None,
     original_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size before cropping.")] = None,
     crop: Annotated[str | None, typer.Option(metavar="LEFTxTOP", help="SDXL: where the crop begins.")] = None,
@@ -137,9 +161,12 @@ def generate(
         width=width,
         height=height,
         steps=steps,
-        guidance_scale=guidance,
+        guidance_scale=_scales(guidance),
+        guidance_method=guidance_method,
         sampler=sampler,
         spacing=spacing,
+        sigmas=_numbers("sigmas", sigmas, "falling noise levels with commas, such as 14.6,3,0.5,0"),
+        timesteps=_numbers("timesteps", timesteps, "falling timesteps with commas, such as 999,500,250"),
         seed=seed,
         count=count,
         batch=batch,
@@ -147,6 +174,14 @@ def generate(
         eta=eta,
         guidance_rescale=guidance_rescale,
         guidance_interval=_pair("guidance_interval", guidance_interval, ":", float, "LOW:HIGH in sigma, such as 0.3:5"),
+        guidance_steps=_pair("guidance_steps", guidance_steps, ":", float, "START:STOP from 0 to 1, such as 0:0.6"),
+        apg_eta=apg_eta,
+        apg_momentum=apg_momentum,
+        apg_norm_threshold=apg_norm_threshold,
+        cfg_zero_init_steps=cfg_zero_init_steps,
+        perp_neg_scale=perp_neg_scale,
+        mimic_scale=mimic_scale,
+        threshold_percentile=threshold_percentile,
         # the record has SDXL's order, rows first; the command line the order of --size
         original_size=_swapped(_pair("original_size", original_size, "x", int, shape)),
         crop=_swapped(_pair("crop", crop, "x", int, "LEFTxTOP in pixels, such as 0x64")),
@@ -205,21 +240,33 @@ def inspect(
 @app.command(epilog="\b\nExample: mezzotint samplers")
 def samplers(as_json: Json = False) -> None:
     """List the samplers, as several programs call them."""
-    from mezzotint.samplers import A1111_SCHEDULES, COMFYUI_SCHEDULES, NAMES, SPACINGS, TABLE
+    from mezzotint.samplers import A1111_SCHEDULES, COMFYUI_SCHEDULES, FEW_STEPS, NAMES, SPACINGS, TABLE
 
+    few = {name: {"sampler": base, "steps": n, "guidance_scale": w} for name, (base, _, n, w) in FEW_STEPS.items()}
     if as_json:
-        _print_json({"samplers": [row._asdict() for row in TABLE], "spacings": SPACINGS, "names": NAMES})
+        _print_json(
+            {"samplers": [row._asdict() for row in TABLE], "few_steps": few, "spacings": SPACINGS, "names": NAMES}
+        )
         return
-    titles = ("sampler", "diffusers", "A1111", "ComfyUI", "order", "calls", "noise")
-    rows = [titles, *((*map(str, row[:-1]), "yes" if row.stochastic else "no") for row in TABLE)]
+    titles = ("sampler", "order", "calls", "noise", "good for", "diffusers", "A1111", "ComfyUI")
+    rows = [titles]
+    for row in TABLE:
+        noise = "yes" if row.stochastic else "no"
+        rows.append(
+            (row.name, str(row.order), str(row.calls), noise, row.good_for, row.diffusers, row.a1111, row.comfyui)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    for cells in rows:
+        typer.echo("  ".join(map(str.ljust, cells, widths)).rstrip())
+    typer.echo("\nFor models distilled to a few steps:")
+    for name, made in few.items():
+        typer.echo(f"  {name}: {made['sampler']}, {made['steps']} steps, guidance {made['guidance_scale']:g}")
     typer.echo(f"\nspacings: {', '.join(SPACINGS)}")
     typer.echo(
         f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}."
     )
-    typer.echo("The first two columns run as diffusers would with the model's scheduler_config.json.")
+    typer.echo("order: of convergence; calls: of the network in a step; noise: whether the steps add fresh noise.")
+    typer.echo("Our names and those of diffusers run as diffusers would with the model's scheduler_config.json.")
 
 
 @app.command(epilog="\b\nExample: mezzotint models")
@@ -269,6 +316,56 @@ def env(as_json: Json = False) -> None:
         typer.echo("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
 
 
+@app.command(epilog="\b\nExample: mezzotint report --prompts prompts.txt --samplers dpmpp_2m,ddpm --out report")
+def report(
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="One prompt a line.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="What it holds already is not measured again.")],
+    samplers: Annotated[
+        str, typer.Option(metavar="NAME[/SPACING],...", help="From `mezzotint samplers`; all is every solver.")
+    ] = "dpmpp_2m,dpmpp_2m/karras,euler,heun,ddim,euler_a,ddpm",
+    steps: Annotated[str, typer.Option(metavar="N,...", help="Numbers of steps.")] = "5,10,15,20,30,50",
+    seeds: Annotated[int, typer.Option(help="Pictures a prompt; more tell finer differences from chance.")] = 4,
+    reference_steps: Annotated[int, typer.Option(help="Of the converged pictures that others are held to.")] = 500,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 is none; else the model's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="As in `generate`; else the bundled model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the device's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which sampler, at how many steps, suits a model."""
+    from mezzotint import report as sampler_report
+    from mezzotint import report_page
+
+    settings = sampler_report.Settings.parse(
+        prompts, samplers, steps, seeds=seeds, reference_steps=reference_steps, guidance_scale=guidance
+    )
+    report_page.prepare(out)
+
+    import mezzotint
+
+    with _lasting():
+        pipe = mezzotint.load(model, device=device, dtype=dtype)
+    with _stoppable() as stopped, _progress("measuring") as progress:
+
+        def on_progress(done: int, total: int) -> None:
+            progress(done, total)
+            if stopped():
+                raise KeyboardInterrupt
+
+        try:
+            rows = sampler_report.measure(pipe, settings, out, on_progress)
+        except KeyboardInterrupt:
+            _say(f"Stopped; what is finished is in {out / 'results.jsonl'}, and the same command goes on from there")
+            raise typer.Exit(1) from None
+    record = report_page.write(out, rows, settings)
+    for sentence in record["notes"]:
+        _say(sentence)
+    if as_json:
+        _print_json(record)
+    else:
+        typer.echo(f"{record['recommendation']}\n{record['claim']}\nWrote {out / 'report.html'}")
+
+
 def _say(text: str) -> None:
     typer.echo(text, err=True)
 
@@ -303,6 +400,22 @@ def _pair(
     try:
         first, second = text.lower().split(mark)
         return kind(first), kind(second)
+    except ValueError:
+        raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
+
+
+def _scales(text: str | None) -> float | tuple[float, ...] | None:
+    """One guidance scale, or several."""
+    scales = _numbers("guidance_scale", text, "a number, or several with commas, such as 7.5 or 9,3")
+    return scales[0] if scales and len(scales) == 1 else scales
+
+
+def _numbers(field: str, text: str | None, right: str) -> tuple[float, ...] | None:
+    """The numbers in "9,3.5,1"."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
 

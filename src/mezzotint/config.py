@@ -119,6 +119,12 @@ class ScheduleConfig(_Config):
     trained_betas: tuple[float, ...] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     rescale_betas_zero_snr: bool = False
+    float32_table: bool = False  # diffusers' own rounding, which a Brownian path in sigma feels
+    sigma_data: float | None = None  # given, the model has EDM's preconditioning (Karras et al. 2022) and no betas
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_schedule: Literal["karras", "exponential"] = "karras"
+    rho: float = 7.0
 
     @field_validator("trained_betas", mode="before")
     @classmethod

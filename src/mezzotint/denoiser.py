@@ -7,8 +7,7 @@ timesteps and dtypes are here and nowhere else. One Denoiser belongs to one run:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -16,16 +15,16 @@ from torch import Tensor
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
-
-TimestepKind = Literal["interpolated", "linear", "rounded", "truncated"]
+from mezzotint.schedulers import TimestepKind
 
 
 class Denoiser:
     """The network's view of one run.
 
-    conditions: each of batch B or 1; with guidance (conditional, unconditional). timestep: of a level between two of
-    the table, "interpolated" in log sigma, that "rounded" or "truncated", or "linear" in sigma; the first and the last
-    are exact on the table.
+    conditions: each of batch B or 1; with guidance (conditional, unconditional). timestep: what the network is told of
+    a level between two of the table: the timestep "interpolated" in log sigma, or the "nearest" there, or log sigma / 4
+    for EDM's ("edm", Karras et al. 2022 table 1); or, as diffusers does on the run's own `levels` (on all, where none
+    are given), "linear" in sigma, "rounded" or "truncated". What a solver asks for in between is interpolated.
     """
 
     def __init__(
@@ -35,9 +34,11 @@ class Denoiser:
         prediction: Prediction,
         conditions: Sequence[Condition],
         timestep: TimestepKind = "interpolated",
+        levels: Collection[float] | None = None,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
+        self.levels = levels
         self.dtype = parameter.dtype
         self.conditions = [condition.to(parameter.device, parameter.dtype) for condition in conditions]
         self.keys_values = [unet.keys_values(condition) for condition in self.conditions]
@@ -54,17 +55,20 @@ class Denoiser:
         """
         count = len(self.conditions) if count is None else count
         condition, keys_values = self._batch(len(x), count)
-        sample = (x / math.sqrt(sigma * sigma + 1.0)).to(self.dtype)
+        sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
         sample = torch.cat([sample] * count)  # (count * B, C, h, w)
         output: Tensor = self.unet(sample, self.timestep(sigma), condition, keys_values=keys_values)
         return output.to(x.dtype).chunk(count)
 
     def timestep(self, sigma: float) -> float:
         """The timestep that the UNet is told."""
-        timestep = self.schedule.timestep(sigma, log=self.kind != "linear")
-        if self.kind == "rounded":
+        if self.kind == "edm":
+            return math.log(sigma) / 4
+        own = self.levels is None or sigma in self.levels
+        timestep = self.schedule.timestep(sigma, log=not (self.kind == "linear" and own))
+        if self.kind == "nearest" or (self.kind == "rounded" and own):
             return float(round(timestep))
-        if self.kind == "truncated":
+        if self.kind == "truncated" and own:
             # as diffusers, where float32 leaves the level of a whole timestep a hair below it: 999 becomes 998
             return float(max(math.floor(timestep - 1e-4), 0))
         return timestep

@@ -23,12 +23,12 @@ from torch import Tensor
 from mezzotint import samplers
 from mezzotint.conditioning import encode, windows, zeros_like
 from mezzotint.denoiser import Denoiser
-from mezzotint.diffusion.guidance import guided
-from mezzotint.diffusion.noise import SeededNoise
-from mezzotint.diffusion.prediction import PREDICTIONS
+from mezzotint.diffusion.guidance import METHODS, guided
+from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
+from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
-from mezzotint.diffusion.solvers import SOLVERS, Step
-from mezzotint.diffusion.spacing import SPACINGS
+from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
+from mezzotint.diffusion.spacing import SPACINGS, from_timesteps
 from mezzotint.errors import RequestError
 from mezzotint.image import describe, from_pil, to_pil
 from mezzotint.models.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ from mezzotint.weights.checkpoint import Parts, open_model
 
 BUNDLED = Path(__file__).parent / "data" / "emoji"
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, where the model does not say
+GUIDANCE_CFG_PP = 0.6  # what Chung et al. 2024 take in place of 7.5
 GPU_BATCH = 4  # pictures at once where the request does not say; 1 on the CPU
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
@@ -78,9 +79,7 @@ class Pipeline:
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
         self.scheduler_config = dict(parts.scheduler_config)
-        if parts.model_index.get("_class_name") == "StableDiffusionPipeline":
-            self.scheduler_config["steps_offset"] = 1  # as diffusers' pipeline of that name sets it on loading
-        self.schedule = Schedule.from_config(samplers.resolve(None, self.scheduler_config).schedule)
+        self.schedule = Schedule.from_config(self._sampler(Request(prompt="")).schedule)
         if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
             self.vae.float()  # its activations pass float16's range
         self.unet.fuse_projections()
@@ -104,7 +103,7 @@ class Pipeline:
         settings = self.parts.settings
         xl = self.parts.family == "sdxl"
         native = (self.unet.config.sample_size or 64) * self.vae.config.downscale
-        sampler = samplers.resolve(request.sampler, self.scheduler_config, request.spacing)
+        sampler = self._sampler(request)
         width = request.width or settings.get("width", native)
         height = request.height or settings.get("height", native)
         eta = inspect.signature(SOLVERS[sampler.solver]).parameters.get("eta")
@@ -113,20 +112,36 @@ class Pipeline:
         for name in ("original_size", "crop", "target_size"):
             if getattr(request, name) is not None and not xl:
                 raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
+        method = request.guidance_method or settings.get("guidance_method", "cfg")
+        for owner in METHODS:
+            for name in _options(owner):
+                if owner != method and getattr(request, name) is not None:
+                    raise RequestError(f"{name} is given; it is for guidance_method {owner}, which here is {method}")
+        scale = sampler.guidance_scale or settings.get("guidance_scale", GUIDANCE_XL if xl else GUIDANCE)
+        if _is_cfg_pp(sampler):
+            scale = GUIDANCE_CFG_PP
         defaults: dict[str, Any] = {
-            "negative_prompt": None if self.parts.model_index.get("force_zeros_for_empty_prompt") else "",
+            "negative_prompt": self._empty_prompt,
             "width": width,
             "height": height,
-            "steps": settings.get("steps", STEPS),
-            "guidance_scale": settings.get("guidance_scale", GUIDANCE_XL if xl else GUIDANCE),
+            "steps": sampler.steps or settings.get("steps", STEPS),
+            "guidance_scale": scale,
             "sampler": sampler.name,
             "spacing": sampler.spacing,
             "seed": secrets.randbelow(2**32),
             "batch": 1 if self.device.type == "cpu" else GPU_BATCH,
             "clip_skip": 0,
-            "eta": eta and eta.default,
+            "eta": eta and sampler.options.get("eta", eta.default),
+            "guidance_method": method,
             "guidance_rescale": 0.0,
+            "threshold_percentile": None if request.mimic_scale is None else 1.0,
         }
+        if request.sigmas or request.timesteps:
+            defaults |= {"steps": len(request.sigmas or ()) - 1 if request.sigmas else len(request.timesteps or ())}
+            del defaults["spacing"]
+        # the length of a difference grows with the picture: the paper's SDXL value at 1024x1024
+        own = {"apg_norm_threshold": 15.0 * math.sqrt(width * height) / 1024} | settings
+        defaults |= {name: own.get(name, option.default) for name, option in _options(method).items()}
         if xl:
             defaults |= {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
         resolved = request.replace(
@@ -172,7 +187,7 @@ class Pipeline:
         pictures = sum(r.count for r in requests)
         if latents is not None and latents.shape[:1] != (pictures,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
-        total, done = sum(group[0][0].steps for group in groups), 0  # type: ignore[misc]
+        total, done = sum(len(self._sigmas(group[0][0])) - 1 for group in groups), 0
         images: list[Image.Image] = []
         finals: list[Tensor] = []
         timings = {"denoise": 0.0, "decode": 0.0}
@@ -183,7 +198,7 @@ class Pipeline:
                 last = step
                 done += 1
                 if on_step:
-                    on_step(done, total)
+                    on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
             x = self._final(group[0][0], last)
             finals += x.unbind()
             middle = time.perf_counter()
@@ -212,28 +227,39 @@ class Pipeline:
         """One batch from noise to its last x."""
         request = group[0][0]
         sampler, sigmas = self._sampler(request), self._sigmas(request)
-        shape = self._latent_shape(request)
-        noise = SeededNoise([seed for _, seed in group], shape, self.device)
+        shape, seeds = self._latent_shape(request), [seed for _, seed in group]
+        noise = SeededNoise(seeds, shape, self.device)
         if latents is None:
             latents = noise.draw()
         elif latents.shape != (len(group), *shape):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be {(len(group), *shape)}")
         start = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
         x = latents.to(self.device, torch.float32) * start
-        options = sampler.options if request.eta is None else {**sampler.options, "eta": request.eta}
+        schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
+        options = schedule.timed(sampler.options)
+        options |= {"calls": request.steps} if "calls" in sampler.spacing_options and request.spacing else {}
+        options |= {} if request.eta is None else {"eta": request.eta}
         with torch.inference_mode():
             conditions = self._conditions([job for job, _ in group])
-            prediction = PREDICTIONS[sampler.schedule.prediction_type]
-            schedule = Schedule.from_config(sampler.schedule)
-            denoiser = Denoiser(self.unet, schedule, prediction, conditions, sampler.timestep)
+            denoiser = Denoiser(self.unet, schedule, prediction, conditions, sampler.timestep, sigmas)
+            method = request.guidance_method or "cfg"
             denoise = guided(
                 denoiser.outputs,
                 prediction,
                 request.guidance_scale or 0.0,
                 request.guidance_rescale or 0.0,
                 request.guidance_interval,
+                request.guidance_steps,
+                sigmas,
+                METHODS[method](**{option.name: getattr(request, name) for name, option in _options(method).items()}),
+                mimic_scale=request.mimic_scale,
+                threshold_percentile=request.threshold_percentile or 0.0,
             )
-        solver = SOLVERS[sampler.solver](denoise, x, sigmas, noise, **options)
+        fresh: Noise = noise
+        if sampler.noise != "seeded":
+            midpoints = sampler.noise == "brownian midpoints"
+            fresh = BrownianNoise(seeds, shape, sigmas, self.device, midpoints=midpoints)
+        solver = SOLVERS[sampler.solver](denoise, x, sigmas, fresh, **options)
         while True:  # inference mode is the thread's: it must not stay on while the caller looks at a step
             with torch.inference_mode():
                 step = next(solver, None)
@@ -242,16 +268,22 @@ class Pipeline:
             yield step
 
     def _sampler(self, request: Request) -> samplers.Sampler:
-        return samplers.resolve(request.sampler, self.scheduler_config, request.spacing)
+        facts = {"family": self.parts.family, "pipeline": str(self.parts.model_index.get("_class_name", ""))}
+        return samplers.resolve(request.sampler, self.scheduler_config, request.spacing, **facts)
 
     def _sigmas(self, request: Request) -> list[float]:
+        if request.sigmas:
+            return list(request.sigmas)
         sampler = self._sampler(request)
         schedule = Schedule.from_config(sampler.schedule)
+        if request.timesteps:
+            return from_timesteps(schedule, request.timesteps, last=sampler.spacing_options.get("last", "zero"))
         return SPACINGS[sampler.spacing](schedule, request.steps or STEPS, **sampler.spacing_options)
 
     def _final(self, request: Request, last: Step) -> Tensor:
         """The last step's x as the VAE takes it."""
-        return last.x / math.sqrt(1.0 + last.sigma**2) if self._sampler(request).rescale_final else last.x
+        rescale = self._sampler(request).rescale_final
+        return last.x / math.sqrt(1.0 + last.sigma**2) if rescale else last.x
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         side = self.vae.config.downscale
@@ -259,28 +291,43 @@ class Pipeline:
             raise RequestError(f"the size is {request.width}x{request.height}; both must be multiples of {side}")
         return self.vae.config.latent_channels, request.height // side, request.width // side
 
+    @property
+    def _empty_prompt(self) -> str | None:
+        """What stands for no prompt: None is zeros."""
+        return None if self.parts.model_index.get("force_zeros_for_empty_prompt") else ""
+
+    def _guides(self, request: Request) -> bool:
+        """Whether any step asks for the unconditional output; CFG++ always does."""
+        scale = request.guidance_scale or 0.0
+        highest = max(scale) if isinstance(scale, tuple) else scale
+        return highest > 1.0 or _is_cfg_pp(self._sampler(request))
+
     def _conditions(self, requests: Sequence[Request]) -> list[Condition]:
-        """(conditional, unconditional) for one batch; the second only where guidance asks for it."""
+        """(conditional, unconditional, negative) for one batch: the second only where guidance asks for it, the third
+        only where Perp-Neg does; else the second is the negative one.
+        """
         request = requests[0]
         same = all(r.prompt == request.prompt and r.negative_prompt == request.negative_prompt for r in requests)
         rows = requests[:1] if same else requests
-        guides = (request.guidance_scale or 0.0) > 1.0
-        negatives = [r.negative_prompt for r in rows] if guides else []
-        texts = [r.prompt for r in rows] + [negative or "" for negative in negatives]
-        encoded = [encode(texts, self.tokenizers, self.text_encoders, request.clip_skip or 0)]
-        if guides:  # clip_skip is the prompt's alone, as in diffusers
-            encoded += [encode(texts, self.tokenizers, self.text_encoders)] if request.clip_skip else encoded
+        prompts: list[list[str | None]] = [[r.prompt for r in rows]]
+        if self._guides(request):
+            empty, negative = [self._empty_prompt for _ in rows], [r.negative_prompt for r in rows]
+            prompts += [empty, negative] if request.guidance_method == "perp_neg" and negative != empty else [negative]
+        texts = [text or "" for part in prompts for text in part]
+        whole = encode(texts, self.tokenizers, self.text_encoders, request.clip_skip or 0)
+        others = whole  # clip_skip is the prompt's alone, as in diffusers
+        if request.clip_skip and len(prompts) > 1:
+            others = encode(texts, self.tokenizers, self.text_encoders)
         ids = None
         if request.original_size and request.crop and request.target_size:
             numbers = [*request.original_size, *request.crop, *request.target_size]
             ids = torch.tensor([numbers] * len(rows), dtype=torch.float32)
         conditions = []
-        for part in range(1 + guides):
-            own = slice(part * len(rows), (part + 1) * len(rows))
-            whole = encoded[part]
-            pooled = None if whole.pooled is None else whole.pooled[own]
-            condition = Condition(whole.context[own], pooled, ids)
-            conditions.append(zeros_like(condition) if part and request.negative_prompt is None else condition)
+        for k, part in enumerate(prompts):
+            encoded, own = others if k else whole, slice(k * len(rows), (k + 1) * len(rows))
+            pooled = None if encoded.pooled is None else encoded.pooled[own]
+            condition = Condition(encoded.context[own], pooled, ids)
+            conditions.append(zeros_like(condition) if part[0] is None else condition)
         return conditions
 
     def encode(self, prompt: str, request: Request | None = None) -> Condition:
@@ -312,6 +359,15 @@ class Pipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }
+
+
+def _is_cfg_pp(sampler: samplers.Sampler) -> bool:
+    return sampler.solver.endswith("cfg_pp")
+
+
+def _options(method: str) -> dict[str, inspect.Parameter]:
+    """The fields of a Request that are options of a guidance method."""
+    return {f"{method}_{name}": option for name, option in inspect.signature(METHODS[method]).parameters.items()}
 
 
 def _groups(requests: Sequence[Request], tokenizers: Sequence[Tokenizer]) -> list[list[Job]]:

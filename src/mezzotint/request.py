@@ -12,6 +12,7 @@ import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import (
@@ -46,6 +47,10 @@ Side = Annotated[int, Field(multiple_of=8, ge=8, le=MAX_SIDE)]
 Extent = Annotated[int, Field(ge=1, le=1_000_000)]
 Offset = Annotated[int, Field(ge=0, le=1_000_000)]
 Sigma = Annotated[float, Field(ge=0.0, le=1e6)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Scale = Annotated[float, Field(ge=0.0, le=1000.0)]
+Timestep = Annotated[float, Field(ge=0.0, le=1e6)]
+Scales = Annotated[tuple[Scale, ...], Field(min_length=1, max_length=1000)]
 
 
 class Request(BaseModel):
@@ -58,14 +63,31 @@ class Request(BaseModel):
     width: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
     height: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
     steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
-    guidance_scale: float | None = Field(
-        default=None, ge=0.0, le=1000.0, description="a number from 0 to 1000 (1: no guidance)"
+    guidance_scale: Scale | Scales | None = Field(
+        default=None,
+        description="a number from 0 to 1000 (1: no guidance), or a list of 1 to 1000 such numbers, spread evenly "
+        "over the steps and linear in between",
+    )
+    guidance_method: str | None = Field(
+        default=None, pattern="^(cfg|apg|cfg_zero|perp_neg)$", description="cfg, apg, cfg_zero or perp_neg"
     )
     sampler: str | None = Field(
         default=None, min_length=1, max_length=100, description="a name from `mezzotint samplers`"
     )
     spacing: str | None = Field(
         default=None, min_length=1, max_length=100, description="a name from `mezzotint samplers`"
+    )
+    sigmas: tuple[Sigma, ...] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=1001,
+        description="2 to 1001 falling noise levels from 0 to 1e6, the last one where the run stops",
+    )
+    timesteps: tuple[Timestep, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1000,
+        description="1 to 1000 falling timesteps of the model, each from 0",
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1")
     count: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1 to 10,000 (pictures)")
@@ -86,6 +108,38 @@ class Request(BaseModel):
         default=None,
         description="two noise levels (low, high) in sigma with 0 <= low < high <= 1e6; guidance works where "
         "low < sigma <= high (Kynkäänniemi et al. 2024)",
+    )
+    guidance_steps: tuple[Share, Share] | None = Field(
+        default=None,
+        description="two fractions (start, stop) of the steps with 0 <= start < stop <= 1; guidance works from the one "
+        "to before the other",
+    )
+    apg_eta: float | None = Field(
+        default=None, ge=0.0, le=10.0, description="a number from 0 to 10 (1: as in classic guidance)"
+    )
+    apg_momentum: float | None = Field(
+        default=None, gt=-1.0, lt=1.0, description="a number above -1 and below 1 (0: none; below 0 as a rule)"
+    )
+    apg_norm_threshold: float | None = Field(
+        default=None, ge=0.0, le=1e6, description="a length in latents from 0 (no limit) to 1e6"
+    )
+    cfg_zero_init_steps: int | None = Field(
+        default=None, ge=0, le=1000, description="a whole number from 0 to 1000 (first steps with an output of zero)"
+    )
+    perp_neg_scale: float | None = Field(
+        default=None, ge=0.0, le=1000.0, description="a number from 0 to 1000 (weight of the negative prompt)"
+    )
+    mimic_scale: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1000.0,
+        description="a guidance scale from 0 to 1000, to whose range of values the picture is held (thresholding)",
+    )
+    threshold_percentile: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="a fraction from 0 to 1 of a channel's values, beyond which they are cut off",
     )
     original_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
     crop: tuple[Offset, Offset] | None = Field(
@@ -110,7 +164,14 @@ class Request(BaseModel):
             samplers.resolve(None, {}, value)
         return value
 
-    @field_validator("guidance_interval")
+    @field_validator("sigmas", "timesteps")
+    @classmethod
+    def _list_falls(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and any(upper <= lower for upper, lower in pairwise(value)):
+            raise PydanticCustomError("falling", "a list that does not fall")
+        return value
+
+    @field_validator("guidance_interval", "guidance_steps")
     @classmethod
     def _interval_is_not_empty(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and value[0] >= value[1]:
@@ -122,6 +183,24 @@ class Request(BaseModel):
         if self.seed is not None and self.seed + self.count - 1 > MAX_SEED:
             raise RequestError(
                 f"seed is {self.seed} and count {self.count}; picture k has seed + k, which must be at most 2**64 - 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_list_of_levels(self) -> Self:
+        given = [name for name in ("sigmas", "timesteps", "spacing") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(given)} are given; each says which noise levels to visit, give one")
+        steps = len(self.sigmas) - 1 if self.sigmas else len(self.timesteps or ())
+        if steps and self.steps not in (None, steps):
+            raise RequestError(f"steps is {self.steps} and {given[0]} has {steps} steps; leave steps out")
+        return self
+
+    @model_validator(mode="after")
+    def _percentile_has_its_scale(self) -> Self:
+        if self.threshold_percentile is not None and self.mimic_scale is None:
+            raise RequestError(
+                f"threshold_percentile is {self.threshold_percentile} without mimic_scale; give both, or neither"
             )
         return self
 

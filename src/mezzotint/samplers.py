@@ -1,341 +1,168 @@
 """The names of samplers, in every dialect, and what each means: solver, spacing, and their options. No torch here.
 
 `resolve(name, scheduler_config)` answers with a `Sampler`, which holds all that a run needs to know. Our own names and
-the class names of diffusers mean that class's `from_config(the model's scheduler_config.json)`: a key missing from the
-file takes the default of the class that *runs*, not of the class that the file names. The names of A1111 ("DPM++ 2M
-Karras", with its capitals) and ComfyUI ("dpmpp_2m karras", sampler and scheduler) mean what those programs do.
-
-Differences between the programs are values in the tables below, never code in a solver.
+the class names of diffusers mean that class's `from_config(the model's scheduler_config.json)`; they are in
+schedulers.py. The names of A1111 ("DPM++ 2M Karras", with its capitals) and ComfyUI ("dpmpp_2m karras", sampler and
+scheduler) mean what those programs do; they are in presets.py. Differences between the programs are values in tables,
+never code in a solver.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from mezzotint.config import ScheduleConfig
 from mezzotint.errors import RequestError
+from mezzotint.presets import (
+    A1111_SAMPLERS,
+    A1111_SCHEDULES,
+    A1111_WITHOUT_SCHEDULE,
+    COMFYUI_SAMPLERS,
+    COMFYUI_SCHEDULES,
+    PRESETS,
+)
+from mezzotint.schedulers import CLASSES, SCHEDULERS, NoiseKind, Sampler, Start, from_config, respaced, schedule_of
 
-Start = Literal["sigma", "vp"]
-TimestepKind = Literal["interpolated", "linear", "rounded", "truncated"]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a run goes from noise to picture.
-
-    name: as asked for, or our name of the model's own. solver, options: into SOLVERS. spacing, spacing_options: into
-    SPACINGS. start: the first x is noise * sigma ("sigma") or noise * sqrt(sigma^2 + 1) ("vp"). timestep: the kind that
-    the Denoiser is told. rescale_final: divide the last x by sqrt(1 + sigma_last^2) before decoding. schedule: the
-    training schedule, as the class that runs reads it from the model's file.
-    """
-
-    name: str
-    solver: str
-    spacing: str
-    options: dict[str, Any] = field(default_factory=dict)
-    spacing_options: dict[str, Any] = field(default_factory=dict)
-    start: Start = "sigma"
-    timestep: TimestepKind = "interpolated"
-    rescale_final: bool = False
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+__all__ = [
+    "A1111_SCHEDULES",
+    "CLASSES",
+    "COMFYUI_SCHEDULES",
+    "FEW_STEPS",
+    "NAMES",
+    "SCHEDULERS",
+    "SOLVERS",
+    "SPACINGS",
+    "TABLE",
+    "NoiseKind",
+    "Row",
+    "Sampler",
+    "Start",
+    "resolve",
+]
 
 
 class Solver(NamedTuple):
-    """What a solver is, for the table: its order of convergence, model calls a step, whether it adds noise."""
+    """What a solver is, for the table: its order of convergence, model calls a step, whether it adds noise, its use."""
 
     order: int
     calls: int
     stochastic: bool
+    good_for: str
 
 
+# The order is that of a run as it is begun: multistep methods start with one first order step, and stay below it.
 SOLVERS = {
-    "ddpm": Solver(1, 1, True),
-    "ddim": Solver(1, 1, False),  # with eta above 0 it adds noise
-    "pndm": Solver(2, 1, False),  # 4 in its steps, 2 by its start; one call more in all
-    "lms": Solver(2, 1, False),  # as pndm
-    "euler": Solver(1, 1, False),
-    "euler_a": Solver(1, 1, True),
-    "heun": Solver(2, 2, False),
-    "dpmpp_2m": Solver(2, 1, False),
+    "ddpm": Solver(1, 1, True, "what the model was trained to undo; many steps"),
+    "ddim": Solver(1, 1, False, "the baseline; with eta above 0 it adds noise"),
+    "pndm": Solver(2, 1, False, "Stable Diffusion 1's own; one call more in all"),
+    "lms": Solver(2, 1, False, "the first multistep; from 25 steps"),
+    "euler": Solver(1, 1, False, "simple and robust; turbo and lightning models"),
+    "euler_a": Solver(1, 1, True, "varied pictures that keep changing with the steps"),
+    "heun": Solver(2, 2, False, "exact, at twice the calls"),
+    "dpm2": Solver(2, 2, False, "as heun, from DPM-Solver"),
+    "dpm2_a": Solver(1, 2, True, "as euler_a, finer steps"),
+    "dpmpp_2s": Solver(2, 1, False, "second order without memory; strong guidance"),
+    "dpmpp_2s_a": Solver(1, 2, True, "as euler_a, finer steps"),
+    "dpmpp_sde": Solver(1, 2, True, "rich detail in few steps, at twice the calls"),
+    "dpmpp_2m": Solver(2, 1, False, "the first to try: 15 to 25 steps"),
+    "dpmpp_2m_sde": Solver(1, 1, True, "detail of noise, from 25 steps"),
+    "dpmpp_3m": Solver(2, 1, False, "as dpmpp_2m, without guidance or with many steps"),
+    "dpmpp_3m_sde": Solver(1, 1, True, "as dpmpp_2m_sde, from 30 steps"),
+    "deis": Solver(2, 1, False, "as dpmpp_2m, interpolates the noise"),
+    "unipc": Solver(2, 1, False, "few steps, 5 to 15"),
+    "sa_solver": Solver(1, 1, True, "noise in the middle of the run only"),
+    "ipndm": Solver(2, 1, False, "as lms, cheap weights; even spacings"),
+    "ipndm_v": Solver(2, 1, False, "as ipndm, any spacing"),
+    "res_multistep": Solver(2, 1, False, "as dpmpp_2m, exact weights"),
+    "gradient_estimation": Solver(1, 1, False, "euler that looks ahead; few steps"),
+    "er_sde": Solver(1, 1, True, "noise tuned for pictures, from 20 steps"),
+    "dpm_fast": Solver(3, 1, False, "steps counts calls; few of them"),
+    "dpm_adaptive": Solver(3, 3, False, "chooses its own steps by the error it measures"),
+    "restart": Solver(2, 2, True, "goes back up and repairs; from 36 steps"),
+    "lcm": Solver(1, 1, True, "LCM and LCM-LoRA models, 2 to 8 steps, no guidance"),
+    "tcd": Solver(1, 1, False, "TCD-LoRA models, 2 to 8 steps; eta adds noise"),
+    "euler_cfg_pp": Solver(1, 1, False, "low guidance, 0.5 to 2, without oversaturation"),
+    "euler_a_cfg_pp": Solver(1, 1, True, "as euler_cfg_pp, varied"),
+    "dpmpp_2m_cfg_pp": Solver(2, 1, False, "as euler_cfg_pp, fewer steps"),
 }
 
-
-# ---- diffusers -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scheduler:
-    """A scheduler class of diffusers.
-
-    scaled: it works in the variance-preserving coordinate, on whole timesteps, as all but k-diffusion's offspring do.
-    points: of SPACINGS. defaults: those keys of its configuration that matter here, with the class's own defaults; keys
-    that it does not list are ignored by it, as in diffusers.
-    """
-
-    name: str
-    solver: str
-    scaled: bool
-    points: Literal["n", "n+1"]
-    defaults: Mapping[str, Any]
-
-
-_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
+# For models distilled to a few steps: (our name, keys over the model's own, steps, guidance_scale).
+FEW_STEPS: dict[str, tuple[str, dict[str, Any], int, float]] = {
+    "turbo": ("euler_a", {"timestep_spacing": "trailing"}, 4, 1.0),
+    "lightning": ("euler", {"timestep_spacing": "trailing"}, 4, 1.0),
+    "lcm-lora": ("lcm", {}, 4, 1.0),
 }
-_ZERO_SNR = {"rescale_betas_zero_snr": False}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_VARIANCE_PRESERVING = {**_SCHEDULE, **_ZERO_SNR, "timestep_spacing": "leading", "thresholding": False}
-_K_DIFFUSION = {**_SCHEDULE, "timestep_spacing": "linspace"}
 
-SCHEDULERS = (
-    Scheduler("DDPMScheduler", "ddpm", True, "n", {**_VARIANCE_PRESERVING, "variance_type": "fixed_small"}),
-    Scheduler("DDIMScheduler", "ddim", True, "n", {**_VARIANCE_PRESERVING, "set_alpha_to_one": True}),
-    Scheduler(
-        "PNDMScheduler",
-        "pndm",
-        True,
-        "n",
-        {**_SCHEDULE, "timestep_spacing": "leading", "set_alpha_to_one": False, "skip_prk_steps": False},
-    ),
-    Scheduler("LMSDiscreteScheduler", "lms", False, "n", {**_K_DIFFUSION, **_SIGMAS}),
-    Scheduler(
-        "EulerDiscreteScheduler",
-        "euler",
-        False,
-        "n",
-        {
-            **_K_DIFFUSION,
-            **_ZERO_SNR,
-            **_SIGMAS,
-            "interpolation_type": "linear",
-            "timestep_type": "discrete",
-            "sigma_min": None,
-            "sigma_max": None,
-            "final_sigmas_type": "zero",
-        },
-    ),
-    Scheduler("EulerAncestralDiscreteScheduler", "euler_a", False, "n", {**_K_DIFFUSION, **_ZERO_SNR}),
-    Scheduler(
-        "HeunDiscreteScheduler",
-        "heun",
-        False,
-        "n",
-        {**_K_DIFFUSION, **_SIGMAS, "beta_start": 0.00085, "beta_end": 0.012},
-    ),
-    Scheduler(
-        "DPMSolverMultistepScheduler",
-        "dpmpp_2m",
-        True,
-        "n+1",
-        {
-            **_SCHEDULE,
-            **_ZERO_SNR,
-            **_SIGMAS,
-            "timestep_spacing": "linspace",
-            "thresholding": False,
-            "solver_order": 2,
-            "algorithm_type": "dpmsolver++",
-            "solver_type": "midpoint",
-            "lower_order_final": True,
-            "euler_at_final": False,
-            "final_sigmas_type": "zero",
-            "use_lu_lambdas": False,
-            "use_flow_sigmas": False,
-            "use_dynamic_shifting": False,
-            "lambda_min_clipped": float("-inf"),
-            "variance_type": None,
-        },
-    ),
+SPACINGS = (
+    "leading",
+    "linspace",
+    "trailing",
+    "karras",
+    "exponential",
+    "polyexponential",
+    "lu",
+    "beta",
+    "sgm_uniform",
+    "simple",
+    "normal",
+    "ddim_uniform",
+    "kl_optimal",
+    "linear_quadratic",
+    "ays",
 )
 
-# Keys of which only these values run here. `clip_sample` is not among them: latents are never clipped.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "skip_prk_steps": (True,),
-    "solver_order": (2,),
-    "algorithm_type": ("dpmsolver++", "deis"),  # diffusers runs the second as the first
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # and the last three as the first
-    "variance_type": ("fixed_small", None),
-    "lambda_min_clipped": (float("-inf"),),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "thresholding": (False,),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False,),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-}
+NAMES = tuple(dict.fromkeys([*SOLVERS, *CLASSES, *FEW_STEPS, *PRESETS]))
 
 
-def _from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | None) -> Sampler:
-    """diffusers' `scheduler.from_config(config)`; `spacing` replaces the file's choice of spacing."""
-    flags = {key: config.get(key, default) for key, default in scheduler.defaults.items()}
-    if spacing in SUPPORTED["timestep_spacing"]:
-        flags.update(timestep_spacing=spacing, use_karras_sigmas=False)
-    for key, supported in SUPPORTED.items():
-        if key in flags and flags[key] not in supported:
-            source = "the model's scheduler_config.json" if key in config else f"the default of {scheduler.name}"
-            raise RequestError(
-                f"the sampler {scheduler.solver} with {key} = {flags[key]!r} ({source}) is not supported; {key} may be "
-                f"{' or '.join(repr(value) for value in supported)}, or choose another sampler"
-            )
-    last = flags.get("final_sigmas_type", "zero")
-    if not flags.get("set_alpha_to_one", True):
-        last = "sigma_min"
-    base, offset = flags["timestep_spacing"], flags["steps_offset"]
-    spacing_options: dict[str, Any]
-    timestep: TimestepKind
-    if spacing == "karras" or flags.get("use_karras_sigmas"):
-        chosen, timestep = "karras", "interpolated"
-        spacing_options = {"range": "table" if scheduler.scaled else base, "offset": offset}
-        if scheduler.scaled and "use_karras_sigmas" in flags:
-            timestep = "rounded"
-    else:
-        chosen, timestep = base, "linear"
-        spacing_options = {
-            "leading": {"points": scheduler.points, "offset": offset},
-            "linspace": {"points": scheduler.points, "round": scheduler.scaled},
-            "trailing": {},
-        }[base]
-    return Sampler(
-        name=scheduler.solver,
-        solver=scheduler.solver,
-        spacing=chosen,
-        options={key: flags[key] for key in ("lower_order_final", "euler_at_final") if key in flags},
-        spacing_options={**spacing_options, "last": last},
-        start="vp" if scheduler.scaled or base == "leading" else "sigma",
-        timestep=timestep,
-        rescale_final=scheduler.scaled and last != "zero",
-        schedule=_schedule(flags),
-    )
-
-
-# ---- A1111 and ComfyUI -----------------------------------------------------------------------------------------------
-
-K_SPACINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "uniform": ("linspace", {"log": True}),
-    "sgm": ("linspace", {"log": True, "points": "n+1"}),
-    "karras": ("karras", {}),
-}
-A1111_SCHEDULES = {"Uniform": "uniform", "Karras": "karras", "SGM Uniform": "sgm"}
-COMFYUI_SCHEDULES = {"normal": "uniform", "karras": "karras", "sgm_uniform": "sgm"}
-
-A1111_SAMPLERS = {  # name: (solver, the schedule of "Automatic")
-    "Euler": ("euler", "uniform"),
-    "Euler a": ("euler_a", "uniform"),
-    "Heun": ("heun", "uniform"),
-    "LMS": ("lms", "uniform"),
-    "DPM++ 2M": ("dpmpp_2m", "karras"),
-}
-COMFYUI_SAMPLERS = {"euler": "euler", "euler_ancestral": "euler_a", "heun": "heun", "dpmpp_2m": "dpmpp_2m"}
-
-# A1111's samplers that are not k-diffusion's: leading with offset 1 to the lowest level, variance-preserving.
-A1111_TIMESTEP_SAMPLERS = {"DDIM": "ddim", "PLMS": "pndm"}
-
-
-def _preset(name: str, solver: str, schedule: str, start: Start, timestep: TimestepKind) -> Sampler:
-    spacing, options = K_SPACINGS[schedule]
-    return Sampler(name, solver, spacing, spacing_options=dict(options), start=start, timestep=timestep)
-
-
-def _presets() -> dict[str, Sampler]:
-    """Every spelling of A1111 and ComfyUI that is not also our own name."""
-    presets = {}
-    for name, (solver, automatic) in A1111_SAMPLERS.items():
-        presets[name] = _preset(name, solver, automatic, "sigma", "interpolated")
-        for suffix, schedule in A1111_SCHEDULES.items():
-            spelling = f"{name} {suffix}"
-            presets[spelling] = _preset(spelling, solver, schedule, "sigma", "interpolated")
-    for name, solver in A1111_TIMESTEP_SAMPLERS.items():
-        presets[name] = Sampler(
-            name,
-            solver,
-            "leading",
-            spacing_options={"offset": 1, "last": "sigma_min"},
-            start="vp",
-            rescale_final=True,
-        )
-    for name, solver in COMFYUI_SAMPLERS.items():
-        if name not in SOLVERS:
-            presets[name] = _preset(name, solver, "uniform", "vp", "rounded")
-        for suffix, schedule in COMFYUI_SCHEDULES.items():
-            spelling = f"{name} {suffix}"
-            presets[spelling] = _preset(spelling, solver, schedule, "vp", "rounded")
-    return presets
-
-
-PRESETS = _presets()
-
-
-# ---- the answer ------------------------------------------------------------------------------------------------------
-
-CLASSES = {scheduler.name: scheduler for scheduler in SCHEDULERS} | {
-    scheduler.solver: scheduler for scheduler in SCHEDULERS
-}
-NAMES = (*SOLVERS, *(scheduler.name for scheduler in SCHEDULERS), *PRESETS)
-SPACINGS = ("leading", "linspace", "trailing", "karras")
-
-
-def resolve(name: str | None, scheduler_config: Mapping[str, Any], spacing: str | None = None) -> Sampler:
+def resolve(
+    name: str | None,
+    scheduler_config: Mapping[str, Any],
+    spacing: str | None = None,
+    *,
+    family: str = "",
+    pipeline: str = "",
+) -> Sampler:
     """What `name` means for a model with this scheduler_config.json; None is the class that the file names.
 
-    `spacing` replaces only the spacing. Raises RequestError for unknown names, with the nearest ones, and for a flag in
-    the file that is not supported.
+    `spacing` replaces only the spacing. family: of the model, for the levels of Align Your Steps. pipeline: its class
+    in diffusers. Raises RequestError for unknown names, with the nearest ones, for a flag in the file that is not
+    supported and for a spacing that the solver cannot use.
     """
     if spacing is not None and spacing not in SPACINGS:
         raise RequestError(f"spacing is {spacing!r}; {_nearest(spacing, SPACINGS)}")
+    own = scheduler_config.get("_class_name", "")
     if name is None:
-        name = scheduler_config.get("_class_name", "")
+        name = own
         if name not in CLASSES:
             raise RequestError(
                 f"the model's own sampler, _class_name = {name!r} in its scheduler_config.json, is not supported; "
                 f"sampler may be {', '.join(SOLVERS)}"
             )
+    config = dict(scheduler_config)
     if name in CLASSES:
-        return _from_config(CLASSES[name], scheduler_config, spacing)
-    if name not in PRESETS:
+        scheduler = CLASSES[name]
+        if pipeline == "StableDiffusionPipeline" and ("steps_offset" in config or scheduler.name == own):
+            config["steps_offset"] = 1  # it corrects its own scheduler on loading, and what is made from that
+        sampler = from_config(scheduler, config, spacing)
+    elif name in FEW_STEPS:
+        base, keys, steps, guidance_scale = FEW_STEPS[name]
+        sampler = from_config(CLASSES[base], config | keys, spacing)
+        sampler = replace(sampler, name=name, steps=steps, guidance_scale=guidance_scale)
+    elif name in PRESETS:
+        sampler = respaced(replace(PRESETS[name], schedule=schedule_of(config)), spacing)
+    else:
         raise RequestError(f"sampler is {name!r}; {_nearest(name, NAMES)}")
-    preset = PRESETS[name]
-    last = preset.spacing_options.get("last", "zero")
-    options = preset.spacing_options if spacing in (None, preset.spacing) else {"last": last}
-    return Sampler(
-        name,
-        preset.solver,
-        spacing or preset.spacing,
-        preset.options,
-        options,
-        preset.start,
-        preset.timestep,
-        preset.rescale_final,
-        _schedule(scheduler_config),
-    )
-
-
-def _schedule(config: Mapping[str, Any]) -> ScheduleConfig:
-    try:
-        return ScheduleConfig.model_validate(dict(config))
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RequestError(f"the model's scheduler_config.json is not supported: {wrong}") from None
+    if sampler.schedule.sigma_data is not None:  # EDM's network, whichever solver runs
+        sampler = replace(sampler, timestep="edm", rescale_final=False)
+    if sampler.spacing == "ays" and family == "sdxl":
+        sampler = replace(sampler, spacing_options={**sampler.spacing_options, "family": family})
+    return sampler
 
 
 def _nearest(name: str, names: tuple[str, ...]) -> str:
-    close = {known.lower(): known for known in names}
+    close = {known.lower(): known for known in reversed(names)}
     found = [close[match] for match in difflib.get_close_matches(name.lower(), close, n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(names)}"
 
@@ -350,14 +177,20 @@ class Row(NamedTuple):
     order: int
     calls: int
     stochastic: bool
+    good_for: str
 
 
-def _row(scheduler: Scheduler) -> Row:
-    a1111 = [k for k, (solver, _) in A1111_SAMPLERS.items() if solver == scheduler.solver]
-    a1111 += [k for k, solver in A1111_TIMESTEP_SAMPLERS.items() if solver == scheduler.solver]
-    comfyui = [k for k, solver in COMFYUI_SAMPLERS.items() if solver == scheduler.solver]
-    facts = SOLVERS[scheduler.solver]
-    return Row(scheduler.solver, scheduler.name, ", ".join(a1111), ", ".join(comfyui), *facts)
+_A1111 = {name: preset.solver for name, preset in A1111_SAMPLERS.items()} | {
+    name: sampler.solver for name, sampler in A1111_WITHOUT_SCHEDULE.items()
+}
+_COMFYUI = {name: preset.solver for name, preset in COMFYUI_SAMPLERS.items()}
 
 
-TABLE = tuple(_row(scheduler) for scheduler in SCHEDULERS)
+def _called(solver: str, names: Mapping[str, str]) -> str:
+    return ", ".join(name for name, theirs in names.items() if theirs == solver)
+
+
+TABLE = tuple(
+    Row(name, CLASSES[name].name, _called(name, _A1111), _called(name, _COMFYUI), *solver)
+    for name, solver in SOLVERS.items()
+)

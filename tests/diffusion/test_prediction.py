@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mezzotint.diffusion.prediction import PREDICTIONS
+from mezzotint.config import ScheduleConfig
+from mezzotint.diffusion.prediction import PREDICTIONS, Prediction, preconditioned
+from mezzotint.errors import RequestError
+
+ALL = {**PREDICTIONS, "edm": preconditioned(0.5), "edm v": preconditioned(0.7, -1.0)}
 
 
-@pytest.mark.parametrize("name", PREDICTIONS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 14.6, torch.tensor([0.1, 5.0], dtype=torch.float64).reshape(2, 1, 1, 1)])
 def test_target_gives_x0_back(name: str, sigma: float | Tensor) -> None:
-    prediction = PREDICTIONS[name]
+    prediction = ALL[name]
     x0, noise = torch.randn(2, 2, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x0 + sigma * noise
     target = prediction.target(x0, noise, sigma)
@@ -33,5 +37,34 @@ def test_v_is_diffusers_velocity() -> None:
 
 def test_keeps_float32() -> None:
     x = torch.ones(1, 4, 2, 2)
-    for prediction in PREDICTIONS.values():
+    for prediction in ALL.values():
         assert prediction.denoised(x, x, 2.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_is_that_of_diffusers(kind: str) -> None:
+    config = {"sigma_data": 0.7, "prediction_type": kind}
+    scheduler = diffusers.EDMEulerScheduler(**config)
+    prediction = Prediction.from_config(ScheduleConfig.model_validate(config))
+    x, output = torch.randn(2, 1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.003, 1.0, 70.0):
+        expected = scheduler.precondition_outputs(x, output, sigma)
+        torch.testing.assert_close(prediction.denoised(output, x, sigma), expected)
+        scaled = scheduler.precondition_inputs(x, torch.tensor(sigma))
+        torch.testing.assert_close(x / (sigma**2 + prediction.sigma_data**2) ** 0.5, scaled)
+
+
+def test_v_prediction_is_edm_of_unit_data() -> None:
+    """The network's first answer should be small: c_out and the target have unit variance for x0 of sigma_data's."""
+    x0, noise = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+    for sigma_data in (0.5, 1.0):
+        for sigma in (0.05, 1.0, 20.0):
+            target = preconditioned(sigma_data).target(x0 * sigma_data, noise, sigma)
+            assert float(target.std()) == pytest.approx(1.0, rel=0.02)
+
+
+def test_the_configuration_says_which() -> None:
+    assert Prediction.from_config(ScheduleConfig(prediction_type="sample")) is PREDICTIONS["sample"]
+    assert Prediction.from_config(ScheduleConfig(sigma_data=0.5)).sigma_data == 0.5
+    with pytest.raises(RequestError, match="prediction_type is 'sample'; with EDM's preconditioning"):
+        Prediction.from_config(ScheduleConfig(sigma_data=0.5, prediction_type="sample"))

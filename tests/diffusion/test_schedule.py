@@ -65,3 +65,32 @@ def test_beyond_the_table_is_its_end() -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     assert schedule.timestep(0.0) == 0.0 and schedule.timestep(1e6) == 999.0
     assert schedule.sigma(-5) == schedule.sigma_min and schedule.sigma(1000) == schedule.sigma_max
+
+
+def test_the_float32_table_is_diffusers_to_the_last_digit() -> None:
+    for beta_schedule in ("scaled_linear", "linear", "squaredcos_cap_v2"):
+        config = SD | {"beta_schedule": beta_schedule}
+        schedule = Schedule.from_config(ScheduleConfig(**config, float32_table=True))
+        theirs = diffusers.DDPMScheduler(**config).alphas_cumprod
+        sigmas = ((1 - theirs) / theirs) ** 0.5
+        assert np.array_equal(schedule.sigmas.astype(np.float32), sigmas.numpy())
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+def test_edm_levels_are_those_of_diffusers(kind: str) -> None:
+    config = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.7, "rho": 5.0, "sigma_schedule": kind}
+    schedule = Schedule.from_config(ScheduleConfig.model_validate(config))
+    theirs = diffusers.EDMDPMSolverMultistepScheduler(**config).sigmas[:-1].double().numpy()[::-1]
+    np.testing.assert_allclose(schedule.sigmas, theirs, rtol=2e-5)
+    assert (schedule.sigma_min, schedule.sigma_max) == pytest.approx((0.01, 50.0), rel=1e-9)
+    assert Schedule.from_config(ScheduleConfig(sigma_data=0.5)).sigma_max == pytest.approx(80.0)
+
+
+def test_earlier_and_within() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    assert schedule.earlier(schedule.sigma(759), 0.3) == schedule.sigma(531)
+    assert schedule.earlier(3.3, 0.0) == 3.3 and schedule.earlier(0.0, 0.5) == 0.0
+    inside = [schedule.within(schedule.sigma(t)) for t in (199, 200, 500, 800, 801)]
+    assert inside == [0.0, 1.0, 1.0, 1.0, 0.0]
+    options = schedule.timed({"tau": "within", "order": 2, "solver_type": "bh1"})
+    assert options["tau"](schedule.sigma(500)) == 1.0 and (options["order"], options["solver_type"]) == (2, "bh1")

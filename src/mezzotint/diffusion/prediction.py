@@ -1,6 +1,6 @@
 """What a network predicts, and how that becomes `denoised`, the estimate of x0 in x = x0 + sigma * noise.
 
-A prediction sees one output and sigma, nothing else. All three are affine in the output, so guidance on outputs and
+A prediction sees one output and sigma, nothing else. All are affine in the output, so guidance on outputs and
 guidance on denoised are the same. `sigma` is a float, or a tensor that broadcasts against x, such as (B, 1, 1, 1).
 """
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mezzotint.config import ScheduleConfig
+from mezzotint.errors import RequestError
+
 Level = float | Tensor
 
 
@@ -20,18 +23,47 @@ class Prediction:
 
     `denoised(output, x, sigma)`: the estimate of x0 from the network's output.
     `output(denoised, x, sigma)`: its inverse.
-    `target(x0, noise, sigma)`: what a network learns to put out when shown (x0 + sigma noise) / sqrt(sigma^2 + 1).
+    `target(x0, noise, sigma)`: what a network learns to put out when shown x0 + sigma noise, scaled.
+    `sigma_data`: the scale is 1 / sqrt(sigma^2 + sigma_data^2); 1 for a variance-preserving model.
     """
 
     denoised: Callable[[Tensor, Tensor, Level], Tensor]
     output: Callable[[Tensor, Tensor, Level], Tensor]
     target: Callable[[Tensor, Tensor, Level], Tensor]
+    sigma_data: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: ScheduleConfig) -> Prediction:
+        """The prediction of a `scheduler_config.json`. Raises RequestError for x0 with EDM's preconditioning."""
+        if config.sigma_data is None:
+            return PREDICTIONS[config.prediction_type]
+        if config.prediction_type == "sample":
+            raise RequestError("prediction_type is 'sample'; with EDM's preconditioning it is epsilon or v_prediction")
+        return preconditioned(config.sigma_data, -1.0 if config.prediction_type == "v_prediction" else 1.0)
 
 
-def _scale(sigma: Level) -> Level:
-    """sqrt(sigma^2 + 1) = 1 / sqrt(alpha_bar): from the variance-preserving coordinate to ours."""
-    scale: Level = (sigma * sigma + 1.0) ** 0.5
-    return scale
+def preconditioned(sigma_data: float, sign: float = 1.0) -> Prediction:
+    """EDM, Karras et al. 2022 table 1: denoised = c_skip x + c_out output.
+
+    sign: of c_out; diffusers turns it round for what it calls EDM's v-prediction.
+    """
+
+    def scale(sigma: Level) -> Level:
+        root: Level = (sigma * sigma + sigma_data**2) ** 0.5
+        return root
+
+    def c_skip(sigma: Level) -> Level:
+        return sigma_data**2 / (sigma * sigma + sigma_data**2)
+
+    def c_out(sigma: Level) -> Level:
+        return sign * sigma_data * sigma / scale(sigma)
+
+    return Prediction(
+        denoised=lambda output, x, sigma: c_skip(sigma) * x + c_out(sigma) * output,
+        output=lambda denoised, x, sigma: (denoised - c_skip(sigma) * x) / c_out(sigma),
+        target=lambda x0, noise, sigma: sign * (sigma * x0 / sigma_data - sigma_data * noise) / scale(sigma),
+        sigma_data=sigma_data,
+    )
 
 
 # The noise itself (Ho et al. 2020).
@@ -42,11 +74,7 @@ EPSILON = Prediction(
 )
 
 # v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, section 4).
-V_PREDICTION = Prediction(
-    denoised=lambda output, x, sigma: x / (sigma * sigma + 1.0) - output * (sigma / _scale(sigma)),
-    output=lambda denoised, x, sigma: (x / (sigma * sigma + 1.0) - denoised) * (_scale(sigma) / sigma),
-    target=lambda x0, noise, sigma: (noise - sigma * x0) / _scale(sigma),
-)
+V_PREDICTION = preconditioned(1.0, sign=-1.0)
 
 # x0 itself.
 SAMPLE = Prediction(

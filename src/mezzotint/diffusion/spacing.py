@@ -1,98 +1,273 @@
 """Spacings: which noise levels a run of n steps visits. `SPACINGS[name](schedule, steps, **options) -> list[float]`.
 
 The list falls, holds n + 1 Python floats (no device is asked anything) and ends at the level where the run stops. A
-spacing sees the schedule and its own options, never the solver. The options are where the programs in use differ:
+spacing sees the schedule and its own options, never the solver. Two of its options are everyone's:
 
-    points   "n": that many timesteps; "n+1": one more, the lowest of them dropped
+    points   "n": so many levels are spaced; "n+1": one more, the lowest of them dropped ("discard the penultimate")
+    last     the level after the last step: "zero", "sigma_min" of the schedule, "repeat", the lowest once more, "own",
+             the lowest itself (so one step fewer), or a number
+
+and the others are where the programs in use differ:
+
     offset   added to every timestep (`steps_offset`)
     round    to whole timesteps
-    log      between two timesteps of the table, interpolate log sigma (k-diffusion) instead of sigma (diffusers)
-    range    of karras: "table", the ends of the whole schedule, or the name of the spacing whose ends it takes
-    last     the level after the last step: "zero", "sigma_min" of the schedule, or "repeat", the lowest once more
+    range    of karras, exponential, polyexponential, lu, beta: "table", the ends of the whole schedule, or the name of
+             the spacing whose ends they take; sigma_max and sigma_min set them
+    calls    of DPM-Solver-fast: steps counts calls of the network, so many an interval; so steps // calls + 1 intervals
+
+Two lists, kept as ComfyUI makes them, may differ in length: beta with index drops repeats, ddim_uniform is whole.
 """
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 
 Points = Literal["n", "n+1"]
-Last = Literal["zero", "sigma_min", "repeat"]
+Last = Literal["zero", "sigma_min", "repeat", "own"] | float
 Range = Literal["table", "leading", "linspace", "trailing"]
+Spacing = Callable[..., list[float]]
 
 
-def leading(
-    schedule: Schedule, steps: int, *, points: Points = "n", offset: int = 0, last: Last = "zero"
-) -> list[float]:
-    """Every k-th timestep from the bottom, k = T // points (Song et al. 2021, "linear")."""
-    count = _count(steps, points)
+def _spacing(levels: Callable[..., Iterable[float]]) -> Spacing:
+    """A spacing from `levels(schedule, count, **options)`, which gives `count` falling levels."""
+
+    def spacing(
+        schedule: Schedule,
+        steps: int,
+        *,
+        points: Points = "n",
+        last: Last = "zero",
+        calls: int | None = None,
+        **options: Any,
+    ) -> list[float]:
+        if steps < 1:
+            raise RequestError(f"steps is {steps}; it must be at least 1")
+        count = steps + (points == "n+1") if calls is None else steps // calls + 2
+        spaced = list(levels(schedule, count, **options))
+        if len(spaced) > 1 and points == "n+1":
+            spaced.pop()
+        if any(upper <= lower for upper, lower in pairwise(spaced)):
+            raise RequestError(
+                f"steps is {steps}, more than its spacing finds different noise levels for in the "
+                f"{schedule.num_train_timesteps} that the model was trained on; take fewer steps, or the spacing karras"
+            )
+        return _ending(schedule, spaced, last)
+
+    spacing.__name__, spacing.__doc__ = levels.__name__, levels.__doc__
+    return spacing
+
+
+def _ending(schedule: Schedule, spaced: Sequence[float], last: Last) -> list[float]:
+    """The levels and the one after the last step."""
+    levels = [float(sigma) for sigma in spaced]
+    if last == "own" and len(levels) > 1:
+        return levels
+    ends = {"zero": 0.0, "sigma_min": min(schedule.sigma_min, levels[-1]), "repeat": levels[-1], "own": 0.0}
+    return [*levels, ends[last] if isinstance(last, str) else last]
+
+
+# ---- in timesteps ----------------------------------------------------------------------------------------------------
+
+
+@_spacing
+def leading(schedule: Schedule, count: int, *, offset: int = 0) -> Iterable[float]:
+    """Every k-th timestep from the bottom, k = T // count (Song et al. 2021, "linear")."""
     stride = schedule.num_train_timesteps // count
-    timesteps = [i * stride + offset for i in reversed(builtins.range(count))][:steps]
-    return _ending(schedule, (schedule.sigma(t) for t in timesteps), last)
+    return [schedule.sigma(i * stride + offset) for i in reversed(range(count))]
 
 
-def linspace(
-    schedule: Schedule,
-    steps: int,
-    *,
-    points: Points = "n",
-    round: bool = False,
-    log: bool = False,
-    last: Last = "zero",
-) -> list[float]:
-    """Evenly from the last timestep to the first, both included unless `points` drops the first."""
-    timesteps = np.linspace(0, schedule.num_train_timesteps - 1, _count(steps, points))[::-1][:steps]
-    timesteps = timesteps.round() if round else timesteps
-    return _ending(schedule, (schedule.sigma(float(t), log=log) for t in timesteps), last)
+@_spacing
+def linspace(schedule: Schedule, count: int, *, round: bool = False) -> Iterable[float]:
+    """Evenly from the last timestep to the first, both included; a single one is the first, as in diffusers."""
+    timesteps = np.linspace(0, schedule.num_train_timesteps - 1, count)[::-1]
+    return [schedule.sigma(float(t)) for t in (timesteps.round() if round else timesteps)]
 
 
-def trailing(schedule: Schedule, steps: int, *, last: Last = "zero") -> list[float]:
-    """Every T/n-th timestep from the top (Lin et al. 2023, table 2)."""
+@_spacing
+def trailing(schedule: Schedule, count: int, *, original: int | None = None) -> Iterable[float]:
+    """Every T/n-th timestep from the top (Lin et al. 2023, table 2).
+
+    original: from so many of them, those that a consistency model was distilled on (LCM, TCD), pick `count`.
+    """
     length = schedule.num_train_timesteps
-    timesteps = np.arange(length, 0, -length / _count(steps, "n"))[:steps].round() - 1
-    return _ending(schedule, (schedule.sigma(float(t)) for t in timesteps), last)
+    if original is None:
+        timesteps = np.arange(length, 0, -length / count)[:count].round() - 1
+    elif count > original:
+        raise RequestError(f"steps is {count}; this model was distilled on {original} timesteps, take at most as many")
+    else:
+        picked = np.floor(np.linspace(0, original, count, endpoint=False))
+        timesteps = (original - picked) * (length // original) - 1
+    return [schedule.sigma(float(t)) for t in timesteps]
 
 
-def karras(
-    schedule: Schedule, steps: int, *, rho: float = 7.0, range: Range = "table", offset: int = 0, last: Last = "zero"
-) -> list[float]:
+@_spacing
+def normal(schedule: Schedule, count: int, *, first: float = 0.0) -> Iterable[float]:
+    """linspace as k-diffusion has it: from the top, log sigma interpolated. first: the lowest timestep."""
+    return [schedule.sigma(float(t), log=True) for t in np.linspace(schedule.num_train_timesteps - 1, first, count)]
+
+
+@_spacing
+def sgm_uniform(schedule: Schedule, count: int) -> Iterable[float]:
+    """normal over one more, which is dropped (Stability's generative-models)."""
+    timesteps = np.linspace(schedule.num_train_timesteps - 1, 0, count + 1)[:-1]
+    return [schedule.sigma(float(t), log=True) for t in timesteps]
+
+
+@_spacing
+def simple(schedule: Schedule, count: int) -> Iterable[float]:
+    """trailing on whole timesteps, cut and not rounded (ComfyUI)."""
+    stride = schedule.num_train_timesteps / count
+    return [schedule.sigma(schedule.num_train_timesteps - 1 - int(i * stride)) for i in range(count)]
+
+
+@_spacing
+def ddim_uniform(schedule: Schedule, count: int) -> Iterable[float]:
+    """leading with offset 1, up to the top: more levels than `count` where T // count leaves a rest (ComfyUI)."""
+    stride = max(schedule.num_train_timesteps // count, 1)
+    return [schedule.sigma(t) for t in reversed(range(1, schedule.num_train_timesteps, stride))]
+
+
+# ---- in sigma --------------------------------------------------------------------------------------------------------
+
+
+def _between(levels: Callable[..., Iterable[float]]) -> Spacing:
+    """A spacing from `levels(top, bottom, count, **options)`; range, sigma_max and sigma_min say between which two."""
+
+    @wraps(levels)
+    def spaced(
+        schedule: Schedule,
+        count: int,
+        *,
+        range: Range = "table",
+        offset: int = 0,
+        sigma_max: float | None = None,
+        sigma_min: float | None = None,
+        **options: Any,
+    ) -> Iterable[float]:
+        ends = schedule.sigma_max, schedule.sigma_min
+        if range != "table":
+            shift = {"offset": offset} if range == "leading" else {}
+            others = SPACINGS[range](schedule, count, last="repeat", **shift)
+            ends = others[0], others[-1]
+        return levels(sigma_max or ends[0], sigma_min or ends[1], count, **options)
+
+    return _spacing(spaced)
+
+
+@_between
+def karras(top: float, bottom: float, count: int, *, rho: float = 7.0) -> Iterable[float]:
     """Evenly in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
-    top, bottom = schedule.sigma_max, schedule.sigma_min
-    if range != "table":
-        options = {"offset": offset} if range == "leading" else {}
-        spaced = SPACINGS[range](schedule, steps, last="repeat", **options)
-        top, bottom = spaced[0], spaced[-1]
-    ramp = np.linspace(top ** (1 / rho), bottom ** (1 / rho), _count(steps, "n"))
-    return _ending(schedule, (float(root**rho) for root in ramp), last)
+    return [float(root**rho) for root in np.linspace(top ** (1 / rho), bottom ** (1 / rho), count)]
 
 
-def _count(steps: int, points: Points) -> int:
-    if steps < 1:
-        raise RequestError(f"steps is {steps}; it must be at least 1")
-    return steps + (points == "n+1")
+@_between
+def exponential(top: float, bottom: float, count: int) -> Iterable[float]:
+    """Evenly in log sigma: the uniform lambdas of Lu et al. 2022."""
+    return [float(sigma) for sigma in np.geomspace(top, bottom, count)]
 
 
-def _ending(schedule: Schedule, sigmas: Iterable[float], last: Last) -> list[float]:
-    """The levels, checked to fall, and the one after the last step."""
-    levels = list(sigmas)
-    if any(upper <= lower for upper, lower in pairwise(levels)):
+@_between
+def polyexponential(top: float, bottom: float, count: int, *, rho: float = 1.0) -> Iterable[float]:
+    """A ramp to the power of rho in log sigma (k-diffusion)."""
+    return [bottom * (top / bottom) ** float(part) for part in np.linspace(1, 0, count) ** rho]
+
+
+def beta(schedule: Schedule, steps: int, *, index: bool = False, **options: Any) -> list[float]:
+    """Quantiles of the beta distribution, dense at both ends (Lee et al. 2024): between the ends in sigma, as diffusers
+    and A1111 take them; with `index` among the timesteps, repeats dropped, as ComfyUI does.
+    """
+    return (_beta_in_index if index else _beta_in_sigma)(schedule, steps, **options)
+
+
+@_between
+def _beta_in_sigma(top: float, bottom: float, count: int, *, alpha: float = 0.6, beta: float = 0.6) -> Iterable[float]:
+    return [float(bottom + q * (top - bottom)) for q in _beta_quantiles(count, alpha, beta)]
+
+
+@_spacing
+def _beta_in_index(schedule: Schedule, count: int, *, alpha: float = 0.6, beta: float = 0.6) -> Iterable[float]:
+    quantiles = _beta_quantiles(count + 1, alpha, beta)[:-1]
+    indices = dict.fromkeys(np.rint(quantiles * (schedule.num_train_timesteps - 1)).tolist())
+    return [schedule.sigma(index) for index in indices]
+
+
+def _beta_quantiles(count: int, alpha: float, beta: float) -> NDArray[np.float64]:
+    from scipy.special import betaincinv  # type: ignore[import-untyped]
+
+    return np.asarray(betaincinv(alpha, beta, np.linspace(1, 0, count)))
+
+
+@_spacing
+def kl_optimal(schedule: Schedule, count: int, *, endpoint: bool = True) -> Iterable[float]:
+    """Evenly in arctan sigma (Sabour et al. 2024, eq. 7). endpoint: sigma_min is the lowest (ComfyUI), or the one that
+    would follow (A1111, which ends the run there).
+    """
+    angles = np.linspace(math.atan(schedule.sigma_max), math.atan(schedule.sigma_min), count, endpoint=endpoint)
+    return [math.tan(angle) for angle in angles]
+
+
+@_spacing
+def linear_quadratic(schedule: Schedule, count: int, *, threshold: float = 0.025) -> Iterable[float]:
+    """Movie Gen, Polyak et al. 2024, section 3.4.2: the first half of the steps takes `threshold` of the way, evenly,
+    the second the rest, in a parabola that goes on at the same slope.
+    """
+    linear = max(count // 2, 1)
+    slope, rest = threshold / linear, count - linear
+    bend = (1 - threshold - slope * rest) / rest**2 if rest else 0.0
+    done = [slope * i + bend * max(i - linear, 0) ** 2 for i in range(count)]
+    return [schedule.sigma_max * (1 - part) for part in done]
+
+
+# Sabour et al. 2024, the published levels of ten steps and where they end.
+ALIGN_YOUR_STEPS = {
+    "sd1": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
+
+
+@_spacing
+def ays(schedule: Schedule, count: int, *, family: str = "sd1") -> Iterable[float]:
+    """Align Your Steps (Sabour et al. 2024), log-linearly interpolated to any count. ComfyUI's and diffusers' ten steps
+    are points "n+1", A1111's points "n".
+    """
+    table = np.log(ALIGN_YOUR_STEPS["sdxl" if family == "sdxl" else "sd1"])
+    return [math.exp(level) for level in np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(table)), table)]
+
+
+def from_timesteps(schedule: Schedule, timesteps: Sequence[float], *, last: Last = "zero") -> list[float]:
+    """The levels of a user's own falling timesteps, each from 0 to T - 1, and the one after the last step."""
+    if not 0 <= timesteps[0] < schedule.num_train_timesteps:
         raise RequestError(
-            f"steps is {len(levels)}, more than this spacing finds different noise levels for in the "
-            f"{schedule.num_train_timesteps} that the model was trained on; take fewer steps, or the spacing karras"
+            f"timesteps begins with {timesteps[0]}; this model was trained on those from 0 to "
+            f"{schedule.num_train_timesteps - 1}"
         )
-    return [*levels, {"zero": 0.0, "sigma_min": schedule.sigma_min, "repeat": levels[-1]}[last]]
+    return _ending(schedule, [schedule.sigma(t) for t in timesteps], last)
 
 
-SPACINGS: dict[str, Callable[..., list[float]]] = {
+SPACINGS: dict[str, Spacing] = {
     "leading": leading,
     "linspace": linspace,
     "trailing": trailing,
     "karras": karras,
+    "exponential": exponential,
+    "polyexponential": polyexponential,
+    "lu": exponential,
+    "beta": beta,
+    "sgm_uniform": sgm_uniform,
+    "simple": simple,
+    "normal": normal,
+    "ddim_uniform": ddim_uniform,
+    "kl_optimal": kl_optimal,
+    "linear_quadratic": linear_quadratic,
+    "ays": ays,
 }

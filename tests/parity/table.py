@@ -1,0 +1,351 @@
+"""The parity table: every scheduler class of the SD family in the configurations that people use, against diffusers.
+
+    python tests/parity/table.py [--alone] [name or class ...]
+
+It prints Markdown, a row for each variant. "alone": final latents of the sampler on a small fixed network, greatest
+relative difference over 4, 7 and 20 steps. "picture": whole pipelines on the small random models of tiny.py, two
+guided pictures of 72x104 in 5 steps: latents, pixels (greatest, of 255) and their mean. The rows are those of
+test_samplers.py; `known` says where the two are meant to differ, and docs/fidelity.md why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import diffusers
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import Tensor, nn
+
+from mezzotint.denoiser import Denoiser
+from mezzotint.diffusion.guidance import guided
+from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
+from mezzotint.diffusion.prediction import Prediction
+from mezzotint.diffusion.schedule import Schedule
+from mezzotint.diffusion.solvers import SOLVERS, Noise
+from mezzotint.diffusion.spacing import SPACINGS
+from mezzotint.models.unet import Condition
+from mezzotint.samplers import CLASSES, SCHEDULERS, resolve
+
+# scheduler_config.json as the hub has them
+SD1 = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SD2 = SD1 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+SDXL = SD1 | {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+CONFIGS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+SHAPE = (4, 9, 13)  # of 72x104 pixels
+SEEDS = [3, 2**40]
+
+
+class Variant(NamedTuple):
+    """Our name of a scheduler, and what its configuration says beyond the family's file."""
+
+    name: str
+    family: str
+    flags: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return CONFIGS[self.family] | self.flags
+
+    def __str__(self) -> str:
+        return ", ".join([self.name, self.family, *(f"{key}={value}" for key, value in self.flags.items())])
+
+
+NAMES = [scheduler.key for scheduler in SCHEDULERS if scheduler.name]
+_ENDS = {"final_sigmas_type": "sigma_min"}
+USES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+NO_SAMPLE = ("pndm", "euler_a", "dpm2", "dpm2_a", "dpmpp_sde")  # these refuse x0, or would: raw outputs are added up
+
+
+def variants(name: str) -> Iterator[Variant]:
+    """All of one scheduler: each family's file, and with SD 1's what its class has a key for."""
+    for family in CONFIGS:
+        yield Variant(name, family, {})
+    scheduler = CLASSES[name]
+    has = scheduler.defaults
+    if scheduler.flags:  # the class has a name of its own
+        return
+    spaced = [{"timestep_spacing": s} for s in ("leading", "linspace", "trailing") if "timestep_spacing" in has]
+    said: list[dict[str, Any]] = [*spaced, *([{**spaced[0], "steps_offset": 0}] if spaced else [])]
+    for flag in USES:
+        if flag in has:  # where they range over the whole table, what they are laid over does not matter
+            said += [{**s, flag: True} for s in (spaced if scheduler.points == "n" else [{}])]
+            said += [{flag: True, "final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
+    if "beta_schedule" in has:
+        said += [{"beta_schedule": s} for s in ("linear", "squaredcos_cap_v2")]
+        said += [{"prediction_type": "sample"}] if name not in NO_SAMPLE else []
+    said += [{"final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
+    said += [{"set_alpha_to_one": True}] if "set_alpha_to_one" in has else []
+    for order, *types in itertools.product((1, 2, 3), *scheduler.choices.values()):
+        if "solver_order" in has:
+            flags = {"solver_order": order, **dict(zip(scheduler.choices, types, strict=True))}
+            said += [
+                flags | ({} if flags.get("algorithm_type", "++")[-1] in "+s" else {"final_sigmas_type": "sigma_min"})
+            ]
+    if "lower_order_final" in has:
+        lower = {"lower_order_final": False}
+        said += [lower, *({**lower, "solver_order": order, **_ENDS} for order in (2, 3) if _ENDS.keys() <= has.keys())]
+    said += [{"euler_at_final": True, **_ENDS}] if "euler_at_final" in has else []
+    said += [{"predict_x0": False, **_ENDS}, {"disable_corrector": [0, 2]}] if "predict_x0" in has else []
+    if "predictor_order" in has:
+        orders = ((1, 1), (1, 3), (3, 1), (3, 3), (2, 4))
+        said += [{"predictor_order": p, "corrector_order": c} for p, c in orders]
+        said += [{"algorithm_type": "noise_prediction"}]
+    said += [{"sigma_schedule": "exponential"}, {"sigma_data": 1.0}] if "sigma_data" in has else []
+    for flags in said:
+        yield Variant(name, "sd1", flags)
+    if "rescale_betas_zero_snr" in has:
+        yield Variant(name, "sd2", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+
+
+# Where diffusers' own formulas lose digits in float32, this much; else 1e-4.
+LIMITS = {"dpm2_a": 2e-3, "dpmpp_3m_sde": 3e-4}
+
+
+def known(variant: Variant) -> str:
+    """Why the two differ, or cannot be compared, where they do; docs/fidelity.md has a row for each, and a test."""
+    name, family, flags = variant
+    spacing = flags.get("timestep_spacing")
+    zero = flags.get("final_sigmas_type", "zero") == "zero"
+    if name == "pndm" and family == "sd2":
+        return "raw v is extrapolated"
+    if name in ("ddim", "pndm") and spacing in ("linspace", "trailing") and len(flags) == 1:
+        return "the next timestep is assumed"
+    if name in ("ddim", "ddpm", "tcd") and "rescale_betas_zero_snr" in flags:
+        return "first alpha exactly 0"
+    if name == "dpm2_a" and "use_karras_sigmas" in flags:
+        return "one level, two timesteps"
+    if name == "dpm2_a" and flags.get("beta_schedule") == "squaredcos_cap_v2":
+        return "NaN there"
+    if name == "dpmpp_2s" and list(flags.values()) == [3, "heun", "sde-dpmsolver++"]:
+        return "a sign is wrong there"
+    if name == "unipc" and zero and (flags.get("solver_type") == "bh1" or "lower_order_final" in flags):
+        return "NaN there"
+    if flags.get("solver_order") == 3:
+        edm = name == "EDMDPMSolverMultistepScheduler"
+        if flags.get("algorithm_type") == ("sde-dpmsolver++" if edm else "sde-dpmsolver"):
+            return "stops with an UnboundLocalError there"
+        if edm and "lower_order_final" in flags:
+            return "NaN there"
+    return ""
+
+
+# ---- the sampler alone -----------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Stands for a UNet: the same calls, a few hundred weights.
+
+    Nonlinear and deterministic; its output follows x, the condition and the timestep (to well below one step), so that
+    any two samplers end far apart.
+    """
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, width, 3, padding=1)
+        self.time = nn.Linear(8, width)
+        self.context = nn.Linear(6, width)
+        self.conv_out = nn.Conv2d(width, 4, 3, padding=1)
+        self.calls = 0
+
+    @classmethod
+    def seeded(cls) -> Network:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = cls().requires_grad_(False)
+        network.conv_out.weight.mul_(3.0)
+        return network
+
+    def keys_values(self, condition: Condition) -> list[tuple[Tensor, Tensor]]:
+        keys = self.context(condition.context)
+        return [(keys, keys)]
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        condition: Condition,
+        *,
+        keys_values: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        self.calls += 1
+        keys, _ = (keys_values or self.keys_values(condition))[0]
+        angle = torch.as_tensor(timestep).to(sample.dtype).reshape(-1, 1) * 0.1 ** torch.arange(4)
+        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))
+        hidden = self.conv_in(sample) + (time + keys.mean(1))[:, :, None, None]
+        output: Tensor = self.conv_out(torch.tanh(hidden))
+        return output
+
+
+def conditions() -> tuple[Condition, Condition]:
+    generator = torch.Generator().manual_seed(5)
+    return (
+        Condition(torch.randn((1, 7, 6), generator=generator) * 2),
+        Condition(torch.randn((1, 7, 6), generator=generator) * 2),
+    )
+
+
+def theirs(
+    network: Network,
+    scheduler: Any,
+    steps: int,
+    guidance: float,
+    seeds: list[int],
+    rescale: float = 0.0,
+    eta: float = 0.0,
+) -> Tensor:
+    """Final latents of StableDiffusionPipeline's loop."""
+    conditional, unconditional = conditions()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = torch.cat([torch.randn((1, *SHAPE), generator=generator) for generator in generators])
+    if hasattr(scheduler, "noise_sampler_seed"):
+        scheduler.noise_sampler_seed = seeds
+    scheduler.set_timesteps(steps)
+    x = x * scheduler.init_noise_sigma
+    accepted = inspect.signature(scheduler.step).parameters
+    extra = {key: value for key, value in {"generator": generators, "eta": eta}.items() if key in accepted}
+    both = Condition.cat([unconditional.repeat(len(seeds)), conditional.repeat(len(seeds))])
+    for t in scheduler.timesteps:
+        if guidance > 1:
+            sample = scheduler.scale_model_input(torch.cat([x] * 2), t)
+            empty, output = network(sample, t, both).chunk(2)
+            combined = empty + guidance * (output - empty)
+            if rescale:
+                combined = rescale_noise_cfg(combined, output, rescale)
+        else:
+            combined = network(scheduler.scale_model_input(x, t), t, conditional.repeat(len(seeds)))
+        x = scheduler.step(combined, t, x, **extra, return_dict=False)[0]
+    return x
+
+
+def ours(
+    network: Network,
+    name: str | None,
+    config: dict[str, Any],
+    steps: int,
+    guidance: float,
+    seeds: list[int],
+    rescale: float = 0.0,
+    eta: float | None = None,
+    spacing: str | None = None,
+    table: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Final latents as pipeline.py makes them; `table`: other alphas_cumprod than our own. dtype: of x."""
+    sampler = resolve(name, config, spacing)
+    schedule = Schedule.from_config(sampler.schedule) if table is None else Schedule(table)
+    prediction = Prediction.from_config(sampler.schedule)
+    sigmas = SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
+    noise = SeededNoise(seeds, SHAPE)
+    denoiser = Denoiser(network, schedule, prediction, conditions(), sampler.timestep, sigmas)  # type: ignore[arg-type]
+    denoise = guided(denoiser.outputs, prediction, guidance, rescale)
+    x = noise.draw().to(dtype) * (sigmas[0] if sampler.start == "sigma" else math.sqrt(sigmas[0] ** 2 + 1))
+    options = schedule.timed(sampler.options) | ({} if eta is None else {"eta": eta})
+    fresh: Noise = noise
+    if sampler.noise != "seeded":
+        fresh = BrownianNoise(seeds, SHAPE, sigmas, midpoints=sampler.noise == "brownian midpoints")
+    for step in SOLVERS[sampler.solver](denoise, x, sigmas, fresh, **options):
+        x = step.x
+    assert step.index == steps - 1 and step.sigma == sigmas[-1]
+    return x / math.sqrt(1 + sigmas[-1] ** 2) if sampler.rescale_final else x
+
+
+def reference(name: str, config: dict[str, Any], **flags: Any) -> Any:
+    """diffusers' scheduler of our name, from a file with `flags`."""
+    scheduler = CLASSES[name]
+    cls = getattr(diffusers, scheduler.name)
+    every = cls.set_timesteps
+    if "num_train_timesteps" in inspect.signature(every).parameters:  # made with all 1000, which takes half a second
+        with mock.patch.object(cls, "set_timesteps", lambda self, steps, *rest: every(self, 2)):
+            return cls.from_config(config | flags | dict(scheduler.flags))
+    return cls.from_config(config | flags | dict(scheduler.flags))
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Greatest difference, relative to the greatest value. NaN is far from everything."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.inf
+    return float((a - b).abs().max() / b.abs().max())
+
+
+RUNS = ((4, 7.5), (7, 1.0), (20, 7.5))  # steps, guidance
+
+
+def alone(network: Network, variant: Variant, runs: Sequence[tuple[int, float]] = RUNS) -> float:
+    """How far apart the final latents are at most."""
+    # cosine and zero-SNR schedules start at sigma 20291 and 4096, which float32 holds to 1e-3 and 2e-4: diffusers steps
+    # by adding sigma times a slope, so its first steps lose that much, and few steps are nothing else
+    high = Schedule.from_config(resolve(variant.name, variant.config).schedule).sigma_max > 1000
+    return max(
+        apart(
+            ours(network, variant.name, variant.config, *run, SEEDS),
+            theirs(network, reference(variant.name, variant.config), *run, SEEDS),  # new: some remember the last run
+        )
+        for run in ((max(steps, 7) if high else steps, guidance) for steps, guidance in runs)
+    )
+
+
+def picture(pair: Any, variant: Variant) -> tuple[float, int, float]:
+    """Whole pictures of both: latents, greatest pixel, mean pixel."""
+    from test_pipeline import apart, fields, ours, theirs
+
+    request = fields(sampler=variant.name, count=2)
+    flags = {key: value for key, value in variant.flags.items() if key != "steps_offset"}  # the pipeline's is always 1
+    own = pair.ours.scheduler_config
+    pair.ours.scheduler_config = own | variant.flags
+    try:
+        return apart(ours(pair, request), theirs(pair, request, **flags))
+    finally:
+        pair.ours.scheduler_config = own
+
+
+def main(wanted: list[str]) -> None:
+    from test_pipeline import build
+
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    network = Network.seeded()
+    pairs: dict[str, Any] = {} if "--alone" in wanted else build(Path(tempfile.mkdtemp()))
+    print("| variant | alone | picture: latents | greatest pixel | mean pixel | known difference |")
+    print("|---|---|---|---|---|---|")
+    for name in [CLASSES[name].key for name in wanted if name != "--alone"] or NAMES:
+        for variant in variants(name):
+            try:
+                cells = [f"{alone(network, variant):.1e}"]
+                if pairs:
+                    latents, greatest, mean = picture(pairs[variant.family], variant)
+                    cells += [f"{latents:.1e}", f"{greatest}/255", f"{mean:.4f}/255"]
+            except (AssertionError, UnboundLocalError):
+                cells = []
+            print("|", " | ".join([str(variant), *cells, *[""] * (4 - len(cells)), known(variant)]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
