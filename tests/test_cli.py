@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 
 import mezzotint
 from mezzotint import cli
+from mezzotint.cli import terminal
 from mezzotint.image import describe, read_metadata
 from mezzotint.request import Request, Result
 
@@ -359,7 +361,7 @@ test_cli.cli.main()
 def test_the_second_ctrl_c_interrupts_at_once() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with cli._stoppable() as stopped:
+        with terminal.stoppable() as stopped:
             assert not stopped()
             signal.raise_signal(signal.SIGINT)
             assert stopped()
@@ -493,6 +495,14 @@ def test_the_bundled_model_draws(run: Run) -> None:
 
 
 def test_inspect_the_bundled_model(run: Run) -> None:
-    folder = Path(mezzotint.__file__).parent / "data" / "emoji"
-    assert run("inspect", str(folder)).code == 0
-    assert json.loads(run("inspect", str(folder), "--json").out)
+    folder = str(Path(mezzotint.__file__).parent / "data" / "emoji")
+    assert run("inspect", folder).code == 0
+    assert json.loads(run("inspect", "emoji", "--json").out) == json.loads(run("inspect", folder, "--json").out)
+
+
+def test_the_names_that_models_lists_are_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mezzotint.weights.hub import locate
+
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", lambda: SimpleNamespace(repos=[]))
+    (row,) = json.loads(run("models", "--json").out)
+    assert row["name"] == "emoji" and locate(row["name"]) == Path(row["path"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.errors import RequestError
-from mezzotint.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE, COMFYUI_SCHEDULES
+from mezzotint.presets import (
+    A1111_SAMPLERS,
+    A1111_SCHEDULES,
+    A1111_WITHOUT_SCHEDULE,
+    COMFYUI_ENDS,
+    COMFYUI_SAMPLERS,
+    COMFYUI_SCHEDULES,
+)
 from mezzotint.request import Request
 from mezzotint.samplers import CLASSES, NAMES, TABLE, resolve
 
@@ -130,8 +138,10 @@ def test_a1111() -> None:
     assert resolve("DPM++ 2M Automatic", SD1).spacing == "karras"
     assert resolve("DPM++ 2M SDE", SD1).spacing == resolve("DPM++ 3M SDE", SD1).spacing == "exponential"
     assert resolve("Euler a", SD1).spacing == "normal" and resolve("Restart", SD1).spacing == "karras"
-    assert len(A1111_SAMPLERS) + len(A1111_WITHOUT_SCHEDULE) == 20 + 3  # and Forge's IPNDM, IPNDM_V, DDPM
-    assert len(A1111_SCHEDULES) + 1 == 12 + 1  # with Automatic, and Forge's Turbo
+    assert len(A1111_SAMPLERS) + len(A1111_WITHOUT_SCHEDULE) == 20 + 5  # and Forge's five
+    assert {"HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM"} < set(A1111_SAMPLERS)
+    assert len(A1111_SCHEDULES) + 1 == 12 + 4  # with Automatic, and Forge's four
+    assert {"Turbo", "Align Your Steps GITS", "Align Your Steps 11", "Align Your Steps 32"} < set(A1111_SCHEDULES)
     assert resolve("DPM++ SDE", SD1).noise == "brownian midpoints" and resolve("DPM++ 2M SDE", SD1).noise == "brownian"
 
 
@@ -168,6 +178,66 @@ def test_comfyui() -> None:
     assert len(COMFYUI_SCHEDULES) == 9
     kl = levels("euler kl_optimal", 5), levels("Euler KL Optimal", 5)
     assert kl[0][-1] == 0.0 and kl[1][-1] == kl[0][-2] and len(kl[0]) == len(kl[1])
+
+
+# mid-2026, but for cfgpp_ud10_ab, sa_solver and sa_solver_pece, of which no solver of ours is mathematically the same
+COMFYUI = [
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0"),
+    *("exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral"),
+    *("dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde"),
+    *("dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm"),
+    *("lcm", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral"),
+    *("res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2"),
+    *("seeds_3", "ddim", "uni_pc", "uni_pc_bh2"),
+]
+
+
+def test_the_names_of_comfyui() -> None:
+    assert len(COMFYUI) == 45 - 3
+    assert set(COMFYUI) == {*COMFYUI_SAMPLERS, *COMFYUI_ENDS}
+    for name in COMFYUI:
+        assert resolve(f"{name} karras", SD1).timestep == "nearest"
+        assert name in NAMES
+    for name in ("sa_solver karras", "sa_solver_pece", "sa_solver_pece karras"):  # `sa_solver` alone is diffusers'
+        with pytest.raises(RequestError, match=r"did you mean .*sa_solver"):
+            resolve(name, SD1)
+    with pytest.raises(RequestError, match=r"sampler is 'cfgpp_ud10_ab'; (did you mean|there are) .*cfg_pp"):
+        resolve("cfgpp_ud10_ab", SD1)
+
+
+def test_comfyui_names_that_are_options_of_a_solver() -> None:
+    heun, sde = resolve("exp_heun_2_x0", SD1), resolve("exp_heun_2_x0_sde", SD1)
+    assert heun.solver == sde.solver == "seeds_2" and heun.options == {**sde.options, "eta": 0.0}
+    assert resolve("deis", SD1).solver == "deis" and resolve("deis normal", SD1).solver == "deis_tab"
+    assert resolve("DEIS", SD1).solver == "deis_tab"
+    for name in ("dpmpp_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"):
+        plain, gpu = resolve(f"{name} karras", SD1), resolve(f"{name}_gpu karras", SD1)
+        assert replace(gpu, name=plain.name) == plain and gpu.noise.startswith("brownian")
+    fast, ours = resolve("dpm_fast karras", SD1), resolve("dpm_fast", SD1)
+    assert (fast.spacing, fast.spacing_options, fast.start) == (ours.spacing, ours.spacing_options, "vp")
+
+
+def test_align_your_steps_of_forge() -> None:
+    assert levels("Euler Align Your Steps 32", 32)[1] == pytest.approx(11.23951352)
+    assert levels("Euler Align Your Steps GITS", 11)[1] == pytest.approx(4.617)
+    assert levels("Euler Align Your Steps 11", 7) == levels("Euler Align Your Steps", 7)
+    sampler = resolve("Euler Align Your Steps GITS", SD1, family="sdxl")
+    assert sampler.spacing_options["table"] == "gits" and sampler.spacing_options["family"] == "sdxl"
+
+
+def test_cfg_pp() -> None:
+    """The solvers that ask for a pair, and A1111's scale: its 7.5 is the paper's 0.6."""
+    asking = {name for name, solver in SOLVERS.items() if "cfg_pp" in getattr(solver, "keywords", {})}
+    assert {row.name for row in TABLE if row.cfg_pp} == {*asking, "dpmpp_2m_cfg_pp"}
+    assert resolve("DDIM CFG++", SD1).guidance_divisor == 12.5 and 7.5 / 12.5 == 0.6
+    divided = [name for name in NAMES if resolve(name, SD1).guidance_divisor != 1.0]
+    assert divided == ["DDIM CFG++"]
+
+
+def test_restart_of_a1111_stays_karras() -> None:
+    assert resolve("Restart", SD1).options == resolve("Restart Exponential", SD1).options == {"karras": True}
+    assert resolve("Restart Exponential", SD1).spacing == "exponential"  # below 20 steps
+    assert resolve("restart", SD1).options == {}
 
 
 def test_few_step_models() -> None:
@@ -233,7 +303,7 @@ def test_a_list_that_is_no_list_of_levels(fields: dict[str, Any], sentence: str)
 @pytest.mark.parametrize(
     ("name", "flags", "key"),
     [
-        ("pndm", {"skip_prk_steps": False}, "skip_prk_steps = False .the model's"),
+        ("pndm", {"skip_prk_steps": None}, "skip_prk_steps = None .the model's"),
         ("dpmpp_2m", {"algorithm_type": "sde"}, "algorithm_type = 'sde'"),
         ("deis", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver"),
         ("dpmpp_2m", {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
@@ -253,9 +323,16 @@ def test_what_is_not_supported_is_named(name: str | None, flags: dict[str, objec
         resolve(name, SD1 | flags)
 
 
-def test_prk_by_default_is_named_too() -> None:
-    with pytest.raises(RequestError, match=r"skip_prk_steps = False \(the default of PNDMScheduler"):
-        resolve("pndm", {})
+def test_pndm_starts_with_runge_kutta_unless_told() -> None:
+    assert resolve("pndm", {}).options == {"middle": "between"}  # the default of its class
+    assert resolve("pndm", SD1).options == {"middle": None}
+    schedule = Schedule.from_config(resolve("pndm", SD1).schedule)
+    assert schedule.timed(resolve("pndm", {}).options)["middle"] == schedule.between
+
+
+def test_the_kinds_of_sa_solver() -> None:
+    assert resolve("sa_solver", SD1).options["predict_x0"] is True
+    assert resolve("sa_solver", SD1 | {"algorithm_type": "noise_prediction"}).options["predict_x0"] is False
 
 
 def test_needs_no_torch() -> None:

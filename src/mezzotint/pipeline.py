@@ -3,7 +3,7 @@
     pipe = mezzotint.load()
     image = pipe("a lemon on a blue background", seed=7)
 
-A Pipeline keeps nothing between calls: all that a run needs travels in the run, so two threads may share one.
+A Pipeline keeps nothing of a call: all that a run needs travels in the run, so two threads may share one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.diffusion.spacing import SPACINGS, from_timesteps
-from mezzotint.errors import RequestError
+from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.image import describe, from_pil, to_pil
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.models.unet import Condition
+from mezzotint.models.unet import Condition, UNet
 from mezzotint.request import Request, Result
 from mezzotint.weights.checkpoint import Parts, open_model
+from mezzotint.weights.lora import merged, read_lora
+from mezzotint.weights.part import FewStep
 
 BUNDLED = Path(__file__).parent / "data" / "emoji"
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, where the model does not say
@@ -83,6 +85,7 @@ class Pipeline:
         if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
             self.vae.float()  # its activations pass float16's range
         self.unet.fuse_projections()
+        self._changed: dict[str, UNet] = {}  # by LoRA, made on their first use
 
     @property
     def device(self) -> torch.device:
@@ -117,14 +120,15 @@ class Pipeline:
             for name in _options(owner):
                 if owner != method and getattr(request, name) is not None:
                     raise RequestError(f"{name} is given; it is for guidance_method {owner}, which here is {method}")
-        scale = sampler.guidance_scale or settings.get("guidance_scale", GUIDANCE_XL if xl else GUIDANCE)
-        if _is_cfg_pp(sampler):
-            scale = GUIDANCE_CFG_PP
+        made_for = self._few_step(sampler) or sampler
+        scale = made_for.guidance_scale or settings.get("guidance_scale", GUIDANCE_XL if xl else GUIDANCE)
+        if samplers.SOLVERS[sampler.solver].cfg_pp:
+            scale = GUIDANCE_CFG_PP * sampler.guidance_divisor
         defaults: dict[str, Any] = {
             "negative_prompt": self._empty_prompt,
             "width": width,
             "height": height,
-            "steps": sampler.steps or settings.get("steps", STEPS),
+            "steps": made_for.steps or settings.get("steps", STEPS),
             "guidance_scale": scale,
             "sampler": sampler.name,
             "spacing": sampler.spacing,
@@ -137,7 +141,7 @@ class Pipeline:
             "threshold_percentile": None if request.mimic_scale is None else 1.0,
         }
         if request.sigmas or request.timesteps:
-            defaults |= {"steps": len(request.sigmas or ()) - 1 if request.sigmas else len(request.timesteps or ())}
+            defaults["steps"] = len(request.sigmas) - 1 if request.sigmas else len(request.timesteps or ())
             del defaults["spacing"]
         # the length of a difference grows with the picture: the paper's SDXL value at 1024x1024
         own = {"apg_norm_threshold": 15.0 * math.sqrt(width * height) / 1024} | settings
@@ -203,7 +207,7 @@ class Pipeline:
             finals += x.unbind()
             middle = time.perf_counter()
             for (job, seed), image in zip(group, self.decode(x), strict=True):
-                image.info.update(describe(job, seed, self._facts(), [s for _, s in group]))
+                image.info.update(describe(job, seed, self._facts(job), [s for _, s in group]))
                 images.append(image)
                 if on_image:
                     on_image(len(images) - 1, image)
@@ -223,6 +227,23 @@ class Pipeline:
         request = self.resolve(request)
         return self._steps([(request, request.seed + k) for k in range(request.count)], latents)  # type: ignore[operator]
 
+    def unet_for(self, request: Request) -> UNet:
+        """The UNet that draws this request: with its change merged where the sampler is the few-step form's.
+
+        Raises CheckpointError where the change is missing or of another UNet.
+        """
+        few_step = self._few_step(self._sampler(request))
+        if few_step is None:
+            return self.unet
+        if few_step.lora not in self._changed:  # two threads at once make the same one twice
+            path = self.parts.source / few_step.lora
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing: mezzotint.json names it for the sampler {few_step.sampler}")
+            unet = merged(self.unet, read_lora(path, self.unet))
+            unet.fuse_projections()
+            self._changed[few_step.lora] = unet
+        return self._changed[few_step.lora]
+
     def _steps(self, group: Sequence[Job], latents: Tensor | None) -> Iterator[Step]:
         """One batch from noise to its last x."""
         request = group[0][0]
@@ -239,14 +260,17 @@ class Pipeline:
         options = schedule.timed(sampler.options)
         options |= {"calls": request.steps} if "calls" in sampler.spacing_options and request.spacing else {}
         options |= {} if request.eta is None else {"eta": request.eta}
+        given = request.guidance_scale or 0.0
+        scales = given if isinstance(given, tuple) else (given,)
+        unet = self.unet_for(request)
         with torch.inference_mode():
             conditions = self._conditions([job for job, _ in group])
-            denoiser = Denoiser(self.unet, schedule, prediction, conditions, sampler.timestep, sigmas)
+            denoiser = Denoiser(unet, schedule, prediction, conditions, sampler.timestep, sigmas)
             method = request.guidance_method or "cfg"
             denoise = guided(
                 denoiser.outputs,
                 prediction,
-                request.guidance_scale or 0.0,
+                tuple(scale / sampler.guidance_divisor for scale in scales),
                 request.guidance_rescale or 0.0,
                 request.guidance_interval,
                 request.guidance_steps,
@@ -270,6 +294,11 @@ class Pipeline:
     def _sampler(self, request: Request) -> samplers.Sampler:
         facts = {"family": self.parts.family, "pipeline": str(self.parts.model_index.get("_class_name", ""))}
         return samplers.resolve(request.sampler, self.scheduler_config, request.spacing, **facts)
+
+    def _few_step(self, sampler: samplers.Sampler) -> FewStep | None:
+        """What the model says of drawing with this solver in few steps, if it does."""
+        few_step = self.parts.few_step
+        return few_step if few_step and few_step.sampler == sampler.solver else None
 
     def _sigmas(self, request: Request) -> list[float]:
         if request.sigmas:
@@ -300,7 +329,7 @@ class Pipeline:
         """Whether any step asks for the unconditional output; CFG++ always does."""
         scale = request.guidance_scale or 0.0
         highest = max(scale) if isinstance(scale, tuple) else scale
-        return highest > 1.0 or _is_cfg_pp(self._sampler(request))
+        return highest > 1.0 or samplers.SOLVERS[self._sampler(request).solver].cfg_pp
 
     def _conditions(self, requests: Sequence[Request]) -> list[Condition]:
         """(conditional, unconditional, negative) for one batch: the second only where guidance asks for it, the third
@@ -350,19 +379,17 @@ class Pipeline:
             weight = self.vae.encoder.conv_in.weight
             return self.vae.scale(self.vae.encode(from_pil(image).to(weight.device, weight.dtype)).mean).float()
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, request: Request) -> dict[str, Any]:
         """What the same bits depend on, beside the request."""
+        few_step = self._few_step(self._sampler(request))
         return {
             "name": self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name,
             "family": self.parts.family,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            **({"lora": few_step.lora} if few_step else {}),
         }
-
-
-def _is_cfg_pp(sampler: samplers.Sampler) -> bool:
-    return sampler.solver.endswith("cfg_pp")
 
 
 def _options(method: str) -> dict[str, inspect.Parameter]:

@@ -32,6 +32,7 @@ class Preset:
 
 _WHOLE_ORDER = {"lower_order_final": False}  # k-diffusion never takes the order back
 _HEUN = {**_WHOLE_ORDER, "solver_type": "heun"}
+_EXP_HEUN: dict[str, Any] = {"nodes": (1.0,), "solver_type": "logrho"}
 
 A1111_SCHEDULES: Schedules = {
     "Uniform": ("normal", {}),
@@ -45,7 +46,10 @@ A1111_SCHEDULES: Schedules = {
     "Normal": ("normal", {}),
     "DDIM": ("ddim_uniform", {}),
     "Beta": ("beta", {}),
-    "Turbo": ("trailing", {}),  # Forge
+    "Turbo": ("trailing", {}),  # Forge, as the next three
+    "Align Your Steps 11": ("ays", {}),
+    "Align Your Steps 32": ("ays", {"table": "32"}),
+    "Align Your Steps GITS": ("ays", {"table": "gits"}),
 }
 A1111_SAMPLERS = {
     "Euler a": Preset("euler_a", "Uniform"),
@@ -60,8 +64,10 @@ A1111_SAMPLERS = {
     "DPM++ 2M SDE": Preset("dpmpp_2m_sde", "Exponential", _WHOLE_ORDER, noise="brownian"),
     "DPM++ 2M SDE Heun": Preset("dpmpp_2m_sde", "Exponential", _HEUN, noise="brownian"),
     "DPM++ 3M SDE": Preset("dpmpp_3m_sde", "Exponential", _HEUN, points="n+1", noise="brownian"),
-    "Restart": Preset("restart", "Karras"),
-    "IPNDM": Preset("ipndm", "Uniform"),  # Forge, as the next two
+    "Restart": Preset("restart", "Karras", {"karras": True}),
+    "HeunPP2": Preset("heunpp2", "Uniform"),  # Forge, as the next four
+    "DEIS": Preset("deis_tab", "Uniform"),
+    "IPNDM": Preset("ipndm", "Uniform"),
     "IPNDM_V": Preset("ipndm_v", "Uniform"),
     "DDPM": Preset("ddpm", "Uniform"),
 }
@@ -75,7 +81,7 @@ _DDIM: dict[str, Any] = {
 }
 A1111_WITHOUT_SCHEDULE = {
     "DDIM": Sampler("DDIM", "ddim", **_DDIM),
-    "DDIM CFG++": Sampler("DDIM CFG++", "euler_cfg_pp", **_DDIM),
+    "DDIM CFG++": Sampler("DDIM CFG++", "euler_cfg_pp", **_DDIM, guidance_divisor=12.5),
     "PLMS": Sampler("PLMS", "pndm", **_DDIM),
     "UniPC": Sampler(
         "UniPC",
@@ -108,10 +114,14 @@ COMFYUI_SAMPLERS = {
     "euler_ancestral": Preset("euler_a", "normal"),
     "euler_ancestral_cfg_pp": Preset("euler_a_cfg_pp", "normal"),
     "heun": Preset("heun", "normal"),
+    "heunpp2": Preset("heunpp2", "normal"),
+    "exp_heun_2_x0": Preset("seeds_2", "normal", {**_EXP_HEUN, "eta": 0.0}),
+    "exp_heun_2_x0_sde": Preset("seeds_2", "normal", _EXP_HEUN),
     "dpm_2": Preset("dpm2", "normal", points="n+1"),
     "dpm_2_ancestral": Preset("dpm2_a", "normal", points="n+1"),
     "lms": Preset("lms", "normal"),
     "dpmpp_2s_ancestral": Preset("dpmpp_2s_a", "normal"),
+    "dpmpp_2s_ancestral_cfg_pp": Preset("dpmpp_2s_a_cfg_pp", "normal"),
     "dpmpp_sde": Preset("dpmpp_sde", "normal", noise="brownian midpoints"),
     "dpmpp_2m": Preset("dpmpp_2m", "normal", _WHOLE_ORDER),
     "dpmpp_2m_cfg_pp": Preset("dpmpp_2m_cfg_pp", "normal"),
@@ -122,14 +132,27 @@ COMFYUI_SAMPLERS = {
     "lcm": Preset("lcm", "normal"),
     "ipndm": Preset("ipndm", "normal"),
     "ipndm_v": Preset("ipndm_v", "normal"),
+    "deis": Preset("deis_tab", "normal"),
     "res_multistep": Preset("res_multistep", "normal"),
+    "res_multistep_cfg_pp": Preset("res_multistep_cfg_pp", "normal"),
     "res_multistep_ancestral": Preset("res_multistep", "normal", {"eta": 1.0}),
+    "res_multistep_ancestral_cfg_pp": Preset("res_multistep_cfg_pp", "normal", {"eta": 1.0}),
     "gradient_estimation": Preset("gradient_estimation", "normal"),
+    "gradient_estimation_cfg_pp": Preset("gradient_estimation_cfg_pp", "normal"),
     "er_sde": Preset("er_sde", "normal"),
+    "seeds_2": Preset("seeds_2", "normal"),
+    "seeds_3": Preset("seeds_3", "normal"),
     "ddim": Preset("ddim", "normal"),
     "uni_pc": Preset("unipc", "normal", {"order": 3, "solver_type": "bh1"}, "n+1", last=0.001),
     "uni_pc_bh2": Preset("unipc", "normal", {"order": 3, "solver_type": "bh2"}, "n+1", last=0.001),
 }
+# theirs draw the Brownian path on the GPU; ours is the seed's wherever
+COMFYUI_SAMPLERS |= {
+    f"{name}_gpu": COMFYUI_SAMPLERS[name] for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+}
+# These take only the ends of the schedule, which under the four below are the table's. Name: options of its spacing.
+COMFYUI_ENDS: dict[str, dict[str, Any]] = {"dpm_fast": {"calls": 3}, "dpm_adaptive": {}}
+_TO_THE_ENDS = ("normal", "karras", "exponential", "kl_optimal")
 
 
 def _scheduled(name: str, preset: Preset, schedule: tuple[str, dict[str, Any]], **more: Any) -> Sampler:
@@ -149,6 +172,10 @@ def _presets() -> dict[str, Sampler]:
         for suffix, schedule in {"": COMFYUI_SCHEDULES[preset.schedule], **_suffixed(COMFYUI_SCHEDULES)}.items():
             start = "sigma" if schedule[0] == "ddim_uniform" else "vp"
             presets[name + suffix] = _scheduled(name + suffix, preset, schedule, start=start, timestep="nearest")
+    for name, options in COMFYUI_ENDS.items():
+        for full in (f"{name} {schedule}" for schedule in _TO_THE_ENDS):
+            ends = {**options, "last": "own"}
+            presets[full] = Sampler(full, name, "exponential", {}, ends, start="vp", timestep="nearest")
     return presets
 
 

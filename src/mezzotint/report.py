@@ -228,7 +228,7 @@ def _measure(
         nonlocal calls
         calls += 1
 
-    hook = pipe.unet.register_forward_hook(count)
+    hook = pipe.unet_for(job.request).register_forward_hook(count)
     start = time.perf_counter()
     try:
         result = pipe.generate(job.request, latents=noise, on_step=on_step)

@@ -19,6 +19,7 @@ from mezzotint.presets import (
     A1111_SAMPLERS,
     A1111_SCHEDULES,
     A1111_WITHOUT_SCHEDULE,
+    COMFYUI_ENDS,
     COMFYUI_SAMPLERS,
     COMFYUI_SCHEDULES,
     PRESETS,
@@ -44,12 +45,15 @@ __all__ = [
 
 
 class Solver(NamedTuple):
-    """What a solver is, for the table: its order of convergence, model calls a step, whether it adds noise, its use."""
+    """What a solver is, for the table: its order of convergence, model calls a step, whether it adds noise, its use;
+    and whether it is a CFG++ one, which always asks for the unconditional estimate.
+    """
 
     order: int
     calls: int
     stochastic: bool
     good_for: str
+    cfg_pp: bool = False
 
 
 # The order is that of a run as it is begun: multistep methods start with one first order step, and stay below it.
@@ -61,16 +65,20 @@ SOLVERS = {
     "euler": Solver(1, 1, False, "simple and robust; turbo and lightning models"),
     "euler_a": Solver(1, 1, True, "varied pictures that keep changing with the steps"),
     "heun": Solver(2, 2, False, "exact, at twice the calls"),
+    "heunpp2": Solver(1, 3, False, "Forge's and ComfyUI's pictures; heun is more exact"),
     "dpm2": Solver(2, 2, False, "as heun, from DPM-Solver"),
     "dpm2_a": Solver(1, 2, True, "as euler_a, finer steps"),
     "dpmpp_2s": Solver(2, 1, False, "second order without memory; strong guidance"),
     "dpmpp_2s_a": Solver(1, 2, True, "as euler_a, finer steps"),
     "dpmpp_sde": Solver(1, 2, True, "rich detail in few steps, at twice the calls"),
+    "seeds_2": Solver(1, 2, True, "as dpmpp_sde, one noise path"),
+    "seeds_3": Solver(1, 3, True, "as seeds_2, finer steps"),
     "dpmpp_2m": Solver(2, 1, False, "the first to try: 15 to 25 steps"),
     "dpmpp_2m_sde": Solver(1, 1, True, "detail of noise, from 25 steps"),
     "dpmpp_3m": Solver(2, 1, False, "as dpmpp_2m, without guidance or with many steps"),
     "dpmpp_3m_sde": Solver(1, 1, True, "as dpmpp_2m_sde, from 30 steps"),
     "deis": Solver(2, 1, False, "as dpmpp_2m, interpolates the noise"),
+    "deis_tab": Solver(2, 1, False, "as deis, interpolates in time; Forge's and ComfyUI's"),
     "unipc": Solver(2, 1, False, "few steps, 5 to 15"),
     "sa_solver": Solver(1, 1, True, "noise in the middle of the run only"),
     "ipndm": Solver(2, 1, False, "as lms, cheap weights; even spacings"),
@@ -83,9 +91,12 @@ SOLVERS = {
     "restart": Solver(2, 2, True, "goes back up and repairs; from 36 steps"),
     "lcm": Solver(1, 1, True, "LCM and LCM-LoRA models, 2 to 8 steps, no guidance"),
     "tcd": Solver(1, 1, False, "TCD-LoRA models, 2 to 8 steps; eta adds noise"),
-    "euler_cfg_pp": Solver(1, 1, False, "low guidance, 0.5 to 2, without oversaturation"),
-    "euler_a_cfg_pp": Solver(1, 1, True, "as euler_cfg_pp, varied"),
-    "dpmpp_2m_cfg_pp": Solver(2, 1, False, "as euler_cfg_pp, fewer steps"),
+    "euler_cfg_pp": Solver(1, 1, False, "low guidance, 0.5 to 2, without oversaturation", True),
+    "euler_a_cfg_pp": Solver(1, 1, True, "as euler_cfg_pp, varied", True),
+    "dpmpp_2s_a_cfg_pp": Solver(1, 2, True, "as euler_a_cfg_pp, finer steps", True),
+    "dpmpp_2m_cfg_pp": Solver(2, 1, False, "as euler_cfg_pp, fewer steps", True),
+    "res_multistep_cfg_pp": Solver(2, 1, False, "as dpmpp_2m_cfg_pp", True),
+    "gradient_estimation_cfg_pp": Solver(1, 1, False, "as euler_cfg_pp, fewer steps", True),
 }
 
 # For models distilled to a few steps: (our name, keys over the model's own, steps, guidance_scale).
@@ -131,7 +142,7 @@ def resolve(
     supported and for a spacing that the solver cannot use.
     """
     if spacing is not None and spacing not in SPACINGS:
-        raise RequestError(f"spacing is {spacing!r}; {_nearest(spacing, SPACINGS)}")
+        raise RequestError(f"spacing is {spacing!r}; {_nearest(spacing, SPACINGS, SPACINGS)}")
     own = scheduler_config.get("_class_name", "")
     if name is None:
         name = own
@@ -153,7 +164,9 @@ def resolve(
     elif name in PRESETS:
         sampler = respaced(replace(PRESETS[name], schedule=schedule_of(config)), spacing)
     else:
-        raise RequestError(f"sampler is {name!r}; {_nearest(name, NAMES)}")
+        stem, _, schedule = name.rpartition(" ")
+        sought = stem if schedule in COMFYUI_SCHEDULES and stem not in NAMES else name
+        raise RequestError(f"sampler is {name!r}; {_nearest(sought, NAMES, tuple(SOLVERS))}")
     if sampler.schedule.sigma_data is not None:  # EDM's network, whichever solver runs
         sampler = replace(sampler, timestep="edm", rescale_final=False)
     if sampler.spacing == "ays" and family == "sdxl":
@@ -161,10 +174,10 @@ def resolve(
     return sampler
 
 
-def _nearest(name: str, names: tuple[str, ...]) -> str:
+def _nearest(name: str, names: tuple[str, ...], ours: tuple[str, ...]) -> str:
     close = {known.lower(): known for known in reversed(names)}
     found = [close[match] for match in difflib.get_close_matches(name.lower(), close, n=3, cutoff=0.5)]
-    return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(names)}"
+    return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(ours)}"
 
 
 class Row(NamedTuple):
@@ -178,12 +191,17 @@ class Row(NamedTuple):
     calls: int
     stochastic: bool
     good_for: str
+    cfg_pp: bool
 
 
 _A1111 = {name: preset.solver for name, preset in A1111_SAMPLERS.items()} | {
     name: sampler.solver for name, sampler in A1111_WITHOUT_SCHEDULE.items()
 }
-_COMFYUI = {name: preset.solver for name, preset in COMFYUI_SAMPLERS.items()}
+# a name of theirs that is ours of another solver means it together with a schedule only
+_COMFYUI = {
+    f"{name} {preset.schedule}" if name in SOLVERS and name != preset.solver else name: preset.solver
+    for name, preset in COMFYUI_SAMPLERS.items()
+} | {name: name for name in COMFYUI_ENDS}
 
 
 def _called(solver: str, names: Mapping[str, str]) -> str:

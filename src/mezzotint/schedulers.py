@@ -29,6 +29,7 @@ class Sampler:
     the Denoiser is told. noise: of the steps, fresh draws or a Brownian path (asked at midpoints too). rescale_final:
     divide the last x by sqrt(1 + sigma_last^2) before decoding. schedule: the training schedule, as the class that runs
     reads it from the model's file. steps, guidance_scale: what it is made for, where the request does not say.
+    guidance_divisor: what the request's guidance_scale is divided by.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Sampler:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_divisor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class Scheduler:
     key: our name, or the class where that name is another's. name: the class, "" where diffusers has none; the solver
     is then set up as EulerDiscreteScheduler is. defaults: those keys of its configuration that matter here, with the
     class's own values; keys that it does not list are ignored by it, as in diffusers. flags: what our name says on top.
-    options: which key is which option of the solver. fixed: more of those, a word where it is a function of the
-    schedule. solver: where it is not the key. scaled: it works in the variance-preserving coordinate, as all but
-    k-diffusion's offspring do. points, last: of its spacings, where no key decides. kinds: the timestep that the
-    network is told under a spacing in sigma, where it is not interpolated. choices: the values that a key may have.
-    spacing: where the class has only one.
+    options: which key is which option of the solver. values: of a key, as the solver has them, where they differ.
+    fixed: more options. (A word may stand for a function of the schedule.) solver: where it is not the key. scaled: it
+    works in the variance-preserving coordinate, as all but k-diffusion's offspring do. points, last: of its spacings,
+    where no key decides. kinds: the timestep that the network is told under a spacing in sigma, where it is not
+    interpolated. choices: the values that a key may have. spacing: where the class has only one.
     """
 
     key: str
@@ -64,6 +66,7 @@ class Scheduler:
     defaults: Mapping[str, Any]
     flags: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     solver: str = ""
     scaled: bool = False
@@ -163,6 +166,25 @@ def _dpm(key: str, **flags: Any) -> Scheduler:
     )
 
 
+_NOT_IN_DIFFUSERS = (
+    "heunpp2",
+    "dpmpp_2s_a",
+    "seeds_2",
+    "seeds_3",
+    "deis_tab",
+    "ipndm",
+    "ipndm_v",
+    "res_multistep",
+    "gradient_estimation",
+    "er_sde",
+    "euler_cfg_pp",
+    "euler_a_cfg_pp",
+    "dpmpp_2s_a_cfg_pp",
+    "dpmpp_2m_cfg_pp",
+    "res_multistep_cfg_pp",
+    "gradient_estimation_cfg_pp",
+)
+
 SCHEDULERS = (
     Scheduler(
         "ddpm",
@@ -180,6 +202,8 @@ SCHEDULERS = (
         "pndm",
         "PNDMScheduler",
         {**_BETAS, **_LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
+        options={"skip_prk_steps": "middle"},
+        values={"skip_prk_steps": {True: None, False: "between"}},
         scaled=True,
     ),
     Scheduler("lms", "LMSDiscreteScheduler", {**_BETAS, **_LINSPACE, **_SIGMAS}),
@@ -196,7 +220,6 @@ SCHEDULERS = (
         choices={**_MIDPOINT_OR_HEUN, "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")},
         **_MULTISTEP,
     ),
-    Scheduler("dpmpp_2s_a", "", _EULER),
     Scheduler("dpmpp_sde", "DPMSolverSDEScheduler", _SECOND_ORDER, noise="brownian midpoints"),
     _dpm("dpmpp_2m"),
     _dpm("dpmpp_2m_sde", algorithm_type="sde-dpmsolver++"),
@@ -250,24 +273,18 @@ SCHEDULERS = (
             "algorithm_type": "predict_x0",
             "lower_order_final": "lower_order_final",
         },
+        values={"algorithm_type": {"data_prediction": True, "noise_prediction": False}},
         fixed={"tau": "within"},
         choices={"algorithm_type": ("data_prediction", "noise_prediction")},
         last="sigma_min",
         **_MULTISTEP,
     ),
-    Scheduler("ipndm", "", _EULER),
-    Scheduler("ipndm_v", "", _EULER),
-    Scheduler("res_multistep", "", _EULER),
-    Scheduler("gradient_estimation", "", _EULER),
-    Scheduler("er_sde", "", _EULER),
+    *(Scheduler(key, "", _EULER) for key in _NOT_IN_DIFFUSERS),
     Scheduler("dpm_fast", "", _EULER, spacing="exponential", spacing_options={"calls": 3, "last": "own"}),
     Scheduler("dpm_adaptive", "", _EULER, spacing="exponential", spacing_options={"last": "own"}),
     Scheduler("restart", "", {**_EULER, "use_karras_sigmas": True}),
     Scheduler("lcm", "LCMScheduler", _CONSISTENCY, **_DISTILLED),
     Scheduler("tcd", "TCDScheduler", _CONSISTENCY, fixed={"down_to": "earlier"}, last="sigma_min", **_DISTILLED),
-    Scheduler("euler_cfg_pp", "", _EULER),
-    Scheduler("euler_a_cfg_pp", "", _EULER),
-    Scheduler("dpmpp_2m_cfg_pp", "", _EULER),
     Scheduler("EDMEulerScheduler", "EDMEulerScheduler", _EDM, solver="euler"),
     Scheduler(
         "EDMDPMSolverMultistepScheduler",
@@ -288,7 +305,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "sigma_schedule": ("karras", "exponential"),
-    "skip_prk_steps": (True,),
+    "skip_prk_steps": (True, False),
     "variance_type": ("fixed_small", None),
     "lambda_min_clipped": (float("-inf"),),
     "interpolation_type": ("linear",),
@@ -331,11 +348,9 @@ def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | 
                 f"the sampler {scheduler.key} with {key} = {flags[key]!r} ({source}) is not supported; {key} may be "
                 f"{' or '.join(repr(value) for value in supported)}, or choose another sampler"
             )
-    spaced, chosen, offset = (
-        flags.get("timestep_spacing", "linspace"),
-        _spacing(scheduler, flags),
-        flags.get("steps_offset", 0),
-    )
+    spaced = flags.get("timestep_spacing", "linspace")
+    chosen = _spacing(scheduler, flags)
+    offset = flags.get("steps_offset", 0)
     last: str = scheduler.last
     if flags.get("final_sigmas_type") == "sigma_min" or not flags.get("set_alpha_to_one", True):
         last = "sigma_min"
@@ -386,18 +401,18 @@ def _spacing(scheduler: Scheduler, flags: Mapping[str, Any]) -> str:
 
 def _options(scheduler: Scheduler, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that are the solver's."""
-    options = {ours: flags[theirs] for theirs, ours in scheduler.options.items()} | dict(scheduler.fixed)
+    options = dict(scheduler.fixed)
+    for key, option in scheduler.options.items():
+        options[option] = scheduler.values[key][flags[key]] if key in scheduler.values else flags[key]
     if "algorithm" in options:
         stochastic = options["algorithm"].startswith("sde-")
         options |= {"algorithm": options["algorithm"].removeprefix("sde-"), "eta": float(stochastic)}
         if stochastic and options["order"] == 3 and "euler_at_final" in options:
             options["curvature"] = -1.0  # the sign that diffusers has wrong
-    if scheduler.key == "sa_solver":
-        options["predict_x0"] = options["predict_x0"] == "data_prediction"
     return options
 
 
-def respaced(sampler: Sampler, spacing: str | None, family: str = "") -> Sampler:
+def respaced(sampler: Sampler, spacing: str | None) -> Sampler:
     """The sampler with another spacing, which keeps only how the run ends. None changes nothing.
 
     Raises RequestError for a solver that has no use for it.

@@ -11,9 +11,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from mixture import mixture
 from scipy.integrate import quad
 from torch import Tensor
 
+from mezzotint.config import ScheduleConfig
+from mezzotint.diffusion.multistep import vp_time
+from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.errors import RequestError
 
@@ -22,18 +26,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*algorithm_types dpmsolver:FutureWarning",
 )
 
-MEANS = torch.tensor([-1.0, 0.4, 1.5], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
-SPREAD = 0.3
 SHAPE = (2, 1, 3, 3)
 START = torch.linspace(-12, 12, 18, dtype=torch.float64).reshape(SHAPE)
-
-
-def mixture(x: Tensor, sigma: float) -> Tensor:
-    """E[x0 | x] for data from three Gaussians: exact."""
-    variance = SPREAD**2 + sigma**2
-    share = torch.softmax(WEIGHTS.log() - (x[..., None] - MEANS) ** 2 / (2 * variance), dim=-1)
-    return (share * (SPREAD**2 * x[..., None] + sigma**2 * MEANS) / variance).sum(-1)
 
 
 def karras(steps: int, last: float) -> list[float]:
@@ -210,6 +204,38 @@ def test_sa_solver_is_that_of_diffusers(
         same(ours, theirs(scheduler, sigmas))
 
 
+@pytest.mark.parametrize("steps", [4, 5, 7, 20])
+def test_pndm_that_starts_with_runge_kutta_is_that_of_diffusers(steps: int, float64: None) -> None:
+    """Their timesteps tell where it looks: three steps of four calls, twice at the timestep halfway; then PLMS."""
+    config: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = diffusers.PNDMScheduler(**config, skip_prk_steps=False, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    schedule = Schedule.from_config(ScheduleConfig(**config))
+    sigmas = [schedule.sigma(i * (1000 // steps) + 1) for i in reversed(range(steps))] + [schedule.sigma_min]
+    x = START / math.sqrt(1 + sigmas[0] ** 2)
+    for t in scheduler.timesteps:
+        sigma = schedule.sigma(int(t))
+        ours = x * math.sqrt(1 + sigma**2)
+        x = scheduler.step((ours - mixture(ours, sigma)) / sigma, t, x, return_dict=False)[0]
+    seen: list[float] = []
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        seen.append(sigma)
+        return mixture(x, sigma)
+
+    path = trace("pndm", sigmas, denoise=denoise, middle=schedule.between)
+    assert len(path) == steps and len(seen) == steps + 9
+    assert seen == [schedule.sigma(int(t)) for t in scheduler.timesteps]
+    same(path[-1], x * math.sqrt(1 + sigmas[-1] ** 2))
+    assert float((trace("pndm", sigmas) - path).abs().max()) > 5e-4
+
+
+def test_pndm_of_three_steps_has_no_room_for_runge_kutta() -> None:
+    """There diffusers has no picture."""
+    sigmas = karras(3, 0.04)
+    assert torch.equal(trace("pndm", sigmas, middle=lambda *_: 0.0), trace("pndm", sigmas))
+
+
 # ---- the papers ------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +273,35 @@ def test_ipndm_v_as_the_paper_writes_it(sigmas: list[float], order: int) -> None
         area = np.polynomial.polynomial.polyint(fitted)
         x = x + torch.from_numpy(np.polynomial.polynomial.polyval(sigma_next - sigma, area)).reshape(SHAPE)
     same(trace("ipndm_v", sigmas, order=order)[-1], x, 1e-9)
+
+
+@pytest.mark.parametrize("sigmas", LISTS, ids=str)
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_deis_tab_as_the_paper_writes_it(sigmas: list[float], order: int) -> None:
+    """Zhang and Chen 2022, tAB: epsilon as a polynomial in the time t, times d sigma / d t, integrated over t."""
+    x, epsilons = START, []
+    times = [vp_time(sigma) for sigma in sigmas]
+    # ln(1 + sigma^2) = rise t^2 / 2 + beta t, through level 80 at 1 and 0.002 at 0.001
+    rise, beta = np.linalg.solve([[1 / 2, 1], [0.001**2 / 2, 0.001]], [math.log(1 + 80.0**2), math.log1p(0.002**2)])
+
+    def rate(t: float) -> float:
+        sigma = math.sqrt(math.expm1(rise * t * t / 2 + beta * t))
+        return (rise * t + beta) * (1 + sigma**2) / (2 * sigma)
+
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        epsilons.append((x - mixture(x, sigma)) / sigma)
+        used = min(order, i + 1)
+        if sigma_next == 0 or used == 1:
+            x = x + (sigma_next - sigma) * epsilons[-1]
+            continue
+        for j in range(i, i - used, -1):
+            others = [times[k] for k in range(i, i - used, -1) if k != j]
+
+            def weight(t: float, j: int = j, others: list[float] = others) -> float:
+                return rate(t) * math.prod((t - other) / (times[j] - other) for other in others)
+
+            x = x + quad(weight, times[i], times[i + 1], epsabs=0, epsrel=1e-11, limit=200)[0] * epsilons[j]
+    same(trace("deis_tab", sigmas, order=order)[-1], x, 1e-8)
 
 
 @pytest.mark.parametrize("sigmas", LISTS, ids=str)
@@ -346,6 +401,50 @@ def test_dpmpp_2m_cfg_pp_as_the_paper_writes_it(sigmas: list[float]) -> None:
         x = math.exp(-h) * (x - unconditional) + target
         old = unconditional
     same(trace("dpmpp_2m_cfg_pp", sigmas, denoise=Pair())[-1], x)
+
+
+@pytest.mark.parametrize("sigmas", LISTS, ids=str)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_res_multistep_cfg_pp_as_comfyui_writes_it(sigmas: list[float], eta: float) -> None:
+    """The unconditional second order step from x + (guided - unconditional); the first and last go to the guided."""
+    noise = Seeded()
+    x: Tensor = START
+    old: tuple[float, Tensor] | None = None
+    for sigma, sigma_next in pairwise(sigmas):
+        guided, unconditional = Pair().pair(x, sigma)
+        up = min(sigma_next, eta * math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
+        down = math.sqrt(sigma_next**2 - up**2)
+        if old is None or down == 0.0:
+            x = guided + (x - unconditional) / sigma * down
+        else:
+            h = math.log(sigma) - math.log(down)
+            c2 = -old[0] / h
+            phi1 = (math.exp(-h) - 1) / -h
+            phi2 = (phi1 - 1) / -h
+            x = x + (guided - unconditional)
+            x = math.exp(-h) * x + h * ((phi1 - phi2 / c2) * unconditional + phi2 / c2 * old[1])
+        if eta:
+            x = x + up * noise(sigma, sigma_next)
+        if down:
+            old = math.log(sigma) - math.log(down), unconditional
+    ours = trace("res_multistep_cfg_pp", sigmas, Seeded() if eta else no_noise, Pair(), eta=eta)
+    same(ours[-1], x, 1e-9)
+
+
+@pytest.mark.parametrize("sigmas", LISTS, ids=str)
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+def test_gradient_estimation_cfg_pp_as_comfyui_writes_it(sigmas: list[float], gamma: float) -> None:
+    x, before = START, None
+    for sigma, sigma_next in pairwise(sigmas):
+        guided, unconditional = Pair().pair(x, sigma)
+        slope = (x - unconditional) / sigma
+        x = guided + sigma_next * slope
+        if before is not None and sigma_next > 0:
+            x = x + (gamma - 1) * (slope - before) * (sigma_next - sigma)
+        before = slope
+    same(trace("gradient_estimation_cfg_pp", sigmas, denoise=Pair(), gamma=gamma)[-1], x)
+    if gamma == 1.0:
+        same(trace("euler_cfg_pp", sigmas, denoise=Pair())[-1], x)
 
 
 def test_without_guidance_cfg_pp_is_dpmpp_2m() -> None:

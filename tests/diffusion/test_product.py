@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from mixture import MEANS, WEIGHTS, mixture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,8 +28,6 @@ from mezzotint.diffusion.solving import Denoise
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.models.unet import Condition
 
-MEANS = torch.tensor([-1.0, 0.4, 1.5], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 SPREAD = 0.5
 MEAN = float((WEIGHTS * MEANS).sum())
 VARIANCE = SPREAD**2 + float((WEIGHTS * MEANS**2).sum()) - MEAN**2
@@ -39,9 +38,7 @@ NAMES = {**PREDICTIONS, "edm": preconditioned(0.7)}
 
 def posterior_mean(x: Tensor, sigma: float) -> Tensor:
     """E[x0 | x], exact."""
-    variance = SPREAD**2 + sigma**2
-    share = torch.softmax(WEIGHTS.log() - (x[..., None] - MEANS) ** 2 / (2 * variance), dim=-1)
-    return (share * (SPREAD**2 * x[..., None] + sigma**2 * MEANS) / variance).sum(-1)
+    return mixture(x, sigma, SPREAD)
 
 
 def share_below(x: Tensor, sigma: float) -> Tensor:
@@ -126,7 +123,7 @@ def last(name: str, denoise: Denoise, x: Tensor, sigmas: Sequence[float], **opti
 # ---- every solver x every spacing x every prediction -----------------------------------------------------------------
 
 STOCHASTIC = {"ddpm", "euler_a", "euler_a_cfg_pp", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"}
-STOCHASTIC |= {"sa_solver", "er_sde", "restart"}
+STOCHASTIC |= {"sa_solver", "er_sde", "restart", "seeds_2", "seeds_3", "dpmpp_2s_a_cfg_pp"}
 
 # Polynomials through earlier steps want a finer list where its last steps are long in log sigma, as those of leading.
 MANY = (16, 48, 200)
@@ -182,6 +179,9 @@ DRAWN = [
     ("dpmpp_2m_sde", {"algorithm": "dpmsolver"}),
     ("dpmpp_3m_sde", {"solver_type": "logrho"}),
     ("res_multistep", {"eta": 1.0}),
+    ("res_multistep_cfg_pp", {"eta": 1.0}),
+    ("seeds_2", {"nodes": (1.0,), "solver_type": "logrho"}),
+    ("seeds_2", {"eta": 0.4}),
     ("dpm_fast", {"eta": 1.0}),
     ("dpm_adaptive", {"eta": 1.0, "rtol": 0.01, "atol": 0.001}),
     ("sa_solver", {"predict_x0": False}),
@@ -220,12 +220,17 @@ ROWS = [
     Row("tcd", 1, 1),
     Row("euler_cfg_pp", 1, 1),
     Row("heun", 2, 2),
+    Row("heunpp2", 1, 1),  # its weights are not those of any quadrature
     Row("restart", 2, 2, {"segments": []}),
     Row("dpm2", 2, 2),
     Row("dpmpp_2s", 2, 2),
     Row("dpmpp_2s", 3, 3, {"order": 3, "solver_type": "heun", **WHOLE}),
     Row("dpmpp_2s_a", 2, 2, {"eta": 0.0}),
+    Row("dpmpp_2s_a_cfg_pp", 2, 2, {"eta": 0.0}),
     Row("dpmpp_sde", 2, 2, {"eta": 0.0}),
+    Row("seeds_2", 2, 2, {"eta": 0.0}),
+    Row("seeds_2", 2, 2, {"eta": 0.0, "nodes": (1.0,), "solver_type": "logrho"}),
+    Row("seeds_3", 3, 3, {"eta": 0.0}),
     Row("dpm_fast", 3, 3),
     Row("pndm", 2, 2),
     Row("pndm", 3, 4, equal=True),  # begun by Heun's method
@@ -235,6 +240,7 @@ ROWS = [
     Row("lms", 2, 4),
     Row("lms", 2, 3, {"order": 3}),
     Row("gradient_estimation", 1, 1),
+    Row("gradient_estimation_cfg_pp", 1, 1),
     Row("dpmpp_2m", 2, 2),
     Row("dpmpp_2m", 2, 2, {"solver_type": "heun"}),
     Row("dpmpp_2m", 2, 2, {"algorithm": "dpmsolver"}),
@@ -243,7 +249,9 @@ ROWS = [
     Row("dpmpp_2m_cfg_pp", 2, 2),
     Row("deis", 2, 2),
     Row("deis", 2, 3, {"order": 3}),
+    Row("deis_tab", 2, 3),
     Row("res_multistep", 2, 2),
+    Row("res_multistep_cfg_pp", 2, 2),
     Row("unipc", 2, 2, {"order": 1, **WHOLE}, LATE),
     Row("unipc", 3, 3, {"solver_type": "bh1", **WHOLE}, LATE),
     Row("unipc", 3, 3, {"solver_type": "bh2", **WHOLE}, LATE),
@@ -271,7 +279,7 @@ def order(row: Row, filled: bool) -> float:
 
 def described(row: Row) -> str:
     """`name option=value`, for the table."""
-    options = [f"{key}={value}" for key, value in row.options.items() if type(value) in (str, int, float)]
+    options = [f"{key}={value}" for key, value in row.options.items() if type(value) in (str, int, float, tuple)]
     return " ".join([row.name, *options, *["equal steps"] * row.equal])
 
 

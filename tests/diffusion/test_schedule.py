@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 
 from mezzotint.config import ScheduleConfig
 from mezzotint.diffusion.schedule import Schedule
@@ -84,6 +85,27 @@ def test_edm_levels_are_those_of_diffusers(kind: str) -> None:
     np.testing.assert_allclose(schedule.sigmas, theirs, rtol=2e-5)
     assert (schedule.sigma_min, schedule.sigma_max) == pytest.approx((0.01, 50.0), rel=1e-9)
     assert Schedule.from_config(ScheduleConfig(sigma_data=0.5)).sigma_max == pytest.approx(80.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_earlier_is_floored_where_diffusers_floors_it(share: float) -> None:
+    """Their timestep is an integer tensor, so their product is float32's."""
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    for timestep in range(1000):
+        theirs = int(torch.floor((1 - share) * torch.tensor(timestep)))
+        assert schedule.earlier(schedule.sigma(timestep), share) == schedule.sigma(theirs)
+
+
+def test_float64_would_floor_elsewhere() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    assert math.floor((1 - 0.9) * 10) == 0
+    assert schedule.earlier(schedule.sigma(10), 0.9) == schedule.sigma(1)
+
+
+def test_between() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(**SD))
+    assert schedule.between(schedule.sigma(901), schedule.sigma(801)) == schedule.sigma(851)
+    assert schedule.between(schedule.sigma(859), schedule.sigma(716)) == schedule.sigma(787)
 
 
 def test_earlier_and_within() -> None:

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from mixture import MEANS, SPREAD, WEIGHTS, mixture
 from numpy.typing import NDArray
 from scipy.integrate import quad, solve_ivp
 from scipy.special import ndtr
@@ -23,17 +24,7 @@ from mezzotint.errors import RequestError
 # diffusers with numpy 2
 pytestmark = pytest.mark.filterwarnings(r"ignore:__array(_wrap)?__ (implementation|must):DeprecationWarning")
 
-MEANS = torch.tensor([-1.0, 0.4, 1.5], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
-SPREAD = 0.3
 START = torch.linspace(-12, 12, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
-
-
-def mixture(x: Tensor, sigma: float) -> Tensor:
-    """E[x0 | x] for data from three Gaussians: exact."""
-    variance = SPREAD**2 + sigma**2
-    share = torch.softmax(WEIGHTS.log() - (x[..., None] - MEANS) ** 2 / (2 * variance), dim=-1)
-    return (share * (SPREAD**2 * x[..., None] + sigma**2 * MEANS) / variance).sum(-1)
 
 
 class Pair:
@@ -337,6 +328,20 @@ def test_restart_without_segments_is_what_a1111_does(n: int, segment: tuple[int,
         assert torch.equal(steps[-1].x, run("heun", sigmas)[-1].x)
 
 
+def test_restart_of_a1111_goes_on_along_karras() -> None:
+    """With steps to spare it spaces the list anew, between the ends of the one that was chosen, whichever that was."""
+    for steps in (20, 40):
+        chosen = [10 - 9.95 * i / (steps - 1) for i in range(steps)] + [0.0]
+        theirs = run("restart", chosen, seeded(), karras=True)
+        expected = run("restart", [*karras(10, 0.05, steps - 1), 0.0], seeded())
+        assert len(theirs) == steps and theirs[-1].sigma == 0.0
+        assert [a.sigma for a in theirs] == pytest.approx([b.sigma for b in expected])
+        assert apart(theirs[-1].x, expected[-1].x) < 1e-10
+        assert apart(run("restart", chosen, seeded())[-1].x, expected[-1].x) > 1e-3
+    few = [*np.linspace(10, 0.05, 12).tolist(), 0.0]
+    assert torch.equal(run("restart", few, seeded(), karras=True)[-1].x, run("heun", few)[-1].x)
+
+
 def test_restart_twice_in_a_run() -> None:
     sigmas = [*karras(10, 0.05, 23), 0.0]
     steps = run("restart", sigmas, seeded(), segments=[(4, 1, 0.3, 2.0), (3, 2, 0.1, 0.3)])
@@ -364,6 +369,84 @@ def test_cfg_pp_as_the_paper_writes_it(name: str, eta: float) -> None:
     assert apart(ours[-1].x, x) < 1e-12
     plain = run("euler", sigmas, seeded() if eta else no_noise, denoise, eta=eta)
     assert apart(ours[-1].x, plain[-1].x) > 1e-2
+
+
+def test_cfg_pp_of_the_ancestral_second_order_as_comfyui_writes_it() -> None:
+    """An unconditional DPM-Solver++(2S) step, shifted by the guidance at its beginning."""
+    noise, denoise, sigmas = seeded(), Pair(), [*karras(10, 0.3, 4), 0.0]
+    x = START
+    for sigma, sigma_next in pairwise(sigmas):
+        guided, unconditional = denoise.pair(x, sigma)
+        up = min(sigma_next, math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
+        down = math.sqrt(sigma_next**2 - up**2)
+        shift = guided - unconditional
+        if down == 0:
+            x = x + (x - unconditional) / sigma * (down - sigma) + shift
+            continue
+        h = math.log(sigma / down)
+        inner = math.exp(-h / 2) * x - math.expm1(-h / 2) * unconditional
+        _, second = denoise.pair(inner, sigma * math.exp(-h / 2))
+        x = math.exp(-h) * x - math.expm1(-h) * second + noise() * up + shift
+    ours = run("dpmpp_2s_a_cfg_pp", sigmas, seeded(), denoise)
+    assert apart(ours[-1].x, x) < 1e-12
+    assert apart(run("dpmpp_2s_a", sigmas, seeded(), denoise)[-1].x, x) > 1e-2
+
+
+def test_heunpp2_as_comfyui_writes_it() -> None:
+    """Slopes at three levels by Euler's steps; each of the later two counts its level over three times the first."""
+    for sigmas in ([*karras(10, 0.3, 5), 0.0], karras(10, 0.3, 3), [10.0, 4.0, 0.0], [10.0, 0.0]):
+        x, n = START, len(sigmas) - 1
+        for i in range(n):
+            s = [*sigmas[i:], None, None]
+            d = (x - mixture(x, s[0])) / s[0]
+            mean = d
+            if i < n - 1:
+                x2 = x + d * (s[1] - s[0])
+                d2 = (x2 - mixture(x2, s[1])) / s[1]
+                w2 = s[1] / (2 * sigmas[0])
+                mean = (1 - w2) * d + w2 * d2
+            if i < n - 2:
+                x3 = x2 + d2 * (s[2] - s[1])
+                d3 = (x3 - mixture(x3, s[2])) / s[2]
+                w2, w3 = s[1] / (3 * sigmas[0]), s[2] / (3 * sigmas[0])
+                mean = (1 - w2 - w3) * d + w2 * d2 + w3 * d3
+            x = x + mean * (s[1] - s[0])
+        assert apart(run("heunpp2", sigmas)[-1].x, x) < 1e-12
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("name", "options"), [("seeds_2", {}), ("seeds_2", {"nodes": (1.0,), "solver_type": "logrho"}), ("seeds_3", {})]
+)
+def test_seeds_as_the_paper_writes_it(name: str, options: dict[str, Any], eta: float) -> None:
+    """Gonzalez et al. 2023, in lambda, for data prediction; `tail` is the integral of the path's noise so far, over
+    sigma. The second estimate of SEEDS-2 enters by phi_1 / 2r, elsewhere the newest by phi_2 / r.
+    """
+    noise, sigmas = seeded(), [*karras(10, 0.3, 4), 0.0]
+    x = START
+    for sigma, sigma_next in pairwise(sigmas):
+        first = mixture(x, sigma)
+        if sigma_next == 0.0:
+            x = first
+            continue
+        h = math.log(sigma / sigma_next)
+        tail, at, newest, r = torch.zeros_like(x), 0.0, first, 0.0
+        for node in (*options.get("nodes", (1 / 2,) if name == "seeds_2" else (1 / 3, 2 / 3)), 1.0):
+            if eta:
+                fresh = math.sqrt(max(-math.expm1(-2 * eta * (node - at) * h), 0.0)) * noise()
+                tail = math.exp(-eta * (node - at) * h) * tail + fresh
+            z = -node * h * (1 + eta)
+            phi_1 = math.expm1(z)  # times z, as the next
+            phi_2 = (math.expm1(z) - z) / z
+            b2 = 0.0 if r == 0.0 else phi_1 / (2 * r) if name == "seeds_2" and not options else phi_2 * node / r
+            level = sigma * math.exp(-node * h)
+            x_node = level / sigma * math.exp(-node * h * eta) * x - ((phi_1 - b2) * first + b2 * newest)
+            x_node = x_node + level * tail
+            if node < 1.0 or r == 0.0:
+                newest, r, at = mixture(x_node, level), node, node
+        x = x_node
+    ours = run(name, sigmas, seeded() if eta else no_noise, eta=eta, **options)
+    assert apart(ours[-1].x, x) < 1e-12
 
 
 # ---- the exact consistency function ----------------------------------------------------------------------------------
@@ -415,6 +498,24 @@ def test_an_exact_consistency_model_gives_the_data(name: str, eta: float | None,
         assert distance < 1.7 / math.sqrt(count)  # exceeded by one sample in 160
         variance = SPREAD**2 + float((WEIGHTS * MEANS**2).sum() - (WEIGHTS * MEANS).sum() ** 2) + step.sigma**2
         assert float(step.x.var()) == pytest.approx(variance, rel=0.04)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("level", [0.3, 1.0, 3.0])
+def test_tcd_of_a_posterior_mean_has_too_little_variance(eta: float, level: float) -> None:
+    """Not our fault but the method's, which is made for a consistency function. Data N(0, 1): a step from sigma to
+    (1 - eta) sigma multiplies x by 1 - eta q, q = sigma^2 / (1 + sigma^2), and the noise brings sigma^2 eta (2 - eta).
+    Steps about one level settle where that balances, at (2 - eta) / (2 - eta q) of the variance 1 + sigma^2, however
+    many there are; at low levels that is 1 - eta / 2. The denoiser is linear, so x carries its share of every draw.
+    """
+    steps = 400
+    sigmas = np.linspace(level * (1 + 1e-6), level, steps + 1).tolist()
+    draws = iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
+    x = math.sqrt(1 + level**2) * torch.eye(steps + 1, dtype=torch.float64)[0]
+    for step in SOLVERS["tcd"](lambda x, sigma: x / (1 + sigma**2), x, sigmas, lambda *_: next(draws), eta=eta):
+        x = step.x
+    settled = (2 - eta) / (2 - eta * level**2 / (1 + level**2)) if eta else 1.0
+    assert float(x.square().sum()) / (1 + level**2) == pytest.approx(settled, rel=1e-5)
 
 
 def test_tcd_with_eta_one_is_lcm() -> None:

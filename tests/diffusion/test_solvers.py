@@ -6,22 +6,13 @@ import math
 
 import pytest
 import torch
+from mixture import SPREAD, mixture
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from mezzotint.diffusion.solvers import SOLVERS, Step, euler
 
-MEANS = torch.tensor([-1.0, 0.4, 1.5], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
-SPREAD = 0.3
 START = torch.linspace(-12, 12, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
-
-
-def mixture(x: Tensor, sigma: float) -> Tensor:
-    """E[x0 | x] for data from three Gaussians: exact."""
-    variance = SPREAD**2 + sigma**2
-    share = torch.softmax(WEIGHTS.log() - (x[..., None] - MEANS) ** 2 / (2 * variance), dim=-1)
-    return (share * (SPREAD**2 * x[..., None] + sigma**2 * MEANS) / variance).sum(-1)
 
 
 def no_noise(sigma: float, sigma_next: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from diffusers.schedulers import AysSchedules
 from scipy import stats
@@ -14,6 +15,7 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.spacing import (
     ALIGN_YOUR_STEPS,
     SPACINGS,
+    TABLES,
     ays,
     beta,
     ddim_uniform,
@@ -149,6 +151,21 @@ def test_align_your_steps() -> None:
     assert ays(SCHEDULE, 10, points="n+1") == pytest.approx(AysSchedules["StableDiffusionSigmas"], abs=1e-3)
     sdxl = ays(SCHEDULE, 10, points="n+1", family="sdxl")
     assert sdxl == pytest.approx(AysSchedules["StableDiffusionXLSigmas"], abs=1e-3)
+
+
+def test_align_your_steps_as_forge_has_it() -> None:
+    for table in ("32", "gits"):
+        for family, known in TABLES[table].items():
+            count = len(known)
+            assert ays(SCHEDULE, count, family=family, table=table) == pytest.approx([*known, 0.0])
+            assert ays(SCHEDULE, 2 * count - 1, family=family, table=table)[1] == pytest.approx(
+                math.sqrt(known[0] * known[1])
+            )
+            assert all(a > b for a, b in pairwise(known)) and len(known) == (32 if table == "32" else 11)
+    # the finer tables go where the coarse ones do, but for the lowest levels
+    for family, coarse in ALIGN_YOUR_STEPS.items():
+        finer = np.interp(np.linspace(0, 1, 11), np.linspace(0, 1, 31), np.log(TABLES["32"][family][:-1]))
+        assert np.abs(finer - np.log(coarse))[:8].max() < 0.15
 
 
 def test_a_users_own_timesteps() -> None:

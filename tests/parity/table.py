@@ -26,6 +26,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
+import pictures
+import tiny
 from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.guidance import guided
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
@@ -35,30 +37,8 @@ from mezzotint.diffusion.solvers import SOLVERS, Noise
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.models.unet import Condition
 from mezzotint.samplers import CLASSES, SCHEDULERS, resolve
+from tiny import apart
 
-# scheduler_config.json as the hub has them
-SD1 = {
-    "_class_name": "PNDMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-SD2 = SD1 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-SDXL = SD1 | {
-    "_class_name": "EulerDiscreteScheduler",
-    "interpolation_type": "linear",
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "use_karras_sigmas": False,
-}
-CONFIGS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 SHAPE = (4, 9, 13)  # of 72x104 pixels
 SEEDS = [3, 2**40]
 
@@ -72,7 +52,7 @@ class Variant(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        return CONFIGS[self.family] | self.flags
+        return tiny.SCHEDULER_CONFIGS[self.family] | self.flags
 
     def __str__(self) -> str:
         return ", ".join([self.name, self.family, *(f"{key}={value}" for key, value in self.flags.items())])
@@ -86,7 +66,7 @@ NO_SAMPLE = ("pndm", "euler_a", "dpm2", "dpm2_a", "dpmpp_sde")  # these refuse x
 
 def variants(name: str) -> Iterator[Variant]:
     """All of one scheduler: each family's file, and with SD 1's what its class has a key for."""
-    for family in CONFIGS:
+    for family in tiny.SCHEDULER_CONFIGS:
         yield Variant(name, family, {})
     scheduler = CLASSES[name]
     has = scheduler.defaults
@@ -288,13 +268,6 @@ def reference(name: str, config: dict[str, Any], **flags: Any) -> Any:
     return cls.from_config(config | flags | dict(scheduler.flags))
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """Greatest difference, relative to the greatest value. NaN is far from everything."""
-    if not (a.isfinite().all() and b.isfinite().all()):
-        return math.inf
-    return float((a - b).abs().max() / b.abs().max())
-
-
 RUNS = ((4, 7.5), (7, 1.0), (20, 7.5))  # steps, guidance
 
 
@@ -312,27 +285,23 @@ def alone(network: Network, variant: Variant, runs: Sequence[tuple[int, float]] 
     )
 
 
-def picture(pair: Any, variant: Variant) -> tuple[float, int, float]:
+def picture(pair: pictures.Pair, variant: Variant) -> tuple[float, int, float]:
     """Whole pictures of both: latents, greatest pixel, mean pixel."""
-    from test_pipeline import apart, fields, ours, theirs
-
-    request = fields(sampler=variant.name, count=2)
+    request = pictures.fields(sampler=variant.name, count=2)
     flags = {key: value for key, value in variant.flags.items() if key != "steps_offset"}  # the pipeline's is always 1
     own = pair.ours.scheduler_config
     pair.ours.scheduler_config = own | variant.flags
     try:
-        return apart(ours(pair, request), theirs(pair, request, **flags))
+        return pictures.apart(pictures.ours(pair, request), pictures.theirs(pair, request, **flags))
     finally:
         pair.ours.scheduler_config = own
 
 
 def main(wanted: list[str]) -> None:
-    from test_pipeline import build
-
     diffusers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     network = Network.seeded()
-    pairs: dict[str, Any] = {} if "--alone" in wanted else build(Path(tempfile.mkdtemp()))
+    pairs = {} if "--alone" in wanted else pictures.build(Path(tempfile.mkdtemp()))
     print("| variant | alone | picture: latents | greatest pixel | mean pixel | known difference |")
     print("|---|---|---|---|---|---|")
     for name in [CLASSES[name].key for name in wanted if name != "--alone"] or NAMES:

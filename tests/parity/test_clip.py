@@ -40,13 +40,9 @@ def ours(model: Any) -> Ours:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     with torch.device("meta"):
         encoder = Ours(CLIPConfig.model_validate(config))
-    encoder.load_state_dict(prefixed(model.state_dict()), strict=True, assign=True)
+    weights = {tiny.with_prefix(key): tensor for key, tensor in model.state_dict().items()}
+    encoder.load_state_dict(weights, strict=True, assign=True)
     return encoder.eval()
-
-
-def prefixed(state: dict[str, Any]) -> dict[str, Any]:
-    """With the `text_model.` that transformers 5 drops where there is no projection."""
-    return {key if key.startswith("text_") else f"text_model.{key}": value for key, value in state.items()}
 
 
 def windows(pad: int) -> Tensor:
@@ -60,11 +56,6 @@ def windows(pad: int) -> Tensor:
     return torch.stack(rows)
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("length", [77, 30])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
@@ -74,13 +65,13 @@ def test_same_numbers(name: str, length: int) -> None:
     ids = windows(SHAPES[name][2])[:, :length]
     expected = reference(ids, output_hidden_states=True)
     hidden, pooled = encoder(ids)
-    assert error(hidden, expected.last_hidden_state) < 1e-4
-    assert error(pooled, expected.text_embeds if SHAPES[name][0] else expected.pooler_output) < 1e-4
+    assert tiny.apart(hidden, expected.last_hidden_state) < 1e-4
+    assert tiny.apart(pooled, expected.text_embeds if SHAPES[name][0] else expected.pooler_output) < 1e-4
     norm = getattr(reference, "text_model", reference).final_layer_norm
     for skip in range(reference.config.num_hidden_layers):
         raw = expected.hidden_states[-1 - skip]
-        assert error(encoder(ids, skip=skip, normed=False)[0], raw) < 1e-4
-        assert error(encoder(ids, skip=skip)[0], norm(raw)) < 1e-4
+        assert tiny.apart(encoder(ids, skip=skip, normed=False)[0], raw) < 1e-4
+        assert tiny.apart(encoder(ids, skip=skip)[0], norm(raw)) < 1e-4
 
 
 def test_an_added_token_does_not_move_the_eos() -> None:
@@ -89,14 +80,14 @@ def test_an_added_token_does_not_move_the_eos() -> None:
     for eos in (EOS, 2):
         reference = tiny.clip(vocab_size=tiny.TOKENS + 1, eos_token_id=eos)
         with torch.no_grad():
-            assert error(ours(reference)(ids)[1], reference(ids).pooler_output) < 1e-4
+            assert tiny.apart(ours(reference)(ids)[1], reference(ids).pooler_output) < 1e-4
 
 
 @torch.no_grad()
 def test_half_precision_stays_close() -> None:
     reference = theirs("ViT-L").to(torch.bfloat16)
     ids = windows(EOS)
-    assert error(ours(reference)(ids)[0].float(), reference(ids).last_hidden_state.float()) < 0.05
+    assert tiny.apart(ours(reference)(ids)[0].float(), reference(ids).last_hidden_state.float()) < 0.05
 
 
 _BIG: dict[str, Any] = {"vocab_size": 49408, "hidden_act": "gelu", "max_position_embeddings": 77}
@@ -130,5 +121,5 @@ def test_full_size_keys_and_shapes(name: str) -> None:
         architecture = CLIPTextModelWithProjection if encoder.config.has_projection else CLIPTextModel
         reference = architecture(CLIPTextConfig(**config))
     shapes = {key: tensor.shape for key, tensor in encoder.state_dict().items()}
-    assert shapes == {key: tensor.shape for key, tensor in prefixed(reference.state_dict()).items()}
+    assert shapes == {tiny.with_prefix(key): tensor.shape for key, tensor in reference.state_dict().items()}
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters

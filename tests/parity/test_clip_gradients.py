@@ -29,13 +29,8 @@ def clip_like(theirs: Any) -> CLIPTextModel:
     encoder = CLIPTextModel(
         CLIPConfig.model_validate({**theirs.config.to_dict(), "architectures": [type(theirs).__name__]})
     )
-    encoder.load_state_dict({in_full(key): value for key, value in theirs.state_dict().items()})
+    encoder.load_state_dict({tiny.with_prefix(key): value for key, value in theirs.state_dict().items()})
     return encoder
-
-
-def in_full(key: str) -> str:
-    """With the `text_model.` that transformers 5 drops where there is no projection."""
-    return key if key.startswith("text_") else f"text_model.{key}"
 
 
 def assert_same_gradients(ours: nn.Module, theirs: dict[str, nn.Parameter]) -> None:
@@ -75,7 +70,7 @@ def test_the_gradient_of_every_parameter_is_transformers(projection: bool, skip:
     their_loss.backward()
 
     torch.testing.assert_close(loss, their_loss)
-    assert_same_gradients(ours, {in_full(name): p for name, p in theirs.named_parameters()})
+    assert_same_gradients(ours, {tiny.with_prefix(name): p for name, p in theirs.named_parameters()})
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
@@ -85,8 +80,7 @@ def test_a_whole_training_step_is_theirs(kind: str) -> None:
     unet = UNet(UNetConfig.model_validate(dict(their_unet.config)))
     unet.load_state_dict(their_unet.state_dict())
     model = TextToLatents(clip_like(their_clip), unet).train()
-    config = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    schedule = Schedule.from_config(config)
+    schedule = Schedule.from_config(ScheduleConfig.model_validate(tiny.SCHEDULER_CONFIGS["sd1"]))
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     shown: list[tuple[Tensor, Tensor]] = []
     unet.register_forward_pre_hook(lambda _, inputs: shown.append((inputs[0].detach(), inputs[1])))
@@ -106,4 +100,4 @@ def test_a_whole_training_step_is_theirs(kind: str) -> None:
 
     torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0)
     assert_same_gradients(model.unet, dict(their_unet.named_parameters()))
-    assert_same_gradients(model.text_encoder, {in_full(name): p for name, p in their_clip.named_parameters()})
+    assert_same_gradients(model.text_encoder, {tiny.with_prefix(name): p for name, p in their_clip.named_parameters()})

@@ -1,34 +1,24 @@
 """Whole pictures against diffusers' pipelines, live: one folder, loaded by both, the same request, the same picture.
 
-One small random model of each family is saved by diffusers, with the scheduler_config.json that the hub has.
-Limits (DESIGN.md section 5): final latents 1e-4 relative, pictures 1/255 at most and 0.01/255 on average. What was
-measured is in docs/fidelity.md, and so are the differences that are meant; their tests are in test_samplers.py.
+pictures.py makes the models and draws. Limits (DESIGN.md section 5): final latents 1e-4 relative, pictures 1/255 at
+most and 0.01/255 on average. What was measured is in docs/fidelity.md, and so are the differences that are meant; their
+tests are in test_samplers.py.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import CLIPTokenizer
 
 import mezzotint
-import tiny
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.samplers import CLASSES
+from pictures import FAMILIES, NEGATIVE, PROMPT, Drawn, Pair, apart, build, fields, ours, pixels, save, theirs
 from table import NAMES
 from test_single_file import Model
 
@@ -37,165 +27,13 @@ pytestmark = [  # diffusers with numpy 2, and its Brownian path asked a digit be
     pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning"),
 ]
 
-PROMPT = "a red lemon, left of a whale!"
-NEGATIVE = "blurry"
 LONG = "lemon " * 75  # fills the window to its last token
-
-_HUB = {
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-SCHEDULERS = {  # as the hub has them: SD1's has no timestep_spacing
-    "sd1": _HUB | {"_class_name": "PNDMScheduler"},
-    "sd2": _HUB | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
-    "sdxl": _HUB | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "use_karras_sigmas": False},
-}
-FAMILIES = tuple(SCHEDULERS)
 PNDM_V = ("pndm", "sd2")  # a known difference: test_samplers.py, test_pndm_with_v_prediction_differs
-
-Theirs = StableDiffusionPipeline | StableDiffusionXLPipeline
-
-
-@dataclass
-class Pair:
-    """One model, loaded twice."""
-
-    theirs: Theirs
-    ours: mezzotint.Pipeline
-    scheduler: Any  # their own; runs replace it
-
-
-@dataclass
-class Drawn:
-    """Final latents (count, C, h, w) and pictures (count, H, W, 3), 0 to 255."""
-
-    latents: Tensor
-    pixels: np.ndarray[Any, np.dtype[np.int16]]
-
-
-def save(folder: Path, family: str, tokenizer: Tokenizer, encoders: list[Any], unet: Any, vae: Any) -> None:
-    """Write the model as diffusers does, then the scheduler's file as the hub has it."""
-    tokenizer.save(folder / "cut")
-    config = SCHEDULERS[family]
-    parts = {
-        "unet": unet,
-        "vae": vae,
-        "scheduler": getattr(diffusers, str(config["_class_name"])).from_config(config),
-        "text_encoder": encoders[0],
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "cut"),
-    }
-    if family == "sdxl":
-        parts |= {
-            "text_encoder_2": encoders[1],
-            "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "cut", pad_token="!"),
-        }
-        StableDiffusionXLPipeline(**parts).save_pretrained(folder)
-    else:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        StableDiffusionPipeline(**parts).save_pretrained(folder)
-    shutil.rmtree(folder / "cut")
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-
-
-def load(folder: Path, family: str) -> Pair:
-    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-    theirs = kind.from_pretrained(folder, low_cpu_mem_usage=False)
-    theirs.set_progress_bar_config(disable=True)
-    return Pair(theirs, mezzotint.load(folder, device="cpu"), theirs.scheduler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet() -> Iterator[None]:
-    """diffusers logs every key that a scheduler does not know, transformers draws bars."""
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.set_verbosity(level)
-    diffusers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return build(tmp_path_factory.mktemp("families"))
-
-
-def build(place: Path) -> dict[str, Pair]:
-    """One model of each family, in folders under `place`."""
-    tokenizer = Tokenizer.cut([PROMPT, NEGATIVE])
-    ids = {"vocab_size": len(tokenizer.vocab), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    loaded = {}
-    for family in FAMILIES:
-        folder = place / family
-        folder.mkdir()
-        encoders = [tiny.clip(family, **ids)]
-        if family == "sdxl":
-            encoders.append(tiny.clip(family, seed=3, projection=True, **ids))
-        factor = {"scaling_factor": 0.13025} if family == "sdxl" else {}
-        save(folder, family, tokenizer, encoders, tiny.unet(family), tiny.vae(**factor))
-        loaded[family] = load(folder, family)
-    return loaded
-
-
-def fields(**changes: Any) -> dict[str, Any]:
-    """A request: one picture of 72x104, guided."""
-    usual = {
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "width": 72,
-        "height": 104,
-        "steps": 5,
-        "guidance_scale": 7.5,
-        "seed": 7,
-        "count": 1,
-    }
-    return usual | changes
-
-
-def theirs(pair: Pair, request: dict[str, Any], latents: Tensor | None = None, **flags: Any) -> Drawn:
-    """What their pipeline draws: the scheduler of `request["sampler"]`, with `flags`, made from the model's own."""
-    pipe, names = pair.theirs, {"steps": "num_inference_steps", "count": "num_images_per_prompt"}
-    names |= {"crop": "crops_coords_top_left"}
-    options = {names.get(name, name): value for name, value in request.items()}
-    seed, sampler = options.pop("seed"), options.pop("sampler", None)
-    pipe.scheduler = pair.scheduler
-    if sampler is not None:
-        flags |= CLASSES[sampler].flags
-        pipe.scheduler = getattr(diffusers, CLASSES[sampler].name).from_config(pair.scheduler.config, **flags)
-        if hasattr(pipe.scheduler, "noise_sampler_seed"):  # it draws nothing from the generators
-            pipe.scheduler.noise_sampler_seed = [seed + k for k in range(request["count"])]
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(request["count"])]
-    final = []
-
-    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        final[:] = [tensors["latents"]]
-        return {}
-
-    images = pipe(generator=generators, latents=latents, callback_on_step_end=keep, **options).images
-    return Drawn(final[0], pixels(images))
-
-
-def ours(pair: Pair, request: dict[str, Any], latents: Tensor | None = None, batch: int | None = 2) -> Drawn:
-    result = pair.ours.generate(mezzotint.Request(**request, batch=batch), latents=latents)
-    return Drawn(result.latents, pixels(result.images))
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray[Any, np.dtype[np.int16]]:
-    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
-
-
-def apart(a: Drawn, b: Drawn) -> tuple[float, int, float]:
-    """Greatest difference of the latents, relative to the greatest value; of the pixels, greatest and mean."""
-    assert a.latents.shape == b.latents.shape and a.pixels.shape == b.pixels.shape
-    assert a.latents.isfinite().all() and b.latents.isfinite().all()
-    levels = np.abs(a.pixels - b.pixels)
-    return float((a.latents - b.latents).abs().max() / b.latents.abs().max()), int(levels.max()), float(levels.mean())
 
 
 def same(a: Drawn, b: Drawn) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -22,18 +21,13 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.samplers import CLASSES, SCHEDULERS, resolve
 from table import (
-    CONFIGS,
     LIMITS,
     NAMES,
     RUNS,
-    SD1,
-    SD2,
-    SDXL,
     SEEDS,
     Network,
     Variant,
     alone,
-    apart,
     conditions,
     known,
     ours,
@@ -41,7 +35,9 @@ from table import (
     theirs,
     variants,
 )
+from tiny import SCHEDULER_CONFIGS, apart
 
+SD1, SD2, SDXL = SCHEDULER_CONFIGS.values()
 pytestmark = [  # diffusers with numpy 2, and its Brownian path asked a digit beyond its end
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning"),
@@ -52,15 +48,6 @@ pytestmark = [  # diffusers with numpy 2, and its Brownian path asked a digit be
 @pytest.fixture(scope="module")
 def network() -> Network:
     return Network.seeded()
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """diffusers logs every key that a class does not know."""
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    yield
-    diffusers.utils.logging.set_verbosity(level)
 
 
 VARIANTS = [variant for name in NAMES for variant in variants(name)]
@@ -93,9 +80,9 @@ def test_the_table_has_every_class() -> None:
     assert len(family) == 15
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", SCHEDULER_CONFIGS)
 def test_no_name_is_the_class_in_the_file(network: Network, family: str) -> None:
-    config = CONFIGS[family]
+    config = SCHEDULER_CONFIGS[family]
     scheduler = getattr(diffusers, str(config["_class_name"])).from_config(config)
     assert apart(ours(network, None, config, 6, 7.5, [1]), theirs(network, scheduler, 6, 7.5, [1])) < 1e-4
 
@@ -134,15 +121,15 @@ def test_another_spacing_is_that_of_the_class(network: Network, name: str) -> No
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 @pytest.mark.parametrize("name", ["ddim", "tcd"])
 def test_eta(network: Network, name: str, family: str, eta: float) -> None:
-    config = CONFIGS[family]
+    config = SCHEDULER_CONFIGS[family]
     expected = theirs(network, reference(name, config), 10, 7.5, [1, 2], eta=eta)
     assert apart(ours(network, name, config, 10, 7.5, [1, 2], eta=eta), expected) < 1e-4
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", SCHEDULER_CONFIGS)
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler_a"])
 def test_guidance_rescale(network: Network, name: str, family: str) -> None:
-    config = CONFIGS[family]
+    config = SCHEDULER_CONFIGS[family]
     expected = theirs(network, reference(name, config), 10, 7.5, [1, 2], rescale=0.7)
     assert apart(ours(network, name, config, 10, 7.5, [1, 2], rescale=0.7), expected) < 1e-4
     assert apart(ours(network, name, config, 10, 7.5, [1, 2]), expected) > 1e-2

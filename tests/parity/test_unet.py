@@ -39,12 +39,6 @@ def run(theirs: UNet2DConditionModel, sample: Tensor, timestep: Any, condition: 
     return theirs(sample, timestep, condition.context, added_cond_kwargs=added, return_dict=False, **extra)[0]
 
 
-def relative_error(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    assert a.isfinite().all() and b.isfinite().all()
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
@@ -58,7 +52,7 @@ def test_the_output_is_diffusers(family: str, memory_format: torch.memory_format
     ):
         sample, condition = inputs(theirs, size)
         output = unet(sample.to(memory_format=memory_format), timestep, condition)
-        assert relative_error(output, run(theirs, sample, timestep, condition)) < 1e-5
+        assert tiny.apart(output, run(theirs, sample, timestep, condition)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -84,7 +78,7 @@ def test_every_field_of_the_configuration_means_the_same(changes: dict[str, Any]
     theirs = tiny.unet("sd1", **changes)
     sample, condition = inputs(theirs, (9, 13))
     timestep = torch.tensor([981.0, 20.5])
-    assert relative_error(ours(theirs)(sample, timestep, condition), run(theirs, sample, timestep, condition)) < 1e-5
+    assert tiny.apart(ours(theirs)(sample, timestep, condition), run(theirs, sample, timestep, condition)) < 1e-5
 
 
 @torch.no_grad()
@@ -93,7 +87,7 @@ def test_the_guidance_embedding_of_lcm_models() -> None:
     sample, condition = inputs(theirs)
     cond = torch.randn(2, 8, generator=torch.Generator().manual_seed(6))
     output = ours(theirs)(sample, 999, condition, timestep_cond=cond)
-    assert relative_error(output, run(theirs, sample, 999, condition, timestep_cond=cond)) < 1e-5
+    assert tiny.apart(output, run(theirs, sample, 999, condition, timestep_cond=cond)) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -113,7 +107,7 @@ def test_the_residuals_of_a_controlnet(family: str) -> None:
         down_block_additional_residuals=tuple(down),
         mid_block_additional_residual=mid,
     )
-    assert relative_error(output, expected) < 1e-5
+    assert tiny.apart(output, expected) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -129,7 +123,7 @@ def test_the_gradient_of_every_parameter_is_diffusers(family: str) -> None:
     expected = dict(theirs.named_parameters())
     for name, parameter in unet.named_parameters():
         assert parameter.grad is not None and expected[name].grad is not None, name
-        assert relative_error(parameter.grad, expected[name].grad) < 1e-3, name
+        assert tiny.apart(parameter.grad, expected[name].grad) < 1e-3, name
 
 
 @pytest.mark.parametrize(

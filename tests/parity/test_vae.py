@@ -47,12 +47,6 @@ def ours(theirs: AutoencoderKL) -> VAE:
     return vae.eval()
 
 
-def relative_error(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    assert a.isfinite().all() and b.isfinite().all()
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 def pixels(size: tuple[int, int]) -> Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
@@ -65,10 +59,10 @@ def test_encoding_is_diffusers(changes: dict[str, Any]) -> None:
     for size in SIZES:
         posterior = vae.encode(pixels(size))
         expected = theirs.encode(pixels(size)).latent_dist
-        assert relative_error(posterior.mean, expected.mean) < LIMIT
-        assert relative_error(posterior.logvar, expected.logvar) < LIMIT
+        assert tiny.apart(posterior.mean, expected.mean) < LIMIT
+        assert tiny.apart(posterior.logvar, expected.logvar) < LIMIT
         sample = posterior.sample(torch.Generator().manual_seed(7))
-        assert relative_error(sample, expected.sample(torch.Generator().manual_seed(7))) < LIMIT
+        assert tiny.apart(sample, expected.sample(torch.Generator().manual_seed(7))) < LIMIT
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -83,7 +77,7 @@ def test_decoding_is_diffusers(changes: dict[str, Any]) -> None:
         z = latents / theirs.config.scaling_factor + (theirs.config.shift_factor or 0.0)
         decoded = vae.decode(vae.unscale(latents))
         assert decoded.shape == (2, 3, height, width)
-        assert relative_error(decoded, theirs.decode(z).sample) < LIMIT
+        assert tiny.apart(decoded, theirs.decode(z).sample) < LIMIT
 
 
 @torch.no_grad()
@@ -92,7 +86,7 @@ def test_a_wide_log_variance_is_clamped_as_in_diffusers() -> None:
     theirs.quant_conv.bias[4:] = torch.tensor([-100.0, 100.0, 0.0, 20.0])
     posterior = ours(theirs).encode(pixels((64, 64)))
     expected = theirs.encode(pixels((64, 64))).latent_dist
-    assert relative_error(posterior.logvar, expected.logvar) < LIMIT
+    assert tiny.apart(posterior.logvar, expected.logvar) < LIMIT
     assert posterior.logvar.min() == -30 and posterior.logvar.max() == 20
 
 
@@ -102,8 +96,8 @@ def test_channels_last_changes_nothing() -> None:
     vae = ours(theirs).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     image = pixels((72, 104))
     mean = theirs.encode(image).latent_dist.mean
-    assert relative_error(vae.encode(image.to(memory_format=torch.channels_last)).mean, mean) < LIMIT
-    assert relative_error(vae.decode(mean), theirs.decode(mean).sample) < LIMIT
+    assert tiny.apart(vae.encode(image.to(memory_format=torch.channels_last)).mean, mean) < LIMIT
+    assert tiny.apart(vae.decode(mean), theirs.decode(mean).sample) < LIMIT
 
 
 def test_full_size_names_and_shapes_are_diffusers() -> None:

@@ -4,15 +4,18 @@ Each builder is seeded, float32, in eval mode, and takes milliseconds. `FAMILIES
 projections, heads per level; run it with v-prediction), sdxl (added text and time, depth per level), inpainting (9
 channels).
 The UNet's conv_out weights are scaled by 5, so that any two samplers give visibly different pictures.
-Also here: the published configurations of the full-size models, for key and shape lists on the meta device.
+Also here: the scheduler_config.json of each family as the hub has it, the published configurations of the full-size
+models, for key and shape lists on the meta device, and the one measure of how far apart two tensors are.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 FAMILIES = ("sd1", "sd2", "sdxl", "inpainting")
@@ -72,6 +75,32 @@ CLIP: dict[str, Any] = {
 }
 CLIP_ACT = {"sd1": "quick_gelu", "sd2": "gelu", "sdxl": "quick_gelu", "inpainting": "quick_gelu"}
 
+_PNDM: dict[str, Any] = {  # SD1's file has no timestep_spacing
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SCHEDULER_CONFIGS: dict[str, dict[str, Any]] = {
+    "sd1": _PNDM,
+    "sd2": _PNDM | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "sdxl": _PNDM
+    | {
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "timestep_spacing": "leading",
+        "use_karras_sigmas": False,
+    },
+}
+
 
 def unet(family: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """A diffusers UNet of this family, `changes` to its configuration applied."""
@@ -99,6 +128,19 @@ def clip(family: str = "sd1", seed: int = 2, *, projection: bool = False, **chan
 def text_encoders(family: str) -> list[CLIPTextModel]:
     """The family's text encoders, in order."""
     return [clip(family)] + ([clip(family, seed=3, projection=True)] if family == "sdxl" else [])
+
+
+def with_prefix(key: str) -> str:
+    """A text encoder's key with the `text_model.` that transformers 5 drops where there is no projection."""
+    return key if key.startswith("text_") else f"text_model.{key}"
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Greatest difference, relative to the greatest value. NaN is far from everything."""
+    assert a.shape == b.shape
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.inf
+    return float((a - b).abs().max() / b.abs().max())
 
 
 _SD: dict[str, Any] = {

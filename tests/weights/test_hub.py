@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import open_model
-from mezzotint.weights.hub import needed
+from mezzotint.weights.hub import BUNDLED, locate, needed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-model"
@@ -188,3 +188,11 @@ def test_a_missing_local_path_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) 
     for name in ("models/a.safetensors", Path("someone/model"), "./someone/model", "/someone/model"):
         with pytest.raises(CheckpointError, match="does not exist"):
             open_model(name)
+
+
+def test_the_bundled_models_name_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("emoji") == locate(Path("emoji")) == BUNDLED
+    assert (BUNDLED / "model_index.json").is_file()
+    Path("emoji").mkdir()
+    assert locate("emoji") == Path("emoji")  # what the user has made there comes first

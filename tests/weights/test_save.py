@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,18 @@ def test_saving_again_replaces_the_weights_and_leaves_other_files(tiny_model: An
     assert [path.name for path in folder.glob("unet/*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
     assert (folder / "README.md").read_text() == "a card"
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_is_said_by_the_umask(tiny_model: Any, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = save(tmp_path / "m", tiny_model)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, mode)
+    assert any(name.endswith(".safetensors") for name in modes)
 
 
 def test_a_failed_save_leaves_the_old_model(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,47 +47,91 @@ def lms(
     *,
     order: int = 4,
     weights: Sequence[Sequence[float]] | None = None,
+    time: Callable[[float], float] = float,
     euler_to_zero: bool = False,
+    cfg_pp: bool = False,
 ) -> Iterator[Step]:
     """Linear multistep, k-diffusion's `sample_lms`: the slope is the polynomial through the last `order` (1 to 4).
 
     `weights`, by how many slopes there are and newest first, average them instead, whatever the steps. `euler_to_zero`:
-    the step to level 0 is Euler's, which lands on denoised.
+    the step to level 0 is Euler's, which lands on denoised. With both it is iPNDM, of Zhang and Chen 2022 (DEIS); with
+    the second alone iPNDM_v; and with `time`, a function of the level in which the polynomial is, their tAB-DEIS.
 
-    With both it is iPNDM, of Zhang and Chen 2022 (DEIS); with the second alone iPNDM_v.
+    cfg_pp: CFG++, Chung et al. 2024: the slopes are the unconditional ones, and each step shifts by the guidance.
     """
     check_order(order, 1, 4)
+    pair = pair_of(denoise, cfg_pp)
     slopes: Known = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = denoise(x, sigma)
-        slopes = [(sigma, (x - denoised) / sigma), *slopes[: order - 1]]
+        denoised, stepped = pair(x, sigma)
+        slopes = [(sigma, (x - stepped) / sigma), *slopes[: order - 1]]
         used = slopes[:1] if euler_to_zero and sigma_next == 0.0 else slopes
-        step = sigma_next - sigma
         if weights is None:
-            lengths = quadrature([level - sigma for level, _ in used], [step**k / k for k in range(1, len(used) + 1)])
+            nodes = [time(level) - time(sigma) for level, _ in used]
+            lengths = quadrature(nodes, _areas(sigma, sigma_next, len(used), time))
         else:
-            lengths = [step * weight for weight in weights[len(used) - 1]]
-        x = x + weighted(lengths, [slope for _, slope in used])
+            lengths = [(sigma_next - sigma) * weight for weight in weights[len(used) - 1]]
+        x = x + weighted(lengths, [slope for _, slope in used]) + (denoised - stepped)
         yield Step(i, sigma_next, x, denoised)
 
 
+GAUSS = tuple(part.tolist() for part in np.polynomial.legendre.leggauss(16))  # points and weights
+
+
+def _areas(sigma: float, sigma_next: float, count: int, time: Callable[[float], float]) -> list[float]:
+    """The integrals over the level of (time - time(sigma))^k, for k below `count`."""
+    middle, half = (sigma + sigma_next) / 2, (sigma_next - sigma) / 2
+    ages = [time(middle + half * point) - time(sigma) for point in GAUSS[0]]
+    return [half * sum(w * age**k for w, age in zip(GAUSS[1], ages, strict=True)) for k in range(count)]
+
+
+# Of the linear schedule that has level 80 at time 1 and 0.002 at 0.001.
+_RISE = 2 * (math.log1p(0.002**2) / 0.001 - math.log1p(80.0**2)) / (0.001 - 1)
+_BETA = math.log1p(80.0**2) - _RISE / 2
+
+
+def vp_time(sigma: float) -> float:
+    """When the variance-preserving schedule by which ComfyUI and Forge interpolate in DEIS has this level: it is 1 at
+    80, and ln(1 + sigma^2) = rise t^2 / 2 + beta t (Karras et al. 2022, table 1).
+    """
+    return (math.sqrt(_BETA**2 + 2 * _RISE * math.log1p(sigma**2)) - _BETA) / _RISE
+
+
 def gradient_estimation(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, gamma: float = 2.0
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, gamma: float = 2.0, cfg_pp: bool = False
 ) -> Iterator[Step]:
     """Gradient estimation, Permenter and Yuan 2023: slopes weighted gamma and, of the step before, 1 - gamma."""
-    return lms(denoise, x, sigmas, noise, order=2, weights=((1.0,), (gamma, 1.0 - gamma)), euler_to_zero=True)
+    weights = ((1.0,), (gamma, 1.0 - gamma))
+    return lms(denoise, x, sigmas, noise, order=2, weights=weights, euler_to_zero=True, cfg_pp=cfg_pp)
 
 
-def pndm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+def pndm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    middle: Callable[[float, float], float] | None = None,
+) -> Iterator[Step]:
     """Pseudo linear multistep (PLMS), Liu et al. 2022 eq. 12: Adams-Bashforth on the noise estimate as if the steps
     were equal, which in the timestep they are. The first step is Heun's, so n steps cost n + 1 calls.
+
+    middle(sigma, sigma_next): the level halfway in the timestep, which only the model's schedule knows. Given, and from
+    four steps on, the first three are by Runge and Kutta (their eq. 13, F-PNDM), and n steps cost n + 9 calls.
     """
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[:3]]
         slope = weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
-        if i == 0 and len(sigmas) > 2:
+        if middle is not None and i < 3 and len(sigmas) > 4:
+            tried, half = slopes[:1], middle(sigma, sigma_next)
+            for level in (half, half, sigma_next):
+                x_next = x + (level - sigma) * tried[-1]
+                denoised = denoise(x_next, level)
+                tried.append((x_next - denoised) / level)
+            slope = weighted((1 / 6, 1 / 3, 1 / 3, 1 / 6), tried)
+        elif i == 0 and len(sigmas) > 2:
             x_next = x + (sigma_next - sigma) * slope
             denoised = denoise(x_next, sigma_next)
             slope = (slope + (x_next - denoised) / sigma_next) / 2
@@ -214,18 +258,23 @@ def sa_solver(
 
 
 def res_multistep(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0, cfg_pp: bool = False
 ) -> Iterator[Step]:
-    """RES, Zhang et al. 2023, second order multistep, as ComfyUI has it; with eta above 0 its ancestral form."""
+    """RES, Zhang et al. 2023, second order multistep, as ComfyUI has it; with eta above 0 its ancestral form.
+
+    cfg_pp: CFG++ as there: steps are unconditional; those of second order have the guidance added before, not after.
+    """
+    pair = pair_of(denoise, cfg_pp)
     known: Known = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = denoise(x, sigma)
+        denoised, stepped = pair(x, sigma)
         down, up = ancestral(sigma, sigma_next, eta)
-        x = integrated(x, sigma, down, [(sigma, denoised), *known], True, "logrho")
+        kept = down / sigma if known and down > 0.0 else 1.0  # what the step leaves of the guidance
+        x = integrated(x, sigma, down, [(sigma, stepped), *known], True, "logrho") + kept * (denoised - stepped)
         if eta > 0.0:
             x = x + up * noise(sigma, sigma_next)
         if down > 0.0:
-            known = [(sigma * sigma_next / down, denoised)]  # as old, next time, as the solver's own way down was long
+            known = [(sigma * sigma_next / down, stepped)]  # as old, next time, as the solver's own way down was long
         yield Step(i, sigma_next, x, denoised)
 
 
@@ -245,9 +294,6 @@ def dpmpp_2m_cfg_pp(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise:
 
 
 # ---- another SDE -----------------------------------------------------------------------------------------------------
-
-
-GAUSS = tuple(part.tolist() for part in np.polynomial.legendre.leggauss(16))  # points and weights
 
 
 def _er_sde_noise(sigma: float) -> float:

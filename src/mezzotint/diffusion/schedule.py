@@ -86,18 +86,25 @@ class Schedule:
         return float(np.interp(sigma, self.sigmas, index))
 
     def timed(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A solver's options, those that speak of timesteps ("earlier", "within") as functions of levels."""
-        functions = {"earlier": self.earlier, "within": self.within}
+        """A solver's options, those that speak of timesteps ("between", "earlier", "within") as functions of levels."""
+        functions = {"between": self.between, "earlier": self.earlier, "within": self.within}
         return {
             name: functions.get(option, option) if isinstance(option, str) else option
             for name, option in options.items()
         }
 
     def earlier(self, sigma: float, share: float) -> float:
-        """The level at `1 - share` of this one's timestep, cut to a whole one: TCD's way down (Zheng et al. 2024)."""
-        if share == 0.0:
+        """The level at `1 - share` of this one's timestep, cut to a whole one: TCD's way down (Zheng et al. 2024).
+
+        The product is float32's, as in diffusers: (1 - 0.9) * 10 is 1 there, and less in float64.
+        """
+        if share == 0.0 or sigma == 0.0:
             return sigma
-        return self.sigma(math.floor((1.0 - share) * round(self.timestep(sigma)))) if sigma > 0.0 else 0.0
+        return self.sigma(math.floor(np.float32(1.0 - share) * np.float32(round(self.timestep(sigma)))))
+
+    def between(self, sigma: float, sigma_next: float) -> float:
+        """The level halfway in timesteps, cut to a whole one: where PNDM's Runge-Kutta steps look (Liu et al. 2022)."""
+        return self.sigma((round(self.timestep(sigma)) + round(self.timestep(sigma_next))) // 2)
 
     def within(self, sigma: float, first: float = 0.2, last: float = 0.8) -> float:
         """1.0 from `first` to `last` of the timesteps, else 0.0: where SA-Solver adds noise (Xue et al. 2023)."""

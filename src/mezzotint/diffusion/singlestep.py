@@ -23,34 +23,26 @@ from mezzotint.diffusion.solving import (
     pair_of,
     spread,
     towards,
+    weighted,
 )
 from mezzotint.errors import RequestError
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
+def euler(
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0, cfg_pp: bool = False
+) -> Iterator[Step]:
     """DDIM(eta), Song et al. 2021 eq. 12. eta = 0 is Euler's method on the ODE; eta = 1 is DDPM, Ho et al. 2020 alg. 2,
     with the posterior's variance, and k-diffusion's "Euler ancestral". First order.
+
+    cfg_pp: CFG++, Chung et al. 2024 alg. 2: to the guided estimate, but along the unconditional noise.
     """
+    pair = pair_of(denoise, cfg_pp)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = denoise(x, sigma)
+        denoised, renoised = pair(x, sigma)
         down, up = ancestral(sigma, sigma_next, eta)
-        x = towards(x, denoised, down / sigma)
+        x = denoised + (down / sigma) * (x - renoised)
         if eta > 0.0:
             x = x + up * noise(sigma, sigma_next)  # drawn on the last step too, where up is 0: the references do
-        yield Step(i, sigma_next, x, denoised)
-
-
-def euler_cfg_pp(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0
-) -> Iterator[Step]:
-    """CFG++, Chung et al. 2024 alg. 2: `euler` to the guided estimate, but along the unconditional noise."""
-    pair = pair_of(denoise)
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised, unconditional = pair(x, sigma)
-        down, up = ancestral(sigma, sigma_next, eta)
-        x = denoised + (down / sigma) * (x - unconditional)
-        if eta > 0.0:
-            x = x + up * noise(sigma, sigma_next)
         yield Step(i, sigma_next, x, denoised)
 
 
@@ -68,23 +60,48 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> 
         yield Step(i, sigma_next, x, denoised)
 
 
+def heunpp2(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
+    """Heun++, of ComfyUI and Forge (Carzit's sd-webui-samplers-scheduler; no paper): the slopes at this level and the
+    next two, found by Euler's steps, weighted by their levels over three times the first one, this one by the rest.
+
+    First order, whatever the name says. Three calls a step, but for two in the last but one and one in the last.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        ahead, slopes = x, []
+        levels = sigmas[i:-1][:3]
+        for level, following in zip(levels, sigmas[i + 1 :], strict=False):
+            denoised = denoise(ahead, level)
+            slopes.append((ahead - denoised) / level)
+            ahead = ahead + (following - level) * slopes[-1]
+        shares = [level / (len(levels) * sigmas[0]) for level in levels[1:]]
+        x = x + (sigma_next - sigma) * weighted([1.0 - sum(shares), *shares], slopes)
+        yield Step(i, sigma_next, x, denoised)
+
+
 Segment = tuple[int, int, float, float]
 
 
 def restart(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, segments: Sequence[Segment] | None = None
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    segments: Sequence[Segment] | None = None,
+    karras: bool = False,
 ) -> Iterator[Step]:
     """Restart sampling, Xu et al. 2023 alg. 1: Heun's steps that from time to time go back up by fresh noise.
 
     segments: (steps, times, low, high): on reaching `low`, noise up to `high` and come down again in `steps`, so many
     times. The run keeps its number of steps: what the segments take is taken from the list, which is made coarser.
     None is A1111's choice: from 0.1 to 2, nothing below 20 steps, 9 of them once, from 36 on a quarter of them twice.
+    karras: as there, the coarser list is Karras's, down to the lowest level but one and then to 0, whatever it was.
     """
     steps = len(sigmas) - 1
     if segments is None:
         segments = [(steps // 4, 2, 0.1, 2.0)] if steps >= 36 else [(9, 1, 0.1, 2.0)] if steps >= 20 else []
     level = sigmas[0]
-    for i, (sigma, sigma_next) in enumerate(_restarts(sigmas, segments)):
+    for i, (sigma, sigma_next) in enumerate(_restarts(sigmas, segments, karras)):
         if sigma > level:
             x = x + math.sqrt(sigma**2 - level**2) * noise(level, sigma)
         (step,) = heun(denoise, x, (sigma, sigma_next), noise)
@@ -92,7 +109,7 @@ def restart(
         yield Step(i, sigma_next, x, step.denoised)
 
 
-def _restarts(sigmas: Sequence[float], segments: Sequence[Segment]) -> list[tuple[float, float]]:
+def _restarts(sigmas: Sequence[float], segments: Sequence[Segment], karras: bool) -> list[tuple[float, float]]:
     """The (sigma, sigma_next) of every step, as many as the list has."""
     for steps, times, low, high in segments:
         if steps < 1 or times < 1 or not 0.0 <= low < high:
@@ -102,7 +119,10 @@ def _restarts(sigmas: Sequence[float], segments: Sequence[Segment]) -> list[tupl
     taken = sum(steps * times for steps, times, _, _ in segments)
     if taken > len(sigmas) - 2:
         raise RequestError(f"segments take {taken} of {len(sigmas) - 1} steps; at least one must be left")
-    levels = _resampled(sigmas, len(sigmas) - 1 - taken) if segments else sigmas
+    levels = sigmas
+    if segments:
+        source = (sigmas[0], sigmas[-2], 0.0) if karras else sigmas
+        levels = _resampled(source, len(sigmas) - 1 - taken)
     plan = []
     for k, interval in enumerate(pairwise(levels), 1):
         plan.append(interval)
@@ -189,19 +209,22 @@ def dpmpp_2s(
 
 
 def dpmpp_2s_a(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
+    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, cfg_pp: bool = False
 ) -> Iterator[Step]:
     """Ancestral DPM-Solver++(2S), Lu et al. 2022b alg. 1 down to k-diffusion's ancestral level, midpoint in log sigma.
 
-    Second order at eta = 0, two calls a step but for one down to 0.
+    Second order at eta = 0, two calls a step but for one down to 0. cfg_pp: CFG++ as ComfyUI has it, the steps
+    unconditional and then shifted by the guidance at their beginning.
     """
+    pair = pair_of(denoise, cfg_pp)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised = denoise(x, sigma)
+        denoised, stepped = pair(x, sigma)
+        guidance = denoised - stepped
         down, up = ancestral(sigma, sigma_next, eta)
         if down > 0.0:
             middle = math.sqrt(sigma * down)
-            denoised = denoise(towards(x, denoised, middle / sigma), middle)
-        x = towards(x, denoised, down / sigma)
+            denoised, stepped = pair(towards(x, stepped, middle / sigma), middle)
+        x = towards(x, stepped, down / sigma) + guidance
         if eta > 0.0 and sigma_next > 0.0:
             x = x + up * noise(sigma, sigma_next)
         yield Step(i, sigma_next, x, denoised)
@@ -227,6 +250,38 @@ def dpmpp_sde(
         x = towards(x, target, down / sigma)
         if eta > 0.0 and sigma_next > 0.0:
             x = x + up * noise(sigma, sigma_next)
+        yield Step(i, sigma_next, x, denoised)
+
+
+def seeds(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    nodes: Sequence[float] = (1 / 2,),
+    solver_type: Literal["midpoint", "logrho"] = "midpoint",
+) -> Iterator[Step]:
+    """SEEDS-2 and -3, Gonzalez et al. 2023, interpolating x0: exponential integration of the diffusion SDE, with one
+    more estimate at each of `nodes` (in log sigma, 0 to 1) from the first and the newest, on one path of noise.
+
+    SEEDS-3 is (1/3, 2/3) and "logrho". eta: how much of the SDE's noise in variance, 0 is the ODE; node 1 then is the
+    exponential form of Heun's method. One call a step more than nodes, but for one down to 0.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        ratio = sigma_next / sigma
+        inner = [max(sigma_next, sigma * ratio**node) for node in nodes] if 0.0 < ratio < 1.0 else []
+        known: Known = []
+        x_next, added = x, 0.0 * x  # added: the noise of the path so far
+        for level, after in pairwise([sigma, *inner, sigma_next]):
+            denoised = denoise(x_next, level)
+            known = [(level, denoised), *known[-1:]]
+            if eta > 0.0 and after > 0.0:
+                fresh = spread(level, after, True, eta) * noise(level, after)
+                added = (after / level) ** (1.0 + eta) * added + fresh
+            x_next = integrated(x, sigma, after, known, True, solver_type, eta) + added
+        x = x_next
         yield Step(i, sigma_next, x, denoised)
 
 

@@ -63,8 +63,12 @@ def check_order(order: int, low: int, high: int) -> None:
         raise RequestError(f"order is {order}; this solver has the orders {low} to {high}")
 
 
-def pair_of(denoise: Denoise) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
-    """`denoise.pair`: (x, sigma) -> (guided, unconditional) denoised. Raises RequestError where there is none."""
+def pair_of(denoise: Denoise, cfg_pp: bool = True) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """(x, sigma) -> (denoised, the estimate whose noise x keeps): for CFG++ `denoise.pair`, (guided, unconditional),
+    else one estimate twice. Raises RequestError where there is no `pair`.
+    """
+    if not cfg_pp:
+        return lambda x, sigma: (denoise(x, sigma),) * 2
     pair: Callable[[Tensor, float], tuple[Tensor, Tensor]] | None = getattr(denoise, "pair", None)
     if pair is None:
         raise RequestError(

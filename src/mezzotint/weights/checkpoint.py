@@ -25,7 +25,7 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.part import ENCODERS, NETWORKS, Overrides, Plan, word
+from mezzotint.weights.part import ENCODERS, NETWORKS, FewStep, Overrides, Plan, word
 from mezzotint.weights.single import kind_of, plan_file
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
@@ -33,7 +33,8 @@ FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "S
 
 @dataclass
 class Parts:
-    """A model taken apart. `text_encoders` and `tokenizers` go together; `settings` is an optional mezzotint.json."""
+    """A model taken apart. `text_encoders` and `tokenizers` go together; `settings` is an optional mezzotint.json,
+    `few_step` its field of that name."""
 
     family: Family
     unet: UNet
@@ -45,6 +46,7 @@ class Parts:
     settings: dict[str, Any]
     source: Path
     files: list[Path]
+    few_step: FewStep | None = None
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -100,6 +102,7 @@ def open_model(
         settings=found.settings,
         source=found.path,
         files=found.files,
+        few_step=found.few_step,
     )
 
 

@@ -9,13 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
-from mezzotint.weights.part import ENCODERS, NETWORKS, Overrides, Part, Plan, listed
+from mezzotint.weights.part import ENCODERS, NETWORKS, FewStep, Overrides, Part, Plan, listed
 
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
@@ -62,8 +64,7 @@ def plan_folder(
         plan.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
         plan.files.append(path / "scheduler" / "scheduler_config.json")
         if (path / "mezzotint.json").exists():
-            plan.settings = read_json(path / "mezzotint.json")
-            plan.files.append(path / "mezzotint.json")
+            _add_settings(plan, path / "mezzotint.json")
     except CheckpointError as error:
         plan.problems.append(str(error))
     if prediction:
@@ -152,6 +153,21 @@ def _add_tokenizer(plan: Plan, folder: Path) -> None:
         return
     plan.tokenizers.append(partial(Tokenizer.from_folder, folder))
     plan.files += [file for file in _inside(folder) if file.is_file()]
+
+
+def _add_settings(plan: Plan, path: Path) -> None:
+    plan.settings = read_json(path)
+    plan.files.append(path)
+    if "few_step" not in plan.settings:
+        return
+    try:
+        plan.few_step = FewStep.model_validate(plan.settings["few_step"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("few_step", *first["loc"])))
+        raise CheckpointError(f"{path} is wrong at {where}: {first['msg']}") from None
+    lora = path.with_name(plan.few_step.lora)
+    plan.files += [lora] if lora.exists() else []  # drawing in more steps does without it
 
 
 def _inside(folder: Path) -> list[Path]:

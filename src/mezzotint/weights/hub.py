@@ -1,6 +1,7 @@
-"""Hub ids: "owner/name" -> a local folder holding the files that drawing needs, from the cache or downloaded.
+"""What a model is called: a path, the bundled model's name, or a hub id.
 
-A path that exists, or that looks like a path, never reaches the network. A cached model is used without asking.
+A hub id, "owner/name", becomes a local folder holding the files that drawing needs, from the cache or downloaded. A
+path that exists, or that looks like a path, never reaches the network. A cached model is used without asking.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from mezzotint.errors import CheckpointError
 from mezzotint.weights.folder import choose_weights, plan_folder
 from mezzotint.weights.part import NETWORKS
 
+BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
@@ -21,23 +23,30 @@ DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
-    """The file or folder that was named: the path itself, or the hub's snapshot.
+    """The file or folder that was named: the path itself, the bundled model, or the hub's snapshot.
 
     Raises CheckpointError when there is no such path, or the hub cannot give the model.
     """
+    if here := local(path_or_id):
+        return here
+    name = str(path_or_id)
+    if isinstance(path_or_id, Path) or not HUB_ID.fullmatch(name) or name.endswith(FILES):
+        raise CheckpointError(
+            f"{name[:200]!r} does not exist: give a model folder, a .safetensors or .ckpt file, "
+            "or a hub id (owner/name)"
+        )
+    return _cached(name, variant) or _download(name, variant)
+
+
+def local(path_or_id: str | Path) -> Path | None:
+    """The path if it exists; else, where it is the bundled model's name, that model's folder; else None."""
     path = Path(path_or_id).expanduser()
     try:
         if path.exists():
             return path
     except (OSError, ValueError):  # too long, or a NUL byte: then it is no hub id either
         pass
-    name = str(path_or_id)
-    if isinstance(path_or_id, Path) or not HUB_ID.fullmatch(name) or path.suffix in FILES:
-        raise CheckpointError(
-            f"{name[:200]!r} does not exist: give a model folder, a .safetensors or .ckpt file, "
-            "or a hub id (owner/name)"
-        )
-    return _cached(name, variant) or _download(name, variant)
+    return BUNDLED if str(path_or_id) == BUNDLED.name else None
 
 
 def _cached(name: str, variant: str | None) -> Path | None:
@@ -84,7 +93,7 @@ def _download(name: str, variant: str | None) -> Path:
 def needed(listing: Iterable[str], variant: str | None) -> list[str]:
     """Of a repository's files, those that drawing needs: the descriptions, and each part's weights in one format."""
     listing = set(listing)
-    files = ["model_index.json", "mezzotint.json"]
+    files = ["model_index.json", "mezzotint.json", "lcm_lora.safetensors"]
     for name in listing:
         folder, _, leaf = name.partition("/")
         if folder in DESCRIPTIONS and leaf.endswith((".json", ".txt")):

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
+from mezzotint import samplers
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.models.clip import CLIPTextModel
@@ -140,6 +141,27 @@ class Part:
             network.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
 
 
+class FewStep(BaseModel):
+    """`few_step` of a folder's mezzotint.json: with this solver the model draws in few steps, by a LoRA on its UNet.
+
+    lora: a file beside mezzotint.json. steps, guidance_scale: where the request does not say.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampler: str
+    steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=1.0, le=1000.0)
+    lora: str = Field(pattern=r"^[\w-][\w.-]*\.safetensors$")
+
+    @field_validator("sampler")
+    @classmethod
+    def _solver_is_known(cls, value: str) -> str:
+        if value not in samplers.SOLVERS:
+            raise ValueError(f"{value[:60]!r} is not a solver of `mezzotint samplers`")
+        return value
+
+
 @dataclass
 class Plan:
     """A model before its weights are read."""
@@ -152,6 +174,7 @@ class Plan:
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     model_index: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    few_step: FewStep | None = None
     files: list[Path] = field(default_factory=list)  # all that the model is made of
     problems: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)

@@ -139,7 +139,11 @@ def _write_weights(folder: Path, stem: str, weights: dict[str, Tensor], dtype: t
         file = f"{stem}{of}.safetensors"
         where |= dict.fromkeys(names, file)
         tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        path = folder / file
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it; save_file makes files that only their owner can read
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": where}

@@ -1,0 +1,82 @@
+"""The command line. Exit codes: 0 done, 2 the request was wrong, 1 anything else; Ctrl-C is 1.
+
+What is said of the work goes to standard error, what was made to standard output: one line, or with --json one JSON
+object. No traceback reaches a user unless MEZZOTINT_DEBUG is set. What costs time to import (torch, pillow, rich) is
+imported by the command that needs it, after what can be checked without it was checked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from mezzotint.cli.draw import generate
+from mezzotint.cli.measure import report
+from mezzotint.cli.show import env, inspect, models, samplers
+from mezzotint.cli.terminal import say
+from mezzotint.errors import MezzotintError
+
+app = typer.Typer(
+    name="mezzotint",
+    help="Draws pictures from words with the Stable Diffusion family.",
+    epilog='\b\nExample: mezzotint generate "a lemon on a blue background"',
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    rich_markup_mode=None,  # rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+)
+
+EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
+    generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
+    inspect: "inspect model.safetensors",
+    samplers: "samplers",
+    models: "models",
+    env: "env",
+    report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm --out report",
+}
+for command, example in EXAMPLES.items():
+    app.command(epilog=f"\b\nExample: mezzotint {example}")(command)
+
+
+def main() -> None:
+    """The console script: runs the command in sys.argv and exits with its code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
+    try:
+        app()
+    except SystemExit as done:
+        sys.exit(1 if done.code == 130 else done.code)  # typer answers Ctrl-C with 130
+    except MezzotintError as error:
+        if os.environ.get("MEZZOTINT_DEBUG"):
+            raise
+        say(f"Error: {error}")
+        sys.exit(2)
+    except Exception as error:
+        if os.environ.get("MEZZOTINT_DEBUG"):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"Error: something went wrong that should not ({what}). MEZZOTINT_DEBUG=1 shows where.")
+        sys.exit(1)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mezzotint {version('mezzotint')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass

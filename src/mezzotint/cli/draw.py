@@ -1,0 +1,248 @@
+"""`mezzotint generate`: options -> a Request -> pictures in files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count as counting
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from mezzotint.cli.terminal import Device, Dtype, Json, Model, load, long_work, print_json
+from mezzotint.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mezzotint.request import Request
+
+Number = TypeVar("Number", int, float)
+
+
+def generate(
+    words: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw; - reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same as PROMPT.")] = None,
+    model: Model = None,
+    negative: Annotated[str | None, typer.Option(help="What to keep out of the picture.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(metavar="SCALE[,...]", help="Guidance scale, 1 is none; 9,3 falls from 9 to 3 over the steps."),
+    ] = None,
+    guidance_method: Annotated[str | None, typer.Option(help="cfg, apg, cfg_zero or perp_neg.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="A name from `mezzotint samplers`.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Overrides the sampler's spacing of noise levels.")] = None,
+    sigmas: Annotated[
+        str | None, typer.Option(metavar="LEVEL,...", help="Noise levels of your own, instead of steps and a spacing.")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="STEP,...", help="Timesteps of your own, instead of steps and a spacing.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first picture; the next has seed + 1. Else random.")] = None,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="How many to draw at once.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip from the end.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Fresh noise in the steps, 0 to 1.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure, 0 to 1.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Noise levels (sigma) between which guidance works.")
+    ] = None,
+    guidance_steps: Annotated[
+        str | None, typer.Option(metavar="START:STOP", help="Part of the steps in which guidance works, such as 0:0.6.")
+    ] = None,
+    apg_eta: Annotated[float | None, typer.Option(help="apg: weight of what oversaturates; 1 keeps it.")] = None,
+    apg_momentum: Annotated[float | None, typer.Option(help="apg: of the running average, below 0.")] = None,
+    apg_norm_threshold: Annotated[float | None, typer.Option(help="apg: longest difference; 0 is no limit.")] = None,
+    cfg_zero_init_steps: Annotated[int | None, typer.Option(help="cfg_zero: first steps with no output.")] = None,
+    perp_neg_scale: Annotated[float | None, typer.Option(help="perp_neg: weight of the negative prompt.")] = None,
+    mimic_scale: Annotated[
+        float | None, typer.Option(help="Dynamic thresholding: hold values to the range of this guidance scale.")
+    ] = None,
+    threshold_percentile: Annotated[
+        float | None, typer.Option(help="With --mimic-scale: the share of values not cut off, 0 to 1.")
+    ] = None,
+    original_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size before cropping.")] = None,
+    crop: Annotated[str | None, typer.Option(metavar="LEFTxTOP", help="SDXL: where the crop begins.")] = None,
+    target_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size after cropping.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="FILE.png is overwritten; several pictures become FILE-0001.png and on. In a FOLDER, and else here, "
+            "mezzotint-SEED.png. But for FILE.png itself no file is ever overwritten: the next free number is taken.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from a prompt."""
+    from mezzotint.request import Request
+
+    text = words if prompt is None else prompt
+    if text is None or (words is not None and prompt is not None):
+        raise RequestError('prompt is missing or given twice; name it once, such as: mezzotint generate "a lemon"')
+    width, height = _pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
+    shape = "WxH in pixels, such as 1024x1024"
+    request = Request(
+        prompt=_text(text),
+        negative_prompt=negative,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=_scales(guidance),
+        guidance_method=guidance_method,
+        sampler=sampler,
+        spacing=spacing,
+        sigmas=_numbers("sigmas", sigmas, "falling noise levels with commas, such as 14.6,3,0.5,0"),
+        timesteps=_numbers("timesteps", timesteps, "falling timesteps with commas, such as 999,500,250"),
+        seed=seed,
+        count=count,
+        batch=batch,
+        clip_skip=clip_skip,
+        eta=eta,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=_pair("guidance_interval", guidance_interval, ":", float, "LOW:HIGH in sigma, such as 0.3:5"),
+        guidance_steps=_pair("guidance_steps", guidance_steps, ":", float, "START:STOP from 0 to 1, such as 0:0.6"),
+        apg_eta=apg_eta,
+        apg_momentum=apg_momentum,
+        apg_norm_threshold=apg_norm_threshold,
+        cfg_zero_init_steps=cfg_zero_init_steps,
+        perp_neg_scale=perp_neg_scale,
+        mimic_scale=mimic_scale,
+        threshold_percentile=threshold_percentile,
+        # the record has SDXL's order, rows first; the command line the order of --size
+        original_size=_swapped(_pair("original_size", original_size, "x", int, shape)),
+        crop=_swapped(_pair("crop", crop, "x", int, "LEFTxTOP in pixels, such as 0x64")),
+        target_size=_swapped(_pair("target_size", target_size, "x", int, shape)),
+    )
+    _check_out(out, request)
+
+    pipe = load(model, device, dtype)
+    request = pipe.resolve(request)
+    written: list[Path] = []
+    with long_work("drawing", lambda: _wrote(written) if written else "no picture was finished") as on_step:
+        result = pipe.generate(
+            request, on_step=on_step, on_image=lambda k, image: written.append(_save(image, out, request, k))
+        )
+    if as_json:
+        print_json(
+            {
+                "images": [{"path": str(path), "seed": s} for path, s in zip(written, result.seeds, strict=True)],
+                "request": result.request.model_dump(mode="json"),
+                "timings": result.timings,
+            }
+        )
+    else:
+        seeds = " to ".join(str(s) for s in sorted({result.seeds[0], result.seeds[-1]}))
+        typer.echo(f"{_wrote(written)} ({request.width}x{request.height}, {request.steps} steps, seed {seeds})")
+
+
+def _text(prompt: str) -> str:
+    """The prompt; where it is "-", what standard input says, read no further than a prompt may reach."""
+    if prompt != "-":
+        return prompt
+    from mezzotint.request import MAX_PROMPT
+
+    limit = 4 * MAX_PROMPT + 2  # bytes: UTF-8 takes at most four a character; and a line end
+    data = sys.stdin.buffer.read(limit + 1)
+    right = f"it must be a text of at most {MAX_PROMPT:,} characters in UTF-8"
+    if len(data) > limit:
+        raise RequestError(f"prompt on standard input is longer than {limit:,} bytes; {right}")
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise RequestError(f"prompt on standard input is not UTF-8; {right}") from None
+
+
+def _pair(
+    field: str, text: str | None, mark: str, kind: Callable[[str], Number], right: str
+) -> tuple[Number, Number] | None:
+    """Two numbers out of "512x768" or "0.3:5"."""
+    if text is None:
+        return None
+    try:
+        first, second = text.lower().split(mark)
+        return kind(first), kind(second)
+    except ValueError:
+        raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
+
+
+def _scales(text: str | None) -> float | tuple[float, ...] | None:
+    """One guidance scale, or several."""
+    scales = _numbers("guidance_scale", text, "a number, or several with commas, such as 7.5 or 9,3")
+    return scales[0] if scales and len(scales) == 1 else scales
+
+
+def _numbers(field: str, text: str | None, right: str) -> tuple[float, ...] | None:
+    """The numbers in "9,3.5,1"."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
+
+
+def _swapped(pair: tuple[int, int] | None) -> tuple[int, int] | None:
+    return pair and pair[::-1]
+
+
+def _names(out: str | None, request: Request, k: int) -> Iterator[Path]:
+    """The names that picture k may get, best first. A single one is a file that the user named: it is overwritten."""
+    if out is None or os.path.isdir(out):
+        seed = "SEED" if request.seed is None else request.seed + k
+        folder = Path(out or "")
+        yield folder / f"mezzotint-{seed}.png"
+        yield from (folder / f"mezzotint-{seed}-{n}.png" for n in counting(2))
+    elif request.count > 1:
+        path = Path(out)
+        yield from (path.with_stem(f"{path.stem}-{n:04}") for n in counting(k + 1))
+    else:
+        yield Path(out)
+
+
+def _is_exact(out: str | None, request: Request) -> bool:
+    return out is not None and request.count == 1 and not os.path.isdir(out)
+
+
+def _check_out(out: str | None, request: Request) -> None:
+    """Refuses, before any work, a place where no picture could be written."""
+    import tempfile
+
+    if out is not None and not os.path.isdir(out) and not out.lower().endswith(".png"):
+        raise RequestError(f"out is {out!r}; it must be a file name ending in .png, or a folder that exists")
+    path = next(_names(out, request, 0))
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+        with suppress(FileNotFoundError):
+            path.lstat()  # a name may be too long
+            if _is_exact(out, request) and not os.access(path, os.W_OK):
+                raise PermissionError(0, "the file is protected")
+    except OSError as error:
+        right = "it must be in a folder that exists and may be written to"
+        raise RequestError(f"out is {str(path)!r}, which cannot be written ({error.strerror}); {right}") from None
+
+
+def _save(image: Image.Image, out: str | None, request: Request, k: int) -> Path:
+    """Writes picture k under the first of its names that is free."""
+    from mezzotint.image import save_png
+
+    exact = _is_exact(out, request)
+    for path in _names(out, request, k):
+        if exact or not path.exists():
+            with suppress(FileExistsError):  # another process took the name just now
+                save_png(image, path, overwrite=exact)
+                return path
+    raise AssertionError("unreachable: a name is overwritten, or names never end")
+
+
+def _wrote(paths: list[Path]) -> str:
+    if len(paths) == 1:
+        return f"Wrote {paths[0]}"
+    return f"Wrote {len(paths)} pictures, {paths[0]} to {paths[-1]}"

@@ -1,0 +1,103 @@
+"""The commands that only say something: `mezzotint inspect`, `samplers`, `models` and `env`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mezzotint.cli.terminal import Json, print_json
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A model folder or file, or emoji (the bundled model).")],
+    as_json: Json = False,
+) -> None:
+    """Say what a model is made of, and what is missing."""
+    from mezzotint.weights.checkpoint import inspect_model
+    from mezzotint.weights.hub import local
+
+    report = inspect_model(local(file) or file)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(report.text())
+
+
+def samplers(as_json: Json = False) -> None:
+    """List the samplers, as several programs call them."""
+    from mezzotint.samplers import A1111_SCHEDULES, COMFYUI_SCHEDULES, FEW_STEPS, NAMES, SPACINGS, TABLE
+
+    few = {name: {"sampler": base, "steps": n, "guidance_scale": w} for name, (base, _, n, w) in FEW_STEPS.items()}
+    if as_json:
+        print_json(
+            {"samplers": [row._asdict() for row in TABLE], "few_steps": few, "spacings": SPACINGS, "names": NAMES}
+        )
+        return
+    titles = ("sampler", "order", "calls", "noise", "good for", "diffusers", "A1111", "ComfyUI")
+    rows = [titles]
+    for row in TABLE:
+        noise = "yes" if row.stochastic else "no"
+        rows.append(
+            (row.name, str(row.order), str(row.calls), noise, row.good_for, row.diffusers, row.a1111, row.comfyui)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        typer.echo("  ".join(map(str.ljust, cells, widths)).rstrip())
+    typer.echo("\nFor models distilled to a few steps:")
+    for name, made in few.items():
+        typer.echo(f"  {name}: {made['sampler']}, {made['steps']} steps, guidance {made['guidance_scale']:g}")
+    typer.echo(f"\nspacings: {', '.join(SPACINGS)}")
+    typer.echo(
+        f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}."
+    )
+    typer.echo("order: of convergence; calls: of the network in a step; noise: whether the steps add fresh noise.")
+    typer.echo("Our names and those of diffusers run as diffusers would with the model's scheduler_config.json.")
+
+
+def models(as_json: Json = False) -> None:
+    """List the bundled model and those in the hub's cache."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    found: list[dict[str, Any]] = []
+    bundled = Path(__file__).parents[1] / "data" / "emoji"
+    if bundled.is_dir():
+        size = sum(file.stat().st_size for file in bundled.rglob("*") if file.is_file())
+        found.append({"name": "emoji", "source": "bundled", "path": str(bundled), "bytes": size})
+    with suppress(CacheNotFound):
+        for repo in sorted(scan_cache_dir().repos, key=lambda repo: repo.repo_id):
+            for revision in repo.revisions:
+                if repo.repo_type == "model" and (revision.snapshot_path / "model_index.json").is_file():
+                    path, size = str(revision.snapshot_path), revision.size_on_disk
+                    found.append({"name": repo.repo_id, "source": "hub cache", "path": path, "bytes": size})
+    if as_json:
+        print_json(found)
+        return
+    for row in found:
+        typer.echo(f"{row['name']}  {row['source']}, {row['bytes'] / 1e6:,.0f} MB, {row['path']}")
+    typer.echo(
+        "Without --model the bundled model draws; --model takes one of these names, a diffusers folder, "
+        "a .safetensors file or a hub id."
+    )
+
+
+def env(as_json: Json = False) -> None:
+    """Say versions and devices, for the report of a fault."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    facts = {name: version(name) for name in ("mezzotint", "torch", "numpy", "pillow", "safetensors", "tokenizers")}
+    facts |= {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        typer.echo("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
