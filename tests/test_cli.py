@@ -24,7 +24,7 @@ from mezzotint.cli import terminal
 from mezzotint.image import describe, read_metadata
 from mezzotint.request import Request, Result
 
-COMMANDS = ["generate", "inspect", "samplers", "models", "env", "report"]
+COMMANDS = ["generate", "explain", "tokens", "inspect", "samplers", "models", "env", "report"]
 OWN = {"width": 16, "height": 8, "steps": 3, "guidance_scale": 7.5, "sampler": "euler", "seed": 40, "batch": 1}
 
 
@@ -113,13 +113,19 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--batch 2 --clip-skip 1 --eta 0.5 --guidance-rescale 0.7 --guidance-interval 0.3:5 --original-size 801x1000 "
         "--crop 3x0 --target-size 1024x512 --guidance-method apg --guidance-steps 0:0.8 --apg-eta 0.1 "
         "--apg-momentum -0.75 --apg-norm-threshold 7.5 --cfg-zero-init-steps 2 --perp-neg-scale 1.5 --mimic-scale 5 "
-        "--threshold-percentile 0.95"
+        "--threshold-percentile 0.95 --syntax comfy --emphasis no_norm --embedding a.pt --embedding owner/b "
+        "--wildcards cards --choices keep"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
         Request(
             prompt="a lemon",
             negative_prompt="dark",
+            prompt_syntax="comfy",
+            emphasis="no_norm",
+            embeddings=("a.pt", "owner/b"),
+            wildcards="cards",
+            choices="keep",
             width=104,
             height=72,
             steps=2,
@@ -148,6 +154,11 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         )
     ]
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}
+
+
+def test_a_network_in_the_prompt_is_said_to_be_left_out(run: Run, pipe: FakePipeline) -> None:
+    ran = run("generate", "a <lora:style:0.8> lemon")
+    assert (ran.code, ran.err) == (0, "<lora:style:0.8> is left out: networks named in a prompt are not loaded\n")
 
 
 def test_levels_of_ones_own(run: Run, pipe: FakePipeline) -> None:
@@ -420,6 +431,38 @@ def test_python_m_answers_wrong_input_without_a_traceback(tmp_path: Path) -> Non
     done = subprocess.run(command, input="x" * 10_000_000, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, os.listdir(tmp_path)) == (2, "", [])
     assert done.stderr.startswith("Error: prompt on standard input is longer than")
+
+
+def test_tokens_are_shown_with_their_weights_and_where_chunks_end(run: Run, tmp_path: Path) -> None:
+    """Of the bundled model, whose window is its own."""
+    ran = run("tokens", "a (lemon:1.3) [red|blue] AND whale :0.5", "--steps", "4")
+    assert (ran.code, ran.err) == (0, "")
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ["1.2", "lemon</w>", "1.3", "'lemon'"] in lines
+    assert ["part", "2", "of", "2", "(AND),", "weight", "0.5"] in lines
+    assert "steps 1 to 2, 4: a (lemon:1.3) red\n" in ran.out and "steps 3: a (lemon:1.3) blue\n" in ran.out
+    record = json.loads(run("tokens", "lemon " * 60, "--json").out)
+    (chunks,) = record["parts"][0]["variants"][0]["clauses"][0]["encoders"]
+    assert [len(chunk) for chunk in chunks[:-1]] == [record["window"]] * (len(chunks) - 1)
+    assert sum(map(len, chunks)) == 60
+    assert chunks[0][1] == {"token": "lemon</w>", "id": chunks[0][0]["id"], "weight": 1.0, "start": 6, "end": 11}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["()"], "resolves to nothing"),
+        (["(a:.)"], "weight '.'"),
+        (["(a:1e308)", "--syntax", "comfy"], "weight 1e+308"),
+        (["a", "--syntax", "perl"], "prompt_syntax is 'perl'; it must be a1111, comfy, compel or plain"),
+        (["a", "--embedding", "nowhere.pt"], "'nowhere.pt' does not exist"),
+        (["a embedding:cat", "--syntax", "comfy"], "asks for embedding:cat; the embeddings given are none"),
+        (["a", "--model", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_tokens_refuses_with_a_sentence(run: Run, arguments: list[str], sentence: str) -> None:
+    ran = run("tokens", *arguments)
+    assert (ran.code, ran.out) == (2, "") and sentence in ran.err and ran.err.count("\n") == 1
 
 
 def test_samplers_come_from_the_table(run: Run) -> None:

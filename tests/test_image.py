@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,19 @@ def test_parameters_name_what_was_asked_for_and_quote_what_would_be_misread() ->
     text = describe(request, 0, {"name": "a, b: c"})["parameters"]
     assert text.startswith('x\nSteps: 1, Schedule type: Karras, Seed: 0, Size: 8x8, Model: "a, b: c", Clip skip: 2, ')
     assert "Eta: 0.5, CFG rescale: 0.7, Version: mezzotint " in text
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scale", "written"),
+    [
+        ("euler_cfg_pp", 0.6, "Sampler: DDIM CFG++, CFG scale: 7.5,"),
+        ("euler_cfg_pp", (0.8, 0.4), 'Sampler: DDIM CFG++, CFG scale: "(10.0, 5.0)",'),
+        ("DDIM CFG++", 7.5, "Sampler: DDIM CFG++, CFG scale: 7.5,"),
+        ("euler", 7.5, "Sampler: Euler, CFG scale: 7.5,"),
+    ],
+)
+def test_parameters_have_the_scale_that_a1111_would_need(sampler: str, scale: Any, written: str) -> None:
+    assert written in describe(Request(prompt="x", sampler=sampler, guidance_scale=scale), 0, MODEL)["parameters"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ PUBLIC = {
     "Result",
     "diffusion",
     "load",
+    "prompt",
 }
 
 
@@ -36,7 +37,7 @@ def python(code: str) -> str:
 def test_all_is_exact() -> None:
     assert set(mezzotint.__all__) == PUBLIC
     assert mezzotint.__all__ == sorted(mezzotint.__all__)
-    assert set(mezzotint._ROOMS) | {"diffusion"} == PUBLIC, "each name has its room, and no room a name beside them"
+    assert set(mezzotint._ROOMS) | {"diffusion", "prompt"} == PUBLIC, "each name has its room, and no other"
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

@@ -15,6 +15,11 @@ from mezzotint.request import MAX_PROMPT, MAX_SEED, Request
 FULL: dict[str, Any] = {
     "prompt": "a lemon, 柠檬 🍋",
     "negative_prompt": "",
+    "prompt_syntax": "comfy",
+    "emphasis": "no_norm",
+    "embeddings": ("style.pt", "owner/name"),
+    "choices": "draw",
+    "wildcards": "cards",
     "width": 104,
     "height": 72,
     "steps": 20,

@@ -10,19 +10,11 @@ from typing import Any
 
 import pytest
 
-from mezzotint import samplers
+from mezzotint import presets, samplers
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.errors import RequestError
-from mezzotint.presets import (
-    A1111_SAMPLERS,
-    A1111_SCHEDULES,
-    A1111_WITHOUT_SCHEDULE,
-    COMFYUI_ENDS,
-    COMFYUI_SAMPLERS,
-    COMFYUI_SCHEDULES,
-)
 from mezzotint.request import Request
 from mezzotint.samplers import CLASSES, NAMES, TABLE, resolve
 
@@ -138,10 +130,12 @@ def test_a1111() -> None:
     assert resolve("DPM++ 2M Automatic", SD1).spacing == "karras"
     assert resolve("DPM++ 2M SDE", SD1).spacing == resolve("DPM++ 3M SDE", SD1).spacing == "exponential"
     assert resolve("Euler a", SD1).spacing == "normal" and resolve("Restart", SD1).spacing == "karras"
-    assert len(A1111_SAMPLERS) + len(A1111_WITHOUT_SCHEDULE) == 20 + 5  # and Forge's five
-    assert {"HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM"} < set(A1111_SAMPLERS)
-    assert len(A1111_SCHEDULES) + 1 == 12 + 4  # with Automatic, and Forge's four
-    assert {"Turbo", "Align Your Steps GITS", "Align Your Steps 11", "Align Your Steps 32"} < set(A1111_SCHEDULES)
+    assert len(presets.A1111_SAMPLERS) + len(presets.A1111_WITHOUT_SCHEDULE) == 20 + 5  # and Forge's five
+    assert {"HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM"} < set(presets.A1111_SAMPLERS)
+    assert len(presets.A1111_SCHEDULES) + 1 == 12 + 4  # with Automatic, and Forge's four
+    assert {"Turbo", "Align Your Steps GITS", "Align Your Steps 11", "Align Your Steps 32"} < set(
+        presets.A1111_SCHEDULES
+    )
     assert resolve("DPM++ SDE", SD1).noise == "brownian midpoints" and resolve("DPM++ 2M SDE", SD1).noise == "brownian"
 
 
@@ -175,7 +169,7 @@ def test_comfyui() -> None:
         and "index" not in resolve("Euler Beta", SD1).spacing_options
     )
     assert resolve("uni_pc_bh2", SD1).options["solver_type"] == "bh2"
-    assert len(COMFYUI_SCHEDULES) == 9
+    assert len(presets.COMFYUI_SCHEDULES) == 9
     kl = levels("euler kl_optimal", 5), levels("Euler KL Optimal", 5)
     assert kl[0][-1] == 0.0 and kl[1][-1] == kl[0][-2] and len(kl[0]) == len(kl[1])
 
@@ -194,7 +188,7 @@ COMFYUI = [
 
 def test_the_names_of_comfyui() -> None:
     assert len(COMFYUI) == 45 - 3
-    assert set(COMFYUI) == {*COMFYUI_SAMPLERS, *COMFYUI_ENDS}
+    assert set(COMFYUI) == {*presets.COMFYUI_SAMPLERS, *presets.COMFYUI_ENDS}
     for name in COMFYUI:
         assert resolve(f"{name} karras", SD1).timestep == "nearest"
         assert name in NAMES

@@ -1,4 +1,4 @@
-"""Make the bundled model `emoji` from nothing to the folder. Six stages; each resumes where it was killed.
+"""Make the bundled model `emoji` from nothing to the folder. Seven stages; each resumes where it was killed.
 
     python recipes/emoji/make.py [--work build/emoji] [--out src/mezzotint/data/emoji] [--device cuda]
 
@@ -7,9 +7,11 @@
     text       the text encoder alone learns to foretell them
     diffusion  text encoder and UNet on them
     decoder    the decoder alone goes on; it needs `vae` only, so it may run beside `diffusion`
+    distill    a change of low rank with which four steps do what twenty did
     save       the folder
 
-`--stages decoder` runs one of them. See README.md beside this file for packages, times and curves.
+`--stages decoder` runs one of them. `--share 0.1` is the first tenth of every stage, with a decay of its own: a model
+for an afternoon of two CPU cores. See README.md beside this file for packages, times and curves.
 """
 
 from __future__ import annotations
@@ -31,19 +33,23 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.train.diffusion import TextToLatents, diffusion_losses
+from mezzotint.train.distill import distill
 from mezzotint.train.loop import Losses, Plan, train
 from mezzotint.train.text import TextToMean, text_losses
 from mezzotint.train.vae import vae_losses
 from mezzotint.weights import Parts, open_model, save_folder
-from scenes import Scenes, caption_words
+from mezzotint.weights.lora import Lora, save_lora
+from scenes import SIDE, Scenes
+from words import caption_words
 
 VAE_SCENES, LATENT_SCENES, DECODER_SCENES = 1, 2, 3  # seeds
-CROP = 64  # side of the VAE's training crops: convolutions do not need the whole picture
-WINDOW = 20  # tokens with BOS and EOS: captions have 16 at most
+CROP = 64  # side of the VAE's training crops, on the grid of latents: convolutions do not need the whole picture
+WINDOW = 32  # tokens with BOS and EOS: captions have 28 at most
 EMPTY_SHARE = 0.1  # of captions left out, for guidance
-SCENES = 16_000  # in the cache of latents
+SCENES = 200_000  # in the cache of latents
+PART = 4_000  # scenes in each of its files
 
-STAGES = ("vae", "latents", "text", "diffusion", "decoder", "save")
+STAGES = ("vae", "latents", "text", "diffusion", "decoder", "distill", "save")
 
 VAE_CONFIG = VAEConfig(block_out_channels=(16, 32, 64, 128), norm_num_groups=8, sample_size=128, force_upcast=False)
 UNET_CONFIG = UNetConfig(
@@ -70,12 +76,17 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "set_alpha_to_one": True,
     "skip_prk_steps": True,
 }
-SETTINGS = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0}
+FEW_STEP: dict[str, Any] = {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0, "lora": "lcm_lora.safetensors"}
+SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0, "few_step": FEW_STEP}
+RANK = 32  # of the few-step change
 
-VAE_PLAN = Plan(steps=800, batch=16, lr=3e-3, warmup=50, decay=200, ema=0.99)
-DECODER_PLAN = Plan(steps=800, batch=16, lr=2e-3, warmup=50, decay=500, ema=0.99)
-TEXT_PLAN = Plan(steps=1500, batch=64, lr=3e-3, warmup=20, decay=1000, ema=0.99)
-DIFFUSION_PLAN = Plan(steps=3200, batch=32, lr=2e-3, warmup=50, decay=1600, save_every=100)
+PLANS = {
+    "vae": Plan(steps=15_000, batch=16, lr=3e-3, warmup=50, decay=4_000, ema=0.99),
+    "text": Plan(steps=4_000, batch=64, lr=3e-3, warmup=20, decay=3_000, ema=0.99),
+    "diffusion": Plan(steps=24_000, batch=64, lr=2e-3, warmup=50, decay=10_000, save_every=100),
+    "decoder": Plan(steps=10_000, batch=16, lr=2e-3, warmup=50, decay=6_000),
+    "distill": Plan(steps=4_000, batch=32, lr=4e-3, warmup=10, decay=1_600, ema=0.98, save_every=32),
+}
 
 
 def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
@@ -99,7 +110,7 @@ def crop_losses(vae: VAE, scenes: Scenes, batch: int) -> Callable[[int, torch.Ge
 
     def losses(step: int, generator: torch.Generator) -> Losses:
         pixels, _, _ = scenes.batch(range(step * batch, (step + 1) * batch))
-        top, left = torch.randint(0, pixels.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
+        top, left = (8 * torch.randint(0, (pixels.shape[-1] - CROP) // 8 + 1, (2,), generator=generator)).tolist()
         crops = pixels[:, :, top : top + CROP, left : left + CROP].contiguous(memory_format=torch.channels_last)
         return vae_losses(vae, crops, generator)
 
@@ -127,21 +138,26 @@ def train_decoder(work: Path, vae: VAE, plan: Plan, device: str) -> None:
     decoder.eval().requires_grad_(False)
 
 
-def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str) -> tuple[Tensor, Tensor]:
-    """Scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in a file."""
-    path = work / "latents.pt"
-    if not path.exists():
-        scenes = Scenes(LATENT_SCENES, device)
-        latents, ids = [], []
-        with torch.inference_mode():
-            for first in range(0, SCENES, 100):
+def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str, count: int) -> tuple[Tensor, Tensor]:
+    """`count` scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in files of PART scenes."""
+    scenes = Scenes(LATENT_SCENES, device)
+    parts: list[tuple[Tensor, Tensor]] = []
+    (work / "latents").mkdir(exist_ok=True)
+    for start in range(0, count, PART):
+        path = work / "latents" / f"{start:07}.pt"
+        if not path.exists():
+            latents, ids = [], []
+            for first in range(start, start + PART, 100):
                 pixels, captions, _ = scenes.batch(range(first, first + 100))
-                latents.append(vae.scale(vae.encode(pixels.contiguous(memory_format=torch.channels_last)).mean).cpu())
+                with torch.inference_mode():
+                    mean = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).mean
+                latents.append(vae.scale(mean).cpu())
                 ids += [tokenizer.window(tokenizer.encode(caption)) for caption in captions]
-        torch.save((torch.cat(latents).contiguous(), torch.tensor(ids)), path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
-    latents_, ids_ = torch.load(path, weights_only=True)
-    return latents_.to(device), ids_.to(device)
+            torch.save((torch.cat(latents).contiguous(), torch.tensor(ids)), path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        parts.append(torch.load(path, weights_only=True))
+    latents_, ids_ = (torch.cat(tensors)[:count].to(device) for tensors in zip(*parts, strict=True))
+    return latents_, ids_
 
 
 def chosen_rows(rows: int, batch: int, step: int) -> Tensor:
@@ -190,32 +206,62 @@ def train_diffusion(
     return model.eval().requires_grad_(False)
 
 
+def distill_few_step(work: Path, model: TextToLatents, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> Lora:
+    """The change with which `lcm` draws in a few steps, without guidance."""
+    empty = torch.tensor(tokenizer.window([]), device=ids.device)
+    side = SIDE // VAE_CONFIG.downscale
+    shape = (VAE_CONFIG.latent_channels, side, side)
+    options = {"guidance_scale": SETTINGS["guidance_scale"], "rank": RANK, "steps": FEW_STEP["steps"]}
+    return distill(model, ids, empty, SCHEDULER_CONFIG, plan, work / "distill", shape=shape, **options)
+
+
+def shortened(plan: Plan, share: float) -> Plan:
+    """The first `share` of a plan, ending in a decay as long for it as the whole plan's."""
+    return replace(plan, steps=round(plan.steps * share), decay=max(1, round(plan.decay * share)))
+
+
+def fast_in_bf16(device: str) -> bool:
+    """Whether the device multiplies matrices faster in bfloat16: GPUs, and processors with AMX."""
+    return torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=Path("src/mezzotint/data/emoji"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--decoder-steps", type=int, default=DECODER_PLAN.steps)
-    parser.add_argument("--steps", type=int, default=DIFFUSION_PLAN.steps, help="of the diffusion stage")
+    parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps and of the cached scenes")
+    for stage, plan in PLANS.items():
+        parser.add_argument(f"--{stage}-steps", type=int, help=f"in place of {plan.steps} x share")
     parser.add_argument("--start", type=Path, help="a folder to go on from: its VAE is final, the rest learns on")
     options = parser.parse_args()
+    with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=fast_in_bf16(options.device)):
+        run(options)
 
-    options.work.mkdir(parents=True, exist_ok=True)
-    start = open_model(options.start, dtype=torch.float32, device=options.device) if options.start else None
-    # a finished stage costs only the reading of its checkpoint, so every stage may ask for those before it
+
+def run(options: argparse.Namespace) -> None:
+    """The stages that are asked for, in order; a finished one costs only the reading of its checkpoint."""
+    work, device, stages = options.work, options.device, {*options.stages}
+    work.mkdir(parents=True, exist_ok=True)
+    plans = {}
+    for stage, plan in PLANS.items():
+        steps = getattr(options, f"{stage}_steps")
+        plans[stage] = shortened(plan, options.share if steps is None else steps / plan.steps)
+    start = open_model(options.start, dtype=torch.float32, device=device) if options.start else None
     tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
-    vae = start.vae.requires_grad_(False) if start else train_vae(options.work, VAE_PLAN, options.device)
-    if {"latents", "text", "diffusion", "save"} & {*options.stages}:
-        latents, ids = cache_latents(options.work, vae, tokenizer, options.device)
-    if {"text", "diffusion", "save"} & {*options.stages}:
-        begun = start or train_text(options.work, latents, ids, tokenizer, TEXT_PLAN)
-    if {"diffusion", "save"} & {*options.stages}:
-        plan = replace(DIFFUSION_PLAN, steps=options.steps)
-        model = train_diffusion(options.work, latents, ids, tokenizer, plan, begun)
-    if {"decoder", "save"} & {*options.stages}:
-        train_decoder(options.work, vae, replace(DECODER_PLAN, steps=options.decoder_steps), options.device)
-    if "save" not in options.stages:
+    vae = start.vae.requires_grad_(False) if start else train_vae(work, plans["vae"], device)
+    if stages & {"latents", "text", "diffusion", "distill", "save"}:
+        latents, ids = cache_latents(work, vae, tokenizer, device, round(SCENES * options.share))
+    if stages & {"text", "diffusion", "distill", "save"}:
+        begun = start or train_text(work, latents, ids, tokenizer, plans["text"])
+    if stages & {"diffusion", "distill", "save"}:
+        model = train_diffusion(work, latents, ids, tokenizer, plans["diffusion"], begun)
+    if stages & {"decoder", "save"}:
+        train_decoder(work, vae, plans["decoder"], device)
+    if stages & {"distill", "save"}:
+        lora = distill_few_step(work, model, ids, tokenizer, plans["distill"])
+    if "save" not in stages:
         return
     save_folder(
         options.out,
@@ -226,6 +272,7 @@ def main() -> None:
         scheduler_config=SCHEDULER_CONFIG,
         settings=SETTINGS,
     )
+    save_lora(options.out / FEW_STEP["lora"], lora)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Scenes: captioned 128x128 pictures of one or two emoji on a coloured background, composed on the fly.
+"""Scenes: captioned 128x128 pictures of one to three emoji on a background, composed on the fly.
 
 Scene i is a function of (seed, i) and the split alone: never of the batch that it is drawn in, nor of the device.
-Pixels are (B, 3, 128, 128) float32 in [-1, 1]. Positions are (x, y) of a glyph's centre in pixels from the top left.
-Combinations that a fixed hash holds out appear in no training scene; `held_out=True` draws only those.
+Pixels are (B, 3, 128, 128) float32 in [-1, 1]. What a scene may show, and how a caption says it, is in words.py.
 
     python recipes/emoji/scenes.py --sheet sheet.png [--held-out]
 """
@@ -10,147 +9,57 @@ Combinations that a fixed hash holds out appear in no training scene; `held_out=
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from random import Random
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-T = TypeVar("T")
-UInt64s = npt.NDArray[np.uint64]
+from words import (
+    BACKGROUNDS,
+    CORE_NAMES,
+    GROUND_SHARES,
+    GROUNDS,
+    MORE_NAMES,
+    NAMES,
+    NO_ARTICLE,
+    NUMBERS,
+    OBJECTS,
+    RECOLOURS,
+    RELATIONS,
+    SIZE_WORDS,
+    Spec,
+    caption,
+    choose,
+    combinations,
+    is_held_out,
+    pick,
+)
 
 SIDE = 128
+CELL = 8  # pixels of one latent
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the only size at which the font's bitmaps exist
-SIZES = (40, 52, 58, 80, 92, 108)  # longer side of a glyph, in pixels
-SMALL, PAIR, PLAIN, LARGE = (40,), (52, 58), (80, 92), (108,)
+SMALL, PAIR, PLAIN, LARGE = SIZES = (40, 56, 88, 112)  # longer side of a glyph, in pixels
 
-BACKGROUNDS = {
-    "red": (205, 32, 44),
-    "orange": (255, 140, 26),
-    "yellow": (255, 235, 105),
-    "green": (56, 142, 60),
-    "blue": (40, 90, 215),
-    "purple": (120, 50, 160),
-    "pink": (255, 150, 190),
-    "brown": (110, 68, 38),
-    "black": (16, 16, 18),
-    "white": (250, 250, 250),
-    "grey": (140, 140, 145),
-    "teal": (0, 160, 160),
-}
-RECOLOURS = {
-    "red": (225, 40, 50),
-    "yellow": (255, 215, 40),
-    "green": (50, 165, 60),
-    "blue": (40, 100, 230),
-    "purple": (140, 60, 190),
-    "pink": (255, 120, 180),
-}
-SPELLINGS = {"grey": ("grey", "gray")}
-RELATIONS = {  # name: its wordings
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above", "on top of"),
-    "below": ("below", "under"),
-}
-SHARES = {"single": 0.62, "sized": 0.12, "recoloured": 0.10, "pair": 0.16}
-HELD_OUT_SHARE = 0.08
-NO_ARTICLE = {"grapes", "cherries", "fries", "corn", "broccoli", "bread", "cheese", "lightning", "earth", "fire"}
-
-ONE_TEMPLATES = (  # wording, share; {thing} has its article, {bare} has not, {ground} is "a blue background"
-    ("{thing} on {ground}", 0.42),
-    ("a picture of {thing} on {ground}", 0.12),
-    ("{bare}, {colour} background", 0.10),
-    ("{ground} with {thing}", 0.08),
-    ("{thing}, {ground}", 0.06),
-    ("{bare} on {colour}", 0.08),
-    ("an emoji of {thing} on {ground}", 0.06),
-    ("{thing} in front of {ground}", 0.04),
-    ("{thing}", 0.04),  # last: the one wording that leaves the background open
-)
-PAIR_TEMPLATES = (
-    ("{first} {relation} {second} on {ground}", 0.60),
-    ("a picture of {first} {relation} {second} on {ground}", 0.15),
-    ("{first} {relation} {second}, {colour} background", 0.15),
-    ("{ground} with {first} {relation} {second}", 0.10),
-)
-
-
-def read_objects(path: Path) -> dict[str, str]:
-    """The core set: plain name -> emoji, in the file's order ("🍋 lemon", one a line)."""
-    pairs = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines() if line)
-    return {name: emoji for emoji, name in pairs}
-
-
-OBJECTS = read_objects(Path(__file__).with_name("objects.txt"))
-NAMES = tuple(OBJECTS)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What one scene shows. For two objects, "objects[0] relation objects[1]" is true of the picture."""
-
-    kind: str  # a key of SHARES
-    objects: tuple[str, ...]  # one or two names
-    background: str
-    sizes: tuple[int, ...]  # pixels, from SIZES
-    positions: tuple[tuple[int, int], ...]  # (x, y) of each centre
-    relation: str | None = None
-    recolour: str | None = None
-    size_word: str | None = None
-
-
-# ---- which combinations are held out -------------------------------------------------------------------------------
-
-
-def is_held_out(*words: str) -> bool:
-    """True for a fixed 8 % of combinations. By name, so that a longer list of objects moves none of them."""
-    digest = hashlib.sha256("|".join(words).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
-
-
-# Tables of held-out combinations by index into NAMES, BACKGROUNDS and RECOLOURS.
-HELD_GROUND = np.array([[is_held_out(name, "on", ground) for ground in BACKGROUNDS] for name in NAMES])
-HELD_COLOUR = np.array([[is_held_out(name, "coloured", colour) for colour in RECOLOURS] for name in NAMES])
-HELD_PAIR = np.array([[is_held_out(*sorted((a, b))) for b in NAMES] for a in NAMES])
-SAME_COLOUR = np.array([[ground == colour for ground in BACKGROUNDS] for colour in RECOLOURS])
-
-
-# ---- random numbers ------------------------------------------------------------------------------------------------
-
-
-def mix(x: UInt64s) -> UInt64s:
-    """The finaliser of splitmix64 (Steele et al. 2014): uint64 -> uint64, a bijection."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def uniforms(seed: int, indices: Sequence[int], count: int) -> npt.NDArray[np.float64]:
-    """`count` numbers in [0, 1) for each index, a counter-based draw: row i depends on (seed, indices[i]) alone."""
-    state = mix(mix(np.array([seed], dtype=np.uint64)) + np.asarray(indices, dtype=np.uint64))  # (B,)
-    bits = mix(state[:, None] + mix(np.arange(count, dtype=np.uint64))[None])  # (B, count)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+SHARES = {"single": 0.40, "sized": 0.08, "recoloured": 0.10, "pair": 0.34, "counted": 0.08}
+CORE_SHARE = 0.7  # of scenes, that show objects of the core set only
+PROMPT_KINDS = ("single", "pair", "single", "recoloured", "single", "pair", "counted", "single", "pair", "recoloured")
 
 
 # ---- the glyphs ----------------------------------------------------------------------------------------------------
 
 
-def draw_glyph(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+def draw_glyph(emoji: str, face: ImageFont.FreeTypeFont) -> Image.Image:
     """One emoji cropped to its visible box and padded to a square; RGBA, straight alpha."""
-    image = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
-    # The variation selector asks for colour, which this font always is; basic layout would draw it as a box.
-    ImageDraw.Draw(image).text((20, 20), emoji.replace("\ufe0f", ""), font=font, embedded_color=True)
+    image = Image.new("RGBA", (3 * FONT_SIZE, 2 * FONT_SIZE))
+    # The variation selector asks for colour, which this font always is; it would be drawn as a box.
+    ImageDraw.Draw(image).text((20, 20), emoji.replace("\ufe0f", ""), font=face, embedded_color=True)
     box = image.getchannel("A").getbbox()
     if box is None:
-        raise ValueError(f"the font {FONT.name} draws nothing for {emoji!r}: take another emoji in objects.txt")
+        raise ValueError(f"the font {FONT.name} draws nothing for {emoji!r}: take another emoji in the list")
     glyph = image.crop(box)
     side = max(glyph.size)
     square = Image.new("RGBA", (side, side))
@@ -158,26 +67,51 @@ def draw_glyph(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return square
 
 
-def build_atlas(objects: Mapping[str, str] = OBJECTS, font: Path = FONT) -> torch.Tensor:
-    """Every object at every size, centred: (len(SIZES), len(objects), 128, 128, 4) uint8, premultiplied RGBA."""
+def build_atlas(objects: Mapping[str, str] = OBJECTS, font: Path = FONT) -> dict[int, torch.Tensor]:
+    """For each size every object: (len(objects), size, size, 4) uint8, premultiplied RGBA."""
     if not font.is_file():
         raise FileNotFoundError(
             f"the emoji font is not at {font}: install it (Debian, Ubuntu: apt install fonts-noto-color-emoji)"
         )
-    face = ImageFont.truetype(str(font), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    atlas = np.zeros((len(SIZES), len(objects), SIDE, SIDE, 4), dtype=np.uint8)
+    face = ImageFont.truetype(str(font), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)  # joins sequences
+    atlas = {size: np.zeros((len(objects), size, size, 4), dtype=np.uint8) for size in SIZES}
     for n, emoji in enumerate(objects.values()):
         glyph = draw_glyph(emoji, face).convert("RGBa")  # premultiplied, so that no dark rim appears when resized
-        for s, size in enumerate(SIZES):
+        for size, glyphs in atlas.items():
             small = np.array(glyph.resize((size, size), Image.Resampling.LANCZOS))
             small[..., :3] = np.minimum(small[..., :3], small[..., 3:])  # Lanczos overshoots
-            start = (SIDE - size) // 2
-            atlas[s, n, start : start + size, start : start + size] = small
-    return torch.from_numpy(atlas)
+            glyphs[n] = small
+    return {size: torch.from_numpy(glyphs) for size, glyphs in atlas.items()}
+
+
+def build_grounds() -> torch.Tensor:
+    """Every background of GROUNDS: (len(GROUNDS), 128, 128, 3) uint8."""
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    pictures = []
+    for name in GROUNDS:
+        colour = np.array(BACKGROUNDS.get(name.split()[0], (0, 0, 0)), dtype=float)
+        partner = colour * 0.8 if name.startswith("white") else colour * 0.5 + 127.5  # darker or lighter
+        if name == "night sky":
+            picture = np.array([8, 12, 50]) + (rows / SIDE)[..., None] * np.array([22, 28, 80])
+            stars = Random(7)
+            for _ in range(26):
+                x, y = (int(stars.random() * (SIDE - 2)) for _ in range(2))
+                picture[y : y + 2, x : x + 2] = (255, 250, 205)
+        elif name == "grass":
+            height = 72 + 6 * np.abs(columns % 8 - 4) / 4  # blades
+            picture = np.where((rows >= height)[..., None], (70, 160, 60), (165, 215, 250))
+        elif name.endswith("stripes"):
+            picture = np.where((columns // 16 % 2 == 0)[..., None], colour, partner)
+        elif name.endswith("gradient"):
+            picture = partner + (rows / (SIDE - 1))[..., None] * (colour - partner)
+        else:
+            picture = np.broadcast_to(colour, (SIDE, SIDE, 3))
+        pictures.append(np.rint(picture).astype(np.uint8))
+    return torch.from_numpy(np.stack(pictures))
 
 
 def over(glyphs: torch.Tensor, under: torch.Tensor) -> torch.Tensor:
-    """Porter and Duff 1984, "over": premultiplied glyphs (B, H, W, 4) on opaque colours (B, H, W, 3), in 0..255."""
+    """Porter and Duff 1984, "over": premultiplied glyphs (B, h, w, 4) on opaque colours (B, h, w, 3), in 0..255."""
     return under * (1 - glyphs[..., 3:] / 255) + glyphs[..., :3]
 
 
@@ -198,69 +132,42 @@ def recolour(glyphs: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
     return torch.cat([painted * alpha, glyphs[..., 3:]], -1)
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
-
-
-def with_article(phrase: str, name: str) -> str:
-    """ "a lemon", "an apple", "a unicorn", "grapes": `phrase` is `name` with adjectives before it."""
-    if name in NO_ARTICLE:
-        return phrase
-    vowel = phrase[0] in "aeiou" and not phrase.startswith("uni")
-    return f"{'an' if vowel else 'a'} {phrase}"
-
-
-def pick(options: Sequence[tuple[str, float]], u: float) -> str:
-    """The option at u in [0, 1) of the options' shares, which sum to 1."""
-    for name, share in options:
-        u -= share
-        if u < 0:
-            return name
-    return options[-1][0]
-
-
-def choose(options: Sequence[T], u: float) -> T:
-    """One of the options, all equally likely, by u in [0, 1)."""
-    return options[int(u * len(options))]
-
-
-def caption(spec: Spec, u: Sequence[float], *, name_background: bool = False) -> str:
-    """A wording of `spec`, chosen by three numbers in [0, 1); `name_background` leaves out the one that hides it."""
-    colour = choose(SPELLINGS.get(spec.background, (spec.background,)), u[0])
-    words = {"colour": colour, "ground": f"{with_article(colour, colour)} background"}
-    if spec.relation:
-        first, second = (with_article(name, name) for name in spec.objects)
-        relation = choose(RELATIONS[spec.relation], u[1] ** 2)  # u squared: the plain wording comes more often
-        return pick(PAIR_TEMPLATES, u[2]).format(first=first, second=second, relation=relation, **words)
-    bare = " ".join(word for word in (spec.size_word, spec.recolour, spec.objects[0]) if word)
-    template = pick(ONE_TEMPLATES, u[2])
-    if name_background and template == ONE_TEMPLATES[-1][0]:
-        template = ONE_TEMPLATES[0][0]
-    return template.format(thing=with_article(bare, spec.objects[0]), bare=bare, **words)
-
-
-def caption_words() -> list[str]:
-    """Texts that hold every word a caption may hold: what the tokenizer's table is cut by."""
-    colours = {*BACKGROUNDS, *RECOLOURS, *(word for words in SPELLINGS.values() for word in words)}
-    things = [with_article(name, name) for name in NAMES]
-    relations = [wording for wordings in RELATIONS.values() for wording in wordings]
-    filling = dict.fromkeys(("thing", "bare", "first", "second", "relation", "colour"), "a")
-    templates = [template.format(ground="a background", **filling) for template, _ in (*ONE_TEMPLATES, *PAIR_TEMPLATES)]
-    return [*things, *sorted(colours), *relations, *templates, "an", "small", "large"]
-
-
 # ---- scenes --------------------------------------------------------------------------------------------------------
 
 
-def choose_allowed(allowed: npt.NDArray[np.bool_], u: float) -> str:
-    """One of the backgrounds that a boolean vector over BACKGROUNDS allows, all equally likely."""
-    names = tuple(BACKGROUNDS)
-    return names[choose(np.flatnonzero(allowed).tolist(), u)]
+def layout(
+    relation: str | None, size_word: str | None, number: str | None, random: Random
+) -> list[tuple[int, tuple[int, int]]]:
+    """(size, (x, y) of the top left), in pixels, of each object; all on the grid of latents, none cut, none covered.
+
+    Along a pair's line the objects keep to their halves; across it both share one offset, so that it tells nothing.
+    """
+
+    def cells(low: int) -> int:
+        return CELL * (low + int(2 * random.random()))
+
+    if relation == "inside":
+        return [(SMALL, (cells(5), cells(5))), (LARGE, (CELL, CELL))]
+    if number == "three":
+        shift, across = cells(0), cells(5)
+        return [(SMALL, (shift + SMALL * k, across)) for k in range(3)]
+    if relation or number:
+        near, far, across = cells(0), cells(8), cells(4)
+        if relation in ("right of", "below"):
+            near, far = far, near
+        stacked = relation in ("above", "below")
+        return [(PAIR, (across, along) if stacked else (along, across)) for along in (near, far)]
+    if size_word == "large":
+        return [(LARGE, (CELL, CELL))]
+    size, low = (SMALL, 5) if size_word else (PLAIN, 2)
+    return [(size, (cells(low), cells(low)))]
 
 
 class Scenes:
     """An endless, indexed collection of scenes; see the module's docstring.
 
-    `shares` is the mixture of kinds. The atlas is built from the font when the first picture is composed, unless given.
+    `shares` is the mixture of kinds, `core_share` that of scenes of core objects only. The atlas is built from the font
+    when the first picture is composed, unless given.
     """
 
     def __init__(
@@ -270,52 +177,59 @@ class Scenes:
         held_out: bool = False,
         *,
         shares: Mapping[str, float] = SHARES,
-        atlas: torch.Tensor | None = None,
+        core_share: float = CORE_SHARE,
+        atlas: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
-        self.seed, self.device, self.held_out, self.shares = seed, torch.device(device), held_out, tuple(shares.items())
-        self._atlas = atlas
-        # The combinations that the split may show: rows of (object, background), (object, recolour), (first, second).
-        self.grounds: list[list[int]] = np.argwhere(held_out == HELD_GROUND).tolist()
-        self.colours: list[list[int]] = np.argwhere(held_out == HELD_COLOUR).tolist()
-        self.pairs: list[list[int]] = np.argwhere((held_out == HELD_PAIR) & ~np.eye(len(NAMES), dtype=bool)).tolist()
+        self.seed, self.device, self.held_out = seed, torch.device(device), held_out
+        self.shares, self.core_share = tuple(shares.items()), core_share
+        self._atlas = {size: glyphs.to(self.device) for size, glyphs in atlas.items()} if atlas else None
+        self._grounds = build_grounds().to(self.device)
 
     def specs(self, indices: Sequence[int]) -> tuple[list[str], list[Spec]]:
         """Captions and specs of these scenes; needs no font."""
         captions, specs = [], []
-        for u in uniforms(self.seed, indices, 12).tolist():
-            specs.append(self._spec(u))
-            captions.append(caption(specs[-1], u[9:], name_background=self.held_out))
+        for index in indices:
+            random = Random((self.seed << 40) + index)
+            specs.append(self._spec(random))
+            captions.append(caption(specs[-1], random, name_background=self.held_out))
         return captions, specs
 
-    def _spec(self, u: Sequence[float]) -> Spec:
-        """One scene from nine numbers in [0, 1)."""
-        kind = pick(self.shares, u[0])
+    def _spec(self, random: Random) -> Spec:
+        """One scene of the split: drawn again until none of its combinations is held out, or just the kind's own."""
+        kind = pick(self.shares, random.random())
+        core = random.random() < self.core_share
+        while True:
+            spec = self._draw(kind, core, random)
+            *others, own = (is_held_out(*words) for words in combinations(spec))
+            if own == self.held_out and not any(others):
+                return spec
+
+    def _draw(self, kind: str, core: bool, random: Random) -> Spec:
+        """A scene of a kind, of either split."""
+        name = choose(CORE_NAMES if core or kind == "counted" else MORE_NAMES, random)
+        colour, pattern = choose(tuple(BACKGROUNDS), random), pick(GROUND_SHARES, random.random())
+        ground = {"colour": colour, "stripes": f"{colour} stripes", "gradient": f"{colour} gradient"}.get(
+            pattern, pattern
+        )
+        objects: tuple[str, ...] = (name,)
+        relation = tint = word = number = None
         if kind == "pair":
-            i, j = choose(self.pairs, u[1])
-            allowed = ~(HELD_GROUND[i] | HELD_GROUND[j])
-            relation = choose(tuple(RELATIONS), u[3])
-            size = choose(PAIR, u[4])
-            near, far = (round(3 * (2 * v - 1)) for v in u[5:7])  # no glyph is cut, none overlap
-            across = round(10 * (2 * u[7] - 1))  # both objects share it: neither hides which stands where
-            low, high = 32 + near, SIDE - 32 + far
-            along = (low, high) if relation in ("left of", "above") else (high, low)
-            side_by_side = relation in ("left of", "right of")
-            centre = SIDE // 2 + across
-            positions = tuple((a, centre) if side_by_side else (centre, a) for a in along)
-            return Spec(kind, (NAMES[i], NAMES[j]), choose_allowed(allowed, u[2]), (size, size), positions, relation)
-        tint = word = None
-        if kind == "recoloured":
-            i, c = choose(self.colours, u[1])
-            tint = tuple(RECOLOURS)[c]
-            ground = choose_allowed(~HELD_GROUND[i] & ~SAME_COLOUR[c], u[2])
-        else:
-            i, g = choose(self.grounds, u[1])
-            ground = tuple(BACKGROUNDS)[g]
-        sizes: tuple[int, ...] = PLAIN
-        if kind == "sized":
-            word, sizes = (("small", SMALL), ("large", LARGE))[u[3] >= 0.5]
-        position = (SIDE // 2 + round(6 * (2 * u[5] - 1)), SIDE // 2 + round(6 * (2 * u[6] - 1)))
-        return Spec(kind, (NAMES[i],), ground, (choose(sizes, u[4]),), (position,), None, tint, word)
+            relation = pick([(name, share) for name, (share, _) in RELATIONS.items()], random.random())
+            second = name
+            while second == name:
+                second = choose(CORE_NAMES if core else NAMES, random)
+            objects = (name, second) if random.random() < 0.5 else (second, name)
+        elif kind == "counted":
+            while name in NO_ARTICLE:
+                name = choose(CORE_NAMES, random)
+            number = choose(tuple(NUMBERS), random)
+            objects = (name,) * NUMBERS[number]
+        elif kind == "recoloured":
+            tint = choose([tint for tint in RECOLOURS if tint != colour], random)  # never the background's own
+        elif kind == "sized":
+            word = choose(SIZE_WORDS, random)
+        sizes, corners = zip(*layout(relation, word, number, random), strict=True)
+        return Spec(kind, objects, ground, sizes, corners, relation, tint, word, number)
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, list[str], list[Spec]]:
         """Pixels (B, 3, 128, 128) float32 in [-1, 1], captions, specs."""
@@ -324,45 +238,37 @@ class Scenes:
 
     def compose(self, specs: Sequence[Spec]) -> torch.Tensor:
         """Draw specs: (B, 3, 128, 128) float32 in [-1, 1], on the device."""
-        if self._atlas is None:
-            self._atlas = build_atlas()
-        self._atlas = self._atlas.to(self.device)
-        grounds = torch.tensor([BACKGROUNDS[spec.background] for spec in specs], dtype=torch.float32)
-        canvas = over(self._place(specs, 0), grounds.to(self.device)[:, None, None])  # (B, H, W, 3) in 0..255
-        rows = [b for b, spec in enumerate(specs) if len(spec.objects) == 2]
-        if rows:
-            where = torch.tensor(rows, device=self.device)
-            canvas[where] = over(self._place([specs[b] for b in rows], 1), canvas[where])
+        canvas = self._grounds[[GROUNDS.index(spec.background) for spec in specs]].float()  # (B, H, W, 3) in 0..255
+        for layer in reversed(range(max(len(spec.objects) for spec in specs))):  # the first object is on top
+            for size in SIZES:
+                rows = [b for b, spec in enumerate(specs) if spec.sizes[layer : layer + 1] == (size,)]
+                if rows:
+                    self._paste(canvas, specs, rows, layer, size)
         return (canvas / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
-    def _place(self, specs: Sequence[Spec], layer: int) -> torch.Tensor:
-        """One object of each spec, moved to its position: (B, 128, 128, 4) float32 in 0..255, premultiplied."""
-        assert self._atlas is not None
-        table = [
-            (SIZES.index(spec.sizes[layer]), NAMES.index(spec.objects[layer]), *spec.positions[layer]) for spec in specs
-        ]
-        size, glyph, x, y = torch.tensor(table, device=self.device).T
-        axis = torch.arange(SIDE, device=self.device)
-        # Beyond the edge the atlas's border repeats, which is empty: every glyph is smaller than the picture.
-        columns = (axis[None] - x[:, None] + SIDE // 2).clamp(0, SIDE - 1)  # (B, W)
-        rows = (axis[None] - y[:, None] + SIDE // 2).clamp(0, SIDE - 1)  # (B, H)
-        packed = self._atlas.view(torch.int32)[..., 0]  # one pixel is one number: a quarter of the gathers
-        index = (size[:, None, None], glyph[:, None, None], rows[:, :, None], columns[:, None, :])
-        placed = packed[index].unsqueeze(-1).view(torch.uint8).float()
-        tinted = [b for b, spec in enumerate(specs) if spec.recolour]
-        if tinted:
-            colours = torch.tensor([RECOLOURS[specs[b].recolour or ""] for b in tinted], dtype=torch.float32)
-            where = torch.tensor(tinted, device=self.device)
-            placed[where] = recolour(placed[where], colours.to(self.device))
-        return placed
+    def _paste(self, canvas: torch.Tensor, specs: Sequence[Spec], rows: list[int], layer: int, size: int) -> None:
+        """Put one object of these rows' specs, all of one size, into the canvas (B, H, W, 3)."""
+        if self._atlas is None:
+            self._atlas = {size: glyphs.to(self.device) for size, glyphs in build_atlas().items()}
+        table = [(b, NAMES.index(specs[b].objects[layer]), *specs[b].corners[layer]) for b in rows]
+        row, number, x, y = torch.tensor(table, device=self.device).T[..., None, None]  # (n, 1, 1) each
+        glyphs = self._atlas[size][number[:, 0, 0]].float()
+        tints = [(k, RECOLOURS[tint]) for k, b in enumerate(rows) if (tint := specs[b].recolour)]
+        if tints:
+            where = torch.tensor([k for k, _ in tints], device=self.device)
+            colours = torch.tensor([colour for _, colour in tints], dtype=torch.float32, device=self.device)
+            glyphs[where] = recolour(glyphs[where], colours)
+        axis = torch.arange(size, device=self.device)
+        window = (row, y + axis[:, None], x + axis)
+        canvas[window] = over(glyphs, canvas[window])
 
     @classmethod
-    def prompts(cls, count: int, seed: int = 0) -> list[tuple[str, Spec]]:
-        """Held-out prompts for evaluation, the same for the same arguments: half single, a quarter pairs, a quarter
-        recoloured. They name their background always. Needs no font."""
-        kinds = ("single", "pair", "single", "recoloured")
-        drawn = [cls(seed, held_out=True, shares={kind: 1.0}) for kind in kinds]
-        rows = (drawn[i % len(kinds)].specs([i]) for i in range(count))
+    def prompts(cls, count: int, seed: int = 0, *, core: bool = True) -> list[tuple[str, Spec]]:
+        """Held-out prompts for evaluation, the same for the same arguments: of ten, four single, three pairs, two
+        recoloured and one counted; of core objects, or all. They name their background always. Needs no font."""
+        share = 1.0 if core else len(CORE_NAMES) / len(NAMES)
+        drawn = [cls(seed, held_out=True, shares={kind: 1.0}, core_share=share) for kind in PROMPT_KINDS]
+        rows = (drawn[i % len(drawn)].specs([i]) for i in range(count))
         return [(captions[0], specs[0]) for captions, specs in rows]
 
 

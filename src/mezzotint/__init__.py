@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mezzotint import diffusion
+    from mezzotint import diffusion, prompt
     from mezzotint.errors import BudgetError, CheckpointError, MezzotintError, RequestError
     from mezzotint.pipeline import Pipeline, load
     from mezzotint.request import Request, Result
@@ -20,6 +20,7 @@ __all__ = [
     "Result",
     "diffusion",
     "load",
+    "prompt",
 ]
 
 _ROOMS = {
@@ -38,8 +39,8 @@ def __getattr__(name: str) -> object:
     """Public names are imported from their rooms on first use."""
     from importlib import import_module
 
-    if name == "diffusion":
-        return import_module("mezzotint.diffusion")
+    if name in ("diffusion", "prompt"):
+        return import_module(f"mezzotint.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'mezzotint' has no attribute {name!r}")
     return getattr(import_module(f"mezzotint.{_ROOMS[name]}"), name)

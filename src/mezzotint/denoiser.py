@@ -7,24 +7,30 @@ timesteps and dtypes are here and nowhere else. One Denoiser belongs to one run:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mezzotint.diffusion.guidance import step_of
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.schedulers import TimestepKind
 
+Timeline = Sequence[tuple[int, Condition]]  # (last step that it holds for, counted from 0; the condition)
+KeysValues = list[tuple[Tensor, Tensor]]  # of each cross-attention
+
 
 class Denoiser:
     """The network's view of one run.
 
-    conditions: each of batch B or 1; with guidance (conditional, unconditional). timestep: what the network is told of
-    a level between two of the table: the timestep "interpolated" in log sigma, or the "nearest" there, or log sigma / 4
-    for EDM's ("edm", Karras et al. 2022 table 1); or, as diffusers does on the run's own `levels` (on all, where none
-    are given), "linear" in sigma, "rounded" or "truncated". What a solver asks for in between is interpolated.
+    conditions: each of batch B or 1; with guidance (conditional, unconditional). One that changes in the course of the
+    run is a timeline, and `levels` then are the run's, by which its steps are counted. timestep: what the network is
+    told of a level between two of the table: the timestep "interpolated" in log sigma, or the "nearest" there, or log
+    sigma / 4 for EDM's ("edm", Karras et al. 2022 table 1); or, as diffusers does on the run's own `levels` (on all,
+    where none are given), "linear" in sigma, "rounded" or "truncated". What a solver asks for in between is
+    interpolated.
     """
 
     def __init__(
@@ -32,17 +38,17 @@ class Denoiser:
         unet: UNet,
         schedule: Schedule,
         prediction: Prediction,
-        conditions: Sequence[Condition],
+        conditions: Sequence[Condition | Timeline],
         timestep: TimestepKind = "interpolated",
-        levels: Collection[float] | None = None,
+        levels: Sequence[float] | None = None,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
         self.levels = levels
         self.dtype = parameter.dtype
-        self.conditions = [condition.to(parameter.device, parameter.dtype) for condition in conditions]
-        self.keys_values = [unet.keys_values(condition) for condition in self.conditions]
-        self._batched: dict[tuple[int, int], tuple[Condition, list[tuple[Tensor, Tensor]]]] = {}
+        self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
+        self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # placed, each made once
+        self._batched: dict[tuple[object, ...], tuple[Condition, KeysValues]] = {}
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """denoised, like x (B, C, h, w), under the first condition."""
@@ -51,14 +57,23 @@ class Denoiser:
     def outputs(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
         """The network's own outputs for x (B, C, h, w), in x's dtype, one for each condition (or the first `count`).
 
-        All of them come from one call of the UNet on a batch of count * B.
+        All of them come from one call of the UNet on a batch of count * B; those of other lengths from another.
         """
-        count = len(self.conditions) if count is None else count
-        condition, keys_values = self._batch(len(x), count)
+        conditions = self.conditions(sigma)[:count]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
-        sample = torch.cat([sample] * count)  # (count * B, C, h, w)
-        output: Tensor = self.unet(sample, self.timestep(sigma), condition, keys_values=keys_values)
-        return output.to(x.dtype).chunk(count)
+        outputs: dict[int, Tensor] = {}
+        for length in dict.fromkeys(c.context.shape[1] for c in conditions):
+            alike = [k for k, c in enumerate(conditions) if c.context.shape[1] == length]
+            condition, keys_values = self._batch(len(x), [conditions[k] for k in alike])
+            samples = torch.cat([sample] * len(alike))  # (len(alike) * B, C, h, w)
+            output: Tensor = self.unet(samples, self.timestep(sigma), condition, keys_values=keys_values)
+            outputs |= zip(alike, output.to(x.dtype).chunk(len(alike)), strict=True)
+        return tuple(outputs[k] for k in range(len(conditions)))
+
+    def conditions(self, sigma: float) -> list[Condition]:
+        """Those of the step that a call at sigma belongs to."""
+        step = step_of(sigma, self.levels or ()) if any(len(timeline) > 1 for timeline in self.timelines) else 0
+        return [next((c for until, c in timeline if step <= until), timeline[-1][1]) for timeline in self.timelines]
 
     def timestep(self, sigma: float) -> float:
         """The timestep that the UNet is told."""
@@ -73,14 +88,24 @@ class Denoiser:
             return float(max(math.floor(timestep - 1e-4), 0))
         return timestep
 
-    def _batch(self, batch: int, count: int) -> tuple[Condition, list[tuple[Tensor, Tensor]]]:
-        """The first `count` conditions one after another, each `batch` times, with their keys and values; made once."""
-        if (batch, count) not in self._batched:
-            used = [c if len(c.context) == batch else c.repeat(batch) for c in self.conditions[:count]]
-            layers = zip(*self.keys_values[:count], strict=True)  # for each layer its (keys, values) of each condition
+    def _batch(self, batch: int, conditions: Sequence[Condition]) -> tuple[Condition, KeysValues]:
+        """The conditions one after another, each `batch` times, with their keys and values; made once."""
+        key = (batch, *conditions)
+        if key not in self._batched:
+            placed = [self._placed(condition) for condition in conditions]
+            used = [c if len(c.context) == batch else c.repeat(batch) for c, _ in placed]
+            # for each layer its (keys, values) of each condition
+            layers = zip(*(keys_values for _, keys_values in placed), strict=True)
             joined = [(_stack([k for k, _ in layer], batch), _stack([v for _, v in layer], batch)) for layer in layers]
-            self._batched[batch, count] = Condition.cat(used), joined
-        return self._batched[batch, count]
+            self._batched[key] = Condition.cat(used), joined
+        return self._batched[key]
+
+    def _placed(self, condition: Condition) -> tuple[Condition, KeysValues]:
+        """The condition where the network is, and its keys and values; made once."""
+        if condition not in self._projected:
+            placed = condition.to(next(self.unet.parameters()).device, self.dtype)
+            self._projected[condition] = placed, self.unet.keys_values(placed)
+        return self._projected[condition]
 
 
 def _stack(parts: Sequence[Tensor], batch: int) -> Tensor:

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.presets import A1111_WITHOUT_SCHEDULE
 from mezzotint.request import Request
 from mezzotint.samplers import TABLE
 
@@ -64,15 +65,20 @@ def describe(
         "model": dict(model),
         "versions": versions,
     }
+    scale = request.guidance_scale
+    if request.sampler == "euler_cfg_pp" and scale is not None:  # DDIM CFG++ there, which divides its scale
+        divisor = A1111_WITHOUT_SCHEDULE["DDIM CFG++"].guidance_divisor
+        scale = tuple(divisor * w for w in scale) if isinstance(scale, tuple) else divisor * scale
     facts = {
         "Steps": request.steps,
         "Sampler": A1111_NAMES.get(request.sampler, request.sampler),
         "Schedule type": request.spacing and request.spacing.capitalize(),
-        "CFG scale": request.guidance_scale,
+        "CFG scale": scale,
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
         "Model": model["name"],
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # A1111 counts from the last layer, as 1
+        "Emphasis": {"no_norm": "No norm", "ignore": "Ignore"}.get(request.emphasis or ""),
         "Eta": request.eta,
         "CFG rescale": request.guidance_rescale or None,
         "Version": f"mezzotint {versions['mezzotint']}",

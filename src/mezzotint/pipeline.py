@@ -3,7 +3,8 @@
     pipe = mezzotint.load()
     image = pipe("a lemon on a blue background", seed=7)
 
-A Pipeline keeps nothing of a call: all that a run needs travels in the run, so two threads may share one.
+A Pipeline keeps nothing of a call but the prompts that it has encoded, which give the same whoever asks; what a run
+needs travels in the run, so two threads may share one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint import samplers
-from mezzotint.conditioning import encode, windows, zeros_like
-from mezzotint.denoiser import Denoiser
+from mezzotint.conditioning import Cache, Encoded, Reader, drawn, lengthened, plan_of, together, zeros_like
+from mezzotint.denoiser import Denoiser, Timeline
 from mezzotint.diffusion.guidance import METHODS, guided
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.prediction import Prediction
@@ -31,10 +32,10 @@ from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.diffusion.spacing import SPACINGS, from_timesteps
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.image import describe, from_pil, to_pil
-from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.request import Request, Result
 from mezzotint.weights.checkpoint import Parts, open_model
+from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import merged, read_lora
 from mezzotint.weights.part import FewStep
 
@@ -86,6 +87,7 @@ class Pipeline:
             self.vae.float()  # its activations pass float16's range
         self.unet.fuse_projections()
         self._changed: dict[str, UNet] = {}  # by LoRA, made on their first use
+        self._encoded = Cache()
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +136,7 @@ class Pipeline:
             "spacing": sampler.spacing,
             "seed": secrets.randbelow(2**32),
             "batch": 1 if self.device.type == "cpu" else GPU_BATCH,
+            "prompt_syntax": "a1111",
             "clip_skip": 0,
             "eta": eta and sampler.options.get("eta", eta.default),
             "guidance_method": method,
@@ -148,11 +151,19 @@ class Pipeline:
         defaults |= {name: own.get(name, option.default) for name, option in _options(method).items()}
         if xl:
             defaults |= {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
+        syntax = request.prompt_syntax or "a1111"
+        if syntax == "a1111":
+            defaults["emphasis"] = "original"
+        elif request.emphasis is not None:
+            raise RequestError(f"emphasis is given; it is for prompt_syntax a1111, which here is {syntax}")
+        for name in ("choices", "wildcards"):
+            if syntax != "comfy" and getattr(request, name) is not None:
+                raise RequestError(f"{name} is given; it is for prompt_syntax comfy, which here is {syntax}")
         resolved = request.replace(
             **{name: value for name, value in defaults.items() if getattr(request, name) is None}
         )
         self._sigmas(resolved)  # raises where the steps do not fit
-        return resolved
+        return drawn(resolved) if syntax == "comfy" and request.choices != "keep" else resolved
 
     @overload
     def generate(
@@ -187,7 +198,7 @@ class Pipeline:
         after each step, on_image(index, picture) when a picture is finished; what they raise ends the run.
         """
         requests = [self.resolve(r) for r in ([request] if isinstance(request, Request) else request)]
-        groups = _groups(requests, self.tokenizers)
+        groups = self._groups(requests)
         pictures = sum(r.count for r in requests)
         if latents is not None and latents.shape[:1] != (pictures,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
@@ -264,7 +275,7 @@ class Pipeline:
         scales = given if isinstance(given, tuple) else (given,)
         unet = self.unet_for(request)
         with torch.inference_mode():
-            conditions = self._conditions([job for job, _ in group])
+            conditions, weights = self._conditions([job for job, _ in group])
             denoiser = Denoiser(unet, schedule, prediction, conditions, sampler.timestep, sigmas)
             method = request.guidance_method or "cfg"
             denoise = guided(
@@ -276,6 +287,7 @@ class Pipeline:
                 request.guidance_steps,
                 sigmas,
                 METHODS[method](**{option.name: getattr(request, name) for name, option in _options(method).items()}),
+                weights,
                 mimic_scale=request.mimic_scale,
                 threshold_percentile=request.threshold_percentile or 0.0,
             )
@@ -325,44 +337,104 @@ class Pipeline:
         """What stands for no prompt: None is zeros."""
         return None if self.parts.model_index.get("force_zeros_for_empty_prompt") else ""
 
-    def _guides(self, request: Request) -> bool:
-        """Whether any step asks for the unconditional output; CFG++ always does."""
+    def _guides(self, request: Request, weights: Sequence[float]) -> bool:
+        """Whether any step asks for the unconditional output; CFG++ always does, and so does a sum of AND's parts."""
         scale = request.guidance_scale or 0.0
         highest = max(scale) if isinstance(scale, tuple) else scale
-        return highest > 1.0 or samplers.SOLVERS[self._sampler(request).solver].cfg_pp
+        return highest > 1.0 or abs(sum(weights) - 1.0) > 1e-6 or samplers.SOLVERS[self._sampler(request).solver].cfg_pp
 
-    def _conditions(self, requests: Sequence[Request]) -> list[Condition]:
-        """(conditional, unconditional, negative) for one batch: the second only where guidance asks for it, the third
-        only where Perp-Neg does; else the second is the negative one.
+    def _conditions(self, requests: Sequence[Request]) -> tuple[list[Timeline], tuple[float, ...]]:
+        """For one batch (conditionals, unconditional, negative) and the weights of the conditionals: one for each part
+        of the prompt, the second only where guidance asks for it, the third only where Perp-Neg does; else the second
+        is the negative one.
         """
         request = requests[0]
         same = all(r.prompt == request.prompt and r.negative_prompt == request.negative_prompt for r in requests)
         rows = requests[:1] if same else requests
-        prompts: list[list[str | None]] = [[r.prompt for r in rows]]
-        if self._guides(request):
-            empty, negative = [self._empty_prompt for _ in rows], [r.negative_prompt for r in rows]
-            prompts += [empty, negative] if request.guidance_method == "perp_neg" and negative != empty else [negative]
-        texts = [text or "" for part in prompts for text in part]
-        whole = encode(texts, self.tokenizers, self.text_encoders, request.clip_skip or 0)
-        others = whole  # clip_skip is the prompt's alone, as in diffusers
-        if request.clip_skip and len(prompts) > 1:
-            others = encode(texts, self.tokenizers, self.text_encoders)
+        prompts = [self._parts(r, r.prompt) for r in rows]
+        weights = tuple(part.weight for part in prompts[0])
+        slots: list[list[Timeline]] = [[part.timeline for part in parts] for parts in zip(*prompts, strict=True)]
+        unskipped = request.replace(clip_skip=0)  # clip_skip is the prompt's alone, as in diffusers
+        if self._guides(request, weights):
+            texts: list[list[str | None]] = [[r.negative_prompt for r in rows]]
+            empty = [self._empty_prompt for _ in rows]
+            if request.guidance_method == "perp_neg" and texts[0] != empty:
+                texts.insert(0, empty)
+            for column in texts:
+                slots.append(
+                    [
+                        [(0, zeros_like(first[0][1]))] if text is None else self._negative(unskipped, text)
+                        for text, first in zip(column, slots[0], strict=True)
+                    ]
+                )
+        if request.prompt_syntax == "compel":
+            empties = [self._negative(request, "")] * len(weights) + [self._negative(unskipped, "")] * 2
+            slots = lengthened(slots, empties)
         ids = None
         if request.original_size and request.crop and request.target_size:
             numbers = [*request.original_size, *request.crop, *request.target_size]
-            ids = torch.tensor([numbers] * len(rows), dtype=torch.float32)
-        conditions = []
-        for k, part in enumerate(prompts):
-            encoded, own = others if k else whole, slice(k * len(rows), (k + 1) * len(rows))
-            pooled = None if encoded.pooled is None else encoded.pooled[own]
-            condition = Condition(encoded.context[own], pooled, ids)
-            conditions.append(zeros_like(condition) if part[0] is None else condition)
-        return conditions
+            ids = torch.tensor([numbers], dtype=torch.float32)
+        return [together(slot, ids) for slot in slots], weights
+
+    def _negative(self, request: Request, text: str) -> Timeline:
+        """A negative prompt, which has no AND."""
+        return self._parts(request, text, negative=True)[0].timeline
+
+    def _parts(self, request: Request, text: str, negative: bool = False) -> list[Encoded]:
+        """A prompt of this request, encoded; from the cache where it was before."""
+        planned = plan_of(request, text, len(self._sigmas(request)) - 1, negative)
+        library = self._library(request)
+        reader = Reader(
+            self.tokenizers, self.text_encoders, request.clip_skip or 0, request.emphasis or "original", library
+        )
+        key = (*reader.key(planned), *sorted(library.digests.items()))
+        return self._encoded.get(key, lambda: reader.encode(planned))
+
+    def _library(self, request: Request) -> Library:
+        return Library(request.embeddings or (), [encoder.config.hidden_size for encoder in self.text_encoders])
+
+    def _used(self, request: Request) -> dict[str, str]:
+        """Trigger -> sha256 of the embeddings that the prompts may name."""
+        words = f"{request.prompt} {request.negative_prompt}".lower()
+        return {name: digest for name, digest in self._library(request).digests.items() if name in words}
+
+    def _groups(self, requests: Sequence[Request]) -> list[list[Job]]:
+        """Pictures in order, cut where the batch is full or the next request differs in more than words and seed.
+
+        Prompts of different lengths, or of other parts, do not meet: a neighbour's length would change the picture.
+        """
+        groups: list[list[Job]] = []
+        last: tuple[Any, ...] | None = None
+        for r in requests:
+            alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1)
+            reader = Reader(self.tokenizers, self.text_encoders, embeddings=self._library(r))
+            steps = len(self._sigmas(r)) - 1
+            shapes = [
+                reader.shape(plan_of(r, text or "", steps, negative))
+                for text, negative in ((r.prompt, False), (r.negative_prompt, True))
+            ]
+            for k in range(r.count):
+                if (alike, shapes) != last or len(groups[-1]) == r.batch:
+                    groups.append([])
+                groups[-1].append((r, r.seed + k))  # type: ignore[operator]
+                last = alike, shapes
+        return groups
 
     def encode(self, prompt: str, request: Request | None = None) -> Condition:
-        """What a prompt means to the UNet: context (1, T, D) float32, and for SDXL pooled (1, P)."""
+        """What a prompt means to the UNet: context (1, T, D) float32, and for SDXL pooled (1, P).
+
+        Of a prompt that changes in the course of the run, what it means in the first step; of one with AND, its first
+        part: `encode_parts` gives all of it.
+        """
+        return self.encode_parts(prompt, request)[0].timeline[0][1]
+
+    def encode_parts(self, prompt: str, request: Request | None = None) -> list[Encoded]:
+        """The whole meaning of a prompt: for each part (AND) its weight and its timeline of (last step that it holds
+        for, Condition of batch 1). `request` says the syntax, the steps, clip_skip, emphasis and embeddings.
+        """
+        request = self.resolve(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
         with torch.inference_mode():
-            return encode([prompt], self.tokenizers, self.text_encoders, (request and request.clip_skip) or 0)
+            return [part.copy() for part in self._parts(request, request.prompt)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) as a run leaves them -> B pictures."""
@@ -389,30 +461,13 @@ class Pipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             **({"lora": few_step.lora} if few_step else {}),
+            **({"embeddings": self._used(request)} if request.embeddings else {}),
         }
 
 
 def _options(method: str) -> dict[str, inspect.Parameter]:
     """The fields of a Request that are options of a guidance method."""
     return {f"{method}_{name}": option for name, option in inspect.signature(METHODS[method]).parameters.items()}
-
-
-def _groups(requests: Sequence[Request], tokenizers: Sequence[Tokenizer]) -> list[list[Job]]:
-    """Pictures in order, cut where the batch is full or the next request differs in more than words and seed.
-
-    Texts that fill different numbers of windows do not meet: an empty window more would change the picture.
-    """
-    groups: list[list[Job]] = []
-    last: tuple[Request, int] | None = None
-    for r in requests:
-        alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1)
-        kind = alike, windows([r.prompt, r.negative_prompt or ""], tokenizers)
-        for k in range(r.count):
-            if kind != last or len(groups[-1]) == r.batch:
-                groups.append([])
-            groups[-1].append((r, r.seed + k))  # type: ignore[operator]
-            last = kind
-    return groups
 
 
 def _device(name: str | torch.device) -> torch.device:

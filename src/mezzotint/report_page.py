@@ -290,7 +290,9 @@ distilled for them.</li>
 <li><b>With noise</b> the pictures are others, but should be as if drawn by the converged sampler. Measured is the root
 of the energy distance between the two sets of seeds (Sz&eacute;kely and Rizzo 2013), prompt by prompt. If all pictures
 were moved by a tenth of the way to another seed's, it would be 10 %. It sees what is shifted, blurred or too much
-alike; not fine detail, nor which picture is better. Few seeds see little: two standard deviations count as chance.</li>
+alike; not fine detail, nor which picture is better. Few seeds see little: two standard deviations count as chance.
+Equal, in the sentence on DDPM, is not farther by more than {percent(NEAR)}, by what chance allows at most
+(non-inferiority, Schuirmann 1987).</li>
 <li><b>100 %</b> is the mean distance between the converged pictures of two seeds:
 {check.latents.unit:.3g} in the latents, {check.pictures.unit:.3g} levels of 255 in the pictures.</li>
 <li><b>Calls</b> of the UNet are counted; the prompt's and the negative prompt's together are one. <b>Seconds</b> are a

@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import (
@@ -43,6 +44,7 @@ _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _EXTENT = "(height, width), two whole numbers of pixels above 0, as SDXL was told of its training pictures"
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
+Name = Annotated[str, Field(min_length=1, max_length=4096)]  # of a file, folder or hub repository
 Side = Annotated[int, Field(multiple_of=8, ge=8, le=MAX_SIDE)]
 Extent = Annotated[int, Field(ge=1, le=1_000_000)]
 Offset = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -60,6 +62,27 @@ class Request(BaseModel):
 
     prompt: Text = Field(description=_TEXT)
     negative_prompt: Text | None = Field(default=None, description=_TEXT)
+    prompt_syntax: str | None = Field(
+        default=None, pattern="^(a1111|comfy|compel|plain)$", description="a1111, comfy, compel or plain"
+    )
+    emphasis: str | None = Field(
+        default=None,
+        pattern="^(original|no_norm|ignore)$",
+        description="original, no_norm or ignore, what a1111 makes of weights",
+    )
+    embeddings: tuple[Name, ...] | None = Field(
+        default=None,
+        max_length=1000,
+        description="a list of at most 1000 textual inversions: files, folders or hub ids (owner/name)",
+    )
+    choices: str | None = Field(
+        default=None,
+        pattern="^(draw|keep)$",
+        description="draw (from the seed) or keep, what becomes of {this|that} in a comfy prompt",
+    )
+    wildcards: Name | None = Field(
+        default=None, description="a folder with the files of the __wildcards__ in a comfy prompt"
+    )
     width: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
     height: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
     steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
@@ -154,6 +177,15 @@ class Request(BaseModel):
         if isinstance(value, bool):  # Python's True would pass as 1
             raise PydanticCustomError("boolean", "a boolean")
         return value
+
+    @field_validator("embeddings", "wildcards", mode="before")
+    @classmethod
+    def _paths_are_names(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "embeddings" and isinstance(value, str | PathLike):
+            value = [value]  # one alone
+        if isinstance(value, list | tuple):
+            return tuple(fspath(name) if isinstance(name, PathLike) else name for name in value)
+        return fspath(value) if isinstance(value, PathLike) else value
 
     @field_validator("sampler", "spacing")
     @classmethod

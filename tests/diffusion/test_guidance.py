@@ -23,6 +23,7 @@ import mezzotint
 from mezzotint.diffusion.guidance import METHODS, Method, guided, thresholded
 from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, SAMPLE, V_PREDICTION, Prediction
 from mezzotint.diffusion.solvers import SOLVERS
+from mezzotint.errors import RequestError
 
 Array = NDArray[np.float64]
 
@@ -357,6 +358,21 @@ def test_the_same_outputs_twice_give_no_nan(name: str) -> None:
     outputs = Fixed(output, output, output) if name == "perp_neg" else Fixed(output, output)
     denoise = guided(outputs, SAMPLE, 7.5, rescale=0.7, method=METHODS[name](), mimic_scale=3.0)
     assert denoise(x, 2.0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scale": math.nan}, "scale is nan; it must be a finite number"),
+        ({"scale": (7.5, math.inf)}, "scale is .7.5, inf.; it must be a finite number"),
+        ({"scale": 7.5, "interval": (5.0, 1.0)}, "interval is .5.0, 1.0.; .* the lower first"),
+        ({"scale": 7.5, "steps": (0.5, 0.5)}, "steps is .0.5, 0.5.; .* the lower first"),
+        ({"scale": 7.5, "interval": (math.nan, 1.0)}, "interval is .nan, 1.0.; .* the lower first"),
+    ],
+)
+def test_what_is_no_scale_and_no_interval(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        guided(Recorder(), SAMPLE, **options)
 
 
 def test_every_run_has_its_own_momentum() -> None:

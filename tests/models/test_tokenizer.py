@@ -164,3 +164,12 @@ def test_bad_files_are_named(tmp_path: Path, file: str, content: bytes, sentence
     (bare(tmp_path) / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=sentence):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_tokens_know_their_places() -> None:
+    """In a text of several pieces too, and where a letter is several bytes."""
+    clip, text = Tokenizer.clip(), "A red  lemon, ÉTÉ " * 5000
+    found = clip.encode_with_places(text)
+    assert [id for id, _, _ in found] == clip.encode(text)
+    for id, start, end in found[:: len(found) // 100]:
+        assert clip.decode([id]) == text[start:end].lower()

@@ -83,6 +83,7 @@ def variants(name: str) -> Iterator[Variant]:
         said += [{"prediction_type": "sample"}] if name not in NO_SAMPLE else []
     said += [{"final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
     said += [{"set_alpha_to_one": True}] if "set_alpha_to_one" in has else []
+    said += [{"skip_prk_steps": False}] if "skip_prk_steps" in has else []
     for order, *types in itertools.product((1, 2, 3), *scheduler.choices.values()):
         if "solver_order" in has:
             flags = {"solver_order": order, **dict(zip(scheduler.choices, types, strict=True))}

@@ -16,8 +16,10 @@ import torch
 import make
 import mezzotint
 import scenes
+import words
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.vae import VAE
+from mezzotint.train import distill
 
 SMALL_UNET = {
     "block_out_channels": (8, 8, 16),
@@ -26,8 +28,8 @@ SMALL_UNET = {
     "norm_num_groups": 4,
 }
 SMALL_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "projection_dim": 16}
-VAE_STEPS, TEXT_STEPS, DIFFUSION_STEPS, DECODER_STEPS = (
-    [f"{stage} {step}" for step in range(4)] for stage in ("vae", "text", "diffusion", "decoder")
+VAE_STEPS, TEXT_STEPS, DIFFUSION_STEPS, DECODER_STEPS, DISTILL_STEPS = (
+    [f"{stage} {step}" for step in range(4)] for stage in ("vae", "text", "diffusion", "decoder", "distill")
 )
 
 
@@ -45,25 +47,27 @@ class Few(scenes.Scenes):
 class Recipe:
     """The recipe made small, writing into `folder`. `ran` lists the steps of training that ran, as "vae 3"."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, atlas: torch.Tensor) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, atlas: dict[int, torch.Tensor]) -> None:
         self.work, self.model, self.patch = folder / "work", folder / "model", monkeypatch
         self.ran: list[str] = []
         self.die_at = ""
         self._train, clip_config = make.train, make.clip_config
-        few = {"batch": 4, "save_every": 2, "log_every": 1}
         for name, value in {
             "VAE_CONFIG": make.VAE_CONFIG.model_copy(update={"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2}),
             "UNET_CONFIG": make.UNET_CONFIG.model_copy(update=SMALL_UNET),
             "clip_config": lambda tokenizer: clip_config(tokenizer).model_copy(update=SMALL_CLIP),
             "Scenes": partial(Few, atlas=atlas),
-            "SCENES": 100,
-            "VAE_PLAN": replace(make.VAE_PLAN, steps=4, **few),  # type: ignore[arg-type]
-            "TEXT_PLAN": replace(make.TEXT_PLAN, steps=4, **few),  # type: ignore[arg-type]
-            "DECODER_PLAN": replace(make.DECODER_PLAN, **few),  # type: ignore[arg-type]
-            "DIFFUSION_PLAN": replace(make.DIFFUSION_PLAN, **few),  # type: ignore[arg-type]
+            "SCENES": 16,
+            "PART": 16,
+            "RANK": 2,
+            "PLANS": {
+                stage: replace(plan, steps=8, batch=4, save_every=2, log_every=1) for stage, plan in make.PLANS.items()
+            },
             "train": self.train,
         }.items():
             monkeypatch.setattr(make, name, value)
+        monkeypatch.setattr(distill, "train", self.train)
+        monkeypatch.setattr(distill, "POOL", 1)
 
     def train(self, module: Any, losses: Callable[..., Any], plan: Any, folder: Path, **options: Any) -> Any:
         def noted(step: int, generator: torch.Generator) -> Any:
@@ -72,48 +76,47 @@ class Recipe:
             self.ran.append(f"{folder.name} {step}")
             return losses(step, generator)
 
-        return self._train(module, noted, plan, folder, **options, log=lambda line: None)
+        return self._train(module, noted, plan, folder, **(options | {"log": lambda line: None}))
 
     def run(self, *arguments: str, die_at: str = "") -> dict[str, bytes]:
         """main(), as from the command line; the files that it wrote."""
         self.die_at, self.ran = die_at, []
         places = [f"--work={self.work}", f"--out={self.model}", "--device=cpu"]
-        self.patch.setattr(sys, "argv", ["make.py", *places, "--steps=4", "--decoder-steps=4", *arguments])
+        self.patch.setattr(sys, "argv", ["make.py", *places, "--share=0.5", *arguments])
         make.main()
         files = (path for path in self.model.rglob("*") if path.is_file())
         return {str(path.relative_to(self.model)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
-def atlas() -> torch.Tensor:
+def atlas() -> dict[int, torch.Tensor]:
     """A square of one colour for each object, in each size: no font is needed."""
-    atlas = torch.zeros(len(scenes.SIZES), len(scenes.NAMES), scenes.SIDE, scenes.SIDE, 4, dtype=torch.uint8)
-    colours = torch.randint(0, 256, (len(scenes.NAMES), 1, 1, 4), generator=torch.Generator().manual_seed(0))
+    colours = torch.randint(0, 256, (len(words.NAMES), 1, 1, 4), generator=torch.Generator().manual_seed(0))
     colours[..., 3] = 255
-    for sized, size in zip(atlas, scenes.SIZES, strict=True):
-        start = (scenes.SIDE - size) // 2
-        sized[:, start : start + size, start : start + size] = colours.to(torch.uint8)
-    return atlas
+    return {size: colours.to(torch.uint8).expand(-1, size, size, -1) for size in scenes.SIZES}
 
 
 def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atlas: torch.Tensor
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atlas: dict[int, torch.Tensor]
 ) -> None:
     with monkeypatch.context() as patch:
         recipe = Recipe(tmp_path / "unbroken", patch, atlas)
         made = recipe.run()
-        assert recipe.ran == VAE_STEPS + TEXT_STEPS + DIFFUSION_STEPS + DECODER_STEPS
+        assert recipe.ran == VAE_STEPS + TEXT_STEPS + DIFFUSION_STEPS + DECODER_STEPS + DISTILL_STEPS
 
         pipe = mezzotint.load(recipe.model, device="cpu")
         request = pipe.resolve(mezzotint.Request(prompt="a lemon left of a whale on a pink background", seed=7))
-        settings = {name: getattr(request, name) for name in make.SETTINGS}
-        assert settings == make.SETTINGS == json.loads(made["mezzotint.json"])
+        assert json.loads(made["mezzotint.json"]) == make.SETTINGS
+        assert all(getattr(request, name) == value for name, value in make.SETTINGS.items() if name != "few_step")
         (image,) = pipe.generate(request.replace(steps=2)).images
         assert image.size == (128, 128) and len(image.getcolors(128 * 128) or []) > 100
+        few = pipe.resolve(mezzotint.Request(prompt=request.prompt, seed=7, sampler="lcm"))
+        assert (few.steps, few.guidance_scale) == (4, 1.0)
+        assert pipe.generate(few).images[0].tobytes() != image.tobytes()
         assert pipe.schedule.sigma_max == pytest.approx(4096, rel=1e-3), "zero terminal SNR"
         assert pipe.tokenizers[0].max_length == make.WINDOW
 
-        latents, ids = torch.load(recipe.work / "latents.pt", weights_only=True)
+        latents, ids = torch.load(recipe.work / "latents" / "0000000.pt", weights_only=True)
         assert latents.shape == (16, 4, 16, 16) and ids.shape == (16, make.WINDOW)
         assert 0.5 < latents.std() < 2.0, "the scaling factor makes them about unit variance"
 
@@ -121,8 +124,10 @@ def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
         assert recipe.ran == [] and again == made
 
         recipe.work = tmp_path / "more"  # from the folder alone: what no step changes comes out as it went in
-        assert recipe.run("--start", str(recipe.model), "--steps=0", "--decoder-steps=0") == made
-        recipe.run("--start", str(recipe.model), "--steps=2", "--decoder-steps=0")
+        idle = ("--start", str(recipe.model), "--decoder-steps=0", "--distill-steps=0")
+        same = recipe.run(*idle, "--diffusion-steps=0")
+        assert {name for name in made if same[name] != made[name]} == {"lcm_lora.safetensors"}
+        recipe.run(*idle, "--diffusion-steps=2")
         assert recipe.ran == DIFFUSION_STEPS[:2], "the VAE is final"
 
     with monkeypatch.context() as patch:
@@ -136,12 +141,12 @@ def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
         recipe.run("--stages", "decoder")  # before its turn: it needs the VAE only
         assert recipe.ran == DECODER_STEPS and not recipe.model.exists()
         assert recipe.run() == made, "the same bytes"
-        assert recipe.ran == DIFFUSION_STEPS, "nothing that was finished is made again"
+        assert recipe.ran == DIFFUSION_STEPS + DISTILL_STEPS, "nothing that was finished is made again"
 
 
 def test_the_configurations_fit_together() -> None:
     """The full sizes, on no memory: what section 6 of the design allows."""
-    tokenizer = Tokenizer.cut(scenes.caption_words(), max_length=make.WINDOW)
+    tokenizer = Tokenizer.cut(words.caption_words(), max_length=make.WINDOW)
     with torch.device("meta"):
         networks = make.CLIPTextModel(make.clip_config(tokenizer)), make.UNet(make.UNET_CONFIG), VAE(make.VAE_CONFIG)
     assert make.clip_config(tokenizer).hidden_size == make.UNET_CONFIG.cross_attention_dim
@@ -152,7 +157,7 @@ def test_the_configurations_fit_together() -> None:
 
 
 def test_every_caption_fits_the_window_uncut_and_in_whole_words() -> None:
-    tokenizer, whole = Tokenizer.cut(scenes.caption_words(), max_length=make.WINDOW), Tokenizer.clip()
+    tokenizer, whole = Tokenizer.cut(words.caption_words(), max_length=make.WINDOW), Tokenizer.clip()
     for caption in scenes.Scenes(make.LATENT_SCENES).specs(range(1_000))[0]:
         ids = tokenizer.encode(caption)
         assert len(ids) <= make.WINDOW - 2

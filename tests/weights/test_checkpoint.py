@@ -380,6 +380,11 @@ def test_inspect_lists_every_problem(folder: Path) -> None:
     assert "lacks conv_in.weight" in report.text()
 
 
+def test_inspect_the_bundled_model_by_name() -> None:
+    report = inspect_model("emoji")
+    assert report.family == "sd1" and not report.problems
+
+
 def test_inspect_nothing_and_damage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect_model(tmp_path / "none")

@@ -16,9 +16,11 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.draw import generate
+from mezzotint.cli.explain import explain
 from mezzotint.cli.measure import report
 from mezzotint.cli.show import env, inspect, models, samplers
 from mezzotint.cli.terminal import say
+from mezzotint.cli.words import tokens
 from mezzotint.errors import MezzotintError
 
 app = typer.Typer(
@@ -34,6 +36,8 @@ app = typer.Typer(
 
 EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
+    explain: 'explain "a lemon left of a whale" --seed 7 --out page.png',
+    tokens: 'tokens "a (lemon:1.3) left of a whale"',
     inspect: "inspect model.safetensors",
     samplers: "samplers",
     models: "models",

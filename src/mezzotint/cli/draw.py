@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from mezzotint.cli.terminal import Device, Dtype, Json, Model, load, long_work, print_json
+from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, Syntax, load, long_work, print_json, say
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The same as PROMPT.")] = None,
     model: Model = None,
     negative: Annotated[str | None, typer.Option(help="What to keep out of the picture.")] = None,
+    syntax: Syntax = None,
+    emphasis: Annotated[str | None, typer.Option(help="a1111: original, no_norm or ignore.")] = None,
+    embedding: Embedding = None,
+    choices: Annotated[str | None, typer.Option(help="comfy: draw {this|that} from the seed, or keep it.")] = None,
+    wildcards: Annotated[str | None, typer.Option(help="comfy: a folder with the files of __wildcards__.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
     guidance: Annotated[
@@ -82,16 +87,22 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a prompt."""
+    from mezzotint.prompt import plan
     from mezzotint.request import Request
 
     text = words if prompt is None else prompt
     if text is None or (words is not None and prompt is not None):
         raise RequestError('prompt is missing or given twice; name it once, such as: mezzotint generate "a lemon"')
-    width, height = _pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
+    width, height = pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
     shape = "WxH in pixels, such as 1024x1024"
     request = Request(
-        prompt=_text(text),
+        prompt=read_prompt(text),
         negative_prompt=negative,
+        prompt_syntax=syntax,
+        emphasis=emphasis,
+        embeddings=tuple(embedding) if embedding else None,
+        choices=choices,
+        wildcards=wildcards,
         width=width,
         height=height,
         steps=steps,
@@ -107,8 +118,8 @@ def generate(
         clip_skip=clip_skip,
         eta=eta,
         guidance_rescale=guidance_rescale,
-        guidance_interval=_pair("guidance_interval", guidance_interval, ":", float, "LOW:HIGH in sigma, such as 0.3:5"),
-        guidance_steps=_pair("guidance_steps", guidance_steps, ":", float, "START:STOP from 0 to 1, such as 0:0.6"),
+        guidance_interval=pair("guidance_interval", guidance_interval, ":", float, "LOW:HIGH in sigma, such as 0.3:5"),
+        guidance_steps=pair("guidance_steps", guidance_steps, ":", float, "START:STOP from 0 to 1, such as 0:0.6"),
         apg_eta=apg_eta,
         apg_momentum=apg_momentum,
         apg_norm_threshold=apg_norm_threshold,
@@ -117,11 +128,13 @@ def generate(
         mimic_scale=mimic_scale,
         threshold_percentile=threshold_percentile,
         # the record has SDXL's order, rows first; the command line the order of --size
-        original_size=_swapped(_pair("original_size", original_size, "x", int, shape)),
-        crop=_swapped(_pair("crop", crop, "x", int, "LEFTxTOP in pixels, such as 0x64")),
-        target_size=_swapped(_pair("target_size", target_size, "x", int, shape)),
+        original_size=_swapped(pair("original_size", original_size, "x", int, shape)),
+        crop=_swapped(pair("crop", crop, "x", int, "LEFTxTOP in pixels, such as 0x64")),
+        target_size=_swapped(pair("target_size", target_size, "x", int, shape)),
     )
-    _check_out(out, request)
+    check_out(out, request)
+    for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
+        say(f"{request.prompt[network.start : network.end]} is left out: networks named in a prompt are not loaded")
 
     pipe = load(model, device, dtype)
     request = pipe.resolve(request)
@@ -143,7 +156,7 @@ def generate(
         typer.echo(f"{_wrote(written)} ({request.width}x{request.height}, {request.steps} steps, seed {seeds})")
 
 
-def _text(prompt: str) -> str:
+def read_prompt(prompt: str) -> str:
     """The prompt; where it is "-", what standard input says, read no further than a prompt may reach."""
     if prompt != "-":
         return prompt
@@ -160,7 +173,7 @@ def _text(prompt: str) -> str:
         raise RequestError(f"prompt on standard input is not UTF-8; {right}") from None
 
 
-def _pair(
+def pair(
     field: str, text: str | None, mark: str, kind: Callable[[str], Number], right: str
 ) -> tuple[Number, Number] | None:
     """Two numbers out of "512x768" or "0.3:5"."""
@@ -211,7 +224,7 @@ def _is_exact(out: str | None, request: Request) -> bool:
     return out is not None and request.count == 1 and not os.path.isdir(out)
 
 
-def _check_out(out: str | None, request: Request) -> None:
+def check_out(out: str | None, request: Request) -> None:
     """Refuses, before any work, a place where no picture could be written."""
     import tempfile
 

@@ -17,9 +17,8 @@ def inspect(
 ) -> None:
     """Say what a model is made of, and what is missing."""
     from mezzotint.weights.checkpoint import inspect_model
-    from mezzotint.weights.hub import local
 
-    report = inspect_model(local(file) or file)
+    report = inspect_model(file)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -21,6 +21,13 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the device's natural one.")]
+Syntax = Annotated[
+    str | None, typer.Option(help="How the prompt is written: a1111 (unless said), comfy, compel or plain.")
+]
+Embedding = Annotated[
+    list[str] | None,
+    typer.Option(help="A textual inversion, named in the prompt: a file, folder or hub id. May be repeated."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.solving import weighted
+from mezzotint.errors import RequestError
 
 
 class Outputs(Protocol):
@@ -111,7 +112,8 @@ class Guided:
     al. 2024). steps: (start, stop) fractions of the run's steps, guidance from int(start * n) to before int(stop * n),
     as in diffusers. sigmas: the run's levels, by which its steps are counted; without them every call is in the first
     of one. weights: of the conditions, which are joined as unconditional + sum w (condition - unconditional) (Liu et
-    al. 2022). mimic_scale, threshold_percentile: see `thresholded`.
+    al. 2022). mimic_scale, threshold_percentile: see `thresholded`. Raises RequestError for a scale that is not finite
+    and for an interval or steps that hold nothing.
     """
 
     outputs: Outputs
@@ -125,6 +127,13 @@ class Guided:
     weights: Sequence[float] = (1.0,)
     mimic_scale: float | None = None
     threshold_percentile: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.scale).all():  # NaN would pass for no guidance
+            raise RequestError(f"scale is {self.scale}; it must be a finite number, or a list of them")
+        for name, pair in (("interval", self.interval), ("steps", self.steps)):
+            if pair and not pair[0] < pair[1]:
+                raise RequestError(f"{name} is {pair}; it must be two numbers, the lower first")
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """denoised, like x (B, C, h, w)."""
@@ -176,8 +185,7 @@ class Guided:
         return max(len(self.sigmas) - 1, 1)
 
     def _step(self, sigma: float) -> int:
-        """The step that a call at sigma belongs to: the one that begins there, or else the one around it."""
-        return sum(level >= sigma * (1.0 - 1e-6) for level in self.sigmas[1 : self._count])
+        return step_of(sigma, self.sigmas)
 
     def _scale(self, step: int) -> float:
         scales = (self.scale,) if isinstance(self.scale, int | float) else self.scale
@@ -186,6 +194,13 @@ class Guided:
 
 
 guided = Guided  # reads well as the verb: denoise = guided(denoiser.outputs, prediction, 7.5)
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """The step of a run through the levels `sigmas` that a call at sigma belongs to, from 0: the one that begins there,
+    or else the one around it.
+    """
+    return sum(level >= sigma * (1.0 - 1e-6) for level in sigmas[1 : max(len(sigmas) - 1, 1)])
 
 
 def thresholded(denoised: Tensor, mimic: Tensor, percentile: float) -> Tensor:

@@ -205,6 +205,7 @@ def unipc(
     """
     check_order(order, 1, 4)
     corrector_order = order if corrector_order is None else corrector_order
+    check_order(corrector_order, 0, 4)
     steps = len(sigmas) - 1
     before, eta, added = x, 0.0, 0.0 * x  # of the last step: where it began, and its noise
     known: Known = []

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.models.attention import attention
+from mezzotint.models.attention import attention, watcher
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
 
@@ -59,6 +59,8 @@ class Attention(nn.Module):
             q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)  # (B, heads, T, d)
         else:
             (q,), (k, v) = self._project(x, self.to_q), keys_values
+            if (record := watcher.get()) is not None:
+                record(self, q, k)
         out = attention(q.float(), k.float(), v.float()).to(x.dtype) if self.upcast else attention(q, k, v)
         y: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, dim)
         return y

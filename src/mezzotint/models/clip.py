@@ -29,7 +29,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.G
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it: (B, T, dim) -> (B, T, dim)."""
+    """Multi-head attention of each token to itself and those before it: (B, T, dim) -> (B, T, dim).
+
+    A mask, additive (B, 1, T, T), takes the place of the causal one.
+    """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -39,10 +42,10 @@ class SelfAttention(nn.Module):
         self.v_proj = _linear(dim, dim, dim**-0.5)
         self.out_proj = _linear(dim, dim, _residual_std(config))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
-        out = attention(q, k, v, is_causal=True)  # (B, heads, T, d)
+        out = attention(q, k, v, mask=mask, is_causal=mask is None)  # (B, heads, T, d)
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return y
 
@@ -72,8 +75,8 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))  # (B, T, dim)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, T, dim)
         y: Tensor = x + self.mlp(self.layer_norm2(x))
         return y
 
@@ -98,11 +101,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """The input and the output of each layer, (B, T, dim) all."""
         states = [x]
         for layer in self.layers:
-            states.append(layer(states[-1]))
+            states.append(layer(states[-1], mask))
         return states
 
 
@@ -129,14 +132,21 @@ class CLIPTextModel(nn.Module):
         )
 
     def forward(
-        self, ids: Tensor, *, skip: int = 0, normed: bool = True, inputs_embeds: Tensor | None = None
+        self,
+        ids: Tensor,
+        *,
+        skip: int = 0,
+        normed: bool = True,
+        inputs_embeds: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode windows of ids (B, T), integers, T at most max_position_embeddings.
 
         Returns the hidden states (B, T, hidden_size) after all layers but the last `skip`, through the final layer
         norm if `normed` (SD; SDXL takes skip=1, normed=False), and the pooled vector: the last layer's at the first
         EOS, normed, and projected if the model has a projection (B, projection_dim; else B, hidden_size).
-        `inputs_embeds` (B, T, hidden_size) replaces the tokens' own vectors; the ids still say where the EOS is.
+        `inputs_embeds` (B, T, hidden_size) replaces the tokens' own vectors; the ids still say where the EOS is. `seen`
+        (B, T), boolean, is False where no token may look; the first of each text must be True.
         Raises RequestError if `skip` or T does not fit the model.
         """
         layers, window = self.config.num_hidden_layers, self.config.max_position_embeddings
@@ -147,7 +157,8 @@ class CLIPTextModel(nn.Module):
         if ids.shape[1] > window:
             raise RequestError(f"The text encoder takes {window} tokens at a time, not {ids.shape[1]}.")
         model = self.text_model
-        states = model.encoder(model.embeddings(ids, inputs_embeds))
+        x = model.embeddings(ids, inputs_embeds)
+        states = model.encoder(x, None if seen is None else _mask(seen, x.dtype))
         hidden = states[layers - skip]
         pooled = model.final_layer_norm(states[-1][torch.arange(len(ids), device=ids.device), self._eos(ids)])  # (B, D)
         if self.text_projection is not None:
@@ -158,6 +169,13 @@ class CLIPTextModel(nn.Module):
         """Where the first EOS of each text stands, (B,)."""
         eos = self.config.eos_token_id
         return (ids if eos is None or eos == OLD_EOS else (ids == eos).int()).argmax(-1)
+
+
+def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive, (B, 1, T, T): each token may look at those of `seen` (B, T) that are not after it."""
+    before = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril()
+    allowed = before & seen[:, None, None, :]
+    return torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, -torch.inf)
 
 
 def _linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Linear:

@@ -17,11 +17,11 @@ import gzip
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
@@ -149,14 +149,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS and EOS, however many. Raises RequestError for text that is not Unicode."""
+        return [id for _, encoding in self._encodings(text) for id in encoding.ids]
+
+    def encode_with_places(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of each token: it stands for text[start:end]. Raises RequestError as `encode` does."""
+        return [
+            (id, first + start, first + end)
+            for first, encoding in self._encodings(text)
+            for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def _encodings(self, text: str) -> Iterator[tuple[int, Encoding]]:
+        """(index of its first character, encoding) of each piece of the text."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"The prompt's character {error.start + 1} is half of a surrogate pair: give it as valid UTF-8."
             ) from None
-        pieces = _PIECES.findall(text) if self._in_pieces else [text]
-        return [id for piece in pieces for id in self._backend.encode(piece, add_special_tokens=False).ids]
+        pieces = [(m.start(), m[0]) for m in _PIECES.finditer(text)] if self._in_pieces else [(0, text)]
+        for first, piece in pieces:
+            yield first, self._backend.encode(piece, add_special_tokens=False)
 
     def window(self, ids: Sequence[int]) -> list[int]:
         """BOS, as many of `ids` as fit, EOS, then padding: exactly `max_length` ids."""

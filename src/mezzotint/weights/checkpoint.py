@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from mezzotint.config import CLIPConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
-from mezzotint.weights.hub import locate
+from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
 from mezzotint.weights.part import ENCODERS, NETWORKS, FewStep, Overrides, Plan, word
 from mezzotint.weights.single import kind_of, plan_file
@@ -106,6 +107,13 @@ def open_model(
     )
 
 
+def read_tokenizers(path_or_id: str | Path) -> tuple[list[Tokenizer], list[int]]:
+    """A model's tokenizers alone, and the width of the text encoder of each. Raises CheckpointError as `open_model`."""
+    found = _plan(locate(path_or_id), None, None, None, {})
+    configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
+    return [make() for make in found.tokenizers], [config.hidden_size for config in configs]
+
+
 def _plan(path: Path, variant: str | None, family: str | None, prediction: str | None, config: Overrides) -> Plan:
     for field_name, value, known in (
         ("family", family, FAMILIES),
@@ -163,11 +171,11 @@ class Report:
 
 
 def inspect_model(path: str | Path, *, variant: str | None = None, config: Overrides | None = None) -> Report:
-    """Say what a model folder or any tensor file is, and what is wrong with it, without reading its weights.
+    """Say what a model folder, any tensor file or "emoji" is, and what is wrong with it, without reading its weights.
 
     Raises CheckpointError when there is nothing at the path, or it is neither a model folder nor a tensor file.
     """
-    path = Path(path)
+    path = local(path) or Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     try:

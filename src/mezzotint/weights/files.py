@@ -5,7 +5,8 @@ keeps nothing: no memory map, whose pages would count as ours. What a file is, i
 
 A safetensors header is held to the format's own rules (github.com/huggingface/safetensors, README "Format") before
 anything is allocated. A PyTorch file goes through `torch.load(weights_only=True, map_location="meta")`, which gives the
-shapes and where the bytes lie; the bytes are then read like those of a safetensors file.
+shapes and where the bytes lie; the bytes are then read like those of a safetensors file. What lies in its tables
+`state_dict` and, in a textual inversion, `string_to_param` counts as the file's own, the latter with that prefix.
 """
 
 from __future__ import annotations
@@ -219,6 +220,9 @@ class TensorFile:
             ) from None
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
             tree = {**tree, **tree["state_dict"]}
+        if isinstance(tree, dict) and isinstance(params := tree.get("string_to_param"), dict | _Parameters):
+            params = params.held if isinstance(params, _Parameters) else params
+            tree = {**tree, **{f"string_to_param.{name}": tensor for name, tensor in params.items()}}
         if not isinstance(tree, dict):
             raise CheckpointError(f"{self.path} holds a {type(tree).__name__}, not a table of tensors")
         self.scalars = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, int | float)}
@@ -235,7 +239,19 @@ class _Ignored:
         pass
 
 
+class _Parameters:
+    """Stands for the ParameterDict in textual inversions of torch 1.11 and before."""
+
+    def __init__(self) -> None:
+        self.held: dict[Any, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        held = state.get("_parameters") if isinstance(state, dict) else None
+        self.held = held if isinstance(held, dict) else {}
+
+
 _STAND_INS: list[Any] = [
+    (_Parameters, "torch.nn.modules.container.ParameterDict"),
     (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     (_Ignored, "numpy.core.multiarray.scalar"),
     (_Ignored, "numpy.dtype"),

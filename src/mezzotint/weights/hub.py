@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mezzotint.errors import CheckpointError
@@ -19,6 +19,7 @@ BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
+Choose = Callable[[Iterable[str]], list[str]]  # of the names of a repository's files those to fetch
 DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
@@ -61,17 +62,41 @@ def _cached(name: str, variant: str | None) -> Path | None:
         return None
 
 
+def snapshot(name: str, choose: Choose) -> Path:
+    """The hub's snapshot of the files that `choose` picks of its listing, from the cache where that has any of them.
+
+    `choose` raises CheckpointError where there is nothing for it, and so does this.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        choose(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+        return folder
+    except (OSError, HfHubHTTPError, CheckpointError):
+        return _fetched(name, choose)
+
+
 def _download(name: str, variant: str | None) -> Path:
+    def choose(listing: Iterable[str]) -> list[str]:
+        files = needed(listing, variant)
+        if "model_index.json" not in files:
+            raise CheckpointError(
+                f"The hub's {name} has no model_index.json; to use a single file of it, download that and give its path"
+            )
+        return files
+
+    return _fetched(name, choose)
+
+
+def _fetched(name: str, choose: Choose) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         listing = HfApi().model_info(name, timeout=TIMEOUT).siblings or []  # fails at once when there is no network
-        files = needed((file.rfilename for file in listing), variant)
-        if "model_index.json" not in files:
-            raise CheckpointError(
-                f"The hub's {name} has no model_index.json; to use a single file of it, download that and give its path"
-            )
+        files = choose([file.rfilename for file in listing])
         return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in files]))
     except CheckpointError:
         raise

@@ -1,0 +1,119 @@
+"""`mezzotint explain`: draw a picture, and show where each word of its prompt was looked at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mezzotint.cli.draw import check_out, pair, read_prompt
+from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, Syntax, load, long_work, print_json
+from mezzotint.errors import RequestError
+
+if TYPE_CHECKING:
+    from mezzotint.explain import Explanation
+
+
+def explain(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw; - reads standard input.")],
+    out: Annotated[str, typer.Option(metavar="FILE.png", help="The page; overwritten if it is there.")],
+    arrays: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Keep the attention itself too, for numpy.")
+    ] = None,
+    model: Model = None,
+    syntax: Syntax = None,
+    embedding: Embedding = None,
+    negative: Annotated[str | None, typer.Option(help="What to keep out of the picture.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="A name from `mezzotint samplers`.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Overrides the sampler's spacing of noise levels.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the picture; else random.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip from the end.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a picture, and show what each word did."""
+    from mezzotint.request import Request
+
+    width, height = pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
+    request = Request(
+        prompt=read_prompt(prompt),
+        prompt_syntax=syntax,
+        embeddings=tuple(embedding or ()),
+        negative_prompt=negative,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+        spacing=spacing,
+        seed=seed,
+        clip_skip=clip_skip,
+    )
+    if os.path.isdir(out) or not out.lower().endswith(".png"):
+        raise RequestError(f"out is {out!r}; it must be a file name ending in .png")
+    check_out(out, request)
+    if arrays is not None and (arrays.suffix != ".npz" or not os.access(arrays.parent, os.W_OK)):
+        raise RequestError(f"arrays is {str(arrays)!r}; it must end in .npz, in a folder that may be written to")
+
+    from mezzotint.explain import explain as run
+    from mezzotint.explain_page import page
+    from mezzotint.image import save_png
+
+    pipe = load(model, device, dtype)
+    with long_work("drawing", lambda: "no page was finished") as on_step:
+        explanation = run(pipe, request, on_step=on_step)
+    save_png(page(explanation), out)
+    written = {"page": out}
+    if arrays is not None:
+        _save_arrays(explanation, arrays)
+        written["arrays"] = str(arrays)
+    request = explanation.result.request
+    if as_json:
+        print_json({**written, "words": _words(explanation), "request": request.model_dump(mode="json")})
+    else:
+        typer.echo(f"Wrote {' and '.join(written.values())} ({len(explanation.words)} words, seed {request.seed})")
+
+
+def _words(explanation: Explanation) -> list[dict[str, Any]]:
+    """Each word: its place in the prompt, its share of all attention, and the middle of its map in the picture, from 0
+    at the left and the top to 1 (null where it was looked at no more than the others).
+    """
+    import torch
+
+    found = []
+    for word in explanation.words:
+        heat = explanation.map(word)
+        mass = heat / heat.sum()
+        spots = [torch.linspace(0.5 / n, 1 - 0.5 / n, n) for n in heat.shape]
+        y, x = float((mass.sum(1) * spots[0]).sum()), float((mass.sum(0) * spots[1]).sum())
+        found.append(
+            {
+                "word": word.text,
+                "start": word.start,
+                "end": word.end,
+                "share": round(explanation.share(word), 5),
+                "middle": [round(x, 3), round(y, 3)] if heat.any() else None,
+            }
+        )
+    return found
+
+
+def _save_arrays(explanation: Explanation, path: Path) -> None:
+    """What the one picture's maps are, under the names that docs/explain.md gives."""
+    import numpy as np
+
+    kept: dict[str, Any] = {
+        "picture": np.asarray(explanation.result.images[0]),
+        "tokens": np.array([token.text for token in explanation.tokens]),
+        "places": np.array([(token.start, token.end) for token in explanation.tokens]),
+        "layers": np.array(explanation.layers),
+        "steps": np.array(explanation.steps[0]),
+    }
+    kept |= {f"layer_{k}": shares.numpy() for k, shares in enumerate(explanation.maps[0])}
+    np.savez_compressed(path, **kept)

@@ -1,0 +1,192 @@
+"""Textual inversion files: vectors that stand in a prompt for a word of their own (Gal et al. 2022).
+
+    A1111 .pt                string_to_param.*           (n, width)    its name is the file's
+    diffusers .safetensors,  <cat-toy>                   (n, width)    its name is the key (and the file's)
+      .bin                                               or (width,)
+    kohya .safetensors       emb_params                  (n, width)    its name is the file's
+    SDXL                     clip_l and clip_g           (n, width)    its name is the file's; for both encoders
+    in a LoRA                bundle_emb.NAME.string_to_param.* (or .clip_l, .clip_g)
+
+Nothing in a file is executed; see files.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+
+from torch import Tensor
+
+from mezzotint.errors import CheckpointError
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.hub import HUB_ID, snapshot
+from mezzotint.weights.part import listed
+
+SUFFIXES = (".pt", ".bin", ".safetensors")
+BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(?:string_to_param\.)?(.+)")
+PAIR = ("clip_l", "clip_g")  # SDXL's first and second text encoder
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """names: its triggers, without < and >. vectors: (n, width) float32, by "clip_l" and "clip_g", or "" if alone."""
+
+    path: Path
+    names: tuple[str, ...]
+    vectors: Mapping[str, Tensor]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of its numbers."""
+        digest = hashlib.sha256()
+        for key in sorted(self.vectors):
+            digest.update(f"{key}{tuple(self.vectors[key].shape)}".encode())
+            digest.update(self.vectors[key].numpy().tobytes())
+        return digest.hexdigest()
+
+    def fitted(self, widths: Sequence[int]) -> tuple[Tensor, ...]:
+        """The vectors for each text encoder, of these widths. Raises CheckpointError where they do not fit."""
+        keys = PAIR[: len(widths)] if self.vectors.keys() & {*PAIR} else ("",)
+        found = tuple(self.vectors[key] for key in keys if key in self.vectors)
+        have = [vectors.shape[1] for vectors in self.vectors.values()]
+        if len(have) != len(widths) or [vectors.shape[1] for vectors in found] != [*widths]:
+            raise CheckpointError(
+                f"{self.path} was made for another model: the vectors of its embedding {self.names[0]!r} are "
+                f"{_and(have)} numbers wide, and the text encoder's are {_and(widths)}"
+            )
+        return found
+
+
+class Library(Mapping[str, tuple[Tensor, ...]]):
+    """Trigger, in lower case -> the vectors (n, width) for each text encoder.
+
+    An embedding in a folder that was made for another model is an error only where a prompt asks for it.
+    """
+
+    def __init__(self, sources: Sequence[str], widths: Sequence[int]) -> None:
+        """sources: files, folders or hub ids. Raises CheckpointError for what is missing, damaged or does not fit."""
+        self._widths = widths
+        self._found: dict[str, Embedding] = {}
+        for source in sources:
+            path = _located(source)
+            for embedding in (e for file in _files(path) for e in read_embeddings(file)):
+                if path.is_file():
+                    embedding.fitted(widths)
+                for name in embedding.names:
+                    other = self._found.setdefault(name.lower(), embedding)
+                    if other.digest != embedding.digest:
+                        raise CheckpointError(
+                            f"{other.path} and {embedding.path} both hold an embedding named {name!r}; rename one"
+                        )
+
+    def __getitem__(self, name: str) -> tuple[Tensor, ...]:
+        return self._found[name].fitted(self._widths)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Trigger -> sha256 of the embedding's numbers."""
+        return {name: embedding.digest for name, embedding in self._found.items()}
+
+
+def read_embeddings(path: Path) -> list[Embedding]:
+    """The embeddings of one file, or those bundled in a LoRA. Raises CheckpointError for a file that holds none."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, _changed: int, _size: int) -> list[Embedding]:
+    file = TensorFile(path)
+    bundled: dict[str, dict[str, Tensor]] = {}
+    for match in filter(None, map(BUNDLED.fullmatch, file.entries)):
+        key = match[2] if match[2] in PAIR else ""
+        if key in bundled.setdefault(match[1], {}):
+            raise CheckpointError(f"{path}: the bundled embedding {match[1]!r} has several tensors; it must have one")
+        bundled[match[1]][key] = _vectors(file, match[0])
+    if bundled:
+        return [Embedding(path, (name,), vectors) for name, vectors in bundled.items()]
+    keys = list(file.entries)
+    if {*keys} & {*PAIR}:
+        return [Embedding(path, (path.stem,), {key: _vectors(file, key) for key in PAIR if key in file.entries})]
+    params = [key for key in keys if key.startswith("string_to_param.")]
+    if params or keys == ["emb_params"]:
+        if len(params) > 1:
+            raise CheckpointError(f"{path} holds {len(params)} embeddings in one string_to_param; it must be one")
+        return [Embedding(path, (path.stem,), {"": _vectors(file, (params or keys)[0])})]
+    if not keys or any(
+        len(entry.shape) not in (1, 2) or key.endswith(".weight") for key, entry in file.entries.items()
+    ):
+        raise CheckpointError(
+            f"{path} holds no textual inversion: neither string_to_param, emb_params, clip_l and clip_g, nor a tensor "
+            f"named by its trigger, nor bundle_emb in a LoRA; it has {listed(keys) or 'no tensors'}"
+        )
+    single = (path.stem,) if len(keys) == 1 else ()
+    return [Embedding(path, (key.strip("<>"), *single), {"": _vectors(file, key)}) for key in keys]
+
+
+def _vectors(file: TensorFile, key: str) -> Tensor:
+    tensor = file.read(key).float()
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    if tensor.ndim != 2 or not tensor.numel() or not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{file.path}: {key!r} of shape {tuple(tensor.shape)} is no embedding, which is finite, (vectors, width)"
+        )
+    return tensor
+
+
+def _located(source: str) -> Path:
+    """The file or folder that was named, or the hub's snapshot of it."""
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # too long, or a NUL byte
+        pass
+    if not HUB_ID.fullmatch(source) or source.endswith(SUFFIXES):
+        raise CheckpointError(
+            f"the embedding {source[:200]!r} does not exist: give a .safetensors, .bin or .pt file, a folder of them, "
+            "or a hub id (owner/name)"
+        )
+    return snapshot(source, partial(_chosen, source))
+
+
+def _chosen(name: str, listing: Iterable[str]) -> list[str]:
+    """Of a repository's files the embeddings, at its top."""
+    files = _best(file for file in listing if "/" not in file)
+    if not files:
+        raise CheckpointError(f"The hub's {name} has no .safetensors, .bin or .pt file at its top: it is no embedding")
+    return files
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = _best(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    if not files:
+        raise CheckpointError(f"{path} is a folder without .safetensors, .bin or .pt files: it holds no embedding")
+    return [path / file for file in files]
+
+
+def _best(names: Iterable[str]) -> list[str]:
+    """Each file that may be an embedding, in the safest of its formats."""
+    listing, best = list(names), dict[str, str]()
+    for suffix in SUFFIXES:  # the safest last
+        best |= {name.removesuffix(suffix): name for name in listing if name.endswith(suffix)}
+    return sorted(best.values())
+
+
+def _and(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths))
