@@ -8,7 +8,8 @@ demo: .venv/installed  ## draw a picture with the bundled model
 test: .venv/installed-all  ## the tests (about ten minutes on two cores)
 	$(BIN)/python -m pytest
 
-test-slow: .venv/installed-all  ## the long tests
+test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for them alone
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[scale]'
 	$(BIN)/python -m pytest -m slow
 
 check: .venv/installed-all  ## lint, types, floor plan

@@ -21,10 +21,11 @@ from PIL import Image
 import mezzotint
 from mezzotint import cli
 from mezzotint.cli import terminal
-from mezzotint.image import describe, read_metadata
+from mezzotint.image import read_metadata
+from mezzotint.provenance import describe
 from mezzotint.request import Request, Result
 
-COMMANDS = ["generate", "explain", "tokens", "inspect", "samplers", "models", "env", "report"]
+COMMANDS = ["generate", "again", "explain", "tokens", "inspect", "samplers", "models", "env", "bulk", "grid", "report"]
 OWN = {"width": 16, "height": 8, "steps": 3, "guidance_scale": 7.5, "sampler": "euler", "seed": 40, "batch": 1}
 
 
@@ -114,7 +115,10 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--crop 3x0 --target-size 1024x512 --guidance-method apg --guidance-steps 0:0.8 --apg-eta 0.1 "
         "--apg-momentum -0.75 --apg-norm-threshold 7.5 --cfg-zero-init-steps 2 --perp-neg-scale 1.5 --mimic-scale 5 "
         "--threshold-percentile 0.95 --syntax comfy --emphasis no_norm --embedding a.pt --embedding owner/b "
-        "--wildcards cards --choices keep"
+        "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --resize-mode crop "
+        "--mask-blur 4 --invert-mask --masked-content fill --only-masked 32 --outpaint right=64,top=8 --hires 2 "
+        "--hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x --variation-seed 3 "
+        "--variation-strength 0.2 --seed-size 64x72"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -151,6 +155,24 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             original_size=(1000, 801),
             crop=(0, 3),
             target_size=(512, 1024),
+            noise="philox",
+            image="a.png",
+            mask="b.png",
+            strength=0.6,
+            resize_mode="crop",
+            mask_blur=4.0,
+            invert_mask=True,
+            masked_content="fill",
+            only_masked=32,
+            outpaint=(0, 8, 64, 0),
+            hires=2.0,
+            hires_upscale="pixels",
+            hires_steps=9,
+            hires_strength=0.5,
+            seamless="x",
+            variation_seed=3,
+            variation_strength=0.2,
+            seed_size=(64, 72),
         )
     ]
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}
@@ -262,10 +284,20 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --guidance-interval 5:1", "guidance_interval is (5.0, 1.0); "),
         ("x --guidance-interval 5", "guidance_interval is '5'; it must be LOW:HIGH"),
         ("x --crop left", "crop is 'left'; "),
+        ("x --image a.png --strength 1.5", "strength is 1.5; it must be a number from 0 to 1"),
+        ("x --image a.png --strength -0.1", "strength is -0.1; "),
+        ("x --image a.png --masked-content grey", "masked_content is 'grey'; it must be original, fill"),
+        ("x --image a.png --outpaint 64", "outpaint is '64'; it must be sides and pixels, such as right=64"),
+        ("x --image a.png --outpaint up=64", "outpaint is 'up=64'; it must be sides and pixels"),
+        ("x --image a.png --outpaint right=60", "outpaint is (0, 0, 60, 0); it must be (left, top, right, bottom)"),
+        ("x --image a.png --only-masked some", "Invalid value for '--only-masked'"),
+        ("x --hires 1", "hires is 1.0; it must be a number above 1"),
+        ("x --seamless z", "seamless is 'z'; it must be x, y or xy"),
+        ("x --seed-size 64", "seed_size is '64'; it must be WxH"),
         ("x --out file/x.png", "'file/x.png', which cannot be written (Not a directory)"),
         ("x --out missing/x.png", "'missing/x.png', which cannot be written (No such file or directory)"),
-        ("x --out missing/", "it must be a file name ending in .png, or a folder that exists"),
-        ("x --out x.jpg", "out is 'x.jpg'; it must be a file name ending in .png"),
+        ("x --out missing/", "it must be a file name ending in .png, .jpg, .jpeg, .webp, or a folder that exists"),
+        ("x --out x.gif", "out is 'x.gif'; it must be a file name ending in .png, .jpg"),
         (f"x --out {'x' * 300}.png", "File name too long"),
         (f"x --out {'x' * 250}.png --count 2", "File name too long"),
         ("", "prompt is missing"),
@@ -535,6 +567,29 @@ def test_the_bundled_model_draws(run: Run) -> None:
     for k in range(2):
         found = json.loads(read_metadata(f"mezzotint-{7 + k}.png")["mezzotint"])
         assert (found["seed"], Request.model_validate(found["request"])) == (7 + k, request)
+
+
+def test_pictures_from_pictures_with_the_bundled_model(run: Run) -> None:
+    """What only the model and the files can tell is wrong is said before anything is drawn; a resized mask after."""
+    Image.new("RGB", (64, 64), "blue").save("blue.png")
+    Image.new("L", (32, 32), "white").save("mask.png")
+    Image.new("L", (64, 64), "black").save("black.png")
+    Path("svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    for arguments, sentence in (
+        ("--mask mask.png", "mask is given, and there is no image to start from"),
+        ("--strength 0.5", "strength is given, and there is no image"),
+        ("--image none.png", "image is 'none.png', which is not there"),
+        ("--image svg.png", "image is 'svg.png', an SVG"),
+        ("--image blue.png --strength 0.01", "strength is 0.01, which of 20 steps leaves none"),
+        ("--image blue.png --mask black.png", "mask is black everywhere"),
+        ("--image blue.png --mask-blur 4", "mask_blur is given, and there is neither mask nor outpaint"),
+    ):
+        ran = run("generate", "a lemon", *arguments.split())
+        assert (ran.code, ran.out) == (2, "") and ran.err.splitlines()[-1].startswith(f"Error: {sentence}")
+    options = "--image blue.png --mask mask.png --strength 0.2 --steps 5 --seed 3 --out lemon.png"
+    ran = run("generate", "a lemon", *options.split())
+    assert (ran.code, ran.out) == (0, "Wrote lemon.png (64x64, 5 steps, seed 3)\n")
+    assert ran.err == "the mask is 32x32 and the image 64x64; the mask was resized\n"
 
 
 def test_inspect_the_bundled_model(run: Run) -> None:

@@ -1,19 +1,22 @@
-"""Pixels in and out, and a picture's record in its PNG file."""
+"""Pixels in and out, and a picture's record in its file."""
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mezzotint.errors import MezzotintError, RequestError
-from mezzotint.image import describe, from_pil, read_metadata, save_png, to_pil
+from mezzotint.image import FORMATS, from_pil, read_metadata, read_picture, save, save_png, to_pil
+from mezzotint.provenance import describe
 from mezzotint.request import MAX_PROMPT, Request
 
 REQUEST = Request(
@@ -33,7 +36,7 @@ MODEL = {"name": "emoji", "dtype": "float32", "threads": 2}
 
 def picture(request: Request = REQUEST, seed: int = 9) -> Image.Image:
     image = Image.new("RGB", (16, 8), "yellow")
-    image.info.update(describe(request, seed, MODEL, group=[9, 10]))
+    image.info.update(describe(request, seed, MODEL, [(request, 9), (request, 10)], seed - 9, image=image))
     return image
 
 
@@ -68,47 +71,6 @@ def test_nan_is_no_picture() -> None:
         to_pil(pixels)
 
 
-def test_the_record_makes_the_request_again(tmp_path: Path) -> None:
-    save_png(picture(), tmp_path / "lemon.png")
-    found = read_metadata(tmp_path / "lemon.png")
-    record = json.loads(found["mezzotint"])
-    assert Request.model_validate(record["request"]) == REQUEST
-    assert (record["seed"], record["group"], record["model"]) == (9, [9, 10], MODEL)
-    assert set(record["versions"]) == {"mezzotint", "torch"}
-    assert found["parameters"] == (
-        "a lemon\nNegative prompt: dark, blurry\n"
-        "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 9, Size: 104x72, Model: emoji, "
-        f"Version: mezzotint {record['versions']['mezzotint']}"
-    )
-
-
-def test_the_record_is_the_same_every_time() -> None:
-    assert picture().info == picture().info
-    assert json.loads(describe(REQUEST, 9, MODEL)["mezzotint"])["group"] == [9]
-
-
-def test_parameters_name_what_was_asked_for_and_quote_what_would_be_misread() -> None:
-    request = Request(
-        prompt="x", width=8, height=8, steps=1, clip_skip=1, eta=0.5, guidance_rescale=0.7, spacing="karras"
-    )
-    text = describe(request, 0, {"name": "a, b: c"})["parameters"]
-    assert text.startswith('x\nSteps: 1, Schedule type: Karras, Seed: 0, Size: 8x8, Model: "a, b: c", Clip skip: 2, ')
-    assert "Eta: 0.5, CFG rescale: 0.7, Version: mezzotint " in text
-
-
-@pytest.mark.parametrize(
-    ("sampler", "scale", "written"),
-    [
-        ("euler_cfg_pp", 0.6, "Sampler: DDIM CFG++, CFG scale: 7.5,"),
-        ("euler_cfg_pp", (0.8, 0.4), 'Sampler: DDIM CFG++, CFG scale: "(10.0, 5.0)",'),
-        ("DDIM CFG++", 7.5, "Sampler: DDIM CFG++, CFG scale: 7.5,"),
-        ("euler", 7.5, "Sampler: Euler, CFG scale: 7.5,"),
-    ],
-)
-def test_parameters_have_the_scale_that_a1111_would_need(sampler: str, scale: Any, written: str) -> None:
-    assert written in describe(Request(prompt="x", sampler=sampler, guidance_scale=scale), 0, MODEL)["parameters"]
-
-
 @pytest.mark.parametrize(
     "prompt", ["柠檬 🍋", "naïve", "two\nlines", "a\0b", "Steps: 3", "", "🍋" * MAX_PROMPT], ids=lambda text: text[:8]
 )
@@ -128,6 +90,62 @@ def test_only_the_record_is_written(tmp_path: Path) -> None:
         assert set(written.info) == {"mezzotint", "parameters"}
     save_png(Image.new("RGB", (8, 8)), tmp_path / "bare.png")
     assert read_metadata(tmp_path / "bare.png") == {}
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".PNG"])
+def test_every_format_carries_the_record(tmp_path: Path, suffix: str) -> None:
+    image = picture(REQUEST.replace(prompt="柠檬 🍋, naïve"))
+    image.info |= {"comment": b"private", "icc_profile": b"profile", "exif": b"Exif\0\0", "dpi": (300, 300)}
+    image.putpixel((3, 2), (1, 2, 3))
+    save(image, tmp_path / f"x{suffix}")
+    assert read_metadata(tmp_path / f"x{suffix}") == {name: image.info[name] for name in ("mezzotint", "parameters")}
+    with Image.open(tmp_path / f"x{suffix}") as written:
+        assert written.format == FORMATS[suffix.lower()] and not {"comment", "icc_profile"} & {*written.info}
+        assert written.info.get("dpi") != (300, 300)
+    if FORMATS[suffix.lower()] != "JPEG":
+        assert np.array_equal(np.array(read_picture(tmp_path / f"x{suffix}")), np.array(image)), "no level is lost"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a1111_finds_its_text_where_it_writes_it(tmp_path: Path, suffix: str) -> None:
+    """In EXIF's UserComment: eight bytes that name the character code, then UTF-16 (EXIF 2.3, 4.6.5)."""
+    image = picture(REQUEST.replace(prompt="柠檬"))
+    save(image, tmp_path / f"x{suffix}")
+    with Image.open(tmp_path / f"x{suffix}") as written:
+        comment = written.getexif().get_ifd(0x8769)[0x9286]
+    assert comment[:8] == b"UNICODE\0" and comment[8:].decode("utf-16-be") == image.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + "a 柠檬".encode("utf-16-be"),
+        b"UNICODE\0" + "a 柠檬".encode("utf-16-le"),
+        b"UNICODE\0" + "a 柠檬".encode("utf-16"),
+        b"\0" * 8 + "a 柠檬".encode(),
+        "a 柠檬".encode() + b"\0\0",
+    ],
+)
+def test_other_programs_user_comments(tmp_path: Path, comment: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x8769] = {0x9286: comment}
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=exif.tobytes())
+    assert read_metadata(tmp_path / "x.jpg") == {"parameters": "a 柠檬"}
+
+
+def test_a_record_too_long_for_a_jpeg_gets_a_sentence(tmp_path: Path) -> None:
+    image = picture(REQUEST.replace(prompt="🍋" * 40_000))
+    with pytest.raises(RequestError, match=r"65,000 of it; save it as .png or .webp"):
+        save(image, tmp_path / "x.jpg")
+    assert not os.listdir(tmp_path)
+    save(image, tmp_path / "x.webp")
+    assert read_metadata(tmp_path / "x.webp")["mezzotint"] == image.info["mezzotint"]
+
+
+def test_another_suffix_gets_a_sentence(tmp_path: Path) -> None:
+    for name in ("x.gif", "x", "x.png.exe"):
+        with pytest.raises(RequestError, match=r"must end in \.png, \.jpg, \.jpeg, \.webp"):
+            save(picture(), tmp_path / name)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +186,35 @@ def test_an_unwritable_path_gets_a_sentence(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_reading_what_is_no_png_gets_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_metadata, read_picture])
+def test_reading_what_is_no_picture_gets_a_sentence(tmp_path: Path, read: Callable[[Path], object]) -> None:
     save_png(picture(), tmp_path / "whole.png")
     (tmp_path / "text.png").write_text("hello")
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+    (tmp_path / "svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.gif")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:40])
-    for name in ["missing.png", "text.png", "x.jpg", "cut.png", "."]:
-        with pytest.raises(RequestError, match="PNG file"):
-            read_metadata(tmp_path / name)
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ["missing.png", "text.png", "svg.png", "x.gif", "cut.png", "fifo.png", ".", "a\0b"]:
+        with pytest.raises(RequestError, match="a PNG, JPEG or WebP file"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_bomb_is_not_opened(tmp_path: Path, side: int) -> None:
+    """A header that promises 100 million pixels or more."""
+    chunks = [b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0]), b"IDAT"]
+    written = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in chunks]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    with pytest.raises(RequestError, match="too large a picture"):
+        read_metadata(tmp_path / "bomb.png")
+
+
+def test_text_of_64_megabytes_is_not_read(tmp_path: Path) -> None:
+    """Compressed to 64 kilobytes, and as it is."""
+    for zip in (True, False):
+        info = PngInfo()
+        for k in range(1 if not zip else 70):
+            info.add_text(f"parameters{k}", "x" * (2**20 - 1 if zip else 65 * 2**20), zip=zip)
+        Image.new("RGB", (8, 8)).save(tmp_path / "long.png", pnginfo=info)
+        with pytest.raises(RequestError, match="cannot be read"):
+            read_metadata(tmp_path / "long.png")

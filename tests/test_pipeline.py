@@ -63,6 +63,23 @@ OPEN = {  # None stays None: it means "not asked for"
     "embeddings",
     "choices",
     "wildcards",
+    "image",
+    "mask",
+    "strength",
+    "resize_mode",
+    "mask_blur",
+    "invert_mask",
+    "masked_content",
+    "only_masked",
+    "outpaint",
+    "hires",
+    "hires_upscale",
+    "hires_steps",
+    "hires_strength",
+    "seamless",
+    "variation_seed",
+    "variation_strength",
+    "seed_size",
 }
 ONLY_XL = {"original_size", "crop", "target_size"}
 
@@ -156,6 +173,24 @@ def test_noise_never_depends_on_the_batch(sd1: Pipeline) -> None:
             together = sd1.generate(NOISY.replace(batch=batch))
         assert max(rows) == 2 * batch
         assert error(together.latents, one_by_one.latents) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["seeded", "philox"])
+def test_eight_at_once_are_eight_alone(sd1: Pipeline, kind: str) -> None:
+    """Bit for bit at the default batch, which on the CPU is 1; in a batch of 8 up to rounding."""
+    request = NOISY.replace(count=8, noise=kind)
+    together = sd1.generate(request)
+    alone = [sd1.generate(request.replace(seed=7 + k, count=1)) for k in range(8)]
+    assert torch.equal(together.latents, torch.cat([result.latents for result in alone]))
+    assert all(a.tobytes() == b.images[0].tobytes() for a, b in zip(together.images, alone, strict=True))
+    batch = sd1.generate(request.replace(batch=8))
+    assert error(batch.latents, together.latents) < 1e-5
+    backwards = sd1.generate([request.replace(seed=14 - k, count=1, batch=8) for k in range(8)])
+    assert error(torch.cat([result.latents for result in reversed(backwards)]), together.latents) < 1e-5
+
+
+def test_philox_is_another_picture(sd1: Pipeline) -> None:
+    assert error(sd1.generate(NOISY.replace(noise="philox")).latents, sd1.generate(NOISY).latents) > 1e-2
 
 
 def test_two_threads_share_a_pipeline(sd1: Pipeline, sdxl: Pipeline) -> None:
@@ -362,7 +397,7 @@ def test_a_negative_prompt_of_another_length(pipe: str, request: pytest.FixtureR
 def test_no_negative_prompt_is_zeros_for_sdxl(sdxl: Pipeline) -> None:
     zeros, empty = (sdxl.generate(LEMON.replace(negative_prompt=words)).latents for words in (None, ""))
     assert error(zeros, empty) > 1e-3
-    ((_, conditional),), ((_, unconditional),) = sdxl._conditions([sdxl.resolve(LEMON)])[0]
+    ((_, conditional),), ((_, unconditional),) = sdxl._wording.conditions([sdxl.resolve(LEMON)])[0]
     assert not unconditional.context.any() and unconditional.pooled is not None and not unconditional.pooled.any()
     assert torch.equal(conditional.time_ids, unconditional.time_ids)  # type: ignore[arg-type]
 

@@ -48,18 +48,19 @@ class Encoded:
     """One part of a prompt through the run; a prompt without AND is one part.
 
     weight: AND's. timeline: in order (last step that it holds for, Condition of batch 1, float32); steps count from 0.
-    A text that comes back is the same object.
+    A text that comes back is the same object. float32: the text encoder had to run in it (guard.py).
     """
 
     weight: float
     timeline: Timeline
+    float32: bool = False
 
     def copy(self) -> Encoded:
         """The same in memory of its own."""
         own = {
             c: Condition(c.context.clone(), None if c.pooled is None else c.pooled.clone()) for _, c in self.timeline
         }
-        return Encoded(self.weight, [(until, own[condition]) for until, condition in self.timeline])
+        return Encoded(self.weight, [(until, own[condition]) for until, condition in self.timeline], self.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,3 +19,7 @@ class BudgetError(MezzotintError):
 
 class MissingExtraError(MezzotintError):
     """A feature needs a package that is not installed; the sentence says which extra brings it."""
+
+
+class WriteError(MezzotintError):
+    """A finished picture cannot be written, as on a full disk: no fault of the request's. The exit code is 1."""

@@ -1,33 +1,43 @@
-"""Pixels in and out, and the record that a picture carries.
+"""Pixels in and out, and pictures in files.
 
-Pixels are (B, 3, H, W) in [-1, 1], as the VAE has them. A picture's record is two text chunks of its PNG file:
-`mezzotint`, JSON from which the same picture can be drawn again, and `parameters`, the text that AUTOMATIC1111's web UI
-writes and many tools read. In memory they live in `image.info`. The record holds no clock and no host name.
+Pixels are (B, 3, H, W) in [-1, 1], as the VAE has them. A picture carries its record (provenance.py) in `image.info` as
+two texts, which `save` writes into the file:
+
+                  `mezzotint`, JSON                    `parameters`, A1111's text
+    PNG           text chunk                           text chunk
+    JPEG, WebP    EXIF MakerNote (0x927C), UTF-8       EXIF UserComment (0x9286), "UNICODE" and UTF-16, as A1111 does
+
+WebP is written lossless. JPEG is not (quality 95, no chroma subsampling), and its EXIF holds at most 64 KiB.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import json
+import io
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
 from mezzotint.errors import MezzotintError, RequestError
-from mezzotint.presets import A1111_WITHOUT_SCHEDULE
-from mezzotint.request import Request
-from mezzotint.samplers import TABLE
 
 CHUNKS = ("mezzotint", "parameters")
-A1111_NAMES: dict[str | None, str] = {row.name: row.a1111.split(", ")[0] for row in TABLE if row.a1111}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "PNG": {"icc_profile": None},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+}
+UNICODE = b"UNICODE\0"  # how a UserComment says that it is UTF-16
+MAX_EXIF = 65_000  # bytes of a JPEG's, whose segments end at 64 KiB
 
 
 def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
@@ -48,67 +58,69 @@ def from_pil(image: Image.Image) -> torch.Tensor:
     return levels.permute(2, 0, 1)[None].to(torch.float32) / 255 * 2 - 1
 
 
-def describe(
-    request: Request, seed: int, model: Mapping[str, Any], group: Sequence[int] | None = None
-) -> dict[str, str]:
-    """The record of one picture: the two text chunks, to be put into `image.info`.
-
-    request: resolved, as it ran. seed: this picture's own. model: facts for JSON, `name` among them, and what else the
-    same bits depend on (dtype, device, threads, identity of the weights). group: the seeds of the pictures drawn in one
-    batch with this one, itself among them; alone when None.
-    """
-    versions = {name: _version(name) for name in ("mezzotint", "torch")}
-    record = {
-        "request": request.model_dump(mode="json"),
-        "seed": seed,
-        "group": [seed] if group is None else list(group),
-        "model": dict(model),
-        "versions": versions,
-    }
-    scale = request.guidance_scale
-    if request.sampler == "euler_cfg_pp" and scale is not None:  # DDIM CFG++ there, which divides its scale
-        divisor = A1111_WITHOUT_SCHEDULE["DDIM CFG++"].guidance_divisor
-        scale = tuple(divisor * w for w in scale) if isinstance(scale, tuple) else divisor * scale
-    facts = {
-        "Steps": request.steps,
-        "Sampler": A1111_NAMES.get(request.sampler, request.sampler),
-        "Schedule type": request.spacing and request.spacing.capitalize(),
-        "CFG scale": scale,
-        "Seed": seed,
-        "Size": f"{request.width}x{request.height}",
-        "Model": model["name"],
-        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # A1111 counts from the last layer, as 1
-        "Emphasis": {"no_norm": "No norm", "ignore": "Ignore"}.get(request.emphasis or ""),
-        "Eta": request.eta,
-        "CFG rescale": request.guidance_rescale or None,
-        "Version": f"mezzotint {versions['mezzotint']}",
-    }
-    lines = [request.prompt]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None))
-    return {
-        "mezzotint": json.dumps(record, ensure_ascii=False),
-        "parameters": "\n".join(lines).replace("\0", "\ufffd"),  # a PNG's text ends at NUL
-    }
-
-
-def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-    """Writes the picture with its record, and nothing else of `image.info`.
+def save(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Writes the picture with its record, and nothing else of `image.info`; the name's end says the format: .png, .jpg,
+    .jpeg or .webp.
 
     The file appears whole or not at all: it is written under another name in the same folder and then renamed. Raises
     FileExistsError where the file is there and `overwrite` is False, RequestError where it cannot be written.
     """
-    path = Path(path)
-    text = PngInfo()
-    for chunk in CHUNKS:
-        if isinstance(value := image.info.get(chunk), str):
-            text.add_text(chunk, value)  # tEXt, or iTXt where Latin-1 does not spell it
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise RequestError(f"{str(path)!r} cannot be written: its name must end in {', '.join(FORMATS)}")
+    _write(image, Path(path), FORMATS[suffix], overwrite)
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """`save` as a PNG file, whatever the name's end."""
+    _write(image, Path(path), "PNG", overwrite)
+
+
+def encoded(image: Image.Image, format: str) -> bytes:
+    """The bytes of a file ("PNG", "JPEG" or "WEBP") of the picture with its record.
+
+    Raises RequestError where the record is too long for a JPEG.
+    """
+    file = io.BytesIO()
+    texts = {chunk: image.info[chunk] for chunk in CHUNKS if isinstance(image.info.get(chunk), str)}
+    settings = dict(SETTINGS[format])
+    if format == "PNG":
+        settings["pnginfo"] = info = PngInfo()
+        for chunk, text in texts.items():
+            info.add_text(chunk, text)  # tEXt, or iTXt where Latin-1 does not spell it
+    else:
+        settings["exif"] = exif = _exif(texts)
+        if format == "JPEG" and len(exif) > MAX_EXIF:
+            raise RequestError(
+                f"the picture's record has {len(exif):,} bytes and a JPEG holds {MAX_EXIF:,} of it; save it as .png or "
+                ".webp"
+            )
+    bare = image.copy()
+    bare.info = {}  # Pillow writes some of what it finds there
+    bare.save(file, format=format, **settings)
+    return file.getvalue()
+
+
+def _exif(texts: Mapping[str, str]) -> bytes:
+    if not texts:
+        return b""
+    exif = Image.Exif()
+    fields = exif.get_ifd(IFD.Exif)
+    if "parameters" in texts:
+        fields[Base.UserComment] = UNICODE + texts["parameters"].encode("utf-16-be", "surrogatepass")
+    if "mezzotint" in texts:
+        fields[Base.MakerNote] = texts["mezzotint"].encode()
+    exif[IFD.Exif] = fields
+    return exif.tobytes()
+
+
+def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None:
+    data = encoded(image, format)
     try:
         part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
         try:
             with part.open("xb") as file:
-                image.save(file, format="PNG", pnginfo=text, icc_profile=None)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             if not overwrite:
@@ -122,29 +134,54 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: boo
         raise RequestError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The record in a PNG file: those of `mezzotint` and `parameters` that it has. The pixels are not decoded.
+def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) -> dict[str, str]:
+    """The record in a PNG, JPEG or WebP file: those of `mezzotint` and `parameters` that it has. The pixels are not
+    decoded. chunks: of a PNG, the texts that are asked for.
 
-    Raises RequestError where there is no such file, or where it is not a PNG. What a file says is not to be trusted.
+    Raises RequestError where there is no such file, or where it is none of these. What a file says is not to be
+    trusted.
     """
+    with opened(path) as image:
+        if image.format == "PNG":
+            return {chunk: str(image.info[chunk]) for chunk in chunks if chunk in image.info}
+        fields = image.getexif().get_ifd(IFD.Exif)
+        texts = {"mezzotint": _text(fields.get(Base.MakerNote)), "parameters": _text(fields.get(Base.UserComment))}
+        return {chunk: text for chunk, text in texts.items() if text}
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """The pixels of a PNG, JPEG or WebP file, RGB. Raises RequestError as `read_metadata`."""
+    with opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A PNG, JPEG or WebP file, opened and not decoded. What goes wrong while it is open is a RequestError."""
+    kinds = "a PNG, JPEG or WebP file"
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return {chunk: str(image.info[chunk]) for chunk in CHUNKS if chunk in image.info}
+        if not Path(path).is_file() and Path(path).exists():
+            raise RequestError(f"{str(path)!r} is no file; it must be {kinds}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+                yield image
     except UnidentifiedImageError:
-        raise RequestError(f"{str(path)!r} is not a PNG file; a picture's record is read from a PNG") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(f"{str(path)!r} cannot be read as a PNG file: {error}") from None
+        raise RequestError(f"{str(path)!r} is not {kinds}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise RequestError(f"{str(path)!r} is too large a picture: {error}") from None
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, OverflowError) as error:
+        raise RequestError(f"{str(path)!r} cannot be read as {kinds}: {error}") from None
 
 
-def _quoted(value: object) -> str:
-    """A value as A1111 writes it into `parameters`: JSON where a comma, colon or line end would be misread."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
-
-
-@functools.cache
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
+def _text(value: Any) -> str:
+    """An EXIF field's text: UTF-8, or as a UserComment says. What is none is left out."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        return ""
+    if value[:8] == UNICODE:
+        body = value[8:]
+        little = body[:2] == b"\xff\xfe" or (body[1:2] == b"\0" and body[:1] != b"\0")  # some tools swap it
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff").rstrip("\0")
+    return value.removeprefix(b"ASCII\0\0\0").removeprefix(b"\0" * 8).decode("utf-8", "replace").rstrip("\0")

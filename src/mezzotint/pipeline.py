@@ -11,42 +11,46 @@ from __future__ import annotations
 
 import inspect
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mezzotint import samplers
-from mezzotint.conditioning import Cache, Encoded, Reader, drawn, lengthened, plan_of, together, zeros_like
-from mezzotint.denoiser import Denoiser, Timeline
+from mezzotint.conditioning import Encoded
+from mezzotint.denoiser import Denoiser
+from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.diffusion.guidance import METHODS, guided
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
-from mezzotint.diffusion.spacing import SPACINGS, from_timesteps
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.image import describe, from_pil, to_pil
+from mezzotint.guard import checked, watched, watched_outputs
+from mezzotint.image import from_pil, to_pil
+from mezzotint.inputs import Placed, fit
+from mezzotint.models.convolution import seamless
 from mezzotint.models.unet import Condition, UNet
+from mezzotint.models.vae import VAE, Posterior
+from mezzotint.provenance import describe
 from mezzotint.request import Request, Result
+from mezzotint.resolving import Resolver, options_of, place
+from mezzotint.samplers import Sampler
+from mezzotint.starting import Job, Run, start
 from mezzotint.weights.checkpoint import Parts, open_model
-from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import merged, read_lora
-from mezzotint.weights.part import FewStep
+from mezzotint.wording import Wording
 
 BUNDLED = Path(__file__).parent / "data" / "emoji"
-STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, where the model does not say
-GUIDANCE_CFG_PP = 0.6  # what Chung et al. 2024 take in place of 7.5
-GPU_BATCH = 4  # pictures at once where the request does not say; 1 on the CPU
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
-Job = tuple[Request, int]  # one picture: its resolved request and its own seed
 
 
 def load(
@@ -61,16 +65,9 @@ def load(
     device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". options:
     `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError.
     """
-    device = _device(device or best_device())
-    dtype = _dtype(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = device_of(device or best_device())
+    dtype = dtype_of(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
     return Pipeline(open_model(path_or_id or BUNDLED, device=device, dtype=dtype, **options))
-
-
-def best_device() -> str:
-    """cuda, mps or cpu: the first that is there."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class Pipeline:
@@ -81,13 +78,22 @@ class Pipeline:
         self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
-        self.scheduler_config = dict(parts.scheduler_config)
+        self._resolver = Resolver(parts, dict(parts.scheduler_config))
+        self._wording = Wording(self.tokenizers, self.text_encoders, self._resolver)
         self.schedule = Schedule.from_config(self._sampler(Request(prompt="")).schedule)
         if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
             self.vae.float()  # its activations pass float16's range
         self.unet.fuse_projections()
         self._changed: dict[str, UNet] = {}  # by LoRA, made on their first use
-        self._encoded = Cache()
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The model's scheduler_config.json; another may be put in its place."""
+        return self._resolver.scheduler_config
+
+    @scheduler_config.setter
+    def scheduler_config(self, config: dict[str, Any]) -> None:
+        self._resolver.scheduler_config = config
 
     @property
     def device(self) -> torch.device:
@@ -105,65 +111,7 @@ class Pipeline:
 
     def resolve(self, request: Request) -> Request:
         """The request with the model's own values where it has None. Raises RequestError where it does not fit."""
-        settings = self.parts.settings
-        xl = self.parts.family == "sdxl"
-        native = (self.unet.config.sample_size or 64) * self.vae.config.downscale
-        sampler = self._sampler(request)
-        width = request.width or settings.get("width", native)
-        height = request.height or settings.get("height", native)
-        eta = inspect.signature(SOLVERS[sampler.solver]).parameters.get("eta")
-        if request.eta is not None and eta is None:
-            raise RequestError(f"eta is {request.eta}; the sampler {sampler.name} takes none, ddim and euler_a do")
-        for name in ("original_size", "crop", "target_size"):
-            if getattr(request, name) is not None and not xl:
-                raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
-        method = request.guidance_method or settings.get("guidance_method", "cfg")
-        for owner in METHODS:
-            for name in _options(owner):
-                if owner != method and getattr(request, name) is not None:
-                    raise RequestError(f"{name} is given; it is for guidance_method {owner}, which here is {method}")
-        made_for = self._few_step(sampler) or sampler
-        scale = made_for.guidance_scale or settings.get("guidance_scale", GUIDANCE_XL if xl else GUIDANCE)
-        if samplers.SOLVERS[sampler.solver].cfg_pp:
-            scale = GUIDANCE_CFG_PP * sampler.guidance_divisor
-        defaults: dict[str, Any] = {
-            "negative_prompt": self._empty_prompt,
-            "width": width,
-            "height": height,
-            "steps": made_for.steps or settings.get("steps", STEPS),
-            "guidance_scale": scale,
-            "sampler": sampler.name,
-            "spacing": sampler.spacing,
-            "seed": secrets.randbelow(2**32),
-            "batch": 1 if self.device.type == "cpu" else GPU_BATCH,
-            "prompt_syntax": "a1111",
-            "clip_skip": 0,
-            "eta": eta and sampler.options.get("eta", eta.default),
-            "guidance_method": method,
-            "guidance_rescale": 0.0,
-            "threshold_percentile": None if request.mimic_scale is None else 1.0,
-        }
-        if request.sigmas or request.timesteps:
-            defaults["steps"] = len(request.sigmas) - 1 if request.sigmas else len(request.timesteps or ())
-            del defaults["spacing"]
-        # the length of a difference grows with the picture: the paper's SDXL value at 1024x1024
-        own = {"apg_norm_threshold": 15.0 * math.sqrt(width * height) / 1024} | settings
-        defaults |= {name: own.get(name, option.default) for name, option in _options(method).items()}
-        if xl:
-            defaults |= {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
-        syntax = request.prompt_syntax or "a1111"
-        if syntax == "a1111":
-            defaults["emphasis"] = "original"
-        elif request.emphasis is not None:
-            raise RequestError(f"emphasis is given; it is for prompt_syntax a1111, which here is {syntax}")
-        for name in ("choices", "wildcards"):
-            if syntax != "comfy" and getattr(request, name) is not None:
-                raise RequestError(f"{name} is given; it is for prompt_syntax comfy, which here is {syntax}")
-        resolved = request.replace(
-            **{name: value for name, value in defaults.items() if getattr(request, name) is None}
-        )
-        self._sigmas(resolved)  # raises where the steps do not fit
-        return drawn(resolved) if syntax == "comfy" and request.choices != "keep" else resolved
+        return self._resolver.resolve(request)
 
     @overload
     def generate(
@@ -202,48 +150,66 @@ class Pipeline:
         pictures = sum(r.count for r in requests)
         if latents is not None and latents.shape[:1] != (pictures,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
-        total, done = sum(len(self._sigmas(group[0][0])) - 1 for group in groups), 0
+        total, done = sum(self._length(group[0][0]) for group in groups), 0
         images: list[Image.Image] = []
         finals: list[Tensor] = []
+        notices: dict[int, tuple[str, ...]] = {}  # by the request's place in memory
         timings = {"denoise": 0.0, "decode": 0.0}
         for group in groups:
-            start = time.perf_counter()
-            given = None if latents is None else latents[len(images) : len(images) + len(group)]
-            for step in self._steps(group, given):
+            begun = time.perf_counter()
+            run = self._run(group, None if latents is None else latents[len(images) : len(images) + len(group)])
+            for step in self._steps(run):
                 last = step
                 done += 1
                 if on_step:
                     on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
-            x = self._final(group[0][0], last)
+            x = self._final(run, last)
             finals += x.unbind()
             middle = time.perf_counter()
-            for (job, seed), image in zip(group, self.decode(x), strict=True):
-                image.info.update(describe(job, seed, self._facts(job), [s for _, s in group]))
+            for image in self._finished(run, x):
                 images.append(image)
                 if on_image:
                     on_image(len(images) - 1, image)
-            timings["denoise"] += middle - start
+            notices |= {id(job): tuple(run.notices) for job, _ in group}
+            timings["denoise"] += middle - begun
             timings["decode"] += time.perf_counter() - middle
         results: list[Result] = []
         first = 0
         for r in requests:
             part = slice(first, first + r.count)
             seeds = [r.seed + k for k in range(r.count)]  # type: ignore[operator]
-            results.append(Result(images[part], torch.stack(finals[part]), seeds, r, timings))
+            results.append(Result(images[part], torch.stack(finals[part]), seeds, r, timings, notices[id(r)]))
             first += r.count
         return results[0] if isinstance(request, Request) else results
 
+    def draw(self, group: Sequence[Job], on_step: OnStep | None = None) -> list[Image.Image]:
+        """The pictures of one batch, whatever `batch` their requests say: (request, the picture's own seed) of each.
+
+        The requests differ in words and seeds alone, as those that `generate` puts together do.
+        """
+        run = self._run([(self.resolve(r), seed) for r, seed in group])
+        total = self._length(run.request)
+        for done, step in enumerate(self._steps(run), 1):
+            last = step
+            if on_step:
+                on_step(done, max(done, total))
+        return self._finished(run, self._final(run, last))
+
     def stream(self, request: Request, latents: Tensor | None = None) -> Iterator[Step]:
-        """The steps of a request, all its pictures in one batch: Step.index, .sigma, .x, .denoised (count, C, h, w)."""
+        """The steps of a request, all its pictures in one batch: Step.index, .sigma, .x, .denoised (count, C, h, w).
+
+        With hires those of the second pass follow, larger.
+        """
         request = self.resolve(request)
-        return self._steps([(request, request.seed + k) for k in range(request.count)], latents)  # type: ignore[operator]
+        jobs = [(request, request.seed + k) for k in range(request.count)]  # type: ignore[operator]
+        return self._steps(self._run(jobs, latents))
 
     def unet_for(self, request: Request) -> UNet:
         """The UNet that draws this request: with its change merged where the sampler is the few-step form's.
 
         Raises CheckpointError where the change is missing or of another UNet.
         """
-        few_step = self._few_step(self._sampler(request))
+        few_step = self._resolver.few_step(self._sampler(request))
         if few_step is None:
             return self.unet
         if few_step.lora not in self._changed:  # two threads at once make the same one twice
@@ -255,148 +221,114 @@ class Pipeline:
             self._changed[few_step.lora] = unet
         return self._changed[few_step.lora]
 
-    def _steps(self, group: Sequence[Job], latents: Tensor | None) -> Iterator[Step]:
-        """One batch from noise to its last x."""
-        request = group[0][0]
+    def _run(self, group: Sequence[Job], latents: Tensor | None = None) -> Run:
+        """A batch with its pictures opened."""
+        placed = place(group[0][0])
+        return Run(group, latents, [placed] * len(group) if placed else ())
+
+    def _length(self, request: Request) -> int:
+        """The steps of a run, both passes."""
+        passes = [request, *([self._resolver.second_pass(request)] if request.hires else [])]
+        return sum(len(self._sigmas(r)) - 1 for r in passes)
+
+    def _steps(self, run: Run) -> Iterator[Step]:
+        """One batch from where it starts to its last x; with hires, and on from its larger form."""
+        for last in self._pass(run):
+            yield last
+        if run.request.hires:
+            for step in self._pass(self._second(run, self._final(run, last))):
+                yield replace(step, index=last.index + 1 + step.index)
+
+    def _second(self, run: Run, x: Tensor) -> Run:
+        """The second pass of hires-fix, on the first one's final latents: the run of their larger form."""
+        group = [(self._resolver.second_pass(request), seed) for request, seed in run.group]
+        _, height, width = self._latent_shape(group[0][0])
+        if run.request.hires_upscale == "latent":
+            larger = F.interpolate(x.float(), (height, width), mode="bilinear")
+            return Run(group, pictures=[*larger[:, None]], noted=run.noted)
+        size = group[0][0].width or 0, group[0][0].height or 0
+        images = self._decode(x, run.noted, run.request.seamless)
+        return Run(group, pictures=[Placed(fit(image, size)) for image in images], noted=run.noted)
+
+    def _pass(self, run: Run) -> Iterator[Step]:
+        """One pass of a batch along its noise levels."""
+        request, noted = run.request, run.noted
         sampler, sigmas = self._sampler(request), self._sigmas(request)
-        shape, seeds = self._latent_shape(request), [seed for _, seed in group]
-        noise = SeededNoise(seeds, shape, self.device)
-        if latents is None:
-            latents = noise.draw()
-        elif latents.shape != (len(group), *shape):
-            raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be {(len(group), *shape)}")
-        start = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
-        x = latents.to(self.device, torch.float32) * start
+        noise = SeededNoise(run.seeds, self._latent_shape(request), self.device, request.noise or "seeded")
         schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
         options = schedule.timed(sampler.options)
-        options |= {"calls": request.steps} if "calls" in sampler.spacing_options and request.spacing else {}
+        if "calls" in sampler.spacing_options and request.spacing:
+            # three an interval, less in the last ones, which every run has
+            cut = len(self._resolver.all_sigmas(request)) - len(sigmas)
+            options |= {"calls": max((request.steps or 1) - 3 * cut, 1)}
         options |= {} if request.eta is None else {"eta": request.eta}
+        if request.strength is not None and "whole" in inspect.signature(SOLVERS[sampler.solver]).parameters:
+            options |= {"whole": len(self._resolver.all_sigmas(request)) - 1}
         given = request.guidance_scale or 0.0
         scales = given if isinstance(given, tuple) else (given,)
         unet = self.unet_for(request)
-        with torch.inference_mode():
-            conditions, weights = self._conditions([job for job, _ in group])
-            denoiser = Denoiser(unet, schedule, prediction, conditions, sampler.timestep, sigmas)
+        with torch.inference_mode(), seamless(request.seamless):
+            pure = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
+            encode = partial(self._posterior, noted=noted)
+            begun = start(run, self.vae, encode, noise, sigmas[0], pure, self.unet.config.in_channels)
+            conditions, weights = self._wording.conditions([job for job, _ in run.group], noted)
+            kind = sampler.timestep
+            outputs = watched_outputs(
+                unet, lambda unet: Denoiser(unet, schedule, prediction, conditions, kind, sigmas, begun.beside), noted
+            )
             method = request.guidance_method or "cfg"
+            own = {option.name: getattr(request, name) for name, option in options_of(method).items()}
             denoise = guided(
-                denoiser.outputs,
+                outputs,
                 prediction,
                 tuple(scale / sampler.guidance_divisor for scale in scales),
                 request.guidance_rescale or 0.0,
                 request.guidance_interval,
                 request.guidance_steps,
                 sigmas,
-                METHODS[method](**{option.name: getattr(request, name) for name, option in _options(method).items()}),
+                METHODS[method](**own),
                 weights,
                 mimic_scale=request.mimic_scale,
                 threshold_percentile=request.threshold_percentile or 0.0,
             )
-        fresh: Noise = noise
-        if sampler.noise != "seeded":
-            midpoints = sampler.noise == "brownian midpoints"
-            fresh = BrownianNoise(seeds, shape, sigmas, self.device, midpoints=midpoints)
-        solver = SOLVERS[sampler.solver](denoise, x, sigmas, fresh, **options)
+        solver = SOLVERS[sampler.solver](
+            begun.wrap(denoise), begun.x, sigmas, self._fresh(run, noise, sampler), **options
+        )
         while True:  # inference mode is the thread's: it must not stay on while the caller looks at a step
-            with torch.inference_mode():
+            with torch.inference_mode(), seamless(request.seamless):
                 step = next(solver, None)
-            if step is None:
-                return
-            yield step
+                if step is None:
+                    return
+                if step.sigma == sigmas[-1]:
+                    step = replace(step, x=begun.kept(step.x, self._shrink(sampler, step.sigma)))
+            yield checked(step)
 
-    def _sampler(self, request: Request) -> samplers.Sampler:
-        facts = {"family": self.parts.family, "pipeline": str(self.parts.model_index.get("_class_name", ""))}
-        return samplers.resolve(request.sampler, self.scheduler_config, request.spacing, **facts)
+    def _fresh(self, run: Run, noise: SeededNoise, sampler: Sampler) -> Noise:
+        """The noise of the steps."""
+        if sampler.noise == "seeded":
+            return noise
+        # of the whole list of levels, as diffusers: the path does not depend on where a run from a picture begins
+        levels = self._resolver.all_sigmas(run.request)
+        return BrownianNoise(
+            run.seeds, noise.shape, levels, self.device, midpoints=sampler.noise == "brownian midpoints"
+        )
 
-    def _few_step(self, sampler: samplers.Sampler) -> FewStep | None:
-        """What the model says of drawing with this solver in few steps, if it does."""
-        few_step = self.parts.few_step
-        return few_step if few_step and few_step.sampler == sampler.solver else None
+    def _sampler(self, request: Request) -> Sampler:
+        return self._resolver.sampler(request)
 
     def _sigmas(self, request: Request) -> list[float]:
-        if request.sigmas:
-            return list(request.sigmas)
-        sampler = self._sampler(request)
-        schedule = Schedule.from_config(sampler.schedule)
-        if request.timesteps:
-            return from_timesteps(schedule, request.timesteps, last=sampler.spacing_options.get("last", "zero"))
-        return SPACINGS[sampler.spacing](schedule, request.steps or STEPS, **sampler.spacing_options)
-
-    def _final(self, request: Request, last: Step) -> Tensor:
-        """The last step's x as the VAE takes it."""
-        rescale = self._sampler(request).rescale_final
-        return last.x / math.sqrt(1.0 + last.sigma**2) if rescale else last.x
+        return self._resolver.sigmas(request)
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        side = self.vae.config.downscale
-        if not request.height or not request.width or request.height % side or request.width % side:
-            raise RequestError(f"the size is {request.width}x{request.height}; both must be multiples of {side}")
-        return self.vae.config.latent_channels, request.height // side, request.width // side
+        return self._resolver.latent_shape(request)
 
-    @property
-    def _empty_prompt(self) -> str | None:
-        """What stands for no prompt: None is zeros."""
-        return None if self.parts.model_index.get("force_zeros_for_empty_prompt") else ""
+    def _final(self, run: Run, last: Step) -> Tensor:
+        """The last step's x as the VAE takes it."""
+        return last.x / self._shrink(self._sampler(run.request), last.sigma)
 
-    def _guides(self, request: Request, weights: Sequence[float]) -> bool:
-        """Whether any step asks for the unconditional output; CFG++ always does, and so does a sum of AND's parts."""
-        scale = request.guidance_scale or 0.0
-        highest = max(scale) if isinstance(scale, tuple) else scale
-        return highest > 1.0 or abs(sum(weights) - 1.0) > 1e-6 or samplers.SOLVERS[self._sampler(request).solver].cfg_pp
-
-    def _conditions(self, requests: Sequence[Request]) -> tuple[list[Timeline], tuple[float, ...]]:
-        """For one batch (conditionals, unconditional, negative) and the weights of the conditionals: one for each part
-        of the prompt, the second only where guidance asks for it, the third only where Perp-Neg does; else the second
-        is the negative one.
-        """
-        request = requests[0]
-        same = all(r.prompt == request.prompt and r.negative_prompt == request.negative_prompt for r in requests)
-        rows = requests[:1] if same else requests
-        prompts = [self._parts(r, r.prompt) for r in rows]
-        weights = tuple(part.weight for part in prompts[0])
-        slots: list[list[Timeline]] = [[part.timeline for part in parts] for parts in zip(*prompts, strict=True)]
-        unskipped = request.replace(clip_skip=0)  # clip_skip is the prompt's alone, as in diffusers
-        if self._guides(request, weights):
-            texts: list[list[str | None]] = [[r.negative_prompt for r in rows]]
-            empty = [self._empty_prompt for _ in rows]
-            if request.guidance_method == "perp_neg" and texts[0] != empty:
-                texts.insert(0, empty)
-            for column in texts:
-                slots.append(
-                    [
-                        [(0, zeros_like(first[0][1]))] if text is None else self._negative(unskipped, text)
-                        for text, first in zip(column, slots[0], strict=True)
-                    ]
-                )
-        if request.prompt_syntax == "compel":
-            empties = [self._negative(request, "")] * len(weights) + [self._negative(unskipped, "")] * 2
-            slots = lengthened(slots, empties)
-        ids = None
-        if request.original_size and request.crop and request.target_size:
-            numbers = [*request.original_size, *request.crop, *request.target_size]
-            ids = torch.tensor([numbers], dtype=torch.float32)
-        return [together(slot, ids) for slot in slots], weights
-
-    def _negative(self, request: Request, text: str) -> Timeline:
-        """A negative prompt, which has no AND."""
-        return self._parts(request, text, negative=True)[0].timeline
-
-    def _parts(self, request: Request, text: str, negative: bool = False) -> list[Encoded]:
-        """A prompt of this request, encoded; from the cache where it was before."""
-        planned = plan_of(request, text, len(self._sigmas(request)) - 1, negative)
-        library = self._library(request)
-        reader = Reader(
-            self.tokenizers, self.text_encoders, request.clip_skip or 0, request.emphasis or "original", library
-        )
-        key = (*reader.key(planned), *sorted(library.digests.items()))
-        return self._encoded.get(key, lambda: reader.encode(planned))
-
-    def _library(self, request: Request) -> Library:
-        return Library(request.embeddings or (), [encoder.config.hidden_size for encoder in self.text_encoders])
-
-    def _used(self, request: Request) -> dict[str, str]:
-        """Trigger -> sha256 of the embeddings that the prompts may name."""
-        words = f"{request.prompt} {request.negative_prompt}".lower()
-        return {name: digest for name, digest in self._library(request).digests.items() if name in words}
+    def _shrink(self, sampler: Sampler, sigma: float) -> float:
+        """What a final x at this level is divided by before the VAE."""
+        return math.sqrt(1.0 + sigma**2) if sampler.rescale_final else 1.0
 
     def _groups(self, requests: Sequence[Request]) -> list[list[Job]]:
         """Pictures in order, cut where the batch is full or the next request differs in more than words and seed.
@@ -406,13 +338,8 @@ class Pipeline:
         groups: list[list[Job]] = []
         last: tuple[Any, ...] | None = None
         for r in requests:
-            alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1)
-            reader = Reader(self.tokenizers, self.text_encoders, embeddings=self._library(r))
-            steps = len(self._sigmas(r)) - 1
-            shapes = [
-                reader.shape(plan_of(r, text or "", steps, negative))
-                for text, negative in ((r.prompt, False), (r.negative_prompt, True))
-            ]
+            alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
+            shapes = self._wording.shapes(r)
             for k in range(r.count):
                 if (alike, shapes) != last or len(groups[-1]) == r.batch:
                     groups.append([])
@@ -434,13 +361,46 @@ class Pipeline:
         """
         request = self.resolve(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
         with torch.inference_mode():
-            return [part.copy() for part in self._parts(request, request.prompt)]
+            return [part.copy() for part in self._wording.parts(request, request.prompt)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) as a run leaves them -> B pictures."""
-        with torch.inference_mode():
-            z = self.vae.unscale(latents.to(self.device)).to(self.vae.decoder.conv_in.weight.dtype)
-            return to_pil(self.vae.decode(z))
+        return self._decode(latents, [])
+
+    def _decode(self, latents: Tensor, noted: list[str], joined: str | None = None) -> list[Image.Image]:
+        with torch.inference_mode(), seamless(joined):
+            z = self.vae.unscale(latents.to(self.device))
+            return to_pil(
+                watched(
+                    "vae",
+                    self.vae,
+                    lambda vae: vae.decode(z.to(vae.decoder.conv_in.weight.dtype)),
+                    lambda x: [x],
+                    noted,
+                )
+            )
+
+    def _finished(self, run: Run, x: Tensor) -> list[Image.Image]:
+        """The pictures of a batch, put into what they were drawn on, each with its record."""
+        images = self._decode(x, run.noted, run.request.seamless)
+        if run.placed:
+            images = [placed.finish(image) for placed, image in zip(run.placed, images, strict=True)]
+        inputs = run.placed[0].digests if run.placed else {}
+        for k, ((job, seed), image) in enumerate(zip(run.group, images, strict=True)):
+            image.info.update(
+                describe(
+                    job,
+                    seed,
+                    self._facts(job),
+                    run.group,
+                    k,
+                    image=image,
+                    float32=run.noted,
+                    latents=None if run.latents is None else run.latents[k],
+                    inputs=inputs,
+                )
+            )
+        return images
 
     def encode_image(self, image: Image.Image) -> Tensor:
         """A picture, its sides multiples of 8 -> the latents (1, C, h, w) float32 of its posterior's mean."""
@@ -448,40 +408,28 @@ class Pipeline:
         if image.width % side or image.height % side:
             raise RequestError(f"the picture is {image.width}x{image.height}; both must be multiples of {side}")
         with torch.inference_mode():
-            weight = self.vae.encoder.conv_in.weight
-            return self.vae.scale(self.vae.encode(from_pil(image).to(weight.device, weight.dtype)).mean).float()
+            return self.vae.scale(self._posterior(from_pil(image).to(self.device), []).mean).float()
+
+    def _posterior(self, pixels: Tensor, noted: list[str]) -> Posterior:
+        """Of pixels (1, 3, H, W) in [-1, 1]."""
+        return watched(
+            "vae",
+            self.vae,
+            lambda vae: VAE.encode(vae, pixels.to(vae.encoder.conv_in.weight.dtype)),
+            lambda posterior: [posterior.mean, posterior.logvar],
+            noted,
+        )
 
     def _facts(self, request: Request) -> dict[str, Any]:
         """What the same bits depend on, beside the request."""
-        few_step = self._few_step(self._sampler(request))
+        few_step = self._resolver.few_step(self._sampler(request))
         return {
             "name": self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name,
             "family": self.parts.family,
+            "files": self.parts.identity,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             **({"lora": few_step.lora} if few_step else {}),
-            **({"embeddings": self._used(request)} if request.embeddings else {}),
+            **({"embeddings": self._wording.used(request)} if request.embeddings else {}),
         }
-
-
-def _options(method: str) -> dict[str, inspect.Parameter]:
-    """The fields of a Request that are options of a guidance method."""
-    return {f"{method}_{name}": option for name, option in inspect.signature(METHODS[method]).parameters.items()}
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # torch raises any of them
-        raise RequestError(f"device is {str(name)!r}, which is not here; the best here is {best_device()!r}") from None
-    return device
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in known.values():
-        raise RequestError(f"dtype is {dtype!r}; it can be {', '.join(known)}")
-    return found

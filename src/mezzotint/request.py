@@ -8,6 +8,8 @@ the sentence "<field> is ...; it must be <description>".
 
 from __future__ import annotations
 
+import base64
+import binascii
 import difflib
 import reprlib
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -41,6 +44,8 @@ MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
 
 _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
 _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
+_PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
+DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
 _EXTENT = "(height, width), two whole numbers of pixels above 0, as SDXL was told of its training pictures"
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
@@ -52,6 +57,9 @@ Sigma = Annotated[float, Field(ge=0.0, le=1e6)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Scale = Annotated[float, Field(ge=0.0, le=1000.0)]
 Timestep = Annotated[float, Field(ge=0.0, le=1e6)]
+Padding = Annotated[int, Field(ge=0, le=MAX_SIDE)]
+Extension = Annotated[int, Field(multiple_of=8, ge=0, le=MAX_SIDE)]
+Picture = Annotated[str, Field(min_length=1, max_length=4096)] | Annotated[bytes, Field(min_length=1, strict=True)]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1, max_length=1000)]
 
 
@@ -164,17 +172,68 @@ class Request(BaseModel):
         le=1.0,
         description="a fraction from 0 to 1 of a channel's values, beyond which they are cut off",
     )
+    noise: str | None = Field(
+        default=None,
+        pattern="^(seeded|philox)$",
+        description="seeded (CPU generators, as diffusers) or philox (what a CUDA GPU draws, as A1111)",
+    )
     original_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
     crop: tuple[Offset, Offset] | None = Field(
         default=None,
         description="(top, left), two whole numbers of pixels from 0, as SDXL was told of its training crops",
     )
     target_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
+    image: Picture | None = Field(default=None, description=_PICTURE)
+    mask: Picture | None = Field(default=None, description=f"{_PICTURE}; white is what is drawn anew")
+    strength: Share | None = Field(
+        default=None, description="a number from 0 to 1: the share of the steps that is run, so how much may change"
+    )
+    resize_mode: str | None = Field(
+        default=None,
+        pattern="^(resize|crop|fill)$",
+        description="resize (stretch), crop or fill, what is done with a picture of another shape",
+    )
+    mask_blur: float | None = Field(default=None, ge=0.0, le=1000.0, description="a number of pixels from 0 to 1000")
+    invert_mask: bool | None = Field(default=None, strict=True, description="true or false")
+    masked_content: str | None = Field(
+        default=None,
+        pattern="^(original|fill|noise)$",
+        description="original, fill (the colours around) or noise, what lies under the mask at first",
+    )
+    only_masked: Padding | None = Field(
+        default=None,
+        description=f"a whole number of pixels from 0 to {MAX_SIDE}, by which the masked part, drawn alone at the full "
+        "size, is padded",
+    )
+    outpaint: tuple[Extension, Extension, Extension, Extension] | None = Field(
+        default=None,
+        description=f"(left, top, right, bottom), multiples of 8 from 0 to {MAX_SIDE}: the pixels to add on each side",
+    )
+    hires: float | None = Field(
+        default=None, gt=1.0, le=8.0, description="a number above 1 and at most 8, the factor of the second pass's size"
+    )
+    hires_upscale: str | None = Field(
+        default=None, pattern="^(latent|pixels)$", description="latent or pixels, what is enlarged for the second pass"
+    )
+    hires_steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
+    hires_strength: float | None = Field(default=None, gt=0.0, le=1.0, description="a number above 0 and at most 1")
+    seamless: str | None = Field(
+        default=None, pattern="^(x|y|xy)$", description="x, y or xy, the directions in which the picture is to tile"
+    )
+    variation_seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1"
+    )
+    variation_strength: Share | None = Field(
+        default=None, description="a number from 0 to 1: how far the noise turns to that of variation_seed"
+    )
+    seed_size: tuple[Side, Side] | None = Field(
+        default=None, description=f"(width, height), each {_SIDE}: the size whose noise of this seed is in the middle"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # Python's True would pass as 1
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "invert_mask":  # Python's True would pass as 1
             raise PydanticCustomError("boolean", "a boolean")
         return value
 
@@ -186,6 +245,21 @@ class Request(BaseModel):
         if isinstance(value, list | tuple):
             return tuple(fspath(name) if isinstance(name, PathLike) else name for name in value)
         return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator("image", "mask", mode="before")
+    @classmethod
+    def _pictures_are_files(cls, value: Any) -> Any:
+        if value is None or isinstance(value, bytes):
+            return value
+        if isinstance(value, str):
+            return _from_uri(value) if value.startswith(DATA_URI) else value
+        from mezzotint.inputs import for_request  # it brings Pillow
+
+        return for_request(value)
+
+    @field_serializer("image", "mask", when_used="json-unless-none")
+    def _to_uri(self, value: str | bytes) -> str:
+        return value if isinstance(value, str) else f"{DATA_URI};base64,{base64.b64encode(value).decode()}"
 
     @field_validator("sampler", "spacing")
     @classmethod
@@ -252,6 +326,11 @@ class Request(BaseModel):
         except ValidationError as error:
             raise RequestError(f"the request is not JSON: {error.errors()[0]['msg']}") from None
 
+    @property
+    def sources(self) -> dict[str, str | bytes]:
+        """The pictures that the run starts from, by field."""
+        return {name: source for name in ("image", "mask") if (source := getattr(self, name)) is not None}
+
     def replace(self, **changes: Any) -> Self:
         """The same request with some fields changed, validated again."""
         return type(self)(**{**self.model_dump(), **changes})
@@ -263,7 +342,7 @@ class Result:
 
     images: `count` pictures in order, each carrying its record in `image.info`. latents: (count, C, h, w) float32, what
     diffusers returns for output_type="latent". seeds: one a picture. request: as it ran, with no None left that the
-    model has a value for. timings: seconds by stage.
+    model has a value for. timings: seconds by stage. notices: what a person should be told, such as a mask resized.
     """
 
     images: list[Image.Image]
@@ -271,6 +350,7 @@ class Result:
     seeds: list[int]
     request: Request
     timings: dict[str, float]
+    notices: tuple[str, ...] = ()
 
 
 def _sentence(error: ValidationError, data: Any) -> str:
@@ -295,6 +375,17 @@ def _sentence(error: ValidationError, data: Any) -> str:
 
 _quoter = reprlib.Repr()
 _quoter.maxstring = _quoter.maxother = _quoter.maxlong = 60
+
+
+def _from_uri(text: str) -> bytes:
+    """The bytes of a data: URI."""
+    head, _, data = text.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(data, validate=True)
+    except (ValueError, binascii.Error):
+        raise PydanticCustomError("uri", "no base64") from None
 
 
 def _brief(value: Any) -> str:

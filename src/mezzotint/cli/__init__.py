@@ -15,8 +15,11 @@ from typing import Annotated
 
 import typer
 
+from mezzotint.cli.again import again
+from mezzotint.cli.bulk import bulk
 from mezzotint.cli.draw import generate
 from mezzotint.cli.explain import explain
+from mezzotint.cli.grid import grid
 from mezzotint.cli.measure import report
 from mezzotint.cli.show import env, inspect, models, samplers
 from mezzotint.cli.terminal import say
@@ -36,12 +39,15 @@ app = typer.Typer(
 
 EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
+    again: "again lemon.png --verify",
     explain: 'explain "a lemon left of a whale" --seed 7 --out page.png',
     tokens: 'tokens "a (lemon:1.3) left of a whale"',
     inspect: "inspect model.safetensors",
     samplers: "samplers",
     models: "models",
     env: "env",
+    bulk: "bulk prompts.jsonl --out pictures",
+    grid: 'grid "a lemon" --x steps=10,20,30 --y sampler=euler,dpmpp_2m --out grid.png',
     report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm --out report",
 }
 for command, example in EXAMPLES.items():

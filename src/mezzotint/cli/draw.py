@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count as counting
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +21,46 @@ if TYPE_CHECKING:
     from mezzotint.request import Request
 
 Number = TypeVar("Number", int, float)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # image.FORMATS, which would bring torch
+AS_THEY_ARE = (  # options that are a field of their name
+    "emphasis",
+    "choices",
+    "wildcards",
+    "steps",
+    "guidance_method",
+    "sampler",
+    "spacing",
+    "seed",
+    "count",
+    "batch",
+    "clip_skip",
+    "eta",
+    "guidance_rescale",
+    "image",
+    "mask",
+    "strength",
+    "resize_mode",
+    "mask_blur",
+    "invert_mask",
+    "masked_content",
+    "only_masked",
+    "hires",
+    "hires_upscale",
+    "hires_steps",
+    "hires_strength",
+    "seamless",
+    "variation_seed",
+    "variation_strength",
+    "apg_eta",
+    "apg_momentum",
+    "apg_norm_threshold",
+    "cfg_zero_init_steps",
+    "perp_neg_scale",
+    "mimic_scale",
+    "threshold_percentile",
+    "noise",
+)
 
 
 def generate(
@@ -49,7 +89,7 @@ def generate(
         str | None, typer.Option(metavar="STEP,...", help="Timesteps of your own, instead of steps and a spacing.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first picture; the next has seed + 1. Else random.")] = None,
-    count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    count: Annotated[int | None, typer.Option(help="How many pictures; else 1.")] = None,
     batch: Annotated[int | None, typer.Option(help="How many to draw at once.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip from the end.")] = None,
     eta: Annotated[float | None, typer.Option(help="Fresh noise in the steps, 0 to 1.")] = None,
@@ -71,78 +111,90 @@ def generate(
     threshold_percentile: Annotated[
         float | None, typer.Option(help="With --mimic-scale: the share of values not cut off, 0 to 1.")
     ] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="seeded, as in diffusers, or philox: what a CUDA GPU draws, as in A1111.")
+    ] = None,
     original_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size before cropping.")] = None,
     crop: Annotated[str | None, typer.Option(metavar="LEFTxTOP", help="SDXL: where the crop begins.")] = None,
     target_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size after cropping.")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A picture to start from; --size is its own if not given.")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Inpainting: what is white here, or opaque, is drawn anew.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of the image may change, 0 to 1: the share of the steps that is run.")
+    ] = None,
+    resize_mode: Annotated[
+        str | None, typer.Option(help="An image of another shape: resize (stretch), crop or fill.")
+    ] = None,
+    mask_blur: Annotated[float | None, typer.Option(help="Softens the mask's edge by so many pixels.")] = None,
+    invert_mask: Annotated[
+        bool | None, typer.Option("--invert-mask/--no-invert-mask", help="Draw what is black in the mask.")
+    ] = None,
+    masked_content: Annotated[
+        str | None, typer.Option(help="Under the mask at first: original, fill (colours around) or noise.")
+    ] = None,
+    only_masked: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PADDING", help="Draw the masked part alone, at the full size, with so many pixels around."
+        ),
+    ] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(metavar="SIDE=PIXELS,...", help="Add to the image, such as right=64 or left=32,top=32."),
+    ] = None,
+    hires: Annotated[
+        float | None, typer.Option(metavar="FACTOR", help="Draw, enlarge by this factor, and draw on in the enlarged.")
+    ] = None,
+    hires_upscale: Annotated[str | None, typer.Option(help="What is enlarged: latent or pixels.")] = None,
+    hires_steps: Annotated[int | None, typer.Option(help="Steps of the second pass.")] = None,
+    hires_strength: Annotated[float | None, typer.Option(help="Strength of the second pass, 0 to 1.")] = None,
+    seamless: Annotated[str | None, typer.Option(help="A picture that tiles: in x, y or xy.")] = None,
+    variation_strength: Annotated[
+        float | None, typer.Option(help="Turn the noise this far, 0 to 1, to that of another seed.")
+    ] = None,
+    variation_seed: Annotated[int | None, typer.Option(help="That other seed. Else random.")] = None,
+    seed_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Put the seed's noise for this size into the middle.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|FOLDER",
-            help="FILE.png is overwritten; several pictures become FILE-0001.png and on. In a FOLDER, and else here, "
-            "mezzotint-SEED.png. But for FILE.png itself no file is ever overwritten: the next free number is taken.",
+            help="FILE.png (or .jpg, .webp) is overwritten; several pictures become FILE-0001.png and on. In a FOLDER, "
+            "and else here, mezzotint-SEED.png. But for FILE.png itself no file is ever overwritten: the next free "
+            "number is taken.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a prompt."""
+    options = locals()
     from mezzotint.prompt import plan
     from mezzotint.request import Request
 
     text = words if prompt is None else prompt
     if text is None or (words is not None and prompt is not None):
         raise RequestError('prompt is missing or given twice; name it once, such as: mezzotint generate "a lemon"')
-    width, height = pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
-    shape = "WxH in pixels, such as 1024x1024"
-    request = Request(
-        prompt=read_prompt(text),
-        negative_prompt=negative,
-        prompt_syntax=syntax,
-        emphasis=emphasis,
-        embeddings=tuple(embedding) if embedding else None,
-        choices=choices,
-        wildcards=wildcards,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=_scales(guidance),
-        guidance_method=guidance_method,
-        sampler=sampler,
-        spacing=spacing,
-        sigmas=_numbers("sigmas", sigmas, "falling noise levels with commas, such as 14.6,3,0.5,0"),
-        timesteps=_numbers("timesteps", timesteps, "falling timesteps with commas, such as 999,500,250"),
-        seed=seed,
-        count=count,
-        batch=batch,
-        clip_skip=clip_skip,
-        eta=eta,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=pair("guidance_interval", guidance_interval, ":", float, "LOW:HIGH in sigma, such as 0.3:5"),
-        guidance_steps=pair("guidance_steps", guidance_steps, ":", float, "START:STOP from 0 to 1, such as 0:0.6"),
-        apg_eta=apg_eta,
-        apg_momentum=apg_momentum,
-        apg_norm_threshold=apg_norm_threshold,
-        cfg_zero_init_steps=cfg_zero_init_steps,
-        perp_neg_scale=perp_neg_scale,
-        mimic_scale=mimic_scale,
-        threshold_percentile=threshold_percentile,
-        # the record has SDXL's order, rows first; the command line the order of --size
-        original_size=_swapped(pair("original_size", original_size, "x", int, shape)),
-        crop=_swapped(pair("crop", crop, "x", int, "LEFTxTOP in pixels, such as 0x64")),
-        target_size=_swapped(pair("target_size", target_size, "x", int, shape)),
-    )
-    check_out(out, request)
+    request = Request(prompt=read_prompt(text), **fields_of(options))
+    check_out(out, request, SUFFIXES)
     for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
         say(f"{request.prompt[network.start : network.end]} is left out: networks named in a prompt are not loaded")
 
     pipe = load(model, device, dtype)
     request = pipe.resolve(request)
     written: list[Path] = []
-    with long_work("drawing", lambda: _wrote(written) if written else "no picture was finished") as on_step:
+    with long_work("drawing", lambda: wrote(written) if written else "no picture was finished") as on_step:
         result = pipe.generate(
-            request, on_step=on_step, on_image=lambda k, image: written.append(_save(image, out, request, k))
+            request, on_step=on_step, on_image=lambda k, image: written.append(save_one(image, out, request, k))
         )
+    for notice in result.notices:
+        say(notice)
     if as_json:
         print_json(
             {
@@ -152,8 +204,41 @@ def generate(
             }
         )
     else:
+        drawn = result.images[0]
         seeds = " to ".join(str(s) for s in sorted({result.seeds[0], result.seeds[-1]}))
-        typer.echo(f"{_wrote(written)} ({request.width}x{request.height}, {request.steps} steps, seed {seeds})")
+        typer.echo(f"{wrote(written)} ({drawn.width}x{drawn.height}, {request.steps} steps, seed {seeds})")
+
+
+def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Request that these options of the command line, by the names of generate's parameters, say; an
+    option that is None or not there says nothing. The prompt is not among them.
+    """
+    get = options.get
+    width, height = pair("size", get("size"), "x", int, "WxH in pixels, such as 512x768") or (None, None)
+    shape = "WxH in pixels, such as 1024x1024"
+    fields = {name: get(name) for name in AS_THEY_ARE} | {
+        "negative_prompt": get("negative"),
+        "prompt_syntax": get("syntax"),
+        "embeddings": tuple(get("embedding") or ()) or None,
+        "width": width,
+        "height": height,
+        "guidance_scale": _scales(get("guidance")),
+        "sigmas": _numbers("sigmas", get("sigmas"), "falling noise levels with commas, such as 14.6,3,0.5,0"),
+        "timesteps": _numbers("timesteps", get("timesteps"), "falling timesteps with commas, such as 999,500,250"),
+        "guidance_interval": pair(
+            "guidance_interval", get("guidance_interval"), ":", float, "LOW:HIGH in sigma, such as 0.3:5"
+        ),
+        "guidance_steps": pair(
+            "guidance_steps", get("guidance_steps"), ":", float, "START:STOP from 0 to 1, such as 0:0.6"
+        ),
+        # the record has SDXL's order, rows first; the command line the order of --size
+        "original_size": _swapped(pair("original_size", get("original_size"), "x", int, shape)),
+        "crop": _swapped(pair("crop", get("crop"), "x", int, "LEFTxTOP in pixels, such as 0x64")),
+        "target_size": _swapped(pair("target_size", get("target_size"), "x", int, shape)),
+        "outpaint": _sides(get("outpaint")),
+        "seed_size": pair("seed_size", get("seed_size"), "x", int, "WxH in pixels, such as 512x512"),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_prompt(prompt: str) -> str:
@@ -202,6 +287,21 @@ def _numbers(field: str, text: str | None, right: str) -> tuple[float, ...] | No
         raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
 
 
+def _sides(text: str | None) -> tuple[int, ...] | None:
+    """(left, top, right, bottom) of "right=64,top=32"."""
+    if text is None:
+        return None
+    sides = dict.fromkeys(("left", "top", "right", "bottom"), 0)
+    try:
+        given = dict(part.strip().split("=") for part in text.lower().split(","))
+        if not set(given) <= set(sides):
+            raise ValueError
+        return tuple((sides | {side: int(pixels) for side, pixels in given.items()}).values())
+    except ValueError:
+        right = "it must be sides and pixels, such as right=64 or left=32,top=32"
+        raise RequestError(f"outpaint is {text[:60]!r}; {right}") from None
+
+
 def _swapped(pair: tuple[int, int] | None) -> tuple[int, int] | None:
     return pair and pair[::-1]
 
@@ -224,12 +324,13 @@ def _is_exact(out: str | None, request: Request) -> bool:
     return out is not None and request.count == 1 and not os.path.isdir(out)
 
 
-def check_out(out: str | None, request: Request) -> None:
+def check_out(out: str | None, request: Request, suffixes: tuple[str, ...] = (".png",)) -> None:
     """Refuses, before any work, a place where no picture could be written."""
     import tempfile
 
-    if out is not None and not os.path.isdir(out) and not out.lower().endswith(".png"):
-        raise RequestError(f"out is {out!r}; it must be a file name ending in .png, or a folder that exists")
+    if out is not None and not os.path.isdir(out) and not out.lower().endswith(suffixes):
+        right = f"a file name ending in {', '.join(suffixes)}, or a folder that exists"
+        raise RequestError(f"out is {out!r}; it must be {right}")
     path = next(_names(out, request, 0))
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -242,20 +343,20 @@ def check_out(out: str | None, request: Request) -> None:
         raise RequestError(f"out is {str(path)!r}, which cannot be written ({error.strerror}); {right}") from None
 
 
-def _save(image: Image.Image, out: str | None, request: Request, k: int) -> Path:
+def save_one(image: Image.Image, out: str | None, request: Request, k: int) -> Path:
     """Writes picture k under the first of its names that is free."""
-    from mezzotint.image import save_png
+    from mezzotint.image import save
 
     exact = _is_exact(out, request)
     for path in _names(out, request, k):
         if exact or not path.exists():
             with suppress(FileExistsError):  # another process took the name just now
-                save_png(image, path, overwrite=exact)
+                save(image, path, overwrite=exact)
                 return path
     raise AssertionError("unreachable: a name is overwritten, or names never end")
 
 
-def _wrote(paths: list[Path]) -> str:
+def wrote(paths: list[Path]) -> str:
     if len(paths) == 1:
         return f"Wrote {paths[0]}"
     return f"Wrote {len(paths)} pictures, {paths[0]} to {paths[-1]}"

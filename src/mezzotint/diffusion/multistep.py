@@ -155,13 +155,15 @@ def dpm_multistep(
     curvature: float = 0.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    whole: int = 0,
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), Lu et al. 2022b alg. 2, of order 1 to 3; "dpmsolver", Lu et al. 2022a, interpolates the noise.
 
     eta = 1 solves the diffusion SDE (their SDE-DPM-Solver), 0 the ODE. `solver_type`: see `moments`; "logrho" of
-    "dpmsolver" is DEIS, Zhang and Chen 2022. `lower_order_final`: below 15 steps, no higher order than steps are left;
-    `euler_at_final`: first order in the last step. `curvature`, half the estimates' second derivative times the step
-    squared, is added so many times: -1 is diffusers' third order of the SDE, where a sign is wrong.
+    "dpmsolver" is DEIS, Zhang and Chen 2022. `lower_order_final`: below 15 steps, no higher order than steps are left
+    (`whole`: the steps of the run that this one is the end of, if there were more); `euler_at_final`: first order in
+    the last step. `curvature`, half the estimates' second derivative times the step squared, is added so many times: -1
+    is diffusers' third order of the SDE, where a sign is wrong.
     """
     check_order(order, 1, 3)
     data, steps = algorithm == "dpmsolver++", len(sigmas) - 1
@@ -169,7 +171,7 @@ def dpm_multistep(
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         known = [(sigma, estimate(data, x, denoised, sigma)), *known[: order - 1]]
-        most = steps - i if lower_order_final and steps < 15 else order
+        most = steps - i if lower_order_final and max(steps, whole) < 15 else order
         most = 1 if euler_at_final and i == steps - 1 else most
         used = known[:most]
         x = integrated(x, sigma, sigma_next, used, data, solver_type, eta)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.models.attention import attention, watcher
+from mezzotint.models.convolution import Conv2d
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
 
@@ -25,11 +26,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int, eps: float) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+        self.conv2 = Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`time` (B, outputs) is time_emb_proj of the activated time embedding."""
@@ -157,9 +158,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.proj_in = nn.Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast) for _ in range(depth))
-        self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.proj_out = nn.Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
         """Each block takes the next of `contexts`, the keys and values of its cross-attention."""
@@ -188,7 +189,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -200,7 +201,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         y: Tensor = self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

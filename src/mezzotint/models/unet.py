@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.models.blocks import Attention, Downsample, KeysValues, ResnetBlock, Transformer, Upsample
+from mezzotint.models.convolution import Conv2d
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +164,7 @@ class UNet(nn.Module):
                 upcast=config.upcast_attention,
             )
 
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim, config.time_cond_proj_dim)
         self.add_embedding = (
             TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, time_dim)
@@ -200,7 +201,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(resnets, attentions, width if level > 0 else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
         # in module order; kept, because looking through the whole tree at each step takes a millisecond or two
         self._attentions = [module for module in self.modules() if isinstance(module, Attention)]
         self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mezzotint.config import VAEConfig
 from mezzotint.models.attention import attention
+from mezzotint.models.convolution import Conv2d, pad
 
 EPS = 1e-6  # of every group norm in this network
 
@@ -23,10 +24,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels_in, EPS)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = Conv2d(channels_in, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels, EPS)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -55,16 +56,16 @@ class SpatialAttention(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+        return self.conv(pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
 
 
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
@@ -113,14 +114,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < last)
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -135,14 +136,14 @@ class Decoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < last)
             for i, width in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -172,11 +173,9 @@ class VAE(nn.Module):
         moments = 2 * config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else nn.Identity()
+        self.quant_conv = Conv2d(moments, moments, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = (
-            nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-            if config.use_post_quant_conv
-            else nn.Identity()
+            Conv2d(config.latent_channels, config.latent_channels, 1) if config.use_post_quant_conv else nn.Identity()
         )
 
     def encode(self, pixels: Tensor) -> Posterior:

@@ -1,0 +1,33 @@
+"""Where a model can be, and as what numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from mezzotint.errors import RequestError
+
+
+def best_device() -> str:
+    """cuda, mps or cpu: the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of this name. Raises RequestError where it is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch raises any of them
+        raise RequestError(f"device is {str(name)!r}, which is not here; the best here is {best_device()!r}") from None
+    return device
+
+
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of this name. Raises RequestError where it is none that a model can have."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in known.values():
+        raise RequestError(f"dtype is {dtype!r}; it can be {', '.join(known)}")
+    return found

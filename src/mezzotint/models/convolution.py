@@ -1,0 +1,47 @@
+"""The convolution of every network here, which can see a picture's sides as joined, so that it tiles.
+
+Inside `seamless("x")`, or "y" or "xy", what lies beyond a side in that direction is what lies at the opposite one. The
+direction travels in a context variable, so it is this thread's and this run's alone; without one all that it costs is
+a look at the variable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+joined: ContextVar[str] = ContextVar("joined", default="")
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, with circular padding in the directions that are joined."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = joined.get()
+        if not axes or self.padding == (0, 0):
+            return super().forward(x)
+        rows, columns = (int(width) for width in self.padding)
+        x = pad(x, (columns, columns, rows, rows))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def pad(x: Tensor, widths: tuple[int, int, int, int]) -> Tensor:
+    """x (B, C, h, w) with (left, right, top, bottom) cells around it: zeros, or the opposite side's where joined."""
+    left, right, top, bottom = widths
+    for axis, side in (("x", (left, right, 0, 0)), ("y", (0, 0, top, bottom))):
+        x = F.pad(x, side, "circular" if axis in joined.get() else "constant")
+    return x
+
+
+@contextmanager
+def seamless(axes: str | None) -> Iterator[None]:
+    """Joins the sides of what is computed inside, in this thread: "x" left and right, "y" top and bottom, or "xy"."""
+    before = joined.set(axes or "")
+    try:
+        yield
+    finally:
+        joined.reset(before)
