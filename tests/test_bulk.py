@@ -402,6 +402,7 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
     write(tmp_path / "p.jsonl", [{"prompt": f"lemon {k}"} for k in range(9)])
     assert command("p.jsonl", "--out", "whole")[0] == 0
     pipe, steps = FakePipeline(), 0
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     def resolve(request: Request) -> Request:
         nonlocal steps
@@ -412,7 +413,10 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
 
     pipe.resolve = resolve  # type: ignore[method-assign]
     monkeypatch.setattr(mezzotint, "load", lambda *_, **__: pipe)
-    code, out, err = command("p.jsonl", "--out", "out")
+    try:
+        code, out, err = command("p.jsonl", "--out", "out")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert (code, out) == (1, "")
     assert err == "Stopped; what is finished is in out, and the same command goes on from there\n"
     assert len(pictures(tmp_path / "out")) == 3 and len(pipe.groups) == 2

@@ -139,6 +139,7 @@ def test_other_samplers_are_as_they_were(folder: Path, sd1: Pipeline) -> None:
         assert json.loads(result.images[0].info["mezzotint"])["model"].keys() == {
             "name",
             "family",
+            "files",
             "device",
             "dtype",
             "threads",
