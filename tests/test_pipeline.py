@@ -397,7 +397,7 @@ def test_a_negative_prompt_of_another_length(pipe: str, request: pytest.FixtureR
 def test_no_negative_prompt_is_zeros_for_sdxl(sdxl: Pipeline) -> None:
     zeros, empty = (sdxl.generate(LEMON.replace(negative_prompt=words)).latents for words in (None, ""))
     assert error(zeros, empty) > 1e-3
-    ((_, conditional),), ((_, unconditional),) = sdxl._wording.conditions([sdxl.resolve(LEMON)])[0]
+    ((_, conditional),), ((_, unconditional),) = sdxl.wording.conditions([sdxl.resolve(LEMON)])[0]
     assert not unconditional.context.any() and unconditional.pooled is not None and not unconditional.pooled.any()
     assert torch.equal(conditional.time_ids, unconditional.time_ids)  # type: ignore[arg-type]
 

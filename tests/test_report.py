@@ -21,22 +21,10 @@ from PIL import Image
 
 import mezzotint
 from mezzotint import cli, report_page
+from mezzotint.curves import CHECK_ROW, Curve, Distance, Point, Row, claim, curves, recommend, residual
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.image import from_pil
-from mezzotint.report import (
-    CHECK_ROW,
-    REFERENCE,
-    Curve,
-    Distance,
-    Point,
-    Row,
-    Settings,
-    claim,
-    curves,
-    measure,
-    recommend,
-    residual,
-)
+from mezzotint.report import REFERENCE, Settings, measure
 from mezzotint.request import Request
 
 Cloud = NDArray[np.float64]  # (seeds, dimensions)

@@ -10,11 +10,10 @@ and a picture that the run started from is named too, or found by its SHA-256 am
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,10 @@ from PIL import Image
 from mezzotint import foreign, infotext, provenance
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.image import CHUNKS, FORMATS, encoded, read_metadata, read_picture
+from mezzotint.inputs import digest, read
 from mezzotint.provenance import Record
 from mezzotint.request import Request
+from mezzotint.weights.hub import BUNDLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 MOST_FILES = 10_000  # that are looked at in a folder for an input picture
 PICTURES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")  # endings of what is looked at
-LARGEST_FILE = 256 * 2**20  # bytes of one
 # what else was resolved for the sake of a field, and is so again when that is changed
 FOLLOWS = {
     "sampler": ("spacing", "sigmas", "timesteps", "eta", "guidance_scale"),
@@ -54,7 +54,6 @@ FOLLOWS = {
     "prompt_syntax": ("emphasis", "choices"),
 }
 NAMES_FILES = ("image", "mask", "embeddings", "wildcards")  # fields of a Request of which a record is never believed
-BUNDLED = "emoji"  # the model that comes with mezzotint
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def inputs_of(
     for name in dict.fromkeys([*known, *source.request.sources, *files]):
         place, input = given.get(name), known.get(name)
         if place is not None and not os.path.isdir(place):
-            if input is not None and _digest(Path(place), name) != input.sha256:
+            if input is not None and digest(read(place, name)) != input.sha256:
                 said.append(f"{name} is {place!r}, which is not the picture that the record names (another SHA-256)")
             paths[name] = place
             continue
@@ -137,28 +136,18 @@ def _find(sha256: str, folders: Iterable[Path]) -> Path | None:
             continue
         for name in names:
             path = folder / name
-            if path.suffix.lower() in PICTURES and path.is_file() and path.stat().st_size <= LARGEST_FILE:
-                try:
-                    if _digest(path, name) == sha256:
+            if path.suffix.lower() in PICTURES:
+                with suppress(RequestError):  # no plain file, or too large a one
+                    if digest(read(str(path), name)) == sha256:
                         return path
-                except RequestError:
-                    continue
     return None
-
-
-def _digest(path: Path, name: str) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RequestError(f"{name} is {str(path)!r}, which cannot be read: {error.strerror}") from None
 
 
 def model_for(source: Source, given: str | None) -> str | None:
     """What to load for a file: what the caller names, or None for the bundled model. Raises RequestError for another:
     a name in a file opens nothing.
     """
-    if given or source.model_name == BUNDLED:
+    if given or source.model_name == BUNDLED.name:
         return given
     if not source.model_name:
         raise RequestError("it does not say which model drew it; --model names one")

@@ -13,10 +13,8 @@ whole or not at all (`save_png`), so what is there is finished, and nothing else
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -342,6 +340,9 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
     """Writes into the folder what its pictures depend on, or compares, if it was begun before. Raises RequestError."""
     import torch
 
+    from mezzotint.image import write_whole
+    from mezzotint.provenance import version
+
     record = {
         "file": plan.digest,
         "fields": dict(plan.fields),
@@ -349,12 +350,12 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "threads": plan.threads,
-        "versions": {"mezzotint": _version(), "torch": torch.__version__},
+        "versions": {"mezzotint": version("mezzotint"), "torch": torch.__version__},
     }
     begun = _begun(plan.folder)
     if begun is None:
         try:
-            _write(plan.folder / RECORD, json.dumps(record, indent=2) + "\n")
+            write_whole(plan.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:
             raise WriteError(f"{str(plan.folder)!r} cannot be written to ({error.strerror or error})") from None
         return
@@ -374,23 +375,6 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
                 f"{str(plan.folder)!r} was begun with {name} {json.dumps(was)[:80]}, which now is "
                 f"{json.dumps(now)[:80]}: its pictures would not be of one make. Give another folder, or the same"
             )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mezzotint")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
-def _write(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
-    with part.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def to_json(outcome: Outcome) -> str:

@@ -165,9 +165,9 @@ def explain(
     RequestError where the prompt has no words.
     """
     request = pipe.resolve(request)
-    steps = len(pipe._sigmas(request)) - 1
+    steps = len(pipe.resolver.sigmas(request)) - 1
     planned = plan_of(request, request.prompt, steps, negative=False)
-    tokens, words, places = _read(planned, pipe.tokenizers[0], pipe._wording.library(request))
+    tokens, words, places = _read(planned, pipe.tokenizers[0], pipe.wording.library(request))
     if not words:
         raise RequestError(f"prompt is {request.prompt[:60]!r}, which has no words; there is nothing to explain")
     side = pipe.vae.config.downscale

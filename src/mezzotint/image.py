@@ -114,20 +114,25 @@ def _exif(texts: Mapping[str, str]) -> bytes:
     return exif.tobytes()
 
 
+def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """A file, whole or not at all. Raises OSError; FileExistsError where it is there and `overwrite` is False."""
+    part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not overwrite:
+            path.open("xb").close()  # takes the name, so that no other process can between now and the rename
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None:
     data = encoded(image, format)
     try:
-        part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
-        try:
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if not overwrite:
-                path.open("xb").close()  # takes the name, so that no other process can between now and the rename
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, data, overwrite=overwrite)
     except FileExistsError:
         raise
     except (OSError, ValueError) as error:  # ValueError: no name, or one that no file can have

@@ -10,6 +10,7 @@ needs travels in the run, so two threads may share one.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,15 +40,14 @@ from mezzotint.models.convolution import seamless
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.provenance import describe
-from mezzotint.request import Request, Result
+from mezzotint.request import Job, Request, Result
 from mezzotint.resolving import Resolver, options_of, place
 from mezzotint.samplers import Sampler
-from mezzotint.starting import Job, Run, start
+from mezzotint.starting import Run, start
 from mezzotint.weights.checkpoint import Parts, open_model
+from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.lora import merged, read_lora
 from mezzotint.wording import Wording
-
-BUNDLED = Path(__file__).parent / "data" / "emoji"
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
@@ -78,8 +78,8 @@ class Pipeline:
         self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
-        self._resolver = Resolver(parts, dict(parts.scheduler_config))
-        self._wording = Wording(self.tokenizers, self.text_encoders, self._resolver)
+        self.resolver = Resolver(parts, dict(parts.scheduler_config))
+        self.wording = Wording(self.tokenizers, self.text_encoders, self.resolver)
         self.schedule = Schedule.from_config(self._sampler(Request(prompt="")).schedule)
         if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
             self.vae.float()  # its activations pass float16's range
@@ -89,11 +89,11 @@ class Pipeline:
     @property
     def scheduler_config(self) -> dict[str, Any]:
         """The model's scheduler_config.json; another may be put in its place."""
-        return self._resolver.scheduler_config
+        return self.resolver.scheduler_config
 
     @scheduler_config.setter
     def scheduler_config(self, config: dict[str, Any]) -> None:
-        self._resolver.scheduler_config = config
+        self.resolver.scheduler_config = config
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +111,7 @@ class Pipeline:
 
     def resolve(self, request: Request) -> Request:
         """The request with the model's own values where it has None. Raises RequestError where it does not fit."""
-        return self._resolver.resolve(request)
+        return self.resolver.resolve(request)
 
     @overload
     def generate(
@@ -150,27 +150,22 @@ class Pipeline:
         pictures = sum(r.count for r in requests)
         if latents is not None and latents.shape[:1] != (pictures,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
-        total, done = sum(self._length(group[0][0]) for group in groups), 0
+        stepped = _counted(on_step, sum(self._length(group[0][0]) for group in groups))
         images: list[Image.Image] = []
         finals: list[Tensor] = []
-        notices: dict[int, tuple[str, ...]] = {}  # by the request's place in memory
+        notices: list[tuple[str, ...]] = []  # one a picture
         timings = {"denoise": 0.0, "decode": 0.0}
         for group in groups:
             begun = time.perf_counter()
             run = self._run(group, None if latents is None else latents[len(images) : len(images) + len(group)])
-            for step in self._steps(run):
-                last = step
-                done += 1
-                if on_step:
-                    on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
-            x = self._final(run, last)
+            x = self._solved(run, stepped)
             finals += x.unbind()
             middle = time.perf_counter()
             for image in self._finished(run, x):
                 images.append(image)
                 if on_image:
                     on_image(len(images) - 1, image)
-            notices |= {id(job): tuple(run.notices) for job, _ in group}
+            notices += [tuple(run.notices)] * len(group)
             timings["denoise"] += middle - begun
             timings["decode"] += time.perf_counter() - middle
         results: list[Result] = []
@@ -178,7 +173,7 @@ class Pipeline:
         for r in requests:
             part = slice(first, first + r.count)
             seeds = [r.seed + k for k in range(r.count)]  # type: ignore[operator]
-            results.append(Result(images[part], torch.stack(finals[part]), seeds, r, timings, notices[id(r)]))
+            results.append(Result(images[part], torch.stack(finals[part]), seeds, r, timings, notices[first]))
             first += r.count
         return results[0] if isinstance(request, Request) else results
 
@@ -188,12 +183,7 @@ class Pipeline:
         The requests differ in words and seeds alone, as those that `generate` puts together do.
         """
         run = self._run([(self.resolve(r), seed) for r, seed in group])
-        total = self._length(run.request)
-        for done, step in enumerate(self._steps(run), 1):
-            last = step
-            if on_step:
-                on_step(done, max(done, total))
-        return self._finished(run, self._final(run, last))
+        return self._finished(run, self._solved(run, _counted(on_step, self._length(run.request))))
 
     def stream(self, request: Request, latents: Tensor | None = None) -> Iterator[Step]:
         """The steps of a request, all its pictures in one batch: Step.index, .sigma, .x, .denoised (count, C, h, w).
@@ -209,7 +199,7 @@ class Pipeline:
 
         Raises CheckpointError where the change is missing or of another UNet.
         """
-        few_step = self._resolver.few_step(self._sampler(request))
+        few_step = self.resolver.few_step(self._sampler(request))
         if few_step is None:
             return self.unet
         if few_step.lora not in self._changed:  # two threads at once make the same one twice
@@ -228,7 +218,7 @@ class Pipeline:
 
     def _length(self, request: Request) -> int:
         """The steps of a run, both passes."""
-        passes = [request, *([self._resolver.second_pass(request)] if request.hires else [])]
+        passes = [request, *([self.resolver.second_pass(request)] if request.hires else [])]
         return sum(len(self._sigmas(r)) - 1 for r in passes)
 
     def _steps(self, run: Run) -> Iterator[Step]:
@@ -239,9 +229,16 @@ class Pipeline:
             for step in self._pass(self._second(run, self._final(run, last))):
                 yield replace(step, index=last.index + 1 + step.index)
 
+    def _solved(self, run: Run, stepped: Callable[[], None]) -> Tensor:
+        """The last x of a batch as the VAE takes it; `stepped` is called after each step."""
+        for step in self._steps(run):
+            last = step
+            stepped()
+        return self._final(run, last)
+
     def _second(self, run: Run, x: Tensor) -> Run:
         """The second pass of hires-fix, on the first one's final latents: the run of their larger form."""
-        group = [(self._resolver.second_pass(request), seed) for request, seed in run.group]
+        group = [(self.resolver.second_pass(request), seed) for request, seed in run.group]
         _, height, width = self._latent_shape(group[0][0])
         if run.request.hires_upscale == "latent":
             larger = F.interpolate(x.float(), (height, width), mode="bilinear")
@@ -259,11 +256,11 @@ class Pipeline:
         options = schedule.timed(sampler.options)
         if "calls" in sampler.spacing_options and request.spacing:
             # three an interval, less in the last ones, which every run has
-            cut = len(self._resolver.all_sigmas(request)) - len(sigmas)
+            cut = len(self.resolver.all_sigmas(request)) - len(sigmas)
             options |= {"calls": max((request.steps or 1) - 3 * cut, 1)}
         options |= {} if request.eta is None else {"eta": request.eta}
         if request.strength is not None and "whole" in inspect.signature(SOLVERS[sampler.solver]).parameters:
-            options |= {"whole": len(self._resolver.all_sigmas(request)) - 1}
+            options |= {"whole": len(self.resolver.all_sigmas(request)) - 1}
         given = request.guidance_scale or 0.0
         scales = given if isinstance(given, tuple) else (given,)
         unet = self.unet_for(request)
@@ -271,7 +268,7 @@ class Pipeline:
             pure = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
             encode = partial(self._posterior, noted=noted)
             begun = start(run, self.vae, encode, noise, sigmas[0], pure, self.unet.config.in_channels)
-            conditions, weights = self._wording.conditions([job for job, _ in run.group], noted)
+            conditions, weights = self.wording.conditions([job for job, _ in run.group], noted)
             kind = sampler.timestep
             outputs = watched_outputs(
                 unet, lambda unet: Denoiser(unet, schedule, prediction, conditions, kind, sigmas, begun.beside), noted
@@ -308,19 +305,19 @@ class Pipeline:
         if sampler.noise == "seeded":
             return noise
         # of the whole list of levels, as diffusers: the path does not depend on where a run from a picture begins
-        levels = self._resolver.all_sigmas(run.request)
+        levels = self.resolver.all_sigmas(run.request)
         return BrownianNoise(
             run.seeds, noise.shape, levels, self.device, midpoints=sampler.noise == "brownian midpoints"
         )
 
     def _sampler(self, request: Request) -> Sampler:
-        return self._resolver.sampler(request)
+        return self.resolver.sampler(request)
 
     def _sigmas(self, request: Request) -> list[float]:
-        return self._resolver.sigmas(request)
+        return self.resolver.sigmas(request)
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        return self._resolver.latent_shape(request)
+        return self.resolver.latent_shape(request)
 
     def _final(self, run: Run, last: Step) -> Tensor:
         """The last step's x as the VAE takes it."""
@@ -339,7 +336,7 @@ class Pipeline:
         last: tuple[Any, ...] | None = None
         for r in requests:
             alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
-            shapes = self._wording.shapes(r)
+            shapes = self.wording.shapes(r)
             for k in range(r.count):
                 if (alike, shapes) != last or len(groups[-1]) == r.batch:
                     groups.append([])
@@ -361,7 +358,7 @@ class Pipeline:
         """
         request = self.resolve(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
         with torch.inference_mode():
-            return [part.copy() for part in self._wording.parts(request, request.prompt)]
+            return [part.copy() for part in self.wording.parts(request, request.prompt)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) as a run leaves them -> B pictures."""
@@ -422,7 +419,7 @@ class Pipeline:
 
     def _facts(self, request: Request) -> dict[str, Any]:
         """What the same bits depend on, beside the request."""
-        few_step = self._resolver.few_step(self._sampler(request))
+        few_step = self.resolver.few_step(self._sampler(request))
         return {
             "name": self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name,
             "family": self.parts.family,
@@ -431,5 +428,17 @@ class Pipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             **({"lora": few_step.lora} if few_step else {}),
-            **({"embeddings": self._wording.used(request)} if request.embeddings else {}),
+            **({"embeddings": self.wording.used(request)} if request.embeddings else {}),
         }
+
+
+def _counted(on_step: OnStep | None, total: int) -> Callable[[], None]:
+    """Tells on_step how many steps are done each time that it is called."""
+    count = itertools.count(1)
+
+    def stepped() -> None:
+        done = next(count)
+        if on_step:
+            on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
+
+    return stepped

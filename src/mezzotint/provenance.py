@@ -20,14 +20,13 @@ from torch import Tensor
 
 from mezzotint import infotext
 from mezzotint.errors import MezzotintError, RequestError
-from mezzotint.request import MAX_SEED, Request
+from mezzotint.request import MAX_SEED, Job, Request
 
 MAX_DEPTH = 20  # of the JSON's brackets; a record's own is 5
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(max_length=4096)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Words = Literal["prompt", "negative_prompt"]  # in which the requests of one batch may differ
-Job = tuple[Request, int]  # one picture: its request and its own seed
 
 
 class _Part(BaseModel):
@@ -115,7 +114,7 @@ def describe(
     group = group or [(request, seed)]
     own = _fields(request)
     others = [_differences(job, request) for job, _ in group]
-    versions = {name: _version(name) for name in ("mezzotint", "torch")}
+    versions = {name: version(name) for name in ("mezzotint", "torch")}
     optional = {
         "others": others if any(others) else [],
         "inputs": {name: dict(given) for name, given in (inputs or {}).items()},
@@ -234,7 +233,8 @@ def _short(value: str | None) -> str:
 
 
 @functools.cache
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree

@@ -16,23 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mezzotint.curves import NEAR, Curve, Distance, Point, Row, claim, curves, percent, recommend, residual
 from mezzotint.errors import MissingExtraError, RequestError
-from mezzotint.report import (
-    CHECK,
-    NEAR,
-    REFERENCE,
-    Curve,
-    Distance,
-    Point,
-    Row,
-    Settings,
-    claim,
-    curves,
-    percent,
-    recommend,
-    residual,
-    thumbnail,
-)
+from mezzotint.report import CHECK, REFERENCE, Settings, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -336,6 +336,9 @@ class Request(BaseModel):
         return type(self)(**{**self.model_dump(), **changes})
 
 
+Job = tuple[Request, int]  # one picture: its request and its own seed
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """What a request gave.

@@ -22,10 +22,9 @@ from mezzotint.errors import RequestError
 from mezzotint.image import from_pil
 from mezzotint.inputs import Placed
 from mezzotint.models.vae import VAE, Posterior
-from mezzotint.request import Request
+from mezzotint.request import Job, Request
 
 Encode = Callable[[Tensor], Posterior]  # of pixels (1, 3, H, W) in [-1, 1]
-Job = tuple[Request, int]  # one picture: its resolved request and its own seed
 
 
 @dataclass(frozen=True, eq=False)
