@@ -115,10 +115,10 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--crop 3x0 --target-size 1024x512 --guidance-method apg --guidance-steps 0:0.8 --apg-eta 0.1 "
         "--apg-momentum -0.75 --apg-norm-threshold 7.5 --cfg-zero-init-steps 2 --perp-neg-scale 1.5 --mimic-scale 5 "
         "--threshold-percentile 0.95 --syntax comfy --emphasis no_norm --embedding a.pt --embedding owner/b "
-        "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --resize-mode crop "
-        "--mask-blur 4 --invert-mask --masked-content fill --only-masked 32 --outpaint right=64,top=8 --hires 2 "
-        "--hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x --variation-seed 3 "
-        "--variation-strength 0.2 --seed-size 64x72"
+        "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --fix-steps "
+        "--resize-mode crop --mask-blur 4 --invert-mask --masked-content fill --only-masked 32 "
+        "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
+        "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -159,6 +159,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             image="a.png",
             mask="b.png",
             strength=0.6,
+            fix_steps=True,
             resize_mode="crop",
             mask_blur=4.0,
             invert_mask=True,

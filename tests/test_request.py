@@ -49,6 +49,7 @@ FULL: dict[str, Any] = {
     "image": "lemon.png",
     "mask": b"\x89PNG",
     "strength": 0.6,
+    "fix_steps": True,
     "resize_mode": "crop",
     "mask_blur": 4.0,
     "invert_mask": True,

@@ -221,6 +221,54 @@ def test_hires_by_pixels_is_a_run_from_the_enlarged_picture(sd1: Pipeline) -> No
     assert np.array_equal(levels(whole.images[0]), levels(second.images[0]))
 
 
+def test_in_the_second_pass_prompt_editing_goes_on(sd1: Pipeline) -> None:
+    """A1111's get_learned_conditioning_prompt_schedules: there 0.5 is over and 1.5 is its middle."""
+    hires = {"hires": 1.5, "hires_upscale": "pixels", "hires_steps": 4, "hires_strength": 1.0}
+    request = RUN.replace(prompt="[a lemon:a whale:0.5] on [red:blue:1.5]", **hires)
+    first = sd1.generate(RUN.replace(prompt="[a lemon:a whale:0.5] on red")).images[0]
+    larger = RUN.replace(image=first.resize((48, 48), Image.Resampling.LANCZOS), steps=4, strength=1.0)
+    second = sd1.generate(larger.replace(prompt="a whale on [red:blue:0.5]"))
+    assert torch.equal(sd1.generate(request).latents, second.latents)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "strength", "fixed", "whole", "left"),
+    [
+        ("euler", 0.75, None, 20, 15),  # diffusers: int(20 * 0.75)
+        ("euler", 1.0, None, 20, 20),
+        ("euler", 0.75, True, 26, 20),
+        ("Euler", 0.75, None, 20, 16),  # A1111: t_enc = int(20 * 0.75), sigmas[20 - t_enc - 1:]
+        ("Euler", 1.0, None, 20, 20),  # t_enc = int(20 * 0.999)
+        ("Euler", 0.01, None, 20, 1),
+        ("Euler", 0.75, True, 26, 20),  # int(20 / 0.75), t_enc = 19
+        ("Euler", 1.0, True, 20, 20),
+        ("DDIM", 0.75, None, 19, 14),  # between timesteps[:t_enc], of range(0, 1000, 1000 // 20)
+        ("DDIM", 1.0, None, 19, 18),
+        ("DDIM", 0.75, True, 26, 18),
+        ("UniPC", 0.75, None, 20, 15),
+        ("euler_ancestral", 0.75, None, 26, 20),  # ComfyUI: int(20 / 0.75) steps, the last 20 of them
+        ("euler_ancestral", 0.75, False, 20, 15),
+        ("euler_ancestral", 1.0, None, 20, 20),
+    ],
+)
+def test_each_program_counts_the_steps_from_a_picture_in_its_way(
+    sd1: Pipeline, sampler: str, strength: float, fixed: bool | None, whole: int, left: int
+) -> None:
+    """setup_img2img_steps and sample_img2img of A1111, KSampler.set_steps of ComfyUI."""
+    request = RUN.replace(image=photograph(), sampler=sampler, steps=20, strength=strength, fix_steps=fixed)
+    request = sd1.resolve(request)
+    levels = sd1.resolver.all_sigmas(request)
+    assert len(levels) == whole + 1 and sd1.resolver.sigmas(request) == levels[-left - 1 :]
+
+
+@pytest.mark.parametrize(("sampler", "left"), [("euler", 15), ("Euler", 20), ("DDIM", 18), ("euler_ancestral", 20)])
+def test_each_program_counts_the_steps_of_the_second_pass_in_its_way(sd1: Pipeline, sampler: str, left: int) -> None:
+    """A1111 gives sample_img2img the steps, which then are fixed."""
+    request = sd1.resolve(RUN.replace(sampler=sampler, hires=1.5, hires_steps=20, hires_strength=0.75))
+    second = sd1.resolver.second_pass(request)
+    assert len(sd1.resolver.sigmas(second)) == left + 1 and sd1.resolver.counted(second) == 20
+
+
 def test_hires_by_latents(sd1: Pipeline) -> None:
     """By hand: the first pass's latents, bilinear, under the noise that the seed gives at the larger size."""
     request = sd1.resolve(RUN.replace(hires=2.0, hires_strength=0.5))

@@ -228,7 +228,8 @@ class Reader:
         """Hidden states (1, T, D) and pooled vector (1, P) of a chunk, float32."""
         tokenizer, model = self.tokenizers[encoder], self.encoders[encoder]
         table = model.text_model.embeddings.token_embedding
-        ids = torch.tensor([tokenizer.window([token.id for token in chunk])], device=table.weight.device)
+        device = model.text_model.final_layer_norm.weight.device
+        ids = torch.tensor([tokenizer.window([token.id for token in chunk])], device=device)
         inputs = table(ids) if any(token.vector for token in chunk) else None
         for place, token in enumerate(chunk, 1):
             if inputs is not None and token.vector:
@@ -240,9 +241,11 @@ class Reader:
         return hidden.float(), pooled.float()
 
 
-def plan_of(request: Request, text: str, steps: int, negative: bool) -> Plan:
-    """What a prompt of this request says. Raises RequestError where it has signs and yet says nothing."""
-    planned = prompt.plan(text, request.prompt_syntax or "a1111", steps, negative=negative)
+def plan_of(request: Request, text: str, steps: int, negative: bool, before: int | None = None) -> Plan:
+    """What a prompt of this request says. before: of a second pass, the steps of the first. Raises RequestError where
+    it has signs and yet says nothing.
+    """
+    planned = prompt.plan(text, request.prompt_syntax or "a1111", steps, negative=negative, base_steps=before)
     clauses = [clause for part in planned.parts for variant in part.variants for clause in variant.clauses]
     said = any(span.text.strip() for clause in clauses for span in clause.spans)
     if text.strip() and not (said or planned.networks or negative):

@@ -166,7 +166,7 @@ def explain(
     """
     request = pipe.resolve(request)
     steps = len(pipe.resolver.sigmas(request)) - 1
-    planned = plan_of(request, request.prompt, steps, negative=False)
+    planned = plan_of(request, request.prompt, pipe.resolver.counted(request), negative=False)
     tokens, words, places = _read(planned, pipe.tokenizers[0], pipe.wording.library(request))
     if not words:
         raise RequestError(f"prompt is {request.prompt[:60]!r}, which has no words; there is nothing to explain")

@@ -239,13 +239,14 @@ class Pipeline:
     def _second(self, run: Run, x: Tensor) -> Run:
         """The second pass of hires-fix, on the first one's final latents: the run of their larger form."""
         group = [(self.resolver.second_pass(request), seed) for request, seed in run.group]
+        before = self.resolver.counted(run.request)
         _, height, width = self._latent_shape(group[0][0])
         if run.request.hires_upscale == "latent":
             larger = F.interpolate(x.float(), (height, width), mode="bilinear")
-            return Run(group, pictures=[*larger[:, None]], noted=run.noted)
+            return Run(group, pictures=[*larger[:, None]], noted=run.noted, before=before)
         size = group[0][0].width or 0, group[0][0].height or 0
         images = self._decode(x, run.noted, run.request.seamless)
-        return Run(group, pictures=[Placed(fit(image, size)) for image in images], noted=run.noted)
+        return Run(group, pictures=[Placed(fit(image, size)) for image in images], noted=run.noted, before=before)
 
     def _pass(self, run: Run) -> Iterator[Step]:
         """One pass of a batch along its noise levels."""
@@ -268,7 +269,7 @@ class Pipeline:
             pure = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
             encode = partial(self._posterior, noted=noted)
             begun = start(run, self.vae, encode, noise, sigmas[0], pure, self.unet.config.in_channels)
-            conditions, weights = self.wording.conditions([job for job, _ in run.group], noted)
+            conditions, weights = self.wording.conditions([job for job, _ in run.group], noted, run.before)
             kind = sampler.timestep
             outputs = watched_outputs(
                 unet, lambda unet: Denoiser(unet, schedule, prediction, conditions, kind, sigmas, begun.beside), noted

@@ -78,6 +78,7 @@ _DDIM: dict[str, Any] = {
     "spacing_options": {"last": "own"},
     "start": "vp",
     "rescale_final": True,
+    "counts": "a1111 timesteps",
 }
 A1111_WITHOUT_SCHEDULE = {
     "DDIM": Sampler("DDIM", "ddim", **_DDIM),
@@ -91,10 +92,15 @@ A1111_WITHOUT_SCHEDULE = {
         {"points": "n+1", "last": "sigma_min"},
         start="vp",
         rescale_final=True,
+        counts="a1111 unipc",
     ),
-    "LCM": Sampler("LCM", "lcm", "normal", {}, {"first": 19.0}),
-    "DPM fast": Sampler("DPM fast", "dpm_fast", "exponential", {"eta": 1.0}, {"calls": 3, "last": "own"}),
-    "DPM adaptive": Sampler("DPM adaptive", "dpm_adaptive", "exponential", {"eta": 1.0}, {"last": "own"}),
+    "LCM": Sampler("LCM", "lcm", "normal", {}, {"first": 19.0}, counts="a1111"),
+    "DPM fast": Sampler(
+        "DPM fast", "dpm_fast", "exponential", {"eta": 1.0}, {"calls": 3, "last": "own"}, counts="a1111"
+    ),
+    "DPM adaptive": Sampler(
+        "DPM adaptive", "dpm_adaptive", "exponential", {"eta": 1.0}, {"last": "own"}, counts="a1111"
+    ),
 }
 
 COMFYUI_SCHEDULES: Schedules = {
@@ -167,15 +173,19 @@ def _presets() -> dict[str, Sampler]:
     for name, preset in A1111_SAMPLERS.items():
         automatic = A1111_SCHEDULES[preset.schedule]
         for suffix, schedule in {"": automatic, " Automatic": automatic, **_suffixed(A1111_SCHEDULES)}.items():
-            presets[name + suffix] = _scheduled(name + suffix, preset, schedule)
+            presets[name + suffix] = _scheduled(name + suffix, preset, schedule, counts="a1111")
     for name, preset in COMFYUI_SAMPLERS.items():
         for suffix, schedule in {"": COMFYUI_SCHEDULES[preset.schedule], **_suffixed(COMFYUI_SCHEDULES)}.items():
             start = "sigma" if schedule[0] == "ddim_uniform" else "vp"
-            presets[name + suffix] = _scheduled(name + suffix, preset, schedule, start=start, timestep="nearest")
+            presets[name + suffix] = _scheduled(
+                name + suffix, preset, schedule, start=start, timestep="nearest", counts="comfyui"
+            )
     for name, options in COMFYUI_ENDS.items():
         for full in (f"{name} {schedule}" for schedule in _TO_THE_ENDS):
             ends = {**options, "last": "own"}
-            presets[full] = Sampler(full, name, "exponential", {}, ends, start="vp", timestep="nearest")
+            presets[full] = Sampler(
+                full, name, "exponential", {}, ends, start="vp", timestep="nearest", counts="comfyui"
+            )
     return presets
 
 

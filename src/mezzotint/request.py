@@ -45,6 +45,7 @@ MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
 _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
 _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
+FLAGS = ("invert_mask", "fix_steps")
 DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
 _EXTENT = "(height, width), two whole numbers of pixels above 0, as SDXL was told of its training pictures"
 
@@ -185,6 +186,12 @@ class Request(BaseModel):
     target_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
     image: Picture | None = Field(default=None, description=_PICTURE)
     mask: Picture | None = Field(default=None, description=f"{_PICTURE}; white is what is drawn anew")
+    fix_steps: bool | None = Field(
+        default=None,
+        strict=True,
+        description="true or false: whether a run from a picture takes all of its steps (from a list that is longer by "
+        "1/strength), or the share `strength` of them",
+    )
     strength: Share | None = Field(
         default=None, description="a number from 0 to 1: the share of the steps that is run, so how much may change"
     )
@@ -233,7 +240,7 @@ class Request(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name != "invert_mask":  # Python's True would pass as 1
+        if isinstance(value, bool) and info.field_name not in FLAGS:  # Python's True would pass as 1
             raise PydanticCustomError("boolean", "a boolean")
         return value
 

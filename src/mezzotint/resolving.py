@@ -26,6 +26,7 @@ STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers', of its thr
 STRENGTH_HIRES = 0.7  # A1111's
 FROM_A_PICTURE = ("mask", "strength", "resize_mode", "outpaint")
 WITH_A_MASK = ("mask_blur", "masked_content")
+BEYOND = {"a1111": 1, "a1111 timesteps": -1, "a1111 unipc": 0}  # of the steps that A1111 calls t_enc, those it runs
 HIRES = ("hires_upscale", "hires_steps", "hires_strength")
 
 
@@ -62,18 +63,22 @@ class Resolver:
         return few_step if few_step and few_step.sampler == sampler.solver else None
 
     def sigmas(self, request: Request) -> list[float]:
-        """The run's noise levels: all, or where it starts from a picture the last `strength` of them."""
+        """The run's noise levels: all, or where it starts from a picture the last of them."""
         levels = self.all_sigmas(request)
         if request.strength is None:
             return levels
         steps = len(levels) - 1
-        left = min(int(steps * request.strength), steps)
+        left = min(self._left(request, steps), steps)
         if left < 1:
             raise RequestError(
                 f"strength is {request.strength}, which of {steps} steps leaves none; it must be at least 1/{steps}, "
                 "or the steps more"
             )
         return levels[steps - left :]
+
+    def counted(self, request: Request) -> int:
+        """The steps by which the prompt changes: all of them, though a run from a picture begins in their middle."""
+        return len(self.all_sigmas(request)) - 1 if self._own_list(request) else request.steps or STEPS
 
     def all_sigmas(self, request: Request) -> list[float]:
         """The noise levels of a run of this request from noise alone."""
@@ -83,7 +88,22 @@ class Resolver:
         schedule = Schedule.from_config(sampler.schedule)
         if request.timesteps:
             return from_timesteps(schedule, request.timesteps, last=sampler.spacing_options.get("last", "zero"))
-        return SPACINGS[sampler.spacing](schedule, request.steps or STEPS, **sampler.spacing_options)
+        steps = request.steps or STEPS
+        if request.fix_steps and request.strength:
+            steps = int(steps / _capped(sampler, request.strength))
+        return SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
+
+    def _left(self, request: Request, steps: int) -> int:
+        """How many of a list's `steps` a run from a picture takes."""
+        sampler, own = self.sampler(request), self._own_list(request)
+        fixed = bool(request.fix_steps) and not own
+        steps = steps if own else request.steps or STEPS
+        left = steps if fixed else int(steps * _capped(sampler, request.strength or 0.0))
+        return left + BEYOND[sampler.counts] - fixed if sampler.counts in BEYOND else left
+
+    def _own_list(self, request: Request) -> bool:
+        """Whether the list of levels is not as long as the request's steps say."""
+        return bool(request.sigmas or request.timesteps or "calls" in self.sampler(request).spacing_options)
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
         """(C, h, w). Raises RequestError where the size is no multiple of a latent's side."""
@@ -166,6 +186,9 @@ class Resolver:
         defaults |= self._start(request)
         if request.hires is not None and "spacing" in defaults:
             defaults["hires_steps"] = request.steps or defaults["steps"]
+        if (request.image is not None or request.hires is not None) and "spacing" in defaults:
+            # A1111 fixes them in hires-fix alone
+            defaults["fix_steps"] = sampler.counts != "diffusers" if request.hires else sampler.counts == "comfyui"
         resolved = request.replace(
             **{name: value for name, value in defaults.items() if getattr(request, name) is None}
         )
@@ -192,10 +215,12 @@ class Resolver:
     def _start(self, request: Request) -> dict[str, Any]:
         """The values of the fields that say what a run starts from. Raises RequestError where they do not fit."""
         masked = request.mask is not None or request.outpaint is not None
+        drawn_on = request.image is not None or request.hires is not None
         needs = [
             (FROM_A_PICTURE, request.image is not None, "there is no image to start from"),
             (WITH_A_MASK, masked, "there is neither mask nor outpaint to say where"),
             (("invert_mask", "only_masked"), request.mask is not None, "there is no mask"),
+            (("fix_steps",), drawn_on, "there is neither image nor hires"),
             (HIRES, request.hires is not None, "there is no hires, the factor of the second pass"),
             (("variation_seed",), request.variation_strength is not None, "there is no variation_strength"),
         ]
@@ -219,6 +244,11 @@ class Resolver:
         if request.variation_strength is not None:
             defaults |= {"variation_seed": secrets.randbelow(2**32)}
         return defaults
+
+
+def _capped(sampler: samplers.Sampler, strength: float) -> float:
+    """The strength that its program reckons with."""
+    return min(strength, 0.999) if sampler.counts.startswith("a1111") else strength
 
 
 def options_of(method: str) -> dict[str, inspect.Parameter]:

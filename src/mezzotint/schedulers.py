@@ -18,6 +18,7 @@ from mezzotint.errors import RequestError
 Start = Literal["sigma", "vp"]
 TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm"]
 NoiseKind = Literal["seeded", "brownian", "brownian midpoints"]
+Counts = Literal["diffusers", "a1111", "a1111 timesteps", "a1111 unipc", "comfyui"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Sampler:
     the Denoiser is told. noise: of the steps, fresh draws or a Brownian path (asked at midpoints too). rescale_final:
     divide the last x by sqrt(1 + sigma_last^2) before decoding. schedule: the training schedule, as the class that runs
     reads it from the model's file. steps, guidance_scale: what it is made for, where the request does not say.
-    guidance_divisor: what the request's guidance_scale is divided by.
+    guidance_divisor: what the request's guidance_scale is divided by. counts: by whose rule a run from a picture counts
+    its steps (resolving.py).
     """
 
     name: str
@@ -45,6 +47,7 @@ class Sampler:
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_divisor: float = 1.0
+    counts: Counts = "diffusers"
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,15 @@ class Run:
     """One batch on its way, and all that it needs: the requests differ in words and seeds alone.
 
     latents: (pictures, C, h, w) the noise to start from, where it is given. pictures: what is drawn on, one a job, or
-    none; latents of it as they are. noted: gets the parts that had to run again in float32.
+    none; latents of it as they are. noted: gets the parts that had to run again in float32. before: of a second pass,
+    the steps by which the first one's prompt changed.
     """
 
     group: Sequence[Job]
     latents: Tensor | None = None
     pictures: Sequence[Placed | Tensor] = ()
     noted: list[str] = field(default_factory=list)
+    before: int | None = None
 
     @property
     def request(self) -> Request:

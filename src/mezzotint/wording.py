@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,16 +31,22 @@ class Wording:
         self._encoded = Cache()
 
     def conditions(
-        self, requests: Sequence[Request], noted: list[str] | None = None
+        self, requests: Sequence[Request], noted: list[str] | None = None, before: int | None = None
     ) -> tuple[list[Timeline], tuple[float, ...]]:
         """For one batch (conditionals, unconditional, negative) and the weights of the conditionals: one for each part
         of the prompt, the second only where guidance asks for it, the third only where Perp-Neg does; else the second
-        is the negative one. noted: gets "text_encoder" where that had to run in float32.
+        is the negative one. noted: gets "text_encoder" where that had to run in float32. before: of a second pass, the
+        steps of the first.
         """
+        read = partial(self.parts, noted=noted, before=before)
+
+        def negative(request: Request, text: str) -> Timeline:  # which has no AND
+            return read(request, text, negative=True)[0].timeline
+
         request = requests[0]
         same = all(r.prompt == request.prompt and r.negative_prompt == request.negative_prompt for r in requests)
         rows = requests[:1] if same else requests
-        prompts = [self.parts(r, r.prompt, noted=noted) for r in rows]
+        prompts = [read(r, r.prompt) for r in rows]
         weights = tuple(part.weight for part in prompts[0])
         slots: list[list[Timeline]] = [[part.timeline for part in parts] for parts in zip(*prompts, strict=True)]
         unskipped = request.replace(clip_skip=0)  # clip_skip is the prompt's alone, as in diffusers
@@ -51,12 +58,12 @@ class Wording:
             for column in texts:
                 slots.append(
                     [
-                        [(0, zeros_like(first[0][1]))] if text is None else self._negative(unskipped, text, noted)
+                        [(0, zeros_like(first[0][1]))] if text is None else negative(unskipped, text)
                         for text, first in zip(column, slots[0], strict=True)
                     ]
                 )
         if request.prompt_syntax == "compel":
-            empties = [self._negative(request, "")] * len(weights) + [self._negative(unskipped, "")] * 2
+            empties = [negative(request, "")] * len(weights) + [negative(unskipped, "")] * 2
             slots = lengthened(slots, empties)
         ids = None
         if request.original_size and request.crop and request.target_size:
@@ -65,10 +72,15 @@ class Wording:
         return [together(slot, ids) for slot in slots], weights
 
     def parts(
-        self, request: Request, text: str, negative: bool = False, noted: list[str] | None = None
+        self,
+        request: Request,
+        text: str,
+        negative: bool = False,
+        noted: list[str] | None = None,
+        before: int | None = None,
     ) -> list[Encoded]:
         """A prompt of this request, encoded; from the cache where it was before."""
-        planned = plan_of(request, text, self._steps(request), negative)
+        planned = plan_of(request, text, self.resolver.counted(request), negative, before)
         library = self.library(request)
         reader = Reader(
             self.tokenizers, self.text_encoders, request.clip_skip or 0, request.emphasis or "original", library
@@ -83,7 +95,7 @@ class Wording:
         """Of the prompt and the negative prompt what two requests must have in common to share a batch."""
         reader = Reader(self.tokenizers, self.text_encoders, embeddings=self.library(request))
         texts = ((request.prompt, False), (request.negative_prompt, True))
-        steps = self._steps(request)
+        steps = self.resolver.counted(request)
         return [reader.shape(plan_of(request, text or "", steps, negative)) for text, negative in texts]
 
     def library(self, request: Request) -> Library:
@@ -101,13 +113,6 @@ class Wording:
         highest = max(scale) if isinstance(scale, tuple) else scale
         cfg_pp = samplers.SOLVERS[self.resolver.sampler(request).solver].cfg_pp
         return highest > 1.0 or abs(sum(weights) - 1.0) > 1e-6 or cfg_pp
-
-    def _negative(self, request: Request, text: str, noted: list[str] | None = None) -> Timeline:
-        """A negative prompt, which has no AND."""
-        return self.parts(request, text, negative=True, noted=noted)[0].timeline
-
-    def _steps(self, request: Request) -> int:
-        return len(self.resolver.sigmas(request)) - 1
 
 
 def _encoded(reader: Reader, planned: Plan) -> list[Encoded]:

@@ -260,3 +260,16 @@ def test_pndm_and_lms_in_the_middle_differ(pairs: dict[str, Pair], sampler: str)
     request = fields(sampler=sampler)
     latents, _, _ = apart(ours(pairs["sd1"], request), theirs(pairs["sd1"], IMG2IMG["sd1"], request))
     assert 1e-3 < latents < 0.5
+
+
+def test_several_pictures_inpainted_at_once_and_what_is_outside_differ(pairs: dict[str, Pair]) -> None:
+    """Theirs all get the first one's posterior sample, and outside of the mask what the VAE makes of the original."""
+    request = fields(sampler="euler", mask=blot(), count=2)
+    drawn = ours(pairs["sd1"], request)
+    expected = theirs(pairs["sd1"], StableDiffusionInpaintPipeline, request | {"width": SIZE[0], "height": SIZE[1]})
+    first, second = (
+        apart(*(Drawn(d.latents[k : k + 1], d.pixels[k : k + 1]) for d in (drawn, expected)))[0] for k in (0, 1)
+    )
+    assert first < 1e-4 and 1e-2 < second < 2.0
+    outside = np.asarray(blot()) == 0
+    assert np.abs(drawn.pixels[:, outside].astype(int) - expected.pixels[:, outside]).mean() > 5

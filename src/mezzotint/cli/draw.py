@@ -40,6 +40,7 @@ AS_THEY_ARE = (  # options that are a field of their name
     "image",
     "mask",
     "strength",
+    "fix_steps",
     "resize_mode",
     "mask_blur",
     "invert_mask",
@@ -125,6 +126,9 @@ def generate(
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much of the image may change, 0 to 1: the share of the steps that is run.")
+    ] = None,
+    fix_steps: Annotated[
+        bool | None, typer.Option("--fix-steps/--no-fix-steps", help="Run all of --steps, whatever the strength.")
     ] = None,
     resize_mode: Annotated[
         str | None, typer.Option(help="An image of another shape: resize (stretch), crop or fill.")
