@@ -123,7 +123,32 @@ def help_(folder: Path, model: Path) -> Row:
     return Row("help", "mezzotint --help", "wall_s", {"mezzotint": command}, limit=0.4, runs=15, check=check)
 
 
-ROWS = {"first_picture": first_picture, "few_steps": few_steps, "load_memory": load_memory, "help": help_}
+def memory(folder: Path, model: Path) -> Row:
+    """Predicted over measured peak of a process that draws with the bundled model; memory.py has many more rows."""
+    rows = {
+        "fast": {"width": 512, "height": 512, "placement": {}},
+        "strips": {"width": 512, "height": 512, "placement": {"vae": "strips"}},
+        "streamed": {"width": 256, "height": 256, "placement": {"weights": "stream", "vae": "strips"}},
+    }
+    child = [PYTHON, str(HERE / "memory.py"), "draw"]
+    return Row(
+        "memory",
+        "a drawing's predicted peak over the measured one (VmHWM of the whole process)",
+        "predicted_over_measured",
+        {name: [*child, json.dumps({"model": str(model), "steps": 1, **row})] for name, row in rows.items()},
+        limit=1.10,
+        runs=3,
+        warmups=0,
+    )
+
+
+ROWS = {
+    "first_picture": first_picture,
+    "few_steps": few_steps,
+    "load_memory": load_memory,
+    "memory": memory,
+    "help": help_,
+}
 
 
 def _apart(one: Path, other: Path) -> int:

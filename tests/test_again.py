@@ -49,7 +49,7 @@ def run(
     """`mezzotint again` in this process, in the scene's folder, with the tiny model."""
     monkeypatch.chdir(scene)
     monkeypatch.delenv("MEZZOTINT_DEBUG", raising=False)
-    monkeypatch.setattr(mezzotint, "load", lambda path=None, device=None, dtype=None: sd1, raising=False)
+    monkeypatch.setattr(mezzotint, "load", lambda path=None, **_: sd1, raising=False)
 
     def run(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["mezzotint", "again", *arguments])

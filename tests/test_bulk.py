@@ -26,6 +26,7 @@ from mezzotint import bulk, cli
 from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.image import read_metadata
 from mezzotint.pipeline import Pipeline
+from mezzotint.placement import Placement
 from mezzotint.request import Request
 
 OWN = {"width": 16, "height": 8, "steps": 3, "guidance_scale": 7.5, "sampler": "euler", "batch": 3, "seed": 0}
@@ -35,7 +36,7 @@ Table = list[dict[str, Any]]
 class FakePipeline:
     """A picture's colour depends on all of its group, as the last bits of a real one do."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, placement = torch.device("cpu"), torch.float32, Placement()
     parts = SimpleNamespace(identity={"weights": "abc"})
 
     def __init__(self) -> None:

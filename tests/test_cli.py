@@ -25,7 +25,20 @@ from mezzotint.image import read_metadata
 from mezzotint.provenance import describe
 from mezzotint.request import Request, Result
 
-COMMANDS = ["generate", "again", "explain", "tokens", "inspect", "samplers", "models", "env", "bulk", "grid", "report"]
+COMMANDS = [
+    "generate",
+    "plan",
+    "again",
+    "explain",
+    "tokens",
+    "inspect",
+    "samplers",
+    "models",
+    "env",
+    "bulk",
+    "grid",
+    "report",
+]
 OWN = {"width": 16, "height": 8, "steps": 3, "guidance_scale": 7.5, "sampler": "euler", "seed": 40, "batch": 1}
 
 
@@ -474,6 +487,7 @@ def test_tokens_are_shown_with_their_weights_and_where_chunks_end(run: Run, tmp_
     assert ["1.2", "lemon</w>", "1.3", "'lemon'"] in lines
     assert ["part", "2", "of", "2", "(AND),", "weight", "0.5"] in lines
     assert "steps 1 to 2, 4: a (lemon:1.3) red\n" in ran.out and "steps 3: a (lemon:1.3) blue\n" in ran.out
+    assert "steps 1 to 11: a\n" in run("tokens", "[a:b:0.5]").out, "of the model's own 20"
     record = json.loads(run("tokens", "lemon " * 60, "--json").out)
     (chunks,) = record["parts"][0]["variants"][0]["clauses"][0]["encoders"]
     assert [len(chunk) for chunk in chunks[:-1]] == [record["window"]] * (len(chunks) - 1)
@@ -542,7 +556,10 @@ def test_models_lists_the_bundled_one_and_the_hub_cache(run: Run, monkeypatch: p
 def test_env(run: Run) -> None:
     facts = json.loads(run("env", "--json").out)
     assert {"mezzotint", "torch", "python", "cuda"} <= set(facts)
-    assert f"torch: {facts['torch']}" in run("env").out.splitlines()
+    lines = run("env").out.splitlines()
+    assert f"torch: {facts['torch']}" in lines
+    assert facts["attention"]["sliced"] == "available"
+    assert f"attention xformers: {facts['attention']['xformers']}" in lines
 
 
 def test_version(run: Run) -> None:

@@ -75,6 +75,19 @@ def test_all_conditions_in_one_call_and_projected_once() -> None:
     torch.testing.assert_close(only, first)
 
 
+def test_conditions_that_are_split_come_one_by_one() -> None:
+    unets = Recorder(), Recorder()
+    conditions = condition(2, 1.0), condition(2, 5.0), condition(1, 3.0)
+    together, split = denoiser(unets[0], *conditions), denoiser(unets[1], *conditions, split=True)
+    for a, b in zip(together.outputs(X, 2.0), split.outputs(X, 2.0), strict=True):
+        assert torch.equal(a, b)
+    assert [len(sample) for sample, _, _ in unets[0].seen] == [6]
+    assert [len(sample) for sample, _, _ in unets[1].seen] == [2, 2, 2]
+    assert [float(c.context[0, 0, 0]) for _, _, c in unets[1].seen] == [1.0, 5.0, 3.0]
+    split.outputs(X, 1.0, count=1)
+    assert len(unets[1].seen) == 4 and unets[1].projected == 3
+
+
 def test_the_network_keeps_its_dtype_and_x_keeps_its_own() -> None:
     unet = Recorder(torch.bfloat16)
     (output,) = denoiser(unet, condition(1, 0.0)).outputs(X, 1.0)

@@ -20,11 +20,14 @@ PUBLIC = {
     "CheckpointError",
     "MezzotintError",
     "Pipeline",
+    "Placement",
     "Request",
     "RequestError",
     "Result",
+    "attention",
     "diffusion",
     "load",
+    "plan",
     "prompt",
 }
 
@@ -37,7 +40,7 @@ def python(code: str) -> str:
 def test_all_is_exact() -> None:
     assert set(mezzotint.__all__) == PUBLIC
     assert mezzotint.__all__ == sorted(mezzotint.__all__)
-    assert set(mezzotint._ROOMS) | {"diffusion", "prompt"} == PUBLIC, "each name has its room, and no other"
+    assert set(mezzotint._ROOMS) | set(mezzotint._MODULES) == PUBLIC, "each name has its room, and no other"
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

@@ -66,6 +66,7 @@ OPEN = {  # None stays None: it means "not asked for"
     "image",
     "mask",
     "strength",
+    "fix_steps",
     "resize_mode",
     "mask_blur",
     "invert_mask",

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mezzotint import diffusion, prompt
     from mezzotint.errors import BudgetError, CheckpointError, MezzotintError, RequestError
+    from mezzotint.memory import plan
+    from mezzotint.models import attention
     from mezzotint.pipeline import Pipeline, load
+    from mezzotint.placement import Placement
     from mezzotint.request import Request, Result
 
 __all__ = [
@@ -15,17 +18,22 @@ __all__ = [
     "CheckpointError",
     "MezzotintError",
     "Pipeline",
+    "Placement",
     "Request",
     "RequestError",
     "Result",
+    "attention",
     "diffusion",
     "load",
+    "plan",
     "prompt",
 ]
 
 _ROOMS = {
     "Pipeline": "pipeline",
     "load": "pipeline",
+    "Placement": "placement",
+    "plan": "memory",
     "Request": "request",
     "Result": "request",
     "BudgetError": "errors",
@@ -33,14 +41,15 @@ _ROOMS = {
     "MezzotintError": "errors",
     "RequestError": "errors",
 }
+_MODULES = {"attention": "models.attention", "diffusion": "diffusion", "prompt": "prompt"}
 
 
 def __getattr__(name: str) -> object:
     """Public names are imported from their rooms on first use."""
     from importlib import import_module
 
-    if name in ("diffusion", "prompt"):
-        return import_module(f"mezzotint.{name}")
+    if name in _MODULES:
+        return import_module(f"mezzotint.{_MODULES[name]}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'mezzotint' has no attribute {name!r}")
     return getattr(import_module(f"mezzotint.{_ROOMS[name]}"), name)

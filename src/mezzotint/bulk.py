@@ -30,8 +30,10 @@ from mezzotint.request import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mezzotint.memory import Plan as Fit
     from mezzotint.pipeline import Pipeline
 
+FULL = 4  # pictures in a batch where a row does not say: on a GPU so many
 WINDOW = 256  # rows of which units are made; more would join more of a mixed file, and resume more slowly
 RECORD, FAILURES = "bulk.json", "failures.jsonl"
 
@@ -43,6 +45,7 @@ class Plan:
     """What all workers of a run know. fields: what a row takes where it does not say. threads: of each worker's CPU.
 
     digest: the file's SHA-256. rows, pictures: how many, as far as can be told before they are read in earnest.
+    memory: what a worker may take, or None.
     """
 
     file: Path
@@ -55,6 +58,7 @@ class Plan:
     digest: str
     rows: int
     pictures: int
+    memory: str | None = None
 
     @property
     def windows(self) -> int:
@@ -109,6 +113,7 @@ def prepared(
     dtype: str | None = None,
     threads: int | None = None,
     cores: int = 1,
+    memory: str | None = None,
 ) -> Iterator[Plan]:
     """Looks at everything that can be wrong before a model is loaded, makes the folder, and keeps other runs out of it.
 
@@ -133,7 +138,23 @@ def prepared(
             raise RequestError(f"{str(folder)!r} has pictures in it and no {RECORD}; give a folder of its own")
         threads = threads or (begun or {}).get("threads", cores)
         absolute = file.absolute(), folder.absolute()
-        yield Plan(*absolute, dict(fields), model, device, dtype, threads, digest, count, pictures)
+        yield Plan(*absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory)
+
+
+def fit(plan: Plan) -> Fit | None:
+    """What a worker does so that every row's pictures fit its memory. Raises BudgetError where they do not."""
+    if plan.memory is None:
+        return None
+    from mezzotint.memory import plan as planned
+
+    kinds: dict[Request, Request] = {}  # without words and seeds -> that with the longest prompt
+    for _, given in rows.read(plan.file, plan.fields):
+        if isinstance(given, Request):
+            alike = given.replace(prompt="", seed=0, negative_prompt=given.negative_prompt and "")
+            if len(given.prompt) >= len(kinds.get(alike, alike).prompt):
+                kinds[alike] = given
+    full = [kind.replace(count=max(kind.count, kind.batch or FULL)) for kind in kinds.values()]  # rows share a batch
+    return planned(plan.model, plan.memory, full or None, device=plan.device, dtype=plan.dtype)
 
 
 @contextmanager
@@ -172,14 +193,14 @@ class Worker:
         self._window: list[rows.Checked] = []
 
     @classmethod
-    def start(cls, plan: Plan) -> Worker:
-        """Loads the model, with the plan's number of threads."""
+    def start(cls, plan: Plan, made: Fit | None = None) -> Worker:
+        """Loads the model, with the plan's number of threads. made: what `fit` gave, where it was asked before."""
         import torch
 
         import mezzotint
 
         torch.set_num_threads(plan.threads)
-        return cls(plan, mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype))
+        return cls(plan, mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype, memory=made or fit(plan)))
 
     def work(
         self, window: int, part: int = 0, parts: int = 1, on_step: OnStep = lambda done, total: None
@@ -350,6 +371,7 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
         "device": pipe.device.type,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "threads": plan.threads,
+        "placement": pipe.placement.changes(),
         "versions": {"mezzotint": version("mezzotint"), "torch": torch.__version__},
     }
     begun = _begun(plan.folder)
@@ -360,7 +382,7 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
             raise WriteError(f"{str(plan.folder)!r} cannot be written to ({error.strerror or error})") from None
         return
     for name, now in record.items():
-        was = begun.get(name)
+        was = begun.get(name, {} if name == "placement" else None)  # which older records have not
         if isinstance(was, dict) and isinstance(now, dict):  # the first of its parts that is another
             name, was, now = next(
                 (

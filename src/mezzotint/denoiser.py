@@ -31,7 +31,7 @@ class Denoiser:
     sigma / 4 for EDM's ("edm", Karras et al. 2022 table 1); or, as diffusers does on the run's own `levels` (on all,
     where none are given), "linear" in sigma, "rounded" or "truncated". What a solver asks for in between is
     interpolated. beside (B, C', h, w): what an inpainting network is given beside x at each call, the mask and the
-    latents of the masked picture.
+    latents of the masked picture. split: the network is given one condition at a time.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class Denoiser:
         timestep: TimestepKind = "interpolated",
         levels: Sequence[float] | None = None,
         beside: Tensor | None = None,
+        split: bool = False,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
-        self.levels = levels
+        self.levels, self.split = levels, split
         self.beside = None if beside is None else beside.to(parameter.device, parameter.dtype)
         self.dtype = parameter.dtype
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
@@ -60,14 +61,16 @@ class Denoiser:
     def outputs(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
         """The network's own outputs for x (B, C, h, w), in x's dtype, one for each condition (or the first `count`).
 
-        All of them come from one call of the UNet on a batch of count * B; those of other lengths from another.
+        All of them come from one call of the UNet on a batch of count * B; those of other lengths from another, and
+        each from its own where they are split.
         """
         conditions = self.conditions(sigma)[:count]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
         sample = sample if self.beside is None else torch.cat([sample, self.beside], dim=1)
         outputs: dict[int, Tensor] = {}
-        for length in dict.fromkeys(c.context.shape[1] for c in conditions):
-            alike = [k for k, c in enumerate(conditions) if c.context.shape[1] == length]
+        calls = [k if self.split else c.context.shape[1] for k, c in enumerate(conditions)]
+        for call in dict.fromkeys(calls):
+            alike = [k for k, own in enumerate(calls) if own == call]
             condition, keys_values = self._batch(len(x), [conditions[k] for k in alike])
             samples = torch.cat([sample] * len(alike))  # (len(alike) * B, C, h, w)
             output: Tensor = self.unet(samples, self.timestep(sigma), condition, keys_values=keys_values)

@@ -33,12 +33,15 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.guard import checked, watched, watched_outputs
+from mezzotint.guard import checked, watched_outputs
 from mezzotint.image import from_pil, to_pil
 from mezzotint.inputs import Placed, fit
-from mezzotint.models.convolution import seamless
+from mezzotint.memory import Budget, Plan
+from mezzotint.memory import plan as planned
+from mezzotint.models.held import turn
 from mezzotint.models.unet import Condition, UNet
-from mezzotint.models.vae import VAE, Posterior
+from mezzotint.placement import Placement
+from mezzotint.placing import Placing
 from mezzotint.provenance import describe
 from mezzotint.request import Job, Request, Result
 from mezzotint.resolving import Resolver, options_of, place
@@ -58,23 +61,39 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    placement: Placement | None = None,
+    memory: int | str | Plan | None = None,
+    request: Request | Sequence[Request] | None = None,
     **options: Any,
 ) -> Pipeline:
     """A pipeline of the bundled model, or of a diffusers folder, a single file or a hub id.
 
-    device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". options:
-    `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError.
+    device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". placement:
+    where the weights are and how the work is cut, for less memory. memory: what the process may take, "4GiB" or "auto":
+    then the placement is planned for that and for `request`, or several; the pipeline refuses what would take more.
+    options: `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError,
+    BudgetError.
     """
+    if placement is not None and memory is not None:
+        raise RequestError("placement and memory are both given; a budget chooses the placement: leave one of them out")
     device = device_of(device or best_device())
     dtype = dtype_of(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
-    return Pipeline(open_model(path_or_id or BUNDLED, device=device, dtype=dtype, **options))
+    budget = None
+    if memory is not None:
+        plan = planned(path_or_id, memory, request, device=device, dtype=dtype, **options)
+        plan.keep()
+        placement, budget = plan.placement, plan.budget
+    placement = placement or Placement()
+    parts = open_model(path_or_id or BUNDLED, device=device, dtype=dtype, placement=placement, **options)
+    return Pipeline(parts, placement, budget)
 
 
 class Pipeline:
     """A loaded model. `unet`, `vae`, `text_encoders`, `tokenizers` and `schedule` are the parts, plain modules."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts, placement: Placement | None = None, budget: Budget | None = None) -> None:
+        """placement: the one that `parts` were opened with. budget: what a request may not pass."""
+        self.parts, self.placing, self.budget = parts, Placing(placement or Placement()), budget
         self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
@@ -104,6 +123,11 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """Of the UNet's weights."""
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def placement(self) -> Placement:
+        """Where its weights are and how its work is cut."""
+        return self.placing.placement
 
     def __call__(self, prompt: str, **fields: Any) -> Image.Image:
         """One picture; `fields` are those of a Request."""
@@ -145,7 +169,17 @@ class Pipeline:
         latents: (pictures, C, h, w) unit-variance starting noise, instead of drawn. on_step(done, total) is called
         after each step, on_image(index, picture) when a picture is finished; what they raise ends the run.
         """
-        requests = [self.resolve(r) for r in ([request] if isinstance(request, Request) else request)]
+        with self.placing.alone():
+            return self._generate(request, latents, on_step, on_image)
+
+    def _generate(
+        self,
+        request: Request | Sequence[Request],
+        latents: Tensor | None,
+        on_step: OnStep | None,
+        on_image: OnImage | None,
+    ) -> Result | list[Result]:
+        requests = [self._affordable(r) for r in ([request] if isinstance(request, Request) else request)]
         groups = self._groups(requests)
         pictures = sum(r.count for r in requests)
         if latents is not None and latents.shape[:1] != (pictures,):
@@ -182,15 +216,16 @@ class Pipeline:
 
         The requests differ in words and seeds alone, as those that `generate` puts together do.
         """
-        run = self._run([(self.resolve(r), seed) for r, seed in group])
-        return self._finished(run, self._solved(run, _counted(on_step, self._length(run.request))))
+        with self.placing.alone():
+            run = self._run([(self._affordable(r, len(group)), seed) for r, seed in group])
+            return self._finished(run, self._solved(run, _counted(on_step, self._length(run.request))))
 
     def stream(self, request: Request, latents: Tensor | None = None) -> Iterator[Step]:
         """The steps of a request, all its pictures in one batch: Step.index, .sigma, .x, .denoised (count, C, h, w).
 
         With hires those of the second pass follow, larger.
         """
-        request = self.resolve(request)
+        request = self._affordable(request, request.count)
         jobs = [(request, request.seed + k) for k in range(request.count)]  # type: ignore[operator]
         return self._steps(self._run(jobs, latents))
 
@@ -210,6 +245,13 @@ class Pipeline:
             unet.fuse_projections()
             self._changed[few_step.lora] = unet
         return self._changed[few_step.lora]
+
+    def _affordable(self, request: Request, batch: int | None = None) -> Request:
+        """The request, resolved. Raises BudgetError where it takes more than is allowed, in batches of `batch`."""
+        request = self.resolve(request)
+        if self.budget:
+            self.budget.check(request if batch is None else request.replace(count=batch, batch=batch))
+        return request
 
     def _run(self, group: Sequence[Job], latents: Tensor | None = None) -> Run:
         """A batch with its pictures opened."""
@@ -265,14 +307,16 @@ class Pipeline:
         given = request.guidance_scale or 0.0
         scales = given if isinstance(given, tuple) else (given,)
         unet = self.unet_for(request)
-        with torch.inference_mode(), seamless(request.seamless):
+        with self.placing.computing(request.seamless):
             pure = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
-            encode = partial(self._posterior, noted=noted)
+            encode = partial(self.placing.encode, self.vae, noted=noted)
             begun = start(run, self.vae, encode, noise, sigmas[0], pure, self.unet.config.in_channels)
             conditions, weights = self.wording.conditions([job for job, _ in run.group], noted, run.before)
-            kind = sampler.timestep
+            kind, split = sampler.timestep, self.placing.now.guidance == "split"
             outputs = watched_outputs(
-                unet, lambda unet: Denoiser(unet, schedule, prediction, conditions, kind, sigmas, begun.beside), noted
+                unet,
+                lambda unet: Denoiser(unet, schedule, prediction, conditions, kind, sigmas, begun.beside, split),
+                noted,
             )
             method = request.guidance_method or "cfg"
             own = {option.name: getattr(request, name) for name, option in options_of(method).items()}
@@ -292,14 +336,15 @@ class Pipeline:
         solver = SOLVERS[sampler.solver](
             begun.wrap(denoise), begun.x, sigmas, self._fresh(run, noise, sampler), **options
         )
-        while True:  # inference mode is the thread's: it must not stay on while the caller looks at a step
-            with torch.inference_mode(), seamless(request.seamless):
-                step = next(solver, None)
-                if step is None:
-                    return
-                if step.sigma == sigmas[-1]:
-                    step = replace(step, x=begun.kept(step.x, self._shrink(sampler, step.sigma)))
-            yield checked(step)
+        with turn(unet):
+            while True:
+                with self.placing.computing(request.seamless):
+                    step = next(solver, None)
+                    if step is None:
+                        return
+                    if step.sigma == sigmas[-1]:
+                        step = replace(step, x=begun.kept(step.x, self._shrink(sampler, step.sigma)))
+                yield checked(step)
 
     def _fresh(self, run: Run, noise: SeededNoise, sampler: Sampler) -> Noise:
         """The noise of the steps."""
@@ -358,7 +403,7 @@ class Pipeline:
         for, Condition of batch 1). `request` says the syntax, the steps, clip_skip, emphasis and embeddings.
         """
         request = self.resolve(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
-        with torch.inference_mode():
+        with self.placing.computing():
             return [part.copy() for part in self.wording.parts(request, request.prompt)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -366,17 +411,8 @@ class Pipeline:
         return self._decode(latents, [])
 
     def _decode(self, latents: Tensor, noted: list[str], joined: str | None = None) -> list[Image.Image]:
-        with torch.inference_mode(), seamless(joined):
-            z = self.vae.unscale(latents.to(self.device))
-            return to_pil(
-                watched(
-                    "vae",
-                    self.vae,
-                    lambda vae: vae.decode(z.to(vae.decoder.conv_in.weight.dtype)),
-                    lambda x: [x],
-                    noted,
-                )
-            )
+        with self.placing.computing(joined):
+            return to_pil(self.placing.decode(self.vae, self.vae.unscale(latents.to(self.device)), noted))
 
     def _finished(self, run: Run, x: Tensor) -> list[Image.Image]:
         """The pictures of a batch, put into what they were drawn on, each with its record."""
@@ -405,18 +441,8 @@ class Pipeline:
         side = self.vae.config.downscale
         if image.width % side or image.height % side:
             raise RequestError(f"the picture is {image.width}x{image.height}; both must be multiples of {side}")
-        with torch.inference_mode():
-            return self.vae.scale(self._posterior(from_pil(image).to(self.device), []).mean).float()
-
-    def _posterior(self, pixels: Tensor, noted: list[str]) -> Posterior:
-        """Of pixels (1, 3, H, W) in [-1, 1]."""
-        return watched(
-            "vae",
-            self.vae,
-            lambda vae: VAE.encode(vae, pixels.to(vae.encoder.conv_in.weight.dtype)),
-            lambda posterior: [posterior.mean, posterior.logvar],
-            noted,
-        )
+        with self.placing.computing():
+            return self.vae.scale(self.placing.encode(self.vae, from_pil(image).to(self.device), []).mean).float()
 
     def _facts(self, request: Request) -> dict[str, Any]:
         """What the same bits depend on, beside the request."""
@@ -428,6 +454,7 @@ class Pipeline:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            **({"placement": changes} if (changes := self.placing.now.changes()) else {}),
             **({"lora": few_step.lora} if few_step else {}),
             **({"embeddings": self.wording.used(request)} if request.embeddings else {}),
         }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mezzotint import infotext
 from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.placement import Placement
 from mezzotint.request import MAX_SEED, Job, Request
 
 MAX_DEPTH = 20  # of the JSON's brackets; a record's own is 5
@@ -44,6 +45,7 @@ class Model(_Part):
     device: Word = "cpu"
     dtype: Word = "float32"
     threads: int = Field(default=1, ge=1, le=4096)
+    placement: Placement = Placement()
 
 
 class Input(_Part):
@@ -86,6 +88,7 @@ class Record(_Part):
             "the device": model.device,
             "the dtype": model.dtype,
             "the number of threads": str(model.threads),
+            **{f"the placement's {name}": str(value) for name, value in model.placement.changes().items()},
             **{f"the model's {name}": digest for name, digest in model.files.items()},
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},

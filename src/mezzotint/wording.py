@@ -14,6 +14,7 @@ from mezzotint.conditioning import Cache, Encoded, Reader, lengthened, plan_of, 
 from mezzotint.denoiser import Timeline
 from mezzotint.guard import watched
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.held import turn
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.prompt import Plan
 from mezzotint.request import Request
@@ -119,7 +120,8 @@ def _encoded(reader: Reader, planned: Plan) -> list[Encoded]:
     """What the reader makes of a plan; where that is no number, what it makes in float32."""
 
     def encode(encoders: torch.nn.ModuleList) -> list[Encoded]:
-        return replace(reader, encoders=list(encoders)).encode(planned)  # type: ignore[arg-type]
+        with turn(encoders):
+            return replace(reader, encoders=list(encoders)).encode(planned)  # type: ignore[arg-type]
 
     def tensors(parts: list[Encoded]) -> list[Tensor]:
         conditions = [condition for part in parts for _, condition in part.timeline]

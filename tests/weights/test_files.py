@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import threading
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from mezzotint.errors import CheckpointError
+from mezzotint.weights import files
 from mezzotint.weights.files import MAX_HEADER, TensorFile
 
 TENSORS = {
@@ -250,9 +252,79 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
             TensorFile(path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_reading_in_pieces_into_another_dtype_and_format(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE", 100)
+    tensors = {
+        "conv": torch.randn(7, 4, 3, 3).half(),
+        "fused": torch.randn(9, 5),
+        "wide": torch.randn(3, 200),
+        "vector": torch.randn(130),
+        "number": torch.tensor(2.5),
+        "none": torch.zeros(0, 3),
+    }
+    path = tmp_path / f"a{suffix}"
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors | {"t": torch.randn(6, 9).T}, path)
+    file = TensorFile(path)
+    for name in file.entries:
+        whole = file.read(name)
+        target = torch.full(whole.shape, torch.nan, dtype=torch.float64)
+        target = target.contiguous(memory_format=torch.channels_last) if whole.ndim == 4 else target
+        file.read_into(target, name)
+        assert torch.equal(target, whole.double())
+    for third in range(3):
+        target = torch.empty(5, 3).T
+        file.read_into(target, "fused", third)
+        assert torch.equal(target, tensors["fused"].chunk(3)[third])
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_reading_single_rows(old: bool, tmp_path: Path) -> None:
+    tensors = {"table": torch.randn(11, 5), "t": torch.randn(5, 11).T, "conv": torch.randn(4, 2, 3, 3)}
+    torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=not old)
+    file = TensorFile(tmp_path / "a.bin")
+    for name, numbers in (("table", [10, 0, 0, 3]), ("t", [10, 2]), ("conv", [3])):
+        assert torch.equal(file.read_rows(name, numbers), tensors[name][numbers])
+        file.soon(name)
+    for number in (11, -1) if not old else (11,):
+        with pytest.raises(IndexError):
+            file.read_rows("table", [number])
+
+
+def test_threads_share_a_file(tmp_path: Path) -> None:
+    tensors = {str(k): torch.full((5000,), float(k)) for k in range(8)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    right: list[bool] = []
+
+    def work(name: str) -> None:
+        right.extend(torch.equal(file.read(name), tensors[name]) for _ in range(50))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in tensors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 400
+
+
 def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1000)}, tmp_path / "a.safetensors")
     file = TensorFile(tmp_path / "a.safetensors")
     os.truncate(tmp_path / "a.safetensors", 500)
-    with pytest.raises(CheckpointError, match="ended while it was being read"):
+    with pytest.raises(CheckpointError, match="was changed after it had been opened"):
+        file.read("w")
+
+
+def test_a_file_written_over_while_it_is_open(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1000)}, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    save_file({"w": torch.zeros(1000)}, tmp_path / "b.safetensors")
+    os.replace(tmp_path / "b.safetensors", tmp_path / "a.safetensors")
+    assert torch.equal(file.read("w"), torch.ones(1000)), "the file that was opened is still there"
+    file = TensorFile(tmp_path / "a.safetensors")
+    os.utime(tmp_path / "a.safetensors", ns=(0, 10**18))  # as if written to at another time
+    with pytest.raises(CheckpointError, match="was changed after it had been opened"):
         file.read("w")

@@ -21,6 +21,7 @@ from mezzotint.cli.draw import generate
 from mezzotint.cli.explain import explain
 from mezzotint.cli.grid import grid
 from mezzotint.cli.measure import report
+from mezzotint.cli.plan import plan
 from mezzotint.cli.show import env, inspect, models, samplers
 from mezzotint.cli.terminal import say
 from mezzotint.cli.words import tokens
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
+    plan: "plan --model MODEL --size 1024x1024 --count 4 --memory 6GiB",
     again: "again lemon.png --verify",
     explain: 'explain "a lemon left of a whale" --seed 7 --out page.png',
     tokens: 'tokens "a (lemon:1.3) left of a whale"',

@@ -13,6 +13,7 @@ import typer
 from mezzotint.cli.draw import SUFFIXES, check_out, fields_of, generate, read_prompt, save_one, wrote
 from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, load, long_work, print_json, say
 from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.placement import Placement
 
 if TYPE_CHECKING:
     from mezzotint.again import Source
@@ -104,19 +105,22 @@ class Pipes:
 
     def __init__(self, model: str | None, device: str | None, dtype: str | None) -> None:
         self._device, self._dtype = device, dtype
-        self._loaded: dict[tuple[str | None, str | None, str | None], Pipeline] = {}
+        self._loaded: dict[tuple[str | None, str | None, str | None, Placement], Pipeline] = {}
 
     def of(self, source: Source, model: str | None) -> Pipeline:
-        """The model on the device and in the dtype that were asked for, or else the record's where they are here."""
+        """The model on the device and in the dtype that were asked for, or else the record's where they are here; its
+        placement is the record's.
+        """
         import torch
 
         facts = source.record.model if source.record else None
         here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         device = self._device or (facts.device if facts and here.get(facts.device) else None)
         dtype = self._dtype or (facts.dtype if facts and facts.dtype in ("float32", "bfloat16", "float16") else None)
-        key = (model, device, dtype)
+        placement = facts.placement if facts else Placement()
+        key = (model, device, dtype, placement)
         if key not in self._loaded:
-            self._loaded[key] = load(model, device, dtype)
+            self._loaded[key] = load(model, device, dtype, placement=placement)
         return self._loaded[key]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mezzotint.cli.terminal import Device, Dtype, Json, Model, print_json, say, stoppable
+from mezzotint.cli.terminal import Device, Dtype, Json, Memory, Model, check_memory, print_json, say, stoppable
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def bulk(
         int | None,
         typer.Option(help="CPU threads of a worker; else what FOLDER was begun with, or all, or 1 with ray."),
     ] = None,
+    memory: Memory = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -45,6 +46,7 @@ def bulk(
     from mezzotint import bulk as work
     from mezzotint import bulk_ray, rows
 
+    check_memory(memory)
     if engine not in ("local", "ray"):
         raise RequestError(f"engine is {engine[:60]!r}; it must be local or ray")
     if engine == "ray":
@@ -55,7 +57,7 @@ def bulk(
     given = rows.assignments("set", fields or ())
     try:
         with work.prepared(
-            file, out, given, model=model, device=device, dtype=dtype, threads=threads, cores=cores
+            file, out, given, model=model, device=device, dtype=dtype, threads=threads, cores=cores, memory=memory
         ) as plan:
             outcomes = bulk_ray.run(plan) if engine == "ray" else _local(plan)
             failures = work.Failures(out)
@@ -88,9 +90,12 @@ def _local(plan: Plan) -> Iterator[Outcome]:
     """This process's work; Ctrl-C ends it after the step under way."""
     from mezzotint import bulk as work
 
+    made = work.fit(plan)
+    if made is not None:
+        say(made.table())
     gc.disable()  # as in terminal.load
     try:
-        worker = work.Worker.start(plan)
+        worker = work.Worker.start(plan, made)
     finally:
         gc.enable()
         gc.freeze()

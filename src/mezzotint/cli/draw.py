@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, Syntax, load, long_work, print_json, say
+from mezzotint.cli.terminal import (
+    Device,
+    Dtype,
+    Embedding,
+    Json,
+    Memory,
+    Model,
+    Syntax,
+    check_memory,
+    fitted,
+    load,
+    long_work,
+    print_json,
+    say,
+)
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -164,6 +178,7 @@ def generate(
     seed_size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Put the seed's noise for this size into the middle.")
     ] = None,
+    memory: Memory = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
@@ -185,13 +200,15 @@ def generate(
     text = words if prompt is None else prompt
     if text is None or (words is not None and prompt is not None):
         raise RequestError('prompt is missing or given twice; name it once, such as: mezzotint generate "a lemon"')
+    check_memory(memory)
     request = Request(prompt=read_prompt(text), **fields_of(options))
     check_out(out, request, SUFFIXES)
     for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
         say(f"{request.prompt[network.start : network.end]} is left out: networks named in a prompt are not loaded")
 
-    pipe = load(model, device, dtype)
-    request = pipe.resolve(request)
+    fit = fitted(model, memory, request, device, dtype)
+    pipe = load(model, device, dtype, **({"memory": fit} if fit else {}))
+    request = pipe.resolve(fit.request if fit else request)
     written: list[Path] = []
     with long_work("drawing", lambda: wrote(written) if written else "no picture was finished") as on_step:
         result = pipe.generate(

@@ -83,20 +83,26 @@ def models(as_json: Json = False) -> None:
 
 
 def env(as_json: Json = False) -> None:
-    """Say versions and devices, for the report of a fault."""
+    """Say versions, devices and backends, to report a fault."""
     import platform
     from importlib.metadata import version
 
     import torch
 
-    facts = {name: version(name) for name in ("mezzotint", "torch", "numpy", "pillow", "safetensors", "tokenizers")}
+    from mezzotint.models.backends import available
+
+    facts: dict[str, Any] = {
+        name: version(name) for name in ("mezzotint", "torch", "numpy", "pillow", "safetensors", "tokenizers")
+    }
     facts |= {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
     }
+    backends = dict(available())
     if as_json:
-        print_json(facts)
+        print_json(facts | {"attention": backends})
     else:
+        facts |= {f"attention {name}": state for name, state in backends.items()}
         typer.echo("\n".join(f"{name}: {fact}" for name, fact in facts.items()))

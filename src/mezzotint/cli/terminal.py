@@ -6,14 +6,18 @@ import gc
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mezzotint.placement import bytes_of
+
 if TYPE_CHECKING:
+    from mezzotint.memory import Plan
     from mezzotint.pipeline import OnStep, Pipeline
+    from mezzotint.request import Request
 
 Model = Annotated[
     str | None,
@@ -21,6 +25,13 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the device's natural one.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="What the process may take, such as 4GiB, or what is free: does what is needed for that, and says it.",
+    ),
+]
 Syntax = Annotated[
     str | None, typer.Option(help="How the prompt is written: a1111 (unless said), comfy, compel or plain.")
 ]
@@ -41,7 +52,7 @@ def print_json(record: Any) -> None:
     typer.echo(json.dumps(record))
 
 
-def load(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
+def load(model: str | None, device: str | None, dtype: str | None, **options: Any) -> Pipeline:
     """`mezzotint.load`. What it imports and makes lasts until the process ends: Python searches it for garbage neither
     now nor at the end, which would take longer than reading the bundled model.
     """
@@ -49,10 +60,29 @@ def load(model: str | None, device: str | None, dtype: str | None) -> Pipeline:
 
     gc.disable()
     try:
-        return mezzotint.load(model, device=device, dtype=dtype)
+        return mezzotint.load(model, device=device, dtype=dtype, **options)
     finally:
         gc.enable()
         gc.freeze()
+
+
+def check_memory(memory: str | None) -> None:
+    """Raises BudgetError for what is no size, before torch is imported."""
+    if memory is not None and memory != "auto":
+        bytes_of(memory)
+
+
+def fitted(
+    model: str | None, memory: str | None, request: Request | Sequence[Request], device: str | None, dtype: str | None
+) -> Plan | None:
+    """The plan for a budget, if there is one, which it says."""
+    if memory is None:
+        return None
+    from mezzotint.memory import plan
+
+    made = plan(model, memory, request, device=device, dtype=dtype)
+    say(made.table())
+    return made
 
 
 @contextmanager

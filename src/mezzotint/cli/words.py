@@ -21,7 +21,9 @@ def tokens(
     model: Model = None,
     syntax: Syntax = None,
     embedding: Embedding = None,
-    steps: Annotated[int, typer.Option(help="Of the run, for [from:to:when].", min=1, max=1000)] = 50,
+    steps: Annotated[
+        int | None, typer.Option(help="Of the run, for [from:to:when]; else the model's own.", min=1, max=1000)
+    ] = None,
     negative: Annotated[bool, typer.Option("--negative", help="Read it as a negative prompt.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -32,16 +34,17 @@ def tokens(
         prompt=read_prompt(prompt),
         prompt_syntax=syntax,
         embeddings=tuple(embedding) if embedding else None,
-        steps=steps,
     )
 
     from mezzotint.conditioning import plan_of
+    from mezzotint.resolving import STEPS
     from mezzotint.weights.checkpoint import read_tokenizers
     from mezzotint.weights.embeddings import Library
     from mezzotint.weights.hub import BUNDLED
 
+    tokenizers, widths, settings = read_tokenizers(model or BUNDLED)
+    steps = steps or int(settings.get("steps", STEPS))
     plan = plan_of(request, request.prompt, steps, negative)
-    tokenizers, widths = read_tokenizers(model or BUNDLED)
     library = Library(request.embeddings or (), widths)
     record: dict[str, Any] = {
         "syntax": plan.syntax,

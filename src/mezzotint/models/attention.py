@@ -1,4 +1,7 @@
-"""The one attention function. Every network calls it; other ways to compute it come behind the same name.
+"""The one attention function. Every network calls it; the ways to compute it (backends.py) are behind the same name.
+
+    with mezzotint.attention.backend("sliced", bytes="32MiB"):
+        pipe("a lemon")
 
 Beside it, whoever watches: inside `recording(recorder)` each cross-attention of a UNet hands its queries and keys to
 the recorder before it runs. The recorder travels in a context variable, so it is this thread's and this run's alone;
@@ -13,20 +16,44 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from mezzotint.models.backends import Backend
 
 Recorder = Callable[[Any, Tensor, Tensor], None]  # (the Attention, q (B, heads, Tq, d), k (B, heads, Tk, d))
 watcher: ContextVar[Recorder | None] = ContextVar("watcher", default=None)
+_chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
+_AUTO = Backend()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + mask) v, Vaswani et al. 2017 eq. 1.
 
     q: (B, heads, Tq, d); k, v: (B, heads, Tk, d); mask: additive, broadcastable to (B, heads, Tq, Tk).
-    Returns (B, heads, Tq, d).
+    `is_causal`: no query sees a later key; not together with a mask. Each query must see a key. Returns
+    (B, heads, Tq, d).
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return (_chosen.get() or _AUTO)(q, k, v, mask, is_causal)
+
+
+@contextmanager
+def backend(name: str, *, bytes: int | str | None = None) -> Iterator[None]:
+    """Has attention computed by `name` inside, in this thread: auto, sdpa, math, sliced, xformers, flash or sage.
+
+    `bytes`, a number or "64MiB", is what the scores of one slice may take ("sliced:64MiB" says the same).
+    Raises RequestError for an unknown name, MissingExtraError for a package that is not installed or is for another
+    torch. What one that is there cannot do, sdpa does.
+    """
+    before = _chosen.set(Backend.of(name, bytes))
+    try:
+        yield
+    finally:
+        _chosen.reset(before)
+
+
+def chosen() -> Backend | None:
+    """What a `backend` around this call has chosen; None outside of any."""
+    return _chosen.get()
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ from mezzotint.models.convolution import Conv2d
 KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
 
 
+def activation(x: Tensor) -> Tensor:
+    """SiLU of what a norm made, in its place where no gradient needs it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions, the time added between them, and a shortcut: (B, inputs, h, w) -> (B, outputs, h, w)."""
 
@@ -34,10 +39,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`time` (B, outputs) is time_emb_proj of the activated time embedding."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))  # (B, outputs, h, w)
-        h = h + time[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h: Tensor = self.conv1(activation(self.norm1(x)))  # (B, outputs, h, w)
+        h = self.norm2(h.add_(time[:, :, None, None]))  # h's old memory is let go before the convolution
+        h = self.conv2(activation(h))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -114,8 +119,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, gate = self.proj(x).chunk(2, dim=-1)  # (B, T, inner) each
-        gated: Tensor = h * F.gelu(gate)
-        return gated
+        gated = F.gelu(gate)
+        return h * gated if torch.is_grad_enabled() else gated.mul_(h)
 
 
 class FeedForward(nn.Module):
@@ -143,9 +148,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        x = x + self.attn1(self.norm1(x))  # (B, T, dim)
-        x = x + self.attn2(self.norm2(x), keys_values)
-        y: Tensor = x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x)).add_(x)  # (B, T, dim)
+        x = self.attn2(self.norm2(x), keys_values).add_(x)
+        y: Tensor = self.ff(self.norm3(x)).add_(x)
         return y
 
 

@@ -33,7 +33,8 @@ def pad(x: Tensor, widths: tuple[int, int, int, int]) -> Tensor:
     """x (B, C, h, w) with (left, right, top, bottom) cells around it: zeros, or the opposite side's where joined."""
     left, right, top, bottom = widths
     for axis, side in (("x", (left, right, 0, 0)), ("y", (0, 0, top, bottom))):
-        x = F.pad(x, side, "circular" if axis in joined.get() else "constant")
+        if any(side):  # else F.pad makes a copy
+            x = F.pad(x, side, "circular" if axis in joined.get() else "constant")
     return x
 
 

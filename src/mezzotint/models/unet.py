@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.models.blocks import Attention, Downsample, KeysValues, ResnetBlock, Transformer, Upsample
+from mezzotint.models.blocks import (
+    Attention,
+    Downsample,
+    KeysValues,
+    ResnetBlock,
+    Transformer,
+    Upsample,
+    activation,
+)
 from mezzotint.models.convolution import Conv2d
 
 
@@ -246,7 +254,7 @@ class UNet(nn.Module):
             x = x + mid_residual
         for block in self.up_blocks:
             x = block(x, skips, times, contexts)
-        output: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out_channels, h, w)
+        output: Tensor = self.conv_out(activation(self.conv_norm_out(x)))  # (B, out_channels, h, w)
         return output
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:

@@ -6,6 +6,7 @@ Attribute names spell the checkpoint's keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +21,11 @@ from mezzotint.models.convolution import Conv2d, pad
 EPS = 1e-6  # of every group norm in this network
 
 
+def activation(x: Tensor) -> Tensor:
+    """SiLU of what a norm made, in its place where no gradient needs it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, groups: int):
         super().__init__()
@@ -30,9 +36,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h  # type: ignore[no-any-return]
+        h = self.conv1(activation(self.norm1(x)))
+        h = activation(self.norm2(h))  # what it was made of ends here
+        h = self.conv2(h)
+        return h.add_(self.conv_shortcut(x))  # type: ignore[no-any-return]
 
 
 class SpatialAttention(nn.Module):
@@ -71,17 +78,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
 
 
+def _layers(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    for block in blocks:
+        for part in block.children():  # its resnets, then its one sampler
+            yield from part.children()
+
+
 class DownBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, downsample: bool):
         super().__init__()
         widths = [channels_in] + [channels] * layers
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
 
 
 class UpBlock(nn.Module):
@@ -90,11 +98,6 @@ class UpBlock(nn.Module):
         widths = [channels_in] + [channels] * layers
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
 
 
 class MidBlock(nn.Module):
@@ -123,12 +126,15 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """Between conv_in and conv_norm_out, in order."""
+        return [*_layers(self.down_blocks), self.mid_block]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        for layer in self.layers():  # here, not in the blocks: up the stack x would be held after its last use
+            x = layer(x)
+        return self.conv_out(activation(self.conv_norm_out(x)))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -145,11 +151,15 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """Between conv_in and conv_norm_out, in order."""
+        return [self.mid_block, *_layers(self.up_blocks)]
+
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        x = self.conv_in(z)
+        for layer in self.layers():
+            x = layer(x)
+        return self.conv_out(activation(self.conv_norm_out(x)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,12 @@ class Posterior:
 
     mean: Tensor
     logvar: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> Posterior:
+        """The encoder's output (B, 2 * 4, h, w)."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """mean + std * noise. The noise is drawn on the generator's device, so a CPU generator serves every device."""
@@ -180,8 +196,7 @@ class VAE(nn.Module):
 
     def encode(self, pixels: Tensor) -> Posterior:
         """pixels (B, 3, H, W) in [-1, 1], sides multiples of 8 -> the posterior of unscaled latents."""
-        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+        return Posterior.of(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] and not clamped."""

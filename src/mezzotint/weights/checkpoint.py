@@ -22,6 +22,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
+from mezzotint.placement import Placement
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
@@ -69,6 +70,7 @@ def open_model(
     family: str | None = None,
     prediction: str | None = None,
     config: Overrides | None = None,
+    placement: Placement = Placement(),  # noqa: B008  # frozen
 ) -> Parts:
     """Load a model.
 
@@ -78,12 +80,11 @@ def open_model(
     dtype: of all weights; None keeps what most of each part's weights are.
     family ("sd1", "sd2", "sdxl") and prediction ("epsilon", "v_prediction", "sample"): instead of what is found.
     config: fields that shapes cannot show, by part: {"unet": {"attention_head_dim": 4}, "vae": {"norm_num_groups": 8}}.
+    placement: where large weights are kept, and as what.
 
     Raises CheckpointError, a sentence, before any weight is read, for all that can be seen without reading them.
     """
-    found = _plan(locate(path_or_id, variant), variant, family, prediction, config or {})
-    if found.problems:
-        raise CheckpointError(found.problems[0])
+    found = look_through(path_or_id, variant=variant, family=family, prediction=prediction, config=config)
     networks: dict[str, Any] = {}
     for part in found.parts:
         networks[part.name] = part.network()
@@ -91,7 +92,7 @@ def open_model(
             raise CheckpointError(problem)
     tokenizers = [make() for make in found.tokenizers]
     for part in found.parts:
-        part.load(networks[part.name], dtype, torch.device(device))
+        part.load(networks[part.name], dtype, torch.device(device), placement)
     return Parts(
         family=found.family,
         unet=networks["unet"],
@@ -107,11 +108,29 @@ def open_model(
     )
 
 
-def read_tokenizers(path_or_id: str | Path) -> tuple[list[Tokenizer], list[int]]:
-    """A model's tokenizers alone, and the width of the text encoder of each. Raises CheckpointError as `open_model`."""
+def look_through(
+    path_or_id: str | Path,
+    *,
+    variant: str | None = None,
+    family: str | None = None,
+    prediction: str | None = None,
+    config: Overrides | None = None,
+) -> Plan:
+    """What `open_model` would open, with no weight read. Raises CheckpointError for what its files cannot be."""
+    found = _plan(locate(path_or_id, variant), variant, family, prediction, config or {})
+    if found.problems:
+        raise CheckpointError(found.problems[0])
+    return found
+
+
+def read_tokenizers(path_or_id: str | Path) -> tuple[list[Tokenizer], list[int], dict[str, Any]]:
+    """A model's tokenizers alone, the width of the text encoder of each, and its settings (mezzotint.json).
+
+    Raises CheckpointError as `open_model`.
+    """
     found = _plan(locate(path_or_id), None, None, None, {})
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
-    return [make() for make in found.tokenizers], [config.hidden_size for config in configs]
+    return [make() for make in found.tokenizers], [config.hidden_size for config in configs], found.settings
 
 
 def _plan(path: Path, variant: str | None, family: str | None, prediction: str | None, config: Overrides) -> Plan:

@@ -1,7 +1,9 @@
 """Tensor files, read one tensor at a time: safetensors, and PyTorch's own (.ckpt, .pt, .bin) without running anything.
 
 `TensorFile(path)` reads the table of contents only. `read(name)` copies one tensor from the file into fresh memory and
-keeps nothing: no memory map, whose pages would count as ours. What a file is, is seen in its first bytes, not its name.
+keeps nothing: no memory map, whose pages would count as ours. `read_into` fills a tensor of another dtype or format in
+small pieces, so that nothing else is held. Threads may share a file. What a file is, is seen in its first bytes, not
+its name.
 
 A safetensors header is held to the format's own rules (github.com/huggingface/safetensors, README "Format") before
 anything is allocated. A PyTorch file goes through `torch.load(weights_only=True, map_location="meta")`, which gives the
@@ -17,8 +19,10 @@ import os
 import pickle
 import re
 import stat
+import threading
 import weakref
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -30,6 +34,7 @@ from torch import Tensor
 from mezzotint.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors format's own bound
+PIECE = 2**22  # bytes that `read_into` reads at a time
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin, by protocol
 
 DTYPES = {
@@ -81,8 +86,10 @@ class TensorFile:
         self.scalars: dict[str, float] = {}
         self._held: dict[str, Tensor] = {}  # of PyTorch's format before 1.6, which can only be read whole
         self._file = _open(path)
+        self._lock = threading.Lock()  # of the file's position
         weakref.finalize(self, self._file.close)
-        self.size = os.fstat(self._file.fileno()).st_size
+        self._state = self._now()
+        self.size = self._state[0]
 
         head = self._file.read(64)
         length = int.from_bytes(head[:8], "little")
@@ -121,17 +128,54 @@ class TensorFile:
             start += third * math.prod(shape) * entry.dtype.itemsize
         return self._bytes(start, math.prod(shape), entry.dtype).view(shape)
 
+    def read_into(self, target: Tensor, name: str, third: int | None = None) -> None:
+        """Fill `target`, of the tensor's shape (or its third's) and any dtype and strides, `PIECE` bytes at a time."""
+        entry, rows = self.entries[name], len(target) if target.ndim else 0
+        row = math.prod(entry.shape[1:])  # elements
+        if name in self._held or entry.stride is not None or not rows or not row:
+            target.copy_(self.read(name, third))
+            return
+        first, some = (third or 0) * rows, max(PIECE // (row * entry.dtype.itemsize), 1)
+        for begin in range(0, rows, some):
+            part = target[begin : begin + some]
+            start = entry.start + (first + begin) * row * entry.dtype.itemsize
+            part.copy_(self._bytes(start, len(part) * row, entry.dtype).view(part.shape))
+
+    def read_rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """These rows of the tensor, (len(numbers), ...), on the CPU."""
+        entry = self.entries[name]
+        if name in self._held or entry.stride is not None:
+            return self.read(name)[list(numbers)]
+        if not all(0 <= number < entry.shape[0] for number in numbers):
+            raise IndexError(f"{name} has {entry.shape[0]} rows")
+        row = math.prod(entry.shape[1:])
+        rows = [self._bytes(entry.start + n * row * entry.dtype.itemsize, row, entry.dtype) for n in numbers]
+        return torch.stack(rows).view(len(rows), *entry.shape[1:])
+
+    def soon(self, name: str) -> None:
+        """Have the system read the tensor ahead, into memory that it takes back when it needs it."""
+        if hasattr(os, "posix_fadvise") and name not in self._held:
+            entry = self.entries[name]
+            size = entry.count * entry.dtype.itemsize
+            os.posix_fadvise(self._file.fileno(), entry.start, size, os.POSIX_FADV_WILLNEED)
+
     def _bytes(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` elements from byte `start`, 1-D."""
         flat = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         left = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs do not know the buffer protocol
-        self._file.seek(start)
-        while left:
-            got = self._file.readinto(left)
-            if not got:
-                raise CheckpointError(f"{self.path} ended while it was being read: was it replaced or cut meanwhile?")
-            left = left[got:]
+        with self._lock:
+            self._file.seek(start)
+            while left:
+                got = self._file.readinto(left)
+                if not got or self._now() != self._state:  # of two models' weights mixed nobody would know
+                    raise CheckpointError(f"{self.path} was changed after it had been opened; load the model again")
+                left = left[got:]
         return flat.view(dtype)
+
+    def _now(self) -> tuple[int, int]:
+        """Size and time of the last change of the open file."""
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def _read_safetensors(self, length: int) -> None:
         def refuse(why: str) -> CheckpointError:

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError
+from mezzotint.models.held import Held, Weight, hold, shape_of
 from mezzotint.models.unet import UNet
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.part import listed
@@ -35,6 +36,23 @@ def changed(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """weight (outputs, inputs, ...) plus up (outputs, rank) times down (rank, inputs, ...); float32, in its format."""
     change = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape)
     return weight.float() + change
+
+
+class Changed(Weight):
+    """One that is held, with a LoRA's change made each time that it is asked for."""
+
+    def __init__(self, base: Weight, down: Tensor, up: Tensor) -> None:
+        self.base, self.down, self.up, self.shape, self.turns = base, down, up, base.shape, base.turns
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        weight = self.base.tensor(dtype, device)
+        return torch.empty_like(weight).copy_(changed(weight, self.down.to(device), self.up.to(device)))
+
+    def bring(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.base.bring(dtype, device)
+
+    def drop(self) -> None:
+        self.base.drop()
 
 
 def save_lora(path: str | Path, lora: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float16) -> None:
@@ -64,11 +82,12 @@ def read_lora(path: Path, unet: UNet) -> Lora:
             continue
         known.update(keys)
         (rank, *inputs), (outputs, *ranks) = (file.entries[key].shape or (0,) for key in keys)
-        if (outputs, *inputs) != layer.weight.shape or ranks != [rank, *(1 for _ in inputs[1:])]:
+        shape = shape_of(layer)
+        if (outputs, *inputs) != shape or ranks != [rank, *(1 for _ in inputs[1:])]:
             shapes = " and ".join(str(file.entries[key].shape) for key in keys)
             raise CheckpointError(
                 f"{path} is of another UNet: its {name} has the shapes {shapes}, and the weight to be changed "
-                f"{tuple(layer.weight.shape)}"
+                f"{tuple(shape)}"
             )
         lora[name] = file.read(keys[0]), file.read(keys[1])
     if foreign := [key for key in file.entries if key not in known]:
@@ -83,11 +102,15 @@ def merged(unet: UNet, lora: Mapping[str, tuple[Tensor, Tensor]]) -> UNet:
     """
     with torch.device("meta"):
         second = UNet(unet.config).train(unet.training)
-    for name, weight in unet.named_parameters():
+    for name, module in unet.named_modules():
+        if isinstance(module, Held):
+            weight = Changed(module.held, *lora[name]) if name in lora else module.held
+            hold(second.get_submodule(name), weight, module.dtype, module.device)
+    for name, parameter in unet.named_parameters():
         layer, _, leaf = name.rpartition(".")
-        new = weight.detach()
+        new = parameter.detach()
         if leaf == "weight" and layer in lora:
-            down, up = (tensor.to(weight.device) for tensor in lora[layer])
+            down, up = (tensor.to(new.device) for tensor in lora[layer])
             new = torch.empty_like(new).copy_(changed(new, down, up).detach())
         second.get_submodule(layer).register_parameter(leaf, nn.Parameter(new, requires_grad=False))
     return second

@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from mezzotint import samplers
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.held import hold, holdable
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
+from mezzotint.placement import Placement
 from mezzotint.weights.files import TensorFile
+from mezzotint.weights.keeping import FileWeight, Keeper
 from mezzotint.weights.keys import Family, Source, Sources
 
 Config = UNetConfig | VAEConfig | CLIPConfig
@@ -130,15 +133,27 @@ class Part:
             return most
         return torch.float16 if most.itemsize == 1 else torch.float32
 
-    def load(self, network: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
-        """Fill `network` (checked, on meta), one tensor after another; convolutions in channels_last."""
+    def load(
+        self,
+        network: nn.Module,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        placement: Placement = Placement(),  # noqa: B008  # frozen
+    ) -> None:
+        """Fill `network` (checked, on meta), one tensor after another; convolutions in channels_last. Large weights are
+        held where the placement keeps them otherwise. Raises RequestError where it cannot.
+        """
         dtype = dtype or self.natural_dtype()
+        keeper = Keeper(placement, dtype, device)
         for name, empty in network.state_dict(keep_vars=True).items():
             source = self.sources[name]
-            tensor = self.files[source.key].read(source.key, source.third)
-            tensor = _placed((tensor.T if source.transpose else tensor).reshape(empty.shape), dtype, device)
+            weight = FileWeight(self.files[source.key], source, empty.shape)
             owner, _, leaf = name.rpartition(".")
-            network.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
+            layer = network.get_submodule(owner)
+            if keeper.holds and leaf == "weight" and holdable(layer, empty):
+                hold(layer, keeper.keep(weight), dtype, device)
+            else:
+                layer.register_parameter(leaf, nn.Parameter(weight.tensor(dtype, device)))
 
 
 class FewStep(BaseModel):
@@ -196,9 +211,3 @@ def word(dtype: torch.dtype) -> str:
 def _fits(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
     """Equal, or a 1x1 convolution where a linear layer is wanted or the other way round: the same numbers."""
     return have == want or (*have, 1, 1) == want or have == (*want, 1, 1)
-
-
-def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if tensor.ndim == 4:
-        return tensor.to(device, dtype, memory_format=torch.channels_last)
-    return tensor.to(device, dtype).contiguous()

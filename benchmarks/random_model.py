@@ -1,0 +1,140 @@
+"""Write a model folder with random weights: `python benchmarks/random_model.py sd15|sdxl|half FOLDER [DTYPE]`.
+
+sd15 and sdxl have the published configurations (2.1 and 7.0 GB in float16), half is SD 1.5 with half its channels. A
+matrix has the variance 1 / inputs, so that what is drawn stays in range: for measuring memory and time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.models.unet import UNet
+from mezzotint.models.vae import VAE
+
+BLOCK = 1 << 22  # numbers, of which every weight is made
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+
+
+def _clip(width: int, layers: int, heads: int, act: str = "quick_gelu") -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "projection_dim": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": act,
+    }
+
+
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "sd15": {
+        "unet": {"cross_attention_dim": 768, "sample_size": 64, "down_block_types": DOWN, "up_block_types": UP},
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+        "text_encoder": _clip(768, 12, 12),
+    },
+    "half": {
+        "unet": {
+            "cross_attention_dim": 384,
+            "sample_size": 64,
+            "block_out_channels": (160, 320, 640, 640),
+            "down_block_types": DOWN,
+            "up_block_types": UP,
+        },
+        "vae": {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2},
+        "text_encoder": _clip(384, 12, 6),
+    },
+    "sdxl": {
+        "unet": {
+            "cross_attention_dim": 2048,
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "scaling_factor": 0.13025},
+        "text_encoder": _clip(768, 12, 12),
+        "text_encoder_2": _clip(1280, 32, 20, "gelu") | {"architectures": ("CLIPTextModelWithProjection",)},
+    },
+}
+CLASSES = {
+    "unet": ("UNet2DConditionModel", UNetConfig, UNet),
+    "vae": ("AutoencoderKL", VAEConfig, VAE),
+    "text_encoder": ("CLIPTextModel", CLIPConfig, CLIPTextModel),
+    "text_encoder_2": ("CLIPTextModelWithProjection", CLIPConfig, CLIPTextModel),
+}
+
+
+def main() -> None:
+    shape, folder = sys.argv[1], Path(sys.argv[2])
+    dtype = getattr(torch, (sys.argv[3:] or ["float16"])[0])
+    index: dict[str, Any] = {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    torch.manual_seed(0)
+    block = torch.randn(BLOCK)
+    for name, fields in SHAPES[shape].items():
+        kind, config, network = CLASSES[name]
+        with torch.device("meta"):
+            module = network(config(**fields))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(fields))
+        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+        write(folder / name / f"{stem}.safetensors", module, block, dtype)
+        index[name] = ["diffusers" if name in ("unet", "vae") else "transformers", kind]
+        if name.startswith("text"):
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            Tokenizer.clip("!" if name.endswith("2") else "<|endoftext|>").save(folder / tokenizer)
+            index[tokenizer] = ["transformers", "CLIPTokenizer"]
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    family = "StableDiffusionXLPipeline" if shape == "sdxl" else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": family, **index}))
+
+
+def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype) -> None:
+    """A safetensors file of the module's shapes, written one tensor after another."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    header, end = {}, 0
+    word = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": word, "shape": shape, "data_offsets": [start, end]}
+    table = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(table).to_bytes(8, "little") + table)
+        for name, shape in shapes.items():
+            count = torch.Size(shape).numel()
+            if len(shape) < 2:
+                values = torch.full((count,), 0.0 if name.endswith("bias") else 1.0)
+            else:
+                inputs = 1 if "embedding" in name else count // shape[0]
+                values = (block * inputs**-0.5).repeat(count // BLOCK + 1)[:count]
+            file.write(values.to(dtype).view(torch.uint8).numpy())
+
+
+if __name__ == "__main__":
+    main()

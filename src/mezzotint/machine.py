@@ -1,0 +1,86 @@
+"""What this machine has free, what this process takes, and how freed memory goes back. No torch on import.
+
+The numbers are Linux's (/proc, cgroups); elsewhere `resident` and `available` say 0 and None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+THRESHOLD = 2**17  # bytes from which glibc gives an allocation pages of its own; where it begins, and then climbs
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def resident() -> int:
+    """Bytes of this process in memory now (RSS)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def peak() -> int:
+    """The most that it ever was, as `/usr/bin/time -v` says it."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def available() -> int | None:
+    """Bytes that more could be taken without pushing anything out: what the system has free, or the cgroup's rest."""
+    found = [number for number in (_free(), *_cgroups()) if number is not None]
+    return max(min(found), 0) if found else None
+
+
+def return_freed() -> None:
+    """From now on has freed memory go back to the system at once, so that a peak is the sum of what is held.
+
+    glibc gives a large allocation pages of its own, which it gives back; but each time that it does, it moves the bound
+    between small and large up, to 32 MiB, and what is smaller stays in the heap. Here the bound stays where it begins.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and gives back by itself
+        if mallopt:
+            mallopt(M_MMAP_THRESHOLD, THRESHOLD)
+            mallopt(M_TRIM_THRESHOLD, THRESHOLD)
+
+
+def _free() -> int | None:
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+
+
+def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What is left of the limit of each cgroup that this process is in; files in the page cache do not count."""
+    left = []
+    try:
+        rows = [row.split(":", 2) for row in own.read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in rows:
+        kind = "" if not controllers else "memory" if "memory" in controllers.split(",") else None
+        if kind is None:
+            continue
+        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kind else ("memory.max", "memory.current")
+        folder = (root / kind / path.lstrip("/")).resolve()
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            try:
+                most, now = (place / limit).read_text().strip(), int((place / used).read_text())
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+            except (OSError, ValueError):
+                continue
+            if most != "max" and int(most) < 2**60:
+                left.append(int(most) - now + cached)
+    return left

@@ -1,0 +1,296 @@
+"""The ways to compute attention, behind the one function of attention.py: torch's own, three packages', and slices.
+
+| name | what it is | exact |
+|---|---|---|
+| sdpa | torch's fused attention, which holds no table of scores where it has a kernel | yes |
+| math | softmax(q kᵀ) v as it is written, the table of scores whole: for comparison | yes |
+| sliced | the same over a few heads and queries at a time, so many that their scores fit a number of bytes | yes |
+| xformers, flash | the memory-efficient kernels of xformers and of flash-attn; CUDA | yes |
+| sage | SageAttention: queries and keys in int8; CUDA | no |
+| auto | xformers where it is installed and can, else sdpa; never raises | yes |
+
+What a package cannot do (a mask, a device, a dtype, a head size) sdpa does instead, with one line in the log a reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.placement import bytes_of
+
+SLICE = 8 * 2**20  # bytes of a slice's scores, unless said: what a processor's cache holds
+log = logging.getLogger("mezzotint")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way, as chosen: its name, and for `sliced` the bytes that the scores may take."""
+
+    name: str = "auto"
+    bytes: int = SLICE
+
+    @classmethod
+    def of(cls, text: str, size: int | str | None = None) -> Backend:
+        """From "sdpa", "sliced" or "sliced:64MiB"; `size` is the bytes otherwise.
+
+        Raises RequestError for what is no backend, BudgetError for what is no size, MissingExtraError for a package
+        that is not there or does not work.
+        """
+        name, _, written = text.partition(":")
+        if name not in NAMES or (size is not None and written):
+            raise RequestError(f"attention is {text!r}; it must be one of {', '.join(NAMES)}, or sliced:64MiB")
+        if name != "sliced" and (written or size is not None):
+            raise RequestError(f"attention is {text!r} with a size; only sliced takes one")
+        if name in PACKAGES and isinstance(found := _import(name), str):
+            raise MissingExtraError(f"attention backend {name} {found}")
+        return cls(name, bytes_of((written or SLICE) if size is None else size))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Attention as in attention.py."""
+        if self.name == "sliced":
+            return sliced(q, k, v, mask, is_causal, self.bytes)
+        if self.name == "math":
+            return plain(q, k, v, mask, is_causal)
+        package = "xformers" if self.name == "auto" else self.name
+        if package in PACKAGES and (self.name != "auto" or _is_installed(package)):
+            return _foreign(package, q, k, v, mask, is_causal, asked=self.name != "auto")
+        return sdpa(q, k, v, mask, is_causal)
+
+
+# ---- torch's, and the plain formula ----------------------------------------------------------------------------------
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """torch's fused attention."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / sqrt(d) + mask) v in so many words, in the dtype of q: two tables of B x heads x Tq x Tk."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, Tq, Tk)
+    if mask is not None:
+        scores = scores + mask
+    if is_causal:
+        scores = scores.masked_fill(_after(0, q.shape[2], k), -torch.inf)
+    y: Tensor = scores.softmax(dim=-1) @ v
+    return y
+
+
+def sliced(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, size: int = SLICE
+) -> Tensor:
+    """`plain`, exactly, in float32 at least, a slice of heads and queries at a time.
+
+    The scores of one slice are one table of at most `size` bytes, but of one query's Tk scores at least. Where
+    gradients flow, each slice is computed again on the way back, and its three tables share `size`.
+    """
+    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    several, rows = slice_shape(heads, queries, keys, dtype.itemsize, size // (3 if learning else 1))
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+
+    def part(b: int, h: int, i: int, table: Tensor | None = None) -> Tensor:
+        """Of picture b, heads from h, queries from i: (several, rows, d)."""
+        some, these = slice(h, h + several), slice(i, i + rows)
+        bias = None if mask is None else mask[b, some, these].to(dtype)
+        a, c, d = (x.to(dtype) for x in (q[b, some, these], k[b, some], v[b, some]))
+        if is_causal:
+            later = _after(i, a.shape[1], k)
+            bias = a.new_zeros(later.shape).masked_fill(later, -torch.inf)
+        a = a * a.shape[-1] ** -0.5
+        if table is not None:
+            return _in_place(a, c, d, bias, table).to(v.dtype)
+        y: Tensor = checkpoint(_slice, a, c, d, bias, use_reentrant=False)
+        return y.to(v.dtype)
+
+    starts, firsts = range(0, heads, several), range(0, queries, rows)
+    if learning:
+        pictures = [torch.cat([torch.cat([part(b, h, i) for i in firsts], 1) for h in starts]) for b in range(batch)]
+        return torch.stack(pictures)
+    out = v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)  # so that the heads are joined without a copy
+    table = q.new_empty(several * rows * keys, dtype=dtype)
+    for b in range(batch):
+        for h in starts:
+            for i in firsts:
+                out[b, h : h + several, i : i + rows] = part(b, h, i, table)
+    return out
+
+
+def slice_shape(heads: int, queries: int, keys: int, itemsize: int, size: int) -> tuple[int, int]:
+    """(heads, queries) of a slice whose scores take at most `size` bytes: whole heads, or some queries of one."""
+    row = keys * itemsize
+    several = min(heads, size // (queries * row))
+    return (several, queries) if several else (1, min(queries, max(1, size // row)))
+
+
+def _slice(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """q, scaled, (n, rows, d); k, v (n, Tk, d) -> (n, rows, d)."""
+    scores = q @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+    """`_slice` with the scores and the shares one after another in `table`, which no gradient needs."""
+    shape = (*q.shape[:2], k.shape[1])
+    scores = torch.bmm(q, k.transpose(-2, -1), out=table[: q.shape[0] * q.shape[1] * k.shape[1]].view(shape))
+    if bias is not None:
+        scores += bias
+    return torch.softmax(scores, dim=-1, out=scores) @ v  # each row is read before it is written
+
+
+def _after(first: int, rows: int, k: Tensor) -> Tensor:
+    """Which keys come after each query, for queries from `first`: (rows, Tk) boolean."""
+    return torch.ones(rows, k.shape[2], dtype=torch.bool, device=k.device).triu(first + 1)
+
+
+# ---- the packages ----------------------------------------------------------------------------------------------------
+
+
+def _xformers(package: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    bias = package.LowerTriangularMask() if is_causal else None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, heads, d)
+    y: Tensor = package.memory_efficient_attention(q, k, v, attn_bias=bias)
+    return y.transpose(1, 2)
+
+
+def _flash(package: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, heads, d)
+    y: Tensor = package.flash_attn_func(q, k, v, causal=is_causal)
+    return y.transpose(1, 2)
+
+
+def _sage(package: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    dim = q.shape[-1]
+    spare = (64 if dim <= 64 else 128) - dim  # its kernels are of these head sizes; zeros change no product
+    q, k, v = (F.pad(x, (0, spare)) if spare else x for x in (q, k, v))
+    k = k if spare else k.clone()  # SageAttention 1 takes the mean off its keys in place, and ours serve the whole run
+    y: Tensor = package.sageattn(q, k, v, tensor_layout="HND", is_causal=is_causal, sm_scale=dim**-0.5)
+    return y[..., :dim]
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Package:
+    """What is imported, what installs it, which calls it takes, and the call."""
+
+    module: str
+    install: str
+    dtypes: tuple[torch.dtype, ...]
+    largest: int  # head size
+    multiple: int  # of which the head size must be one
+    call: Callable[[Any, Tensor, Tensor, Tensor, bool], Tensor]
+    devices: tuple[str, ...] = ("cuda",)
+
+    def unable(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> str | None:
+        """Why it does not take this call, or None."""
+        if q.device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only, not on {q.device.type}"
+        if q.dtype not in self.dtypes:
+            return f"takes {', '.join(str(dtype)[6:] for dtype in self.dtypes)}, not {str(q.dtype)[6:]}"
+        if q.shape[-1] > self.largest or q.shape[-1] % self.multiple:
+            return f"takes heads of at most {self.largest}, multiples of {self.multiple}, not of {q.shape[-1]}"
+        if mask is not None:
+            return "is given no masks"  # each has its own rules for them; they are 77 tokens long
+        if is_causal and q.shape[2] != k.shape[2]:
+            return "counts the tokens of a causal call from the other end"
+        return None
+
+
+PACKAGES = {
+    "xformers": Package(
+        "xformers.ops", "pip install 'mezzotint[xformers]'", (*HALF, torch.float32), 2**16, 8, _xformers
+    ),
+    "flash": Package("flash_attn", "pip install flash-attn --no-build-isolation", HALF, 256, 8, _flash),
+    "sage": Package("sageattention", "pip install sageattention", HALF, 128, 1, _sage),
+}
+NAMES = ("auto", "sdpa", "math", "sliced", *PACKAGES)
+
+
+def _foreign(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, asked: bool) -> Tensor:
+    """A package's attention, or sdpa's where it cannot; `asked` for by name, what it cannot is worth a warning."""
+    package = PACKAGES[name]
+    level = logging.WARNING if asked else logging.INFO
+    reason = package.unable(q, k, mask, is_causal)
+    if reason is None:
+        level = logging.WARNING
+        found = _import(name)
+        if isinstance(found, str):
+            reason = found
+        else:
+            try:
+                return package.call(found, q, k, v, is_causal)
+            except torch.OutOfMemoryError:
+                raise  # sdpa would need as much
+            except (RuntimeError, ValueError, AssertionError) as error:
+                reason = f"failed: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    _say(level, f"attention: {name} {reason}; sdpa does it")
+    return sdpa(q, k, v, mask, is_causal)
+
+
+@functools.cache
+def _say(level: int, line: str) -> None:
+    """A line in the log, once."""
+    log.log(level, line)
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    return find_spec(PACKAGES[name].module.partition(".")[0]) is not None
+
+
+@functools.cache
+def _import(name: str) -> Any:
+    """The package's module; where it is not to be had, a text: why not, and what would help. Takes seconds, once."""
+    package = PACKAGES[name]
+    if not _is_installed(name):
+        return f"is not installed: {package.install}"
+    try:
+        module = importlib.import_module(package.module)
+        # xformers built for another torch says so on import, and then keeps the reason here
+        broken = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+        if name != "xformers" or broken is None:
+            return module
+        why = str(broken)
+    except Exception as error:  # a package for another torch fails in whatever way it comes upon first
+        why = str(error) or type(error).__name__
+    why = " ".join(why.split()).partition(" Please ")[0][:300]
+    return f"{_version(name)} does not work with torch {torch.__version__} ({why}): {package.install} for this torch"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(PACKAGES[name].module.partition(".")[0])
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def available() -> Iterator[tuple[str, str]]:
+    """Each backend, and "available" or why it is not. Imports a package only where there is a GPU for it."""
+    for name in NAMES:
+        if name not in PACKAGES:
+            yield name, "available"
+        elif not _is_installed(name):
+            yield name, f"not installed: {PACKAGES[name].install}"
+        elif not torch.cuda.is_available():
+            yield name, f"{_version(name)} is installed, but it needs a CUDA device, and there is none"
+        else:
+            found = _import(name)
+            yield name, found if isinstance(found, str) else f"available, {_version(name)}"

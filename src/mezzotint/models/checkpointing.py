@@ -1,0 +1,95 @@
+"""Gradient checkpointing: blocks whose activations are not kept for the way back but computed again there.
+
+    with checkpointing(unet), checkpointing(text_encoder, every=2):
+        loss = ...
+        loss.backward()
+
+A block then keeps only its inputs, so a training step needs the memory of those and of one block, and the time of one
+more forward pass of the blocks chosen. Gradients are the same bits: dropout draws the same numbers again.
+Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.errors import RequestError
+from mezzotint.models.blocks import Attention, FeedForward, ResnetBlock, TransformerBlock
+from mezzotint.models.clip import EncoderLayer
+
+# none of "all" holds another: what is computed again computes its parts again, and checkpoints in it would do so twice
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all": (ResnetBlock, TransformerBlock, EncoderLayer),
+    "resnets": (ResnetBlock,),
+    "transformers": (TransformerBlock,),
+    "attentions": (Attention,),  # of a transformer block only its two attentions
+    "feedforwards": (FeedForward,),  # only its MLP
+    "layers": (EncoderLayer,),  # of the text encoder
+}
+
+
+def checkpointed(network: nn.Module, blocks: str | Sequence[str] = "all", every: int = 1) -> dict[str, nn.Module]:
+    """The blocks that `checkpointing` would take, by name, in the network's order. Its arguments and errors."""
+    asked = [blocks] if isinstance(blocks, str) else list(blocks)
+    places = [word for word in asked if word not in KINDS]
+    kinds = tuple(kind for word in asked for kind in KINDS.get(word, ())) or KINDS["all"]
+    if every < 1:
+        raise RequestError(f"checkpointing every {every} blocks: it must be 1, each of them, or more")
+    names = [(f".{name}.", name, module) for name, module in network.named_modules()]
+    for place in places:
+        if not any(f".{place}." in path for path, _, _ in names):
+            raise RequestError(
+                f"checkpointing {place!r}: the {type(network).__name__} has no such part; "
+                f"it must be one of {', '.join(KINDS)}, or a part's name, such as up_blocks.1"
+            )
+    inside = [
+        (name, module)
+        for path, name, module in names
+        if isinstance(module, kinds) and (not places or any(f".{place}." in path for place in places))
+    ]
+    if not inside:
+        raise RequestError(f"checkpointing {', '.join(asked)}: the {type(network).__name__} has no such blocks")
+    return dict(inside[::every])
+
+
+@contextmanager
+def checkpointing(network: nn.Module, blocks: str | Sequence[str] = "all", every: int = 1) -> Iterator[None]:
+    """Has blocks of a UNet or text encoder, by itself or wrapped (peft, DDP), checkpointed while inside.
+
+    `blocks`: "all" residual blocks, transformer blocks and encoder layers; "resnets", "transformers", "layers" those of
+    one kind; "attentions" or "feedforwards" only these parts of the transformer blocks; a part of the network by name
+    ("up_blocks", "down_blocks.0") the blocks in it; or several of these: kinds within places. `every`: each n-th of
+    them. The backward pass may run after the context. Calls without gradients are as before.
+    Raises RequestError where the network has no such blocks, or they already are.
+    """
+    chosen = checkpointed(network, blocks, every)
+    for name, module in chosen.items():
+        if "forward" in vars(module):
+            raise RequestError(f"checkpointing {name}: it already is, or something else has replaced its forward")
+    try:
+        for module in chosen.values():
+            module.forward = _again(module.forward)
+        yield
+    finally:
+        for module in chosen.values():
+            vars(module).pop("forward", None)
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, checkpointed where gradients are wanted."""
+
+    def computed(*inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **named)
+        # on a GPU the way back has a thread of its own, which knows nothing of this one's attention backend
+        context = copy_context()
+        return checkpoint(lambda *x, **y: context.copy().run(forward, *x, **y), *inputs, use_reentrant=False, **named)
+
+    return computed

@@ -1,0 +1,36 @@
+"""The ways to run the VAE, by the names that a placement gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from mezzotint.models.strips import decode_in_strips, encode_in_strips
+from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles
+from mezzotint.models.vae import VAE, Posterior
+
+Way = Literal["whole", "strips", "tiles"]
+
+
+DECODE: dict[str, Callable[[VAE, Tensor], Tensor]] = {
+    "whole": VAE.decode,
+    "strips": decode_in_strips,
+    "tiles": decode_in_tiles,
+}
+ENCODE: dict[str, Callable[[VAE, Tensor], Posterior]] = {
+    "whole": VAE.encode,
+    "strips": encode_in_strips,
+    "tiles": encode_in_tiles,
+}
+
+
+def decode(vae: VAE, z: Tensor, way: Way = "whole") -> Tensor:
+    """Unscaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w)."""
+    return DECODE[way](vae, z)
+
+
+def encode(vae: VAE, pixels: Tensor, way: Way = "whole") -> Posterior:
+    """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
+    return ENCODE[way](vae, pixels)

@@ -1,0 +1,206 @@
+"""The VAE layer by layer, each layer in strips of rows: the same pixels and latents from less memory.
+
+The whole way holds, at its worst layer, what goes in, that normalised, and what comes out. Here a group norm's mean and
+variance come from a first pass over the layer's input; then norm, SiLU and convolution make one strip of rows after
+another, from those rows and the ones next to them, and a residual is added where its input lies. So no more is held
+than a layer's input, its output and a few strips: `vae_sizes.strip_peak` says how much that is. It is exact; what is
+left is the order of float sums, about 1e-6 of the range in float32.
+
+A batch goes one picture after another. No gradients are kept. `seamless` holds as it does in the whole way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mezzotint.models.attention import attention
+from mezzotint.models.convolution import joined, pad
+from mezzotint.models.vae import VAE, Downsample, MidBlock, Posterior, ResnetBlock, SpatialAttention, Upsample
+from mezzotint.models.vae_sizes import STRIP, strip_rows
+
+Moments = Callable[[nn.GroupNorm, Tensor], tuple[Tensor, Tensor]]  # of a norm and its input: mean, variance (groups,)
+Part = Callable[[Tensor], Tensor]  # some rows -> those rows, each value by itself
+
+
+@torch.no_grad()
+def decode_in_strips(vae: VAE, z: Tensor, strip: int = STRIP) -> Tensor:
+    """What `vae.decode` gives of z (B, 4, h, w): pixels (B, 3, 8h, 8w). strip: about how many elements one has."""
+    return torch.cat([_decoded(Strips(strip), vae, one) for one in torch.split(z, 1)])
+
+
+@torch.no_grad()
+def encode_in_strips(vae: VAE, pixels: Tensor, strip: int = STRIP) -> Posterior:
+    """What `vae.encode` gives of pixels (B, 3, H, W) in [-1, 1]."""
+    return Posterior.of(torch.cat([_encoded(Strips(strip), vae, one) for one in torch.split(pixels, 1)]))
+
+
+def _decoded(way: Strips, vae: VAE, z: Tensor) -> Tensor:
+    decoder = vae.decoder
+    x = way.convolved(decoder.conv_in, vae.post_quant_conv(z))
+    for layer in decoder.layers():
+        x = way.layer(layer, x)
+    return way.convolved(decoder.conv_out, x, way.activation(decoder.conv_norm_out, x))
+
+
+def _encoded(way: Strips, vae: VAE, pixels: Tensor) -> Tensor:
+    encoder = vae.encoder
+    x = way.convolved(encoder.conv_in, pixels)
+    for layer in encoder.layers():
+        x = way.layer(layer, x)
+    return vae.quant_conv(  # type: ignore[no-any-return]
+        way.convolved(encoder.conv_out, x, way.activation(encoder.conv_norm_out, x))
+    )
+
+
+def moments_in_strips(norm: nn.GroupNorm, x: Tensor, strip: int = STRIP) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each of the norm's groups over all rows of x (1, C, h, w), at least in float32.
+
+    Each strip's and channel's own are joined as in Chan et al. 1983, eq. 2.1: no difference of large sums.
+    """
+    each = x.shape[1] // norm.num_groups
+    parts = torch.split(x, strip_rows(x.shape[1], x.shape[3], strip), dim=2)
+    means, variances = [], []
+    for rows in parts:
+        values = rows.permute(0, 2, 3, 1).flatten(0, 2).to(_exact(x))  # (pixels, C)
+        means.append(values.mean(0))
+        variances.append((values - means[-1]).square_().mean(0))
+    shares = torch.tensor([rows.shape[2] / x.shape[2] / each for rows in parts], dtype=_exact(x), device=x.device)
+    m, v = (torch.stack(made).view(len(parts), -1, each) for made in (means, variances))  # (strips, groups, each)
+    mean = torch.einsum("s,sgc->g", shares, m)
+    return mean, torch.einsum("s,sgc->g", shares, v + (m - mean[:, None]).square())
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How a layer is done. A method owns the x that it is given, (1, C, h, w), and may write its result there.
+
+    strip: elements of one, about. moments: where group norms have theirs from; None: from all rows of their input.
+    """
+
+    strip: int = STRIP
+    moments: Moments | None = None
+
+    def activation(self, norm: nn.GroupNorm, x: Tensor, act: bool = True) -> Part:
+        """SiLU of the group norm of some rows of x; or the norm alone."""
+        mean, variance = self.moments(norm, x) if self.moments else moments_in_strips(norm, x, self.strip)
+        inverse = (variance + norm.eps).rsqrt()
+        each = x.shape[1] // norm.num_groups
+        scale = norm.weight * inverse.repeat_interleave(each)
+        shift = norm.bias - mean.repeat_interleave(each) * scale
+
+        def activated(rows: Tensor) -> Tensor:
+            normed = torch.addcmul(shift[:, None, None], rows, scale[:, None, None]).to(x.dtype)
+            return F.silu(normed, inplace=True) if act else normed
+
+        return activated
+
+    def layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """One of the layers between conv_in and conv_norm_out."""
+        match layer:
+            case ResnetBlock():
+                return self.resnet(layer, x)
+            case SpatialAttention():
+                return self.attention(layer, x)
+            case MidBlock():
+                for part in (layer.resnets[0], *layer.attentions, layer.resnets[1]):
+                    x = self.layer(part, x)
+                return x
+            case Upsample():
+                return self.convolved(layer.conv, x, scale=2)
+            case Downsample():
+                return self.convolved(layer.conv, x)
+        raise TypeError(f"no layer of the VAE: {type(layer).__name__}")
+
+    def convolved(self, conv: nn.Conv2d, x: Tensor, prepare: Part | None = None, scale: int = 1) -> Tensor:
+        """The convolution of what `prepare` makes of x, or of x; scale: how often each pixel is repeated first."""
+        size = (1, conv.out_channels, *(scale * side // conv.stride[0] for side in x.shape[2:]))
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for rows, part in self._parts(conv, x, prepare, scale):
+            out[:, :, rows] = part
+        return out
+
+    def resnet(self, block: ResnetBlock, x: Tensor) -> Tensor:
+        """The block's result, written over x, or over what the first convolution made where x is not as wide."""
+        h = self.convolved(block.conv1, x, self.activation(block.norm1, x))
+        parts = self._parts(block.conv2, h, self.activation(block.norm2, h))
+        if isinstance(block.conv_shortcut, nn.Identity):
+            for rows, part in parts:
+                x[:, :, rows] += part
+            return x
+        for rows, part in parts:
+            h[:, :, rows] = part.add_(block.conv_shortcut(x[:, :, rows]))
+        return h
+
+    def attention(self, layer: SpatialAttention, x: Tensor) -> Tensor:
+        """x with what each position sees, strip after strip; keys and values of all positions are there at once."""
+        _, channels, height, width = x.shape
+        norm = self.activation(layer.group_norm, x, act=False)
+        step = strip_rows(channels, width, self.strip)
+        strips = [slice(first, min(first + step, height)) for first in range(0, height, step)]
+        k, v = x.new_empty(2, 1, 1, height * width, channels)
+        for rows in strips:
+            h, places = _positions(norm(x[:, :, rows])), slice(rows.start * width, rows.stop * width)
+            k[:, :, places], v[:, :, places] = layer.to_k(h), layer.to_v(h)
+        for rows in strips:
+            h = layer.to_out[0](attention(layer.to_q(_positions(norm(x[:, :, rows]))), k, v))
+            x[:, :, rows] += h.unflatten(2, (-1, width)).squeeze(1).permute(0, 3, 1, 2)
+        return x
+
+    def _parts(
+        self, conv: nn.Conv2d, x: Tensor, prepare: Part | None, scale: int = 1
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The convolution's rows, strip by strip, top first: where they belong and what they are.
+
+        What the next strip is made of is read before one is given away, so that it may be written where x is.
+        """
+        weight, bias = conv.weight, conv.bias  # asked for once: a layer may make them anew each time
+        stride, kernel, before = conv.stride[0], conv.kernel_size[0], int(conv.padding[0])
+        after = before or stride - 1  # Downsample's one cell is on the right and below
+        height = scale * x.shape[2] // stride
+        step = strip_rows(max(x.shape[1], conv.out_channels), scale * x.shape[3], self.strip)
+        edges = (x[:, :, -1:].clone(), x[:, :, :1].clone()) if "y" in joined.get() else None
+        inside = before == after and "x" not in joined.get()
+
+        def read(first: int) -> Tensor:
+            last = min(first + step, height) - 1
+            h = _rows(x, first * stride - before, last * stride + kernel - before, prepare, scale, edges)
+            return h if inside else pad(h, (before, after, 0, 0))
+
+        h = read(0)
+        for first in range(0, height, step):
+            part = F.conv2d(h, weight, bias, stride, (0, before if inside else 0))
+            if first + step < height:
+                h = read(first + step)
+            yield slice(first, min(first + step, height)), part
+
+
+def _positions(x: Tensor) -> Tensor:
+    """(1, C, h, w) -> (1, 1, h*w, C)"""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
+
+
+def _rows(
+    x: Tensor, first: int, last: int, prepare: Part | None, scale: int, edges: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Rows first to last of the prepared and repeated x; beyond its sides zeros, or `edges`, prepared, where given."""
+    top, bottom = first // scale, -(-last // scale)
+    above, below = max(-top, 0), max(bottom - x.shape[2], 0)
+    h = x[:, :, top + above : bottom - below]
+    if edges and (above or below):
+        h = torch.cat([*edges[:1] * above, h, *edges[1:] * below], dim=2)
+    if prepare:
+        h = prepare(h)
+    if not edges and (above or below):
+        h = F.pad(h, (0, 0, above, below))
+    if scale > 1:
+        h = F.interpolate(h, scale_factor=float(scale), mode="nearest").narrow(2, first - top * scale, last - first)
+    return h

@@ -1,0 +1,77 @@
+"""What a run of a placed model computes inside: its attention, its VAE's way, and alone where weights move.
+
+A Placement's words about weights were followed when the model was loaded (weights/keeping.py); the rest of them are
+here and in the Denoiser, which takes the conditions one by one where guidance is "split".
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from mezzotint.guard import watched
+from mezzotint.models.attention import backend, chosen, watcher
+from mezzotint.models.convolution import seamless
+from mezzotint.models.held import turn
+from mezzotint.models.slicing import decode, encode
+from mezzotint.models.vae import VAE, Posterior
+from mezzotint.placement import Placement
+
+
+class Placing:
+    """Of one pipeline."""
+
+    def __init__(self, placement: Placement) -> None:
+        """Raises MissingExtraError where its attention needs a package that is not here."""
+        with backend(placement.attention):
+            self.placement = placement
+        self._lock = threading.RLock()
+
+    @property
+    def now(self) -> Placement:
+        """What a run here follows: the placement, with the attention that the caller has chosen, and where a recorder
+        looks on with the conditions side by side, in an order that it knows.
+        """
+        changes: dict[str, str] = {"guidance": "batched"} if watcher.get() else {}
+        if (own := chosen()) is not None:
+            changes["attention"] = f"sliced:{own.bytes}B" if own.name == "sliced" else own.name
+        return self.placement.model_copy(update=changes)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread's run is inside with this one where weights move: two would need twice the memory."""
+        with self._lock if self.placement.weights != "resident" else nullcontext():
+            yield
+
+    @contextmanager
+    def computing(self, joined: str | None = None) -> Iterator[None]:
+        """What networks run inside: alone, without gradients, with the placement's attention (unless the caller has
+        chosen another by `with backend(...)`) and with the sides of `joined` joined.
+
+        All of it is the thread's, so it must not stay on while a caller looks at a step.
+        """
+        attention = nullcontext() if chosen() else backend(self.placement.attention)
+        with self.alone(), torch.inference_mode(), attention, seamless(joined):
+            yield
+
+    def decode(self, vae: VAE, z: Tensor, noted: list[str]) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]. noted: of guard.py."""
+
+        def run(vae: VAE) -> Tensor:
+            with turn(vae.decoder):
+                return decode(vae, z.to(vae.decoder.conv_in.weight.dtype), self.placement.vae)
+
+        return watched("vae", vae, run, lambda x: [x], noted)
+
+    def encode(self, vae: VAE, pixels: Tensor, noted: list[str]) -> Posterior:
+        """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
+
+        def run(vae: VAE) -> Posterior:
+            with turn(vae.encoder):
+                return encode(vae, pixels.to(vae.encoder.conv_in.weight.dtype), self.placement.vae)
+
+        return watched("vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar], noted)
