@@ -18,7 +18,9 @@ from diffusers import StableDiffusionPipeline
 folder, size, steps, *measures = sys.argv[1:]
 width, height = map(int, size.split("x"))
 begun = time.perf_counter()
-pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+pipe = StableDiffusionPipeline.from_pretrained(
+    folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+)
 pipe.set_progress_bar_config(disable=True)
 for measure, enable in {
     "slicing": pipe.enable_attention_slicing,

@@ -101,6 +101,10 @@ def main() -> None:
         with torch.device("meta"):
             module = network(config(**fields))
         (folder / name).mkdir(parents=True, exist_ok=True)
+        if name == "vae":  # what diffusers cannot do without
+            levels = len(fields["block_out_channels"])
+            fields = {**fields, "down_block_types": ["DownEncoderBlock2D"] * levels}
+            fields["up_block_types"] = ["UpDecoderBlock2D"] * levels
         (folder / name / "config.json").write_text(json.dumps(fields))
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
         write(folder / name / f"{stem}.safetensors", module, block, dtype)

@@ -128,6 +128,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--crop 3x0 --target-size 1024x512 --guidance-method apg --guidance-steps 0:0.8 --apg-eta 0.1 "
         "--apg-momentum -0.75 --apg-norm-threshold 7.5 --cfg-zero-init-steps 2 --perp-neg-scale 1.5 --mimic-scale 5 "
         "--threshold-percentile 0.95 --syntax comfy --emphasis no_norm --embedding a.pt --embedding owner/b "
+        "--lora c.safetensors:0.8 --lora d.safetensors --lora-folder e "
         "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --fix-steps "
         "--resize-mode crop --mask-blur 4 --invert-mask --masked-content fill --only-masked 32 "
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
@@ -141,6 +142,8 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             prompt_syntax="comfy",
             emphasis="no_norm",
             embeddings=("a.pt", "owner/b"),
+            loras=(("c.safetensors", 0.8), ("d.safetensors", 1.0)),
+            lora_folder="e",
             wildcards="cards",
             choices="keep",
             width=104,
@@ -194,7 +197,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
 
 def test_a_network_in_the_prompt_is_said_to_be_left_out(run: Run, pipe: FakePipeline) -> None:
     ran = run("generate", "a <lora:style:0.8> lemon")
-    assert (ran.code, ran.err) == (0, "<lora:style:0.8> is left out: networks named in a prompt are not loaded\n")
+    assert (ran.code, ran.err) == (0, "<lora:style:0.8> is left out: --lora-folder says where LoRAs are\n")
 
 
 def test_levels_of_ones_own(run: Run, pipe: FakePipeline) -> None:

@@ -111,3 +111,6 @@ def test_guidance_by_several_conditions_counts() -> None:
     assert step(guidance_scale=1.0) < step() < step(prompt="a AND b")
     assert step() < step(guidance_method="perp_neg", negative_prompt="x")
     assert step(prompt="word " * 200) > step()
+    assert step(prompt="柠" * 200) > step(prompt="w" * 200), "a sign takes more tokens than a letter"
+    assert step(prompt="[a:b:0.5]") > step(), "keys and values of both stay"
+    assert step(prompt="[a|b]", steps=8) == step(prompt="[a|b]", steps=4) < step(prompt="[a|b|c]")

@@ -11,8 +11,10 @@ import pytest
 import mezzotint
 from mezzotint import cli, machine, memory
 from mezzotint.footprint import Model, Peak
+from mezzotint.image import CHUNKS, read_metadata
 from mezzotint.memory import Budget, Plan, plan
 from mezzotint.placement import Placement
+from mezzotint.provenance import read
 from mezzotint.request import Request
 
 BASE = 250 * 2**20
@@ -97,7 +99,7 @@ def test_freed_memory_goes_back_only_where_it_must(model: Model, monkeypatch: py
     assert called and tight.tight and "goes back" in tight.table()
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "4 gigs", "10EiB", "lots", "", "99999999GiB", 0, -5])
+@pytest.mark.parametrize("size", ["0", "-1", "4 gigs", "10EiB", "lots", "", "99999999GiB", "9" * 400, 0, -5])
 def test_what_is_no_budget(size: str | int) -> None:
     with pytest.raises(mezzotint.BudgetError, match="memory is"):
         plan(None, size)
@@ -122,7 +124,34 @@ def test_a_pipeline_keeps_its_budget() -> None:
     assert isinstance(pipe.budget, Budget)
     with pytest.raises(mezzotint.BudgetError, match="this request takes"):
         pipe.generate(Request(prompt="a", width=2048, height=2048))
+    larger = Request(prompt="a", width=640, height=640)
+    pipe.budget.check(larger, pipe.placement)
+    with mezzotint.attention.backend("math"), pytest.raises(mezzotint.BudgetError, match="this request takes"):
+        pipe.generate(larger)
     assert pipe("a lemon", steps=1, seed=1).size == (128, 128)
+
+
+def test_a_batch_is_made_smaller_where_that_makes_it_fit(model: Model) -> None:
+    """As the plan does, so that what was planned for is drawn: of one request, and of several that share a batch."""
+    request = model.resolver.resolve(LARGE.replace(count=4, batch=4))
+    made = plan(model, int(plan(model, "40GiB", request).peak.most * 0.6), request)
+    budget, way, smaller = made.budget, made.placement, made.request.batch
+    assert smaller in (1, 2)
+    assert budget.fitted(request, way, 4).batch == smaller
+    one = request.replace(count=1)
+    assert budget.fitted(one, way, 4).batch == smaller, "its neighbours fill the batch"
+    assert budget.fitted(one, way, 1) == one, "nobody else is in it"
+    with pytest.raises(mezzotint.BudgetError, match="this request takes"):
+        budget.fitted(request.replace(width=4096, height=4096), way, 4)
+
+
+def test_requests_that_share_a_batch_are_planned_together(model: Model) -> None:
+    together = LARGE.replace(count=8, batch=8)
+    alone = plan(model, "90GiB", LARGE.replace(batch=8))
+    assert plan(model, "90GiB", [LARGE.replace(batch=8, seed=k) for k in range(8)]).peak == (
+        plan(model, "90GiB", together).peak
+    )
+    assert plan(model, "90GiB", together).peak.most > alone.peak.most
 
 
 def test_placement_and_memory_are_one_or_the_other() -> None:
@@ -168,5 +197,15 @@ def test_generate_and_bulk_say_it_before_they_load(said, tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "steps": 1}\n{"prompt": "b", "width": 256, "steps": 1}\n')
     code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
     assert code == 0 and err.startswith("stage") and "Wrote 2" in out
+    (tmp_path / "out" / "bulk.json").write_text(
+        (tmp_path / "out" / "bulk.json").read_text().replace('"placement": {}', '"placement": {"guidance": "split"}')
+    )
+    first = next(path for path in sorted((tmp_path / "out").glob("*.png")))
+    first.unlink()
+    code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
+    assert code == 2 and "leave out memory, to go on as it was begun" in err
+    code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--device", "cpu")
+    record = read(read_metadata(first, CHUNKS))
+    assert code == 0 and record is not None and record.model.placement.guidance == "split"
     code, out, err = said("bulk", "rows.jsonl", "--out", "other", "--memory", "1MiB", "--device", "cpu")
     assert code == 2 and "256x128" in err

@@ -61,6 +61,8 @@ OPEN = {  # None stays None: it means "not asked for"
     "cfg_zero_init_steps",
     "perp_neg_scale",
     "embeddings",
+    "loras",
+    "lora_folder",
     "choices",
     "wildcards",
     "image",

@@ -27,10 +27,11 @@ from mezzotint import BudgetError, CheckpointError, MezzotintError, Pipeline, Re
 from mezzotint.again import again, judge, read_source
 from mezzotint.explain import explain
 from mezzotint.image import save
-from mezzotint.models import held
+from mezzotint.models import backends, held
 from mezzotint.models.attention import backend, chosen
 from mezzotint.models.held import Held, Offloaded
 from mezzotint.placement import LEAST, Placement
+from mezzotint.placing import possible
 from mezzotint.provenance import changes, read
 from mezzotint.weights import save_folder
 from mezzotint.weights.lora import Changed, merged, read_lora, save_lora
@@ -240,9 +241,19 @@ def test_where_words_were_looked_at(placement: dict[str, Any], sd1_folder: Path,
 # ---- who shares it, and what is left ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", MOVING)
+class Roomy:
+    """A budget that all fits into."""
+
+    def fitted(self, request: Request, _: Placement, __: int) -> Request:
+        return request
+
+
+@pytest.mark.parametrize("weights", [*MOVING, "resident"])
 def test_two_threads_draw_one_after_another(weights: str, sd1_folder: Path, sd1: Pipeline) -> None:
+    """Where weights move, and under a budget."""
     pipe = load(sd1_folder, weights=weights)
+    if weights == "resident":
+        pipe = Pipeline(pipe.parts, budget=Roomy())  # type: ignore[arg-type]
     requests = [LEMON.replace(prompt=words, seed=k) for k, words in enumerate(("a lemon", "blue", "a background"))]
     expected = [sd1.generate(request).latents for request in requests]
     found: dict[int, torch.Tensor] = {}
@@ -398,6 +409,29 @@ def test_the_caller_s_attention_comes_first(sd1_folder: Path) -> None:
     assert record is not None and record.model.placement.attention == "sliced:1000B", "the record says what was used"
 
 
+def test_words_are_encoded_anew_for_another_attention(sd1_folder: Path) -> None:
+    """Its last bits may be others, and the record names it."""
+    pipe, seen = load(sd1_folder), list[Any]()
+    pipe.text_encoders[0].register_forward_hook(lambda *_: seen.append(chosen()))
+    pipe.encode("a lemon")
+    with backend("math"):
+        pipe.encode("a lemon")
+    pipe.encode("a lemon")
+    assert [found.name for found in seen] == ["auto", "math"]
+
+
+def test_a_record_of_another_machine_is_followed_as_far_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.device("cpu")
+    monkeypatch.setattr(backends, "_import", lambda name: "is not installed")
+    asked = Placement(attention="xformers", guidance="split")
+    assert possible(asked, here, "float32") == Placement(guidance="split")
+    streamed = Placement(weights="stream", storage="float8")
+    assert possible(streamed, here, "float32") == Placement(weights="offload", storage="float8")
+    for same in (Placement(weights="stream", storage="bfloat16"), Placement(weights="stream"), Placement()):
+        assert possible(same, here, "bfloat16") == same
+    assert possible(streamed, torch.device("cuda"), "float32") == streamed
+
+
 def test_an_attention_that_is_not_here_is_said_on_loading(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sageattention", None)
     with pytest.raises(MezzotintError, match="sage"):
@@ -408,9 +442,15 @@ def test_a_budget_is_asked_before_anything_is_drawn(sd1_folder: Path) -> None:
     class Budget:
         asked: ClassVar[list[tuple[int | None, int]]] = []
 
-        def check(self, request: Request) -> None:
+        def check(self, request: Request, _: Placement) -> None:
             self.asked.append((request.batch, request.count))
             raise BudgetError("too much")
+
+        def fitted(self, request: Request, placement: Placement, pictures: int) -> Request:
+            if pictures == 3:
+                self.check(request, placement)
+            assert pictures == 6
+            return request.replace(batch=1)
 
     with pytest.raises(RequestError, match="placement and memory are both given"):
         mezzotint.load(sd1_folder, device="cpu", placement=Placement(), memory="4GiB")
@@ -421,6 +461,7 @@ def test_a_budget_is_asked_before_anything_is_drawn(sd1_folder: Path) -> None:
         with pytest.raises(BudgetError):
             draw()
     assert Budget.asked == [(2, 3), (3, 3), (4, 4)], "what is drawn at once"
+    assert [result.request.batch for result in pipe.generate([LEMON, LEMON])] == [1, 1]
 
 
 def test_it_is_part_of_the_record(sd1_folder: Path, tmp_path: Path) -> None:

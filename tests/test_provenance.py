@@ -42,7 +42,7 @@ def test_the_record_makes_the_request_again() -> None:
     found = read(texts())
     assert found is not None and found.request == REQUEST
     assert (found.seed, found.group, found.place) == (9, (9, 10), 0)
-    assert found.model.model_dump(exclude={"family", "lora", "embeddings", "placement"}) == MODEL
+    assert found.model.model_dump(exclude={"family", "lora", "loras", "merged", "embeddings", "placement"}) == MODEL
     assert set(found.versions) == {"mezzotint", "torch"}
     assert found.pixels == hashlib.sha256(bytes([255, 255, 0]) * 16 * 8).hexdigest()
     assert found.jobs() == PAIR
@@ -207,9 +207,17 @@ def test_reading_opens_nothing(tmp_path: Path) -> None:
     Path(trap).write_text("canary")
     edited = record(
         request=REQUEST.model_dump(mode="json")
-        | {"image": trap, "mask": trap, "embeddings": [trap], "wildcards": trap},
+        | {
+            "image": trap,
+            "mask": trap,
+            "embeddings": [trap],
+            "wildcards": trap,
+            "loras": [[trap, 1.0]],
+            "lora_folder": trap,
+        },
         inputs={"image": {"path": trap, "sha256": "ab" * 32}},
-        model=MODEL | {"name": trap, "lora": trap, "embeddings": {trap: "ab" * 32}, "source": trap},
+        model=MODEL
+        | {"name": trap, "lora": trap, "embeddings": {trap: "ab" * 32}, "loras": {trap: "ab" * 32}, "source": trap},
         extra=trap,
     )
     read(edited)  # what is imported is imported now

@@ -18,6 +18,8 @@ FULL: dict[str, Any] = {
     "prompt_syntax": "comfy",
     "emphasis": "no_norm",
     "embeddings": ("style.pt", "owner/name"),
+    "loras": (("a.safetensors", 0.8), ("b.safetensors", 1.0, 0.5, (("unet.mid_block", 0.3),))),
+    "lora_folder": "loras",
     "choices": "draw",
     "wildcards": "cards",
     "width": 104,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,8 @@ FOLLOWS = {
     ),
     "prompt_syntax": ("emphasis", "choices"),
 }
-NAMES_FILES = ("image", "mask", "embeddings", "wildcards")  # fields of a Request of which a record is never believed
+# fields of a Request of which a record is never believed
+NAMES_FILES = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def again(
     *,
     inputs: Mapping[str, str] | None = None,
     embeddings: tuple[str, ...] | None = None,
+    loras: Sequence[Any] | None = None,
     on_step: OnStep | None = None,
     kept: dict[Any, list[Image.Image]] | None = None,
 ) -> list[Image.Image]:
@@ -170,14 +172,18 @@ def again(
 
     changes: fields of the Request that shall be others. Without any the whole batch that the picture was drawn in is
     drawn, with the record's number of threads, and its picture of it returned. inputs: from `inputs_of`. embeddings:
-    files, folders or hub ids, instead of what the record says. kept: holds the last batch, for files that share it.
+    files, folders or hub ids, instead of what the record says; loras: as a Request's, likewise. kept: holds the last
+    batch, for files that share it.
     Raises RequestError where it cannot be drawn.
     """
     record = source.record
-    named: dict[str, Any] = {**dict.fromkeys(NAMES_FILES), **(inputs or {}), "embeddings": embeddings}
+    named: dict[str, Any] = {**dict.fromkeys(NAMES_FILES), **(inputs or {}), "embeddings": embeddings, "loras": loras}
     if record and record.model.embeddings and not embeddings:
         names = ", ".join(sorted(record.model.embeddings))
         raise RequestError(f"it was drawn with the embeddings {names[:200]}; --embedding names their files")
+    if record and record.model.loras and not loras and "lora_folder" not in (changes or {}):
+        names = ", ".join(sorted(record.model.loras))
+        raise RequestError(f"it was drawn with the LoRAs {names[:200]}; --lora names their files")
     with threads(record):
         if changes or record is None:
             dropped = {name: None for changed in changes or () for name in FOLLOWS.get(changed, ())}

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mezzotint import rows
 from mezzotint.errors import MezzotintError, RequestError, WriteError
+from mezzotint.placement import Placement
 from mezzotint.request import Request
 
 if TYPE_CHECKING:
@@ -200,7 +201,10 @@ class Worker:
         import mezzotint
 
         torch.set_num_threads(plan.threads)
-        return cls(plan, mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype, memory=made or fit(plan)))
+        made = made or fit(plan)
+        placement = None if made else _placement(plan.folder)
+        pipe = mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype, memory=made, placement=placement)
+        return cls(plan, pipe)
 
     def work(
         self, window: int, part: int = 0, parts: int = 1, on_step: OnStep = lambda done, total: None
@@ -357,6 +361,12 @@ def _begun(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def _placement(folder: Path) -> Placement:
+    """What the folder was begun with, or the fast way."""
+    begun = (_begun(folder) or {}).get("placement")
+    return Placement.of(**begun) if isinstance(begun, dict) else Placement()
+
+
 def _begin(plan: Plan, pipe: Pipeline) -> None:
     """Writes into the folder what its pictures depend on, or compares, if it was begun before. Raises RequestError."""
     import torch
@@ -393,9 +403,10 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
                 (name, was, was),
             )
         if was != now:
+            same = "leave out memory, to go on as it was begun" if name.startswith("placement") else "the same"
             raise RequestError(
                 f"{str(plan.folder)!r} was begun with {name} {json.dumps(was)[:80]}, which now is "
-                f"{json.dumps(now)[:80]}: its pictures would not be of one make. Give another folder, or the same"
+                f"{json.dumps(now)[:80]}: its pictures would not be of one make. Give another folder, or {same}"
             )
 
 

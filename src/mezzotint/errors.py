@@ -23,3 +23,7 @@ class MissingExtraError(MezzotintError):
 
 class WriteError(MezzotintError):
     """A finished picture cannot be written, as on a full disk: no fault of the request's. The exit code is 1."""
+
+
+class TrainingError(MezzotintError):
+    """A run of training cannot go on, as when its loss is no number. The exit code is 1."""

@@ -20,6 +20,7 @@ placement. On the CPU freed memory must go back to the system for the sum to be 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -292,7 +293,7 @@ class _Run:
         self.uses("unet", calls)
         self.moved += self.model.weights["unet"].large * self.itemsize * (calls - calls // conditions if split else 0)
         self.most = max(self.most, ledger.peak)
-        run = sizes.keys_values(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize
+        run = sizes.keys_values(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize * self.variants()
         run += 16 * pictures * channels * height * width * 4
         few = self.model.resolver.few_step(self.model.resolver.sampler(request))
         merged = self.kept("unet") if few and self.placement.weights == "resident" else 0
@@ -323,9 +324,17 @@ class _Run:
         return (request.width or 0) * (request.height or 0) * 3 * request.count
 
     def windows(self) -> int:
-        """Of tokens that the longer prompt takes, at the 3 characters that a token of English has at the least."""
-        longest = max(len(self.request.prompt), len(self.request.negative_prompt or ""))
-        return max(math.ceil(longest / 3 / (self.model.encoders[0].max_position_embeddings - 2)), 1)
+        """Of tokens that the longer prompt takes."""
+        longest = max(_tokens(self.request.prompt), _tokens(self.request.negative_prompt or ""))
+        return max(math.ceil(longest / (self.model.encoders[0].max_position_embeddings - 2)), 1)
+
+    def variants(self) -> int:
+        """How many things the prompts say in the course of the run, one after another: keys and values of all stay."""
+        request, texts = self.request, ((self.request.prompt, False), (self.request.negative_prompt or "", True))
+        steps = self.model.resolver.counted(request)
+        plans = [prompt.plan(text, request.prompt_syntax or "a1111", steps, negative=no) for text, no in texts]
+        parts = [part for plan in plans for part in plan.parts]
+        return len({tuple(part.at(step).text for part in parts) for step in range(steps)})
 
     def conditions(self) -> int:
         """How many the UNet is given at a time."""
@@ -335,6 +344,12 @@ class _Run:
         highest = max(given) if isinstance(given, tuple) else given
         guided = highest > 1.0 or parts > 1 or samplers.SOLVERS[self.model.resolver.sampler(request).solver].cfg_pp
         return parts + guided + (guided and request.guidance_method == "perp_neg")
+
+
+def _tokens(text: str) -> int:
+    """About how many a text has at the most: one for 3 letters, for a sign, for a byte of what is not ASCII."""
+    found = re.findall(r"[A-Za-z]{1,3}|[^A-Za-z\s]", text)
+    return sum(1 if piece.isascii() else len(piece.encode()) for piece in found)
 
 
 def _convolves(dtype: torch.dtype) -> bool:

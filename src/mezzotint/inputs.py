@@ -85,9 +85,9 @@ def digests(sources: Mapping[str, Source]) -> dict[str, dict[str, str | None]]:
     return {name: _digested(source, read(source, name)) for name, source in sources.items()}
 
 
-def size_of(source: Source, name: str = "image") -> tuple[int, int]:
-    """(width, height) as a person sees it, from the file's header."""
-    data = read(source, name)
+def size_of(source: Source, name: str = "image", data: bytes | None = None) -> tuple[int, int]:
+    """(width, height) as a person sees it, from the file's header. data: what the file holds, if it was read."""
+    data = read(source, name) if data is None else data
     image = _opened(data, source, name)
     if image.format == "TIFF":  # Pillow turns these itself, some of its versions only while it loads them
         return _loaded(data, source, name).size

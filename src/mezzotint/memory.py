@@ -23,7 +23,7 @@ from mezzotint import machine
 from mezzotint.errors import BudgetError
 from mezzotint.footprint import MOVED, Model, Peak, predict
 from mezzotint.placement import Placement, bytes_of, size
-from mezzotint.request import Request
+from mezzotint.request import MAX_COUNT, Request
 
 SAFETY = 1.03  # what is predicted may be so much too low
 AUTO = 0.9  # of what is free
@@ -49,19 +49,32 @@ class Budget:
     """What a pipeline that was loaded for a budget may take: `limit` bytes, of which `base` were there before it."""
 
     model: Model
-    placement: Placement
     limit: int
     base: int
 
-    def check(self, request: Request) -> None:
-        """Raises BudgetError where drawing the request would take more."""
-        peak = predict(self.model, request, self.placement, base=self.base)
+    def check(self, request: Request, placement: Placement) -> None:
+        """Raises BudgetError where drawing the request so would take more."""
+        peak = predict(self.model, request, placement, base=self.base)
         if peak.most * SAFETY > self.limit:
             stage = max(peak.stages, key=lambda name: peak.stages[name])
             raise BudgetError(
                 f"this request takes {size(peak.most * SAFETY)} ({stage}), and the model was loaded for "
                 f"{size(self.limit)}; ask for less, or load it with memory for this request"
             )
+
+    def fitted(self, request: Request, placement: Placement, pictures: int) -> Request:
+        """The request, resolved, its batch halved until it fits, as `plan` does; `pictures` like it may share one.
+
+        Raises BudgetError where one picture at a time takes more.
+        """
+        batch = request.batch or 1
+        try:
+            self.check(request.replace(count=max(request.count, min(batch, pictures))), placement)
+        except BudgetError:
+            if batch == 1:
+                raise
+            return self.fitted(request.replace(batch=batch // 2), placement, pictures)
+        return request
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Plan:
     @property
     def budget(self) -> Budget:
         """For the pipeline to keep."""
-        return Budget(self.model, self.placement, self.limit, self.base)
+        return Budget(self.model, self.limit, self.base)
 
     @property
     def slower(self) -> float:
@@ -250,10 +263,14 @@ def _peak(model: Model, requests: Sequence[Request], placement: Placement, batch
 
 
 def _unlike(requests: Sequence[Request]) -> list[Request]:
-    """One of each kind, where they differ in nothing that takes memory; of their prompts the longest."""
+    """One of each kind, where they differ in nothing that takes memory, with the pictures of all, which may share a
+    batch; of their prompts the longest.
+    """
     kinds: dict[Any, Request] = {}
     for one in sorted(requests, key=lambda r: len(r.prompt)):
-        kinds[one.replace(prompt="", seed=0, negative_prompt=one.negative_prompt and "")] = one
+        kind = one.replace(prompt="", seed=0, negative_prompt=one.negative_prompt and "", count=1)
+        before = kinds[kind].count if kind in kinds else 0
+        kinds[kind] = one.replace(count=min(before + one.count, MAX_COUNT))
     return list(kinds.values())
 
 

@@ -38,6 +38,7 @@ from mezzotint.image import from_pil, to_pil
 from mezzotint.inputs import Placed, fit
 from mezzotint.memory import Budget, Plan
 from mezzotint.memory import plan as planned
+from mezzotint.models.adapting import adapting
 from mezzotint.models.held import turn
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
@@ -47,6 +48,7 @@ from mezzotint.request import Job, Request, Result
 from mezzotint.resolving import Resolver, options_of, place
 from mezzotint.samplers import Sampler
 from mezzotint.starting import Run, start
+from mezzotint.weights.adapters import Adapters
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.lora import merged, read_lora
@@ -70,7 +72,8 @@ def load(
 
     device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". placement:
     where the weights are and how the work is cut, for less memory. memory: what the process may take, "4GiB" or "auto":
-    then the placement is planned for that and for `request`, or several; the pipeline refuses what would take more.
+    then the placement is planned for that and for `request`, or several; the pipeline makes a batch smaller that would
+    take more, and refuses a picture that would.
     options: `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError,
     BudgetError.
     """
@@ -93,12 +96,14 @@ class Pipeline:
 
     def __init__(self, parts: Parts, placement: Placement | None = None, budget: Budget | None = None) -> None:
         """placement: the one that `parts` were opened with. budget: what a request may not pass."""
-        self.parts, self.placing, self.budget = parts, Placing(placement or Placement()), budget
+        self.parts, self.budget = parts, budget
+        self.placing = Placing(placement or Placement(), one=budget is not None)
         self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
         self.resolver = Resolver(parts, dict(parts.scheduler_config))
-        self.wording = Wording(self.tokenizers, self.text_encoders, self.resolver)
+        self.adapters = Adapters(self.unet, self.text_encoders)
+        self.wording = Wording(self.tokenizers, self.text_encoders, self.resolver, self.adapters)
         self.schedule = Schedule.from_config(self._sampler(Request(prompt="")).schedule)
         if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
             self.vae.float()  # its activations pass float16's range
@@ -179,9 +184,11 @@ class Pipeline:
         on_step: OnStep | None,
         on_image: OnImage | None,
     ) -> Result | list[Result]:
-        requests = [self._affordable(r) for r in ([request] if isinstance(request, Request) else request)]
-        groups = self._groups(requests)
+        requests = [self.resolve(r) for r in ([request] if isinstance(request, Request) else request)]
         pictures = sum(r.count for r in requests)
+        if self.budget:
+            requests = [self.budget.fitted(r, self.placing.now, pictures) for r in requests]
+        groups = self._groups(requests)
         if latents is not None and latents.shape[:1] != (pictures,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
         stepped = _counted(on_step, sum(self._length(group[0][0]) for group in groups))
@@ -199,7 +206,7 @@ class Pipeline:
                 images.append(image)
                 if on_image:
                     on_image(len(images) - 1, image)
-            notices += [tuple(run.notices)] * len(group)
+            notices += [(*run.notices, *self.wording.uncovered(run.request))] * len(group)
             timings["denoise"] += middle - begun
             timings["decode"] += time.perf_counter() - middle
         results: list[Result] = []
@@ -246,11 +253,28 @@ class Pipeline:
             self._changed[few_step.lora] = unet
         return self._changed[few_step.lora]
 
-    def _affordable(self, request: Request, batch: int | None = None) -> Request:
-        """The request, resolved. Raises BudgetError where it takes more than is allowed, in batches of `batch`."""
+    def merge(self, loras: Any) -> None:
+        """Make LoRA files part of the weights, in the place of those that are: as `loras` of a Request.
+
+        The picture is that of the same `loras` in a request, up to rounding, and faster. No run may be under way.
+        """
+        self.adapters.merge(self.wording.loras(Request(prompt="", loras=loras)))
+        self._reweighted()
+
+    def unmerge(self) -> None:
+        """Put the weights back that were there before `merge`, bit for bit."""
+        self.adapters.unmerge()
+        self._reweighted()
+
+    def _reweighted(self) -> None:
+        self._changed.clear()
+        self.unet.fuse_projections()
+
+    def _affordable(self, request: Request, batch: int) -> Request:
+        """The request, resolved. Raises BudgetError where `batch` such pictures at once take more than is allowed."""
         request = self.resolve(request)
         if self.budget:
-            self.budget.check(request if batch is None else request.replace(count=batch, batch=batch))
+            self.budget.check(request.replace(count=batch, batch=batch), self.placing.now)
         return request
 
     def _run(self, group: Sequence[Job], latents: Tensor | None = None) -> Run:
@@ -307,7 +331,8 @@ class Pipeline:
         given = request.guidance_scale or 0.0
         scales = given if isinstance(given, tuple) else (given,)
         unet = self.unet_for(request)
-        with self.placing.computing(request.seamless):
+        changes = self.adapters.changes(self.wording.loras(request))
+        with self.placing.computing(request.seamless), adapting({"unet": unet}, changes):
             pure = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
             encode = partial(self.placing.encode, self.vae, noted=noted)
             begun = start(run, self.vae, encode, noise, sigmas[0], pure, self.unet.config.in_channels)
@@ -338,7 +363,7 @@ class Pipeline:
         )
         with turn(unet):
             while True:
-                with self.placing.computing(request.seamless):
+                with self.placing.computing(request.seamless), adapting({"unet": unet}, changes):
                     step = next(solver, None)
                     if step is None:
                         return
@@ -456,7 +481,9 @@ class Pipeline:
             "threads": torch.get_num_threads(),
             **({"placement": changes} if (changes := self.placing.now.changes()) else {}),
             **({"lora": few_step.lora} if few_step else {}),
-            **({"embeddings": self.wording.used(request)} if request.embeddings else {}),
+            **({"embeddings": used} if (used := self.wording.used(request)) else {}),
+            **({"loras": loras} if (loras := self.adapters.digests(self.wording.loras(request))) else {}),
+            **({"merged": loras} if (loras := self.adapters.merged_digests()) else {}),
         }
 
 

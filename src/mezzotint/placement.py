@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mezzotint.errors import BudgetError, RequestError
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS = {"": 1, "B": 1}
+UNITS |= {f"{letter}B": 10 ** (3 * k) for k, letter in enumerate("KMGTPE", 1)}
+UNITS |= {f"{letter}iB": 2 ** (10 * k) for k, letter in enumerate("KMGTPE", 1)}
 LEAST = 65_536  # numbers of a weight, below which it stays where it is, whatever the placement
+SLICE = 8 * 2**20  # bytes of the scores of one slice of attention, unless said: what a processor's cache holds
 MOST = 2**50  # bytes of a budget: what no machine has
 
 
@@ -33,7 +36,7 @@ class Placement(BaseModel):
 
     weights: Literal["resident", "offload", "stream"] = "resident"
     storage: Literal["bfloat16", "float16", "float8", "int8", "int8_dynamic"] | None = None
-    attention: str = Field(default="auto", pattern=r"^(auto|sdpa|math|xformers|flash|sage|sliced(:\d+([KMG]i)?B)?)$")
+    attention: str = Field(default="auto", pattern=r"^(auto|sdpa|math|xformers|flash|sage|sliced(:\d+([KMG]i?)?B)?)$")
     guidance: Literal["batched", "split"] = "batched"
     vae: Literal["whole", "strips", "tiles"] = "whole"
 
@@ -52,18 +55,19 @@ class Placement(BaseModel):
         return self.model_dump(exclude_defaults=True)
 
 
-def bytes_of(text: str | int) -> int:
-    """A number of bytes, "4GiB" or "600 MB" -> bytes. Raises BudgetError for what is no size or no budget."""
+def bytes_of(text: str | int, name: str = "memory") -> int:
+    """A number of bytes, "4GiB" or "600 MB" -> bytes. Raises BudgetError for what is no size or no budget of `name`."""
     if isinstance(text, int) and not isinstance(text, bool):
         count = text
     else:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
         unit = next((size for name, size in UNITS.items() if found and name.lower() == found[2].lower()), None)
         if not found or unit is None:
-            raise BudgetError(f"memory is {str(text)[:60]!r}; it must be a size such as 4GiB, 600MB or auto")
-        count = int(float(found[1]) * unit)
+            auto = " or auto" if name == "memory" else ""
+            raise BudgetError(f"{name} is {str(text)[:60]!r}; it must be a size such as 4GiB, 600MB{auto}")
+        count = int(min(float(found[1]) * unit, 2 * MOST))  # the digits may spell more than a float holds
     if not 0 < count <= MOST:
-        raise BudgetError(f"memory is {str(text)[:60]!r}; it must be more than 0 and at most 1024 TiB")
+        raise BudgetError(f"{name} is {str(text)[:60]!r}; it must be more than 0 and at most 1024 TiB")
     return count
 
 

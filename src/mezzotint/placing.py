@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from mezzotint.errors import MissingExtraError
 from mezzotint.guard import watched
 from mezzotint.models.attention import backend, chosen, watcher
 from mezzotint.models.convolution import seamless
@@ -22,14 +23,31 @@ from mezzotint.models.vae import VAE, Posterior
 from mezzotint.placement import Placement
 
 
+def possible(placement: Placement, device: torch.device, dtype: str | None) -> Placement:
+    """A placement that another machine may have made, or what is nearest to it and can be on this device: attention
+    without the package that is not here; weights kept as they are, and moved otherwise.
+    """
+    changes = {}
+    try:
+        with backend(placement.attention):
+            pass
+    except MissingExtraError:
+        changes["attention"] = "auto"
+    if device.type == "cpu" and placement.weights == "stream" and placement.storage not in (None, dtype):
+        changes["weights"] = "offload"
+    return placement.model_copy(update=changes)
+
+
 class Placing:
     """Of one pipeline."""
 
-    def __init__(self, placement: Placement) -> None:
-        """Raises MissingExtraError where its attention needs a package that is not here."""
+    def __init__(self, placement: Placement, one: bool = False) -> None:
+        """one: run at a time, whatever the placement. Raises MissingExtraError where its attention needs a package that
+        is not here.
+        """
         with backend(placement.attention):
             self.placement = placement
-        self._lock = threading.RLock()
+        self._lock = threading.RLock() if one or placement.weights != "resident" else None
 
     @property
     def now(self) -> Placement:
@@ -43,8 +61,10 @@ class Placing:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other thread's run is inside with this one where weights move: two would need twice the memory."""
-        with self._lock if self.placement.weights != "resident" else nullcontext():
+        """No other thread's run is inside with this one where weights move, or a budget is kept: two would need twice
+        the memory.
+        """
+        with self._lock or nullcontext():
             yield
 
     @contextmanager

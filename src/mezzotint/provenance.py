@@ -35,13 +35,17 @@ class _Part(BaseModel):
 
 
 class Model(_Part):
-    """What drew. files and embeddings: name -> SHA-256, of a file's bytes and of an embedding's numbers."""
+    """What drew. files, loras and merged (LoRAs that were part of the weights): name -> SHA-256 of the file's bytes;
+    embeddings: of their numbers.
+    """
 
     name: Word = ""
     family: Word = ""
     files: dict[Word, Sha256] = {}
     lora: Word | None = None
     embeddings: dict[Word, Sha256] = {}
+    loras: dict[Word, Sha256] = {}
+    merged: dict[Word, Sha256] = {}
     device: Word = "cpu"
     dtype: Word = "float32"
     threads: int = Field(default=1, ge=1, le=4096)
@@ -91,6 +95,8 @@ class Record(_Part):
             **{f"the placement's {name}": str(value) for name, value in model.placement.changes().items()},
             **{f"the model's {name}": digest for name, digest in model.files.items()},
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
+            **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
+            **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},
             "what ran again in float32": ", ".join(self.float32),
         }

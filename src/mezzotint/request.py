@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 MAX_PROMPT = 100_000  # characters: hundreds of times what any text encoder's windows hold
 MAX_SIDE = 8192  # pixels
+MAX_COUNT = 10_000  # pictures
 MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
 
 _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
@@ -61,6 +62,9 @@ Timestep = Annotated[float, Field(ge=0.0, le=1e6)]
 Padding = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 Extension = Annotated[int, Field(multiple_of=8, ge=0, le=MAX_SIDE)]
 Picture = Annotated[str, Field(min_length=1, max_length=4096)] | Annotated[bytes, Field(min_length=1, strict=True)]
+Amount = Annotated[float, Field(ge=-100.0, le=100.0)]
+Blocks = Annotated[tuple[tuple[Name, Amount], ...], Field(max_length=1000)]  # given as a dictionary too
+Lora = tuple[Name, Amount] | tuple[Name, Amount, Amount] | tuple[Name, Amount, Amount, Blocks]
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1, max_length=1000)]
 
 
@@ -83,6 +87,15 @@ class Request(BaseModel):
         default=None,
         max_length=1000,
         description="a list of at most 1000 textual inversions: files, folders or hub ids (owner/name)",
+    )
+    loras: tuple[Lora, ...] | None = Field(
+        default=None,
+        max_length=100,
+        description="a list of at most 100 LoRAs: (a file, scale), or (a file, UNet's scale, text encoder's), and "
+        "after these two a dictionary of factors by block, such as unet.down_blocks.1; each from -100 to 100",
+    )
+    lora_folder: Name | None = Field(
+        default=None, description="a folder with the files that <lora:name:0.8> in a prompt names"
     )
     choices: str | None = Field(
         default=None,
@@ -122,9 +135,9 @@ class Request(BaseModel):
         description="1 to 1000 falling timesteps of the model, each from 0",
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1")
-    count: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1 to 10,000 (pictures)")
+    count: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1 to 10,000 (pictures)")
     batch: int | None = Field(
-        default=None, ge=1, le=10_000, description="a whole number from 1 to 10,000 (pictures at once)"
+        default=None, ge=1, le=MAX_COUNT, description="a whole number from 1 to 10,000 (pictures at once)"
     )
     clip_skip: int | None = Field(
         default=None,
@@ -252,6 +265,13 @@ class Request(BaseModel):
         if isinstance(value, list | tuple):
             return tuple(fspath(name) if isinstance(name, PathLike) else name for name in value)
         return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _loras_are_lists(cls, value: Any) -> Any:
+        if isinstance(value, str | PathLike):
+            value = [value]  # one alone
+        return tuple(map(_lora, value)) if isinstance(value, list | tuple) else value
 
     @field_validator("image", "mask", mode="before")
     @classmethod
@@ -381,6 +401,16 @@ def _sentence(error: ValidationError, data: Any) -> str:
             state = "is missing" if kind == "missing" else f"is {_brief(given.get(name))}"
             sentences.append(f"{name} {state}; it must be {field.description}")
     return ". ".join(sentences)
+
+
+def _lora(entry: Any) -> Any:
+    """One of `loras`: a path alone has the scale 1, and factors by block are pairs."""
+    if isinstance(entry, str | PathLike):
+        entry = (entry, 1.0)
+    if not isinstance(entry, list | tuple):
+        return entry
+    parts = (fspath(part) if isinstance(part, PathLike) else part for part in entry)
+    return tuple(tuple(part.items()) if isinstance(part, Mapping) else part for part in parts)
 
 
 _quoter = reprlib.Repr()

@@ -14,6 +14,7 @@ from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.request import Request
 
 MAX_LINE = 4_194_304  # bytes of a JSONL row: two prompts of the greatest length, each character escaped, and the rest
+RIGHT_LINE = 'it must be a JSON object on one line, such as {"prompt": "a lemon"}'
 TEXTS = ("prompt", "negative_prompt")  # may begin with a bracket
 
 Fields = dict[str, Any]
@@ -82,7 +83,7 @@ def assignments(option: str, texts: Iterable[str]) -> Fields:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    readers = {".jsonl": jsonl, ".ndjson": jsonl, ".csv": _csv, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise RequestError(f"{str(path)!r} must end in {', '.join(readers)}: the ending says how it is read")
@@ -98,8 +99,8 @@ def _present(fields: Fields) -> Fields:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    right = 'it must be a JSON object on one line, such as {"prompt": "a lemon"}'
+def jsonl(path: Path, right: str = RIGHT_LINE) -> Iterator[Row]:
+    """The objects of a JSONL file by their lines, or what is wrong with a line; right: what would not be."""
     with path.open("rb") as file:
         for number in count(1):
             line = file.readline(MAX_LINE)

@@ -231,7 +231,8 @@ def test_threads_do_not_see_each_others_choice() -> None:
         (("sdpa", 64), RequestError, "only sliced takes one"),
         (("sliced:64MiB", 64), RequestError, "sliced:64MiB"),
         (("sliced", 0), BudgetError, "more than 0"),
-        (("sliced:0",), BudgetError, "such as"),
+        (("sliced:0",), BudgetError, "attention's size is '0'; it must be more than 0"),
+        (("sliced:many",), BudgetError, "a size such as 4GiB, 600MB$"),
         (("sliced:4 gigs",), BudgetError, "4 gigs"),
     ],
 )

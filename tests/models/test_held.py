@@ -174,6 +174,34 @@ def test_a_turn_brings_once_and_drops_at_its_end() -> None:
     assert log == ["a", "b"]
 
 
+def test_a_turn_may_end_while_another_begins() -> None:
+    """As that of a run left behind, which the garbage collector finds in the middle of it: in the same thread."""
+    log: list[str] = []
+    layer = nn.Linear(12, 7)
+    weight = layer.weight.detach().clone()
+    hold(layer, Offloaded(Counted(weight, log, "a")), torch.float32, CPU)
+    away, make = layer.held.away, layer.held.away.tensor  # type: ignore[union-attr, attr-defined]
+
+    def interrupted(*arguments: object) -> Tensor:
+        away.tensor = make  # type: ignore[assignment, method-assign]
+        with turn(layer):
+            pass
+        return make(*arguments)  # type: ignore[no-any-return, arg-type]
+
+    away.tensor = interrupted  # type: ignore[assignment, method-assign]
+    found: list[bool] = []
+
+    def work() -> None:
+        with turn(layer):
+            found.append(layer.held._here is not None and torch.equal(layer.weight, weight))  # type: ignore
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [True]
+    assert layer.held._here is None and layer.held._turns == 0  # type: ignore[union-attr, attr-defined]
+
+
 def test_a_turn_that_fails_leaves_nothing_brought() -> None:
     log: list[str] = []
     network = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3))

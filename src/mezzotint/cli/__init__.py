@@ -24,6 +24,7 @@ from mezzotint.cli.measure import report
 from mezzotint.cli.plan import plan
 from mezzotint.cli.show import env, inspect, models, samplers
 from mezzotint.cli.terminal import say
+from mezzotint.cli.train import train
 from mezzotint.cli.words import tokens
 from mezzotint.errors import MezzotintError
 
@@ -50,6 +51,7 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     env: "env",
     bulk: "bulk prompts.jsonl --out pictures",
     grid: 'grid "a lemon" --x steps=10,20,30 --y sampler=euler,dpmpp_2m --out grid.png',
+    train: "train lora pictures --out hats --set rank=16",
     report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm --out report",
 }
 for command, example in EXAMPLES.items():

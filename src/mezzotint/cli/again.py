@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli.draw import SUFFIXES, check_out, fields_of, generate, read_prompt, save_one, wrote
-from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, load, long_work, print_json, say
+from mezzotint.cli.draw import SUFFIXES, check_out, fields_of, generate, lora_of, read_prompt, save_one, wrote
+from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Lora, Model, load, long_work, print_json, say
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.placement import Placement
 
@@ -34,6 +34,7 @@ def again(
     ] = None,
     mask: Annotated[str | None, typer.Option(metavar="FILE|FOLDER", help="Where its mask is.")] = None,
     embedding: Embedding = None,
+    lora: Lora = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
@@ -80,6 +81,7 @@ def again(
                     changes,
                     inputs=inputs,
                     embeddings=tuple(embedding) if embedding else None,
+                    loras=tuple(map(lora_of, lora)) if lora else None,
                     on_step=on_step,
                     kept=kept,
                 )
@@ -109,15 +111,18 @@ class Pipes:
 
     def of(self, source: Source, model: str | None) -> Pipeline:
         """The model on the device and in the dtype that were asked for, or else the record's where they are here; its
-        placement is the record's.
+        placement is the record's, as far as it can be here.
         """
         import torch
+
+        from mezzotint.devices import best_device, device_of
+        from mezzotint.placing import possible
 
         facts = source.record.model if source.record else None
         here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         device = self._device or (facts.device if facts and here.get(facts.device) else None)
         dtype = self._dtype or (facts.dtype if facts and facts.dtype in ("float32", "bfloat16", "float16") else None)
-        placement = facts.placement if facts else Placement()
+        placement = possible(facts.placement if facts else Placement(), device_of(device or best_device()), dtype)
         key = (model, device, dtype, placement)
         if key not in self._loaded:
             self._loaded[key] = load(model, device, dtype, placement=placement)

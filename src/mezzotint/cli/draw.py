@@ -17,6 +17,7 @@ from mezzotint.cli.terminal import (
     Dtype,
     Embedding,
     Json,
+    Lora,
     Memory,
     Model,
     Syntax,
@@ -39,6 +40,7 @@ Number = TypeVar("Number", int, float)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # image.FORMATS, which would bring torch
 AS_THEY_ARE = (  # options that are a field of their name
     "emphasis",
+    "lora_folder",
     "choices",
     "wildcards",
     "steps",
@@ -86,6 +88,10 @@ def generate(
     syntax: Syntax = None,
     emphasis: Annotated[str | None, typer.Option(help="a1111: original, no_norm or ignore.")] = None,
     embedding: Embedding = None,
+    lora: Lora = None,
+    lora_folder: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where <lora:name:0.8> in the prompt finds its file.")
+    ] = None,
     choices: Annotated[str | None, typer.Option(help="comfy: draw {this|that} from the seed, or keep it.")] = None,
     wildcards: Annotated[str | None, typer.Option(help="comfy: a folder with the files of __wildcards__.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
@@ -204,7 +210,9 @@ def generate(
     request = Request(prompt=read_prompt(text), **fields_of(options))
     check_out(out, request, SUFFIXES)
     for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
-        say(f"{request.prompt[network.start : network.end]} is left out: networks named in a prompt are not loaded")
+        if network.kind != "lora" or not request.lora_folder:
+            why = "--lora-folder says where LoRAs are" if network.kind == "lora" else "only LoRAs are loaded"
+            say(f"{request.prompt[network.start : network.end]} is left out: {why}")
 
     fit = fitted(model, memory, request, device, dtype)
     pipe = load(model, device, dtype, **({"memory": fit} if fit else {}))
@@ -241,6 +249,7 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "negative_prompt": get("negative"),
         "prompt_syntax": get("syntax"),
         "embeddings": tuple(get("embedding") or ()) or None,
+        "loras": tuple(map(lora_of, get("lora") or ())) or None,
         "width": width,
         "height": height,
         "guidance_scale": _scales(get("guidance")),
@@ -290,6 +299,19 @@ def pair(
         return kind(first), kind(second)
     except ValueError:
         raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
+
+
+def lora_of(text: str) -> tuple[str | float, ...]:
+    """("a.safetensors", 0.8, 0.5) of "a.safetensors:0.8:0.5"; of "a.safetensors" the scale is 1."""
+    scales: list[float] = []
+    while len(scales) < 2 and ":" in text:
+        head, _, tail = text.rpartition(":")
+        try:
+            scales.insert(0, float(tail))
+        except ValueError:  # a name with a colon in it
+            break
+        text = head
+    return (text, *(scales or [1.0]))
 
 
 def _scales(text: str | None) -> float | tuple[float, ...] | None:

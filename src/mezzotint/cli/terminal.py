@@ -39,6 +39,13 @@ Embedding = Annotated[
     list[str] | None,
     typer.Option(help="A textual inversion, named in the prompt: a file, folder or hub id. May be repeated."),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[:SCALE[:TEXT]]",
+        help="A LoRA file and how much of it, else 1; of its text encoder's part TEXT. May be repeated.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
 
 

@@ -30,9 +30,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mezzotint.errors import MissingExtraError, RequestError
-from mezzotint.placement import bytes_of
+from mezzotint.placement import SLICE, bytes_of
 
-SLICE = 8 * 2**20  # bytes of a slice's scores, unless said: what a processor's cache holds
 log = logging.getLogger("mezzotint")
 
 
@@ -57,7 +56,7 @@ class Backend:
             raise RequestError(f"attention is {text!r} with a size; only sliced takes one")
         if name in PACKAGES and isinstance(found := _import(name), str):
             raise MissingExtraError(f"attention backend {name} {found}")
-        return cls(name, bytes_of((written or SLICE) if size is None else size))
+        return cls(name, bytes_of((written or SLICE) if size is None else size, "attention's size"))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Attention as in attention.py."""

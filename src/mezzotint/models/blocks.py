@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.models.adapting import adapted
 from mezzotint.models.attention import attention, watcher
 from mezzotint.models.convolution import Conv2d
 
@@ -96,8 +97,8 @@ class Attention(nn.Module):
 
 def _stacked(layers: tuple[nn.Linear, ...]) -> Tensor | None:
     """The one weight that these layers' weights are consecutive views of; None where they are not, or must learn."""
-    if len(layers) == 1 or any(type(layer) is not nn.Linear for layer in layers):  # an adapter wraps one
-        return None
+    if len(layers) == 1 or any(type(layer) is not nn.Linear or adapted(layer) for layer in layers):
+        return None  # an adapter wraps or changes one
     first = layers[0].weight
     if first.requires_grad and torch.is_grad_enabled():  # the gradient belongs to three parameters, not to one
         return None

@@ -145,7 +145,7 @@ class Offloaded(Weight):
         self.away, self.storage, self.shape = away, storage, away.shape
         self._here: Stored | None = None
         self._turns = 0  # more than one where threads share it
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a run left behind may be found, and end its turn, while this one brings
 
     @property
     def now(self) -> Weight:
@@ -163,19 +163,24 @@ class Offloaded(Weight):
 
     def bring(self, dtype: torch.dtype, device: torch.device) -> None:
         with self._lock:
-            if self._here is None:
-                if isinstance(self.away, Stored):
-                    self._here = self.away.to(device)
-                else:
-                    as_is = self.storage is None
-                    self._here = Stored.of(self.away.tensor(dtype if as_is else torch.float32, device), self.storage)
             self._turns += 1
+            try:
+                self._here = self._here or self._brought(dtype, device)
+            except BaseException:
+                self.drop()
+                raise
 
     def drop(self) -> None:
         with self._lock:
             self._turns -= 1
             if not self._turns:
                 self._here = None
+
+    def _brought(self, dtype: torch.dtype, device: torch.device) -> Stored:
+        if isinstance(self.away, Stored):
+            return self.away.to(device)
+        as_is = self.storage is None
+        return Stored.of(self.away.tensor(dtype if as_is else torch.float32, device), self.storage)
 
 
 class Ahead:

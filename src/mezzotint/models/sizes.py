@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.models.vae_sizes import STRIP, Half, layers, strip_peak, tile_peak, whole_peak
-from mezzotint.placement import LEAST, bytes_of
+from mezzotint.placement import LEAST, SLICE, bytes_of
 
-SLICED = "8MiB"  # of scores, where "sliced" says nothing
 PEAKS = {"whole": whole_peak, "strips": strip_peak, "tiles": tile_peak}
 
 
@@ -71,7 +70,7 @@ class Working:
         """Bytes of scores, of `heads` over the whole batch, that the backend writes down."""
         whole = 2 * heads * queries * keys * self.itemsize  # and their softmax
         if self.attention.startswith("sliced"):
-            return min(whole, bytes_of(self.attention.partition(":")[2] or SLICED))
+            return min(whole, bytes_of(self.attention.partition(":")[2] or SLICE))
         return whole if self.attention == "math" else 0
 
 

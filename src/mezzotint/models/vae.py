@@ -16,14 +16,10 @@ from torch import Tensor, nn
 
 from mezzotint.config import VAEConfig
 from mezzotint.models.attention import attention
+from mezzotint.models.blocks import activation
 from mezzotint.models.convolution import Conv2d, pad
 
 EPS = 1e-6  # of every group norm in this network
-
-
-def activation(x: Tensor) -> Tensor:
-    """SiLU of what a norm made, in its place where no gradient needs it."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):

@@ -109,7 +109,7 @@ def _rename(shapes: Shapes, table: Table) -> tuple[Sources, list[str]]:
 # UNet
 
 
-class _Levels(NamedTuple):
+class Levels(NamedTuple):
     """The form of an LDM UNet: resnets a level; channels and transformer depth (0: none) of each level, top first."""
 
     layers: int
@@ -117,7 +117,7 @@ class _Levels(NamedTuple):
     depths: tuple[int, ...]
 
     @classmethod
-    def of(cls, shapes: Shapes) -> _Levels:
+    def of(cls, shapes: Shapes) -> Levels:
         inputs = _count(shapes, r"input_blocks\.(\d+)\.")
         downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
         layers = (downs[0] if downs else inputs) - 1
@@ -157,17 +157,22 @@ class _Levels(NamedTuple):
 
 def unet_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
     """Sources of an LDM UNet (keys without `model.diffusion_model.`), and the keys that have no place."""
+    return _rename(shapes, unet_table(Levels.of(shapes)))
+
+
+def unet_table(levels: Levels) -> Table:
+    """The original prefixes of an LDM UNet of this form, and the module names that they stand for."""
     table = dict(UNET_ENDS)
-    for block, module in _Levels.of(shapes).blocks():
+    for block, module in levels.blocks():
         table[block] = module
         if ".resnets." in module:
             table |= {f"{block}.{old}": f"{module}.{new}" for old, new in RESNET.items()}
-    return _rename(shapes, table)
+    return table
 
 
 def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
     """UNetConfig fields from an LDM UNet's shapes. Heads: SD1 has 8 of them, the others have them 64 wide."""
-    levels = _Levels.of(shapes)
+    levels = Levels.of(shapes)
     attends = [depth > 0 for depth in levels.depths]
     middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     depths = [*levels.depths[:-1], middle]  # the middle block has the deepest level's depth, with or without attention

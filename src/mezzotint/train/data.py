@@ -1,0 +1,330 @@
+"""What is learnt from: pictures with captions, in the four layouts that people keep them in.
+
+    folder of pictures          cat.jpg, and cat.txt beside it: its caption; folders in it too
+    folder with metadata.jsonl  {"file_name": "cat.jpg", "text": "a cat"} on each line
+    Parquet                     columns `image` (bytes, or a struct with bytes, as the hub writes them) and `text`
+    WebDataset                  tar shards, not compressed: cat.jpg with cat.txt or cat.json beside it
+
+Where text is asked for, `caption` or `prompt` may stand instead. Shards and Parquet files are given one by one or as
+the folder that they lie in. A picture is opened as everywhere in mezzotint: upright, transparency on white, none of
+more than 80 million pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, overload
+
+from PIL import Image
+
+from mezzotint import inputs, rows
+from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.request import MAX_PROMPT
+
+Broken = Literal["stop", "skip"]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+TEXTS = ("text", "caption", "prompt")  # what a column or field with the caption may be called
+METADATA = "metadata.jsonl"
+RIGHT_LINE = 'it must be a JSON object on one line, such as {"file_name": "cat.jpg", "text": "a cat"}'
+NO_EXTRA = "a Parquet file needs pyarrow: pip install 'mezzotint[train]'"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture with its caption, not yet decoded.
+
+    id: its own in the dataset, the same wherever that lies. size: (width, height), upright, by the file's header.
+    digest: SHA-256 of the picture's file. place: where it is, for sentences. read: the bytes of its file.
+    """
+
+    id: str
+    caption: str
+    size: tuple[int, int]
+    digest: str
+    place: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+    def open(self) -> Image.Image:
+        """RGB. Raises RequestError where it does not decode, or is another picture than it was."""
+        data = self.read()
+        if inputs.digest(data) != self.digest:
+            raise RequestError(f"the picture {self.place!r} has changed since training began; begin again")
+        return inputs.open_picture(self.place, "the picture", data)
+
+
+@dataclass(frozen=True)
+class Dataset(Sequence[Example]):
+    """Examples in the order of their files. skipped: for what was passed over, a sentence each."""
+
+    path: Path
+    examples: tuple[Example, ...] = field(repr=False)
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        return self.examples[index]
+
+
+Found = Example | str  # or what is wrong with it
+
+
+def open_data(path: str | os.PathLike[str], broken: Broken = "stop", caption: str | None = None) -> Dataset:
+    """The pictures of a folder or file, in any of the four layouts. Every picture's file is read once, none decoded.
+
+    broken: whether what cannot be used (a file that is no picture, a picture without a caption, a caption without a
+    picture) stops or is skipped. caption: that of pictures which have none. Raises RequestError, also where nothing is
+    left; MissingExtraError for Parquet without pyarrow.
+    """
+    folder = Path(path)
+    examples: dict[str, Example] = {}
+    skipped = []
+    try:
+        for found in _reader(folder)(folder, caption):
+            if isinstance(found, Example) and found.id in examples:
+                found = f"{found.place!r} is there twice under the name {found.id!r}; each must have its own"
+            if isinstance(found, Example):
+                examples[found.id] = found
+            elif broken == "stop":
+                raise RequestError(found)
+            else:
+                skipped.append(found)
+    except OSError as error:
+        raise RequestError(f"{str(folder)!r} cannot be read ({error.strerror or error})") from None
+    if not examples:
+        first = f"; of {len(skipped)} skipped the first: {skipped[0]}" if skipped else ""
+        raise RequestError(f"{str(folder)!r} has no pictures to learn from; it must have at least one{first}")
+    return Dataset(folder, tuple(examples.values()), tuple(skipped))
+
+
+Reader = Callable[[Path, str | None], Iterator[Found]]
+
+
+def _reader(path: Path) -> Reader:
+    """How the path is laid out. Raises RequestError where that is none of the four, or two at once."""
+    if path.is_file():
+        reader = {".tar": _shard, ".parquet": _parquet, ".jsonl": _jsonl}.get(path.suffix.lower())
+        if reader is None or (reader is _jsonl and path.name != METADATA):
+            raise RequestError(
+                f"{str(path)!r} must be a folder of pictures, a .parquet file, a .tar shard or {METADATA}"
+            )
+        return reader
+    if not path.is_dir():
+        raise RequestError(
+            f"{str(path)!r} is not there; it must be a folder of pictures, a .parquet file or a .tar shard"
+        )
+    if (path / METADATA).is_file():
+        return lambda folder, caption: _jsonl(folder / METADATA, caption)
+    files = _files(path)
+    kinds: dict[str, Reader] = {
+        "tar shards": partial(_each, _shard, [file for file in files if file.suffix.lower() == ".tar"]),
+        "Parquet files": partial(_each, _parquet, [file for file in files if file.suffix.lower() == ".parquet"]),
+        "pictures": partial(_folder, files),
+    }
+    suffixes = {file.suffix.lower() for file in files}
+    present = [
+        kind
+        for kind, endings in zip(kinds, ((".tar",), (".parquet",), (*PICTURES, ".txt")), strict=True)
+        if suffixes.intersection(endings)
+    ]
+    if len(present) > 1 and "pictures" in present and not suffixes.intersection(PICTURES):
+        present.remove("pictures")  # a README.txt beside shards
+    if len(present) > 1:
+        raise RequestError(f"{str(path)!r} has {' and '.join(present)}; give a folder that has only one of them")
+    return kinds[present[0]] if present else kinds["pictures"]
+
+
+def _files(folder: Path) -> list[Path]:
+    """All below the folder in the order of their names, but what is hidden."""
+    found = (file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts))
+    return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(folder).parts)
+
+
+def _each(
+    reader: Callable[[Path, str | None, str], Iterator[Found]], files: Sequence[Path], root: Path, caption: str | None
+) -> Iterator[Found]:
+    for file in files:
+        yield from reader(file, caption, file.relative_to(root).as_posix())
+
+
+def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]) -> Found:
+    if caption is None:
+        return f"the picture {place!r} has no caption; give it one, or a prompt for all that have none"
+    if len(caption) > MAX_PROMPT or "\0" in caption:
+        return f"the caption of {place!r} has {len(caption):,} characters; it must be text of at most {MAX_PROMPT:,}"
+    try:
+        data = read()
+        size = inputs.size_of(place, "the picture", data)
+    except RequestError as error:
+        return str(error)
+    return Example(id, " ".join(caption.split()), size, inputs.digest(data), place, read)
+
+
+def _text(data: bytes, place: str) -> str:
+    """Raises RequestError where the bytes are not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise RequestError(f"the caption {place!r} is not UTF-8 text; it must be") from None
+
+
+def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[Found]:
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    stems = {file.with_suffix("") for file in pictures}
+    for stem, file in captions.items():
+        if stem not in stems:
+            yield f"the caption {str(file)!r} has no picture beside it; it must, such as {stem.name}.jpg"
+    for file in pictures:
+        caption, beside = default, captions.get(file.with_suffix(""))
+        try:
+            if beside is not None:
+                caption = _text(beside.read_bytes(), str(beside))
+        except OSError as error:
+            yield f"the caption {str(beside)!r} cannot be read ({error.strerror or error})"
+            continue
+        except RequestError as error:
+            yield str(error)
+            continue
+        read = partial(inputs.read, str(file), "the picture")
+        yield _example(file.relative_to(root).as_posix(), str(file), caption, read)
+
+
+def _jsonl(path: Path, default: str | None) -> Iterator[Found]:
+    for number, row in rows.jsonl(path, RIGHT_LINE):
+        if isinstance(row, str):
+            yield f"line {number} of {str(path)!r}: {row}"
+            continue
+        name, caption = row.get("file_name"), _caption_in(row, default)
+        if not isinstance(name, str) or not name or "\0" in name:
+            yield f"line {number} of {str(path)!r} names no picture; {RIGHT_LINE}"
+        elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            yield f"line {number} of {str(path)!r} names {name!r}; a file_name must lie below the folder of {METADATA}"
+        else:
+            file = str(path.parent / name)
+            yield _example(name, file, caption, partial(inputs.read, file, "the picture"))
+
+
+def _caption_in(fields: Mapping[str, Any], default: str | None) -> str | None:
+    return next((fields[name] for name in TEXTS if isinstance(fields.get(name), str)), default)
+
+
+def _shard(path: Path, default: str | None, name: str = "") -> Iterator[Found]:
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> what comes after its first dot -> the file
+    fault = None
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                folder, _, base = member.name.rpartition("/")
+                key, _, ending = base.partition(".")
+                if key and member.isreg() and not member.issparse():
+                    members.setdefault(f"{folder}/{key}".lstrip("/"), {})[ending.lower()] = member
+    except tarfile.TarError as error:
+        fault = f"{str(path)!r} is no whole tar file ({error}); it must be one that is not compressed"
+    for key, files in members.items():
+        place, id = f"{path}/{key}", f"{name or path.name}/{key}"
+        pictures = [m for ending, m in files.items() if f".{ending.rpartition('.')[2]}" in PICTURES]
+        words = [files[ending] for ending in ("txt", "json") if ending in files]
+        if len(pictures) == 1:
+            picture = pictures[0]
+            try:
+                caption = _shard_caption(path, words[0], default) if words else default
+            except RequestError as error:
+                yield str(error)
+            else:
+                yield _example(id, f"{path}/{picture.name}", caption, partial(_member, path, picture))
+        elif pictures:
+            yield f"{place!r} has {len(pictures)} pictures ({', '.join(m.name for m in pictures)}); it must have one"
+        elif words:
+            yield f"the caption {f'{path}/{words[0].name}'!r} has no picture beside it; it must, such as {key}.jpg"
+    if fault:
+        yield fault
+
+
+def _member(path: Path, member: tarfile.TarInfo) -> bytes:
+    """A file in an uncompressed tar: it lies there as it is."""
+    if member.size > inputs.MAX_BYTES:
+        raise RequestError(f"{path}/{member.name} is larger than {inputs.MAX_BYTES // 2**20} MiB; {inputs.RIGHT}")
+    try:
+        with path.open("rb") as file:
+            file.seek(member.offset_data)
+            data = file.read(member.size)
+    except OSError as error:
+        raise RequestError(f"{str(path)!r} cannot be read ({error.strerror or error})") from None
+    if len(data) < member.size:
+        raise RequestError(f"{path}/{member.name} is cut off: the shard ends within it")
+    return data
+
+
+def _shard_caption(path: Path, member: tarfile.TarInfo, default: str | None) -> str | None:
+    place = f"{path}/{member.name}"
+    text = _text(_member(path, member), place)
+    if not member.name.lower().endswith(".json"):
+        return text
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{place!r} is not JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+    return _caption_in(fields, default) if isinstance(fields, dict) else default
+
+
+def _parquet(path: Path, default: str | None, name: str = "") -> Iterator[Found]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError(NO_EXTRA) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            text = next((column for column in TEXTS if column in columns), None)
+            if "image" not in columns or (text is None and default is None):
+                raise RequestError(
+                    f"{str(path)!r} has the columns {', '.join(columns)[:200]}; it must have image and text"
+                )
+            groups = _Groups(path)
+            number = 0
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=["image", *([text] if text else [])])
+                captions = table.column(text).to_pylist() if text else [None] * len(table)
+                for row, caption in enumerate(captions):
+                    number += 1
+                    words = caption if isinstance(caption, str) else default
+                    id, place = f"{name or path.name}:{number}", f"{path}, row {number}"
+                    yield _example(id, place, words, partial(groups.picture, group, row, place))
+    except pyarrow.ArrowException as error:
+        raise RequestError(f"{str(path)!r} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+
+
+class _Groups:
+    """The pictures of a Parquet file, of which the row group last used is in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._held: tuple[int, Any] = (-1, None)
+
+    def picture(self, group: int, row: int, place: str) -> bytes:
+        import pyarrow.parquet
+
+        with self._lock:
+            if self._held[0] != group:
+                with pyarrow.parquet.ParquetFile(self.path) as file:
+                    self._held = group, file.read_row_group(group, columns=["image"]).column("image")
+            cell = self._held[1][row].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes):
+            raise RequestError(f"the picture {place!r} has no bytes of a picture; the column image must hold them")
+        return data

@@ -1,0 +1,313 @@
+"""One loop for LoRA, full fine-tuning, DreamBooth and textual inversion, on accelerate: one CPU, one GPU or several.
+
+    learner = finetune(Learner(parts, recipe), batches, folder)
+
+A step is a function of the recipe, the pictures and the step's number: process p of P takes the micro-batches
+(step * accumulate + k) * P + p of the unending run. So a run that was killed goes on from its newest checkpoint bit for
+bit, and two processes are one with twice the accumulation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mezzotint.errors import CheckpointError, MissingExtraError, TrainingError, WriteError
+from mezzotint.image import write_whole
+from mezzotint.models.checkpointing import checkpointing
+from mezzotint.train import chance, checkpoints
+from mezzotint.train.learner import Batch, Learner, holding
+from mezzotint.train.recipe import Recipe
+
+LOG, RECIPE = "log.jsonl", "recipe.toml"
+LEVELS = 4  # timesteps at which the validation loss is taken
+
+
+class Batches(Sized, Protocol):
+    """len: batches of an epoch. at(k): batch k of the unending run, which is in epoch k // len."""
+
+    def at(self, k: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """After a step: how many are done, its loss, rate and gradient's norm, pictures a second, and the validation loss
+    where it was due."""
+
+    step: int
+    loss: float
+    lr: float
+    norm: float
+    rate: float
+    validation: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """All but the step, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None and name != "step"}
+
+    def line(self) -> str:
+        """As log.jsonl has it."""
+        return json.dumps({"step": self.step} | {n: float(f"{value:.6g}") for n, value in self.numbers().items()})
+
+
+OnStep = Callable[[Report], None]
+OnSample = Callable[[Learner, int], None]
+
+
+def finetune(
+    learner: Learner,
+    batches: Batches,
+    folder: Path,
+    *,
+    prior: Batches | None = None,
+    held: Batches | None = None,
+    on_step: OnStep | None = None,
+    on_sample: OnSample | None = None,
+    accelerator: Any = None,
+) -> Learner:
+    """Train by the learner's recipe; it comes back holding what was learnt, the averages where the recipe has `ema`.
+
+    folder: the run's own, with its checkpoints, from the newest of which it goes on, recipe.toml and log.jsonl. prior:
+    what must not be forgotten. held: for the validation loss. on_step is called after each step; what it raises ends
+    the run, after a checkpoint if it is KeyboardInterrupt. on_sample(learner, step) draws. accelerator: accelerate's,
+    else one for this process. Raises TrainingError for a loss that is no number, CheckpointError, WriteError.
+    """
+    recipe = learner.recipe
+    accelerator = accelerator or accelerated("cpu")
+    learner.to(accelerator.device)
+    parameters = learner.trained()
+    optimiser = optimiser_of(learner)
+    averages = {name: p.detach().clone() for name, p in parameters.items()} if recipe.ema else {}
+    together = recipe.accumulate * accelerator.num_processes
+    start = _resume(folder, learner, optimiser, averages, together)
+    if accelerator.is_main_process:
+        _begin(folder, recipe, start)
+    model, optimiser = accelerator.prepare(learner, optimiser)
+    rates = [group["lr"] for group in _groups(learner)]
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            state = {
+                "trained": {name: p.detach().cpu() for name, p in parameters.items()},
+                "averages": {name: average.cpu() for name, average in averages.items()},
+                "optimiser": optimiser.state_dict(),
+                "recipe": recipe.model_dump_json(),
+                "together": together,
+                "step": step,
+            }
+            checkpoints.save(folder, step, state, recipe.keep)
+        accelerator.wait_for_everyone()
+
+    with _prepared(learner, accelerator.device):
+        clock, pictures = time.monotonic(), 0
+        for step in range(start, recipe.steps):
+            optimiser.zero_grad(set_to_none=True)
+            loss, ids = torch.zeros((), device=accelerator.device), list[tuple[str, ...]]()
+            for k in range(recipe.accumulate):
+                number = (step * recipe.accumulate + k) * accelerator.num_processes + accelerator.process_index
+                batch = batches.at(number)
+                ids.append(tuple(batch.ids))
+                torch.manual_seed(chance.number(recipe.seed, number, "dropout"))
+                last = k + 1 == recipe.accumulate
+                with nullcontext() if last else accelerator.no_sync(model):
+                    with _cast(recipe, accelerator.device):
+                        part = model(batch, None if prior is None else prior.at(number)) / recipe.accumulate
+                    accelerator.backward(part)
+                loss += part.detach().float()
+            norm = accelerator.clip_grad_norm_(list(parameters.values()), recipe.clip or math.inf)
+            mean_loss, norm = float(accelerator.reduce(loss, "mean")), float(norm)
+            if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+                raise TrainingError(_no_number(folder, step, mean_loss, loss, ids, accelerator))
+            scale = scale_at(recipe, step)
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+            optimiser.step()
+            with torch.no_grad():
+                for name, average in averages.items():
+                    average.lerp_(parameters[name], 1 - min(recipe.ema, (step + 1) / (step + 10)))
+            done = step + 1
+            saved = done % recipe.save_every == 0 or done == recipe.steps
+            if saved:
+                save(done)
+            validation = None
+            if held is not None and recipe.validate_every and done % recipe.validate_every == 0:
+                with holding(learner, averages):
+                    validation = validation_loss(learner, held)
+            if on_sample and recipe.sample_every and done % recipe.sample_every == 0:
+                if accelerator.is_main_process:
+                    with holding(learner, averages):
+                        on_sample(learner, done)
+                accelerator.wait_for_everyone()
+            pictures += sum(map(len, ids)) * accelerator.num_processes
+            rate = pictures / max(time.monotonic() - clock, 1e-9)
+            report = Report(done, mean_loss, recipe.lr * scale, norm, rate, validation)
+            if accelerator.is_main_process:
+                if done % recipe.log_every == 0 or validation is not None or done == recipe.steps:
+                    with (folder / LOG).open("a", encoding="utf-8") as file:
+                        file.write(report.line() + "\n")
+                try:
+                    if on_step:
+                        on_step(report)
+                except KeyboardInterrupt:
+                    if not saved:
+                        save(done)
+                    raise
+    with torch.no_grad():
+        for name, average in averages.items():
+            parameters[name].copy_(average)
+    return learner
+
+
+def accelerated(device: str | torch.device | None = None, find_unused: bool = False) -> Any:
+    """accelerate's Accelerator, on the CPU where that is asked for. Raises MissingExtraError."""
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError:
+        raise MissingExtraError("training needs accelerate and peft: pip install 'mezzotint[train]'") from None
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused)]
+    return Accelerator(cpu=str(device) == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+
+
+def optimiser_of(learner: Learner) -> torch.optim.Optimizer:
+    """The recipe's optimiser over what learns. Raises MissingExtraError for one that is not installed."""
+    recipe, groups = learner.recipe, _groups(learner)
+    if recipe.optimiser == "adafactor":
+        return torch.optim.Adafactor(groups, weight_decay=recipe.weight_decay)
+    if recipe.optimiser == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise MissingExtraError(
+                "optimiser adamw8bit needs bitsandbytes: pip install bitsandbytes; adamw needs nothing, adafactor as "
+                "little memory"
+            ) from None
+        return AdamW8bit(groups, weight_decay=recipe.weight_decay)  # type: ignore[no-any-return, unused-ignore]
+    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+
+
+def scale_at(recipe: Recipe, step: int) -> float:
+    """The fraction of the learning rate at a step: a straight rise over `warmup`, then the schedule's."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    passed = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
+    return {"constant": 1.0, "linear": 1.0 - passed, "cosine": 0.5 + 0.5 * math.cos(math.pi * passed)}[recipe.schedule]
+
+
+@torch.no_grad()
+def validation_loss(learner: Learner, held: Batches) -> float:
+    """The mean loss of pictures held out, each at the same few timesteps and noise whenever it is asked for."""
+    total, count = 0.0, 0
+    for k in range(len(held)):
+        batch = held.at(k)
+        for level in range(LEVELS):
+            at = (2 * level + 1) * learner.schedule.num_train_timesteps // (2 * LEVELS)
+            _, noise = learner.chances(batch, at=f"validation {level}")
+            timesteps = torch.full((len(batch.ids),), at)
+            losses = learner.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
+            total, count = total + float(losses.sum()), count + len(losses)
+    return total / count
+
+
+def _groups(learner: Learner) -> list[dict[str, Any]]:
+    """The UNet's parameters (and words) and the text encoders', each with its rate."""
+    recipe, trained = learner.recipe, learner.trained()
+    text = [p for name, p in trained.items() if name.startswith("text_encoder")]
+    rest = [p for name, p in trained.items() if not name.startswith("text_encoder")]
+    groups = [{"params": rest, "lr": recipe.lr}, {"params": text, "lr": recipe.text_lr or recipe.lr}]
+    return [group for group in groups if group["params"]]
+
+
+@contextmanager
+def _prepared(learner: Learner, device: torch.device) -> Iterator[None]:
+    """Gradient checkpointing where the recipe asks for it; the caller's random numbers stay his."""
+    devices = [device] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        if learner.recipe.checkpointing:
+            stack.enter_context(checkpointing(learner.unet))
+            for name, encoder in learner.text_encoders.items():
+                if learner.vectors or any(key.startswith(f"{name}.") for key in learner.trained()):
+                    stack.enter_context(checkpointing(encoder))
+        yield
+
+
+def _cast(recipe: Recipe, device: torch.device) -> Any:
+    return torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bfloat16" else nullcontext()
+
+
+def _resume(
+    folder: Path, learner: Learner, optimiser: torch.optim.Optimizer, averages: dict[str, Tensor], together: int
+) -> int:
+    """Put the newest checkpoint's state in place; the steps that are done. Raises CheckpointError."""
+    found = checkpoints.newest(folder)
+    if found is None:
+        return 0
+    path, state = found
+    try:
+        before = Recipe.model_validate_json(state["recipe"])
+        if differences := before.differences(learner.recipe):
+            raise CheckpointError(
+                f"{path} is of another run ({'; '.join(differences[:5])}); the same recipe goes on from it, and "
+                "another one needs another folder"
+            )
+        if state["together"] != together:
+            raise CheckpointError(
+                f"{path} was made with {state['together']} batches a step (accumulate times processes), not {together}"
+            )
+        parameters = learner.trained()
+        with torch.no_grad():
+            for values, targets in ((state["trained"], parameters), (state["averages"], averages)):
+                if values.keys() != targets.keys():
+                    raise KeyError("names")
+                for name, value in values.items():
+                    targets[name].copy_(value)
+        optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(f"{path} is of another model ({reason}); give the run another folder") from error
+
+
+def _begin(folder: Path, recipe: Recipe, step: int) -> None:
+    """Write the recipe into the folder; what its log has of steps that will be made again goes. Raises WriteError."""
+    log = folder / LOG
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RECIPE, recipe.toml().encode())
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        write_whole(log, "".join(_before(lines, step)).encode())
+    except OSError as error:
+        raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def _before(lines: Sequence[str], step: int) -> Iterator[str]:
+    for line in lines:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                yield line
+        except ValueError:  # half a line, of a kill
+            return
+
+
+def _no_number(folder: Path, step: int, mean: float, loss: Tensor, ids: list[tuple[str, ...]], accelerator: Any) -> str:
+    from accelerate.utils import gather_object
+
+    own = [", ".join(name for batch in ids for name in batch)]
+    bad = own if math.isfinite(mean) or not math.isfinite(float(loss)) else []
+    names = gather_object(bad) if accelerator.num_processes > 1 else bad
+    paths = checkpoints.found(folder)
+    kept = f"the last good checkpoint is {paths[0]}" if paths else "there is no checkpoint yet"
+    what = "the gradient" if math.isfinite(mean) else "the loss"
+    return (
+        f"step {step + 1}: {what} is no number, in the batch of {'; '.join(names)[:500]}; {kept}. A lower lr, a longer "
+        "warmup or precision float32 may help, or the picture is to be looked at"
+    )

@@ -1,0 +1,197 @@
+"""What the VAE and the text encoders make of pictures and captions, made once: the networks are not trained here, so
+neither changes. On disk by content, so that no cache is ever stale: another picture, crop, caption or network is
+another name. A file is there whole or not at all.
+
+Of a picture the posterior's mean and log variance are kept, float32, so that its latents can be drawn anew each epoch.
+One picture, and one caption, is encoded at a time: its bits do not hang on its company.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from mezzotint import prompt
+from mezzotint.chunks import chunked
+from mezzotint.conditioning import Reader, lengthened
+from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.image import from_pil, write_whole
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.models.unet import Condition
+from mezzotint.models.vae import VAE, Posterior
+from mezzotint.train.buckets import Size
+from mezzotint.train.data import Example
+
+LAYOUT = 1  # of what is kept; another one has other names
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is seen: enlarged or reduced to `resized` (width, height), mirrored if `flip`, and of that the part
+    of `size` (width, height) that begins at (left, top).
+    """
+
+    resized: Size
+    flip: bool
+    left: int
+    top: int
+    size: Size
+
+    @classmethod
+    def of(cls, picture: Size, size: Size, flip: bool = False, cut: tuple[float, float] | None = None) -> View:
+        """The picture just covering `size`, its middle; or from anywhere, by `cut`: two numbers in [0, 1)."""
+        scale = max(size[0] / picture[0], size[1] / picture[1])
+        width, height = (max(round(side * scale), least) for side, least in zip(picture, size, strict=True))
+        over = width - size[0], height - size[1]
+        left, top = (
+            int((pixels + 1) * share) if cut else pixels // 2
+            for pixels, share in zip(over, cut or (0.5, 0.5), strict=True)
+        )
+        return cls((width, height), flip, left, top, size)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.size != self.resized:
+            image = image.resize(self.resized, Image.Resampling.LANCZOS)
+        if self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image.crop((self.left, self.top, self.left + self.size[0], self.top + self.size[1]))
+
+
+class Store:
+    """Tensors by name: in files below a folder, or in memory without one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is kept under the name (hex digits), else what `make` makes, kept. Raises WriteError."""
+        if self.folder is None:
+            if name not in self._held:
+                self._held[name] = make()
+            return self._held[name]
+        path = self.folder / name[:2] / f"{name}.safetensors"
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except (FileNotFoundError, SafetensorError):  # not there, or damaged since: made again
+            tensors = make()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, safetensors.torch.save(tensors))
+        except OSError as error:
+            raise WriteError(
+                f"{path} cannot be written ({error.strerror or error}); what is encoded is kept there"
+            ) from None
+        return tensors
+
+
+class Latents:
+    """Of pictures, by this VAE; kept below `folder`, or in memory without one."""
+
+    def __init__(self, vae: VAE, folder: Path | None = None) -> None:
+        self.vae = vae
+        self.store = Store(folder and folder / "latents")
+
+    def posterior(self, example: Example, view: View, keep: bool = True) -> Posterior:
+        """Mean and logvar (1, C, h, w), float32 on the CPU. keep: whether it will be asked for again.
+
+        Raises RequestError where the picture does not decode, MezzotintError where the VAE makes no numbers of it,
+        WriteError where it cannot be kept.
+        """
+
+        def make() -> dict[str, Tensor]:
+            return self._encoded(example, view)
+
+        name = _name("latents", example.digest, json.dumps(astuple(view)), self._digest) if keep else ""
+        moments = self.store.get(name, make) if keep else make()
+        return Posterior(moments["mean"], moments["logvar"])
+
+    def sample(self, posterior: Posterior, generator: torch.Generator) -> Tensor:
+        """Drawn, and scaled as the UNet has them."""
+        return self.vae.scale(posterior.sample(generator))
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest(self.vae)
+
+    @torch.no_grad()
+    def _encoded(self, example: Example, view: View) -> dict[str, Tensor]:
+        weight = next(self.vae.parameters())
+        pixels = from_pil(view(example.open())).to(weight.device, weight.dtype)
+        posterior = self.vae.encode(pixels)
+        moments = {"mean": posterior.mean, "logvar": posterior.logvar}
+        moments = {name: tensor.float().cpu().contiguous() for name, tensor in moments.items()}
+        if not all(tensor.isfinite().all() for tensor in moments.values()):
+            raise MezzotintError(
+                f"the VAE in {weight.dtype} makes of {example.place!r} what is no number; float32 may not"
+            )
+        return moments
+
+
+class Texts:
+    """Of captions, by these text encoders, as generating has them of plain prompts; kept as Latents are."""
+
+    def __init__(
+        self,
+        tokenizers: Sequence[Tokenizer],
+        text_encoders: Sequence[CLIPTextModel],
+        folder: Path | None = None,
+        clip_skip: int = 0,
+    ) -> None:
+        self.reader = Reader(tokenizers, text_encoders, clip_skip)
+        self.store = Store(folder and folder / "texts")
+
+    def __call__(self, captions: Sequence[str], keep: bool = True) -> Condition:
+        """Context (B, T, D) and pooled (B, P) of the captions, float32 on the CPU; those that are shorter go on with
+        the empty caption. keep: whether they will be asked for again.
+        """
+        conditions = [self._condition(caption, keep) for caption in captions]
+        if len({condition.context.shape[1] for condition in conditions}) > 1:
+            slot = [[(0, condition)] for condition in conditions]
+            (rows,) = lengthened([slot], [[(0, self._condition("", keep))]])
+            conditions = [row[0][1] for row in rows]
+        return Condition.cat(conditions)
+
+    def _condition(self, caption: str, keep: bool) -> Condition:
+        @torch.no_grad()
+        def make() -> dict[str, Tensor]:
+            condition = self.reader.encode(planned)[0].timeline[0][1]
+            tensors = {"context": condition.context, "pooled": condition.pooled}
+            return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+        planned = prompt.plan(caption, "plain")
+        if keep:
+            spans = planned.parts[0].variants[0].spans
+            ids = [[[t.id for t in chunk] for chunk in chunked(spans, "plain", own)] for own in self.reader.tokenizers]
+            name = _name("texts", json.dumps(ids), str(self.reader.clip_skip), self._digest)
+        tensors = self.store.get(name, make) if keep else make()
+        return Condition(tensors["context"], tensors.get("pooled"))
+
+    @cached_property
+    def _digest(self) -> str:
+        windows = [[own.window([]), own.max_length] for own in self.reader.tokenizers]  # BOS, EOS, padding
+        return _name(json.dumps(windows), *(digest(encoder) for encoder in self.reader.encoders))
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of a network's weights: their names, dtypes, shapes and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _name(*parts: str) -> str:
+    return hashlib.sha256("\n".join((str(LAYOUT), *parts)).encode()).hexdigest()

@@ -1,0 +1,285 @@
+"""What learns in a fine-tuning run, and the loss that it learns from.
+
+    x = x0 + sigma * noise        at a timestep of the model's schedule, uniform
+    loss = w(sigma) * mean((network(x, timestep, caption) - target)^2)
+
+Target by diffusion/prediction.py (epsilon, v); w is 1, or Min-SNR's (Hang et al. 2023, eq. 8; for v over SNR + 1).
+Noise, its offset (Guttenberg 2023: a constant a channel, so that the mean of a picture can be learnt) and timesteps are
+functions of (seed, epoch, picture) and of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint import prompt, samplers
+from mezzotint.conditioning import Reader
+from mezzotint.diffusion.prediction import Prediction
+from mezzotint.diffusion.schedule import Schedule
+from mezzotint.errors import RequestError
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.unet import Condition, UNet
+from mezzotint.train.chance import generator
+from mezzotint.train.latents import Texts
+from mezzotint.train.recipe import Recipe
+from mezzotint.weights.checkpoint import Parts
+
+ADAPTER = "default"  # peft's name of a network's only adapter
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class Batch(Protocol):
+    """Pictures of one size in one epoch. latents (B, C, h, w) float32, scaled; time_ids (B, 6) for SDXL."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def captions(self) -> Sequence[str]: ...
+    @property
+    def latents(self) -> Tensor: ...
+    @property
+    def time_ids(self) -> Tensor: ...
+
+
+class Learner(nn.Module):
+    """The networks of a model, of which some parameters learn: forward(batch) -> loss, a scalar.
+
+    `text_encoder` (and `text_encoder_2`), `unet`, and `vectors`, one (n, width) for each text encoder, where a word is
+    learnt. Begins as the model is: a LoRA's up and so its change is 0.
+    """
+
+    def __init__(self, parts: Parts, recipe: Recipe, cache: Path | None = None) -> None:
+        """Freezes what does not learn and puts peft's layers into the networks, so `parts` are used up. cache: a folder
+        for what frozen text encoders make of captions.
+
+        Raises RequestError where targets name no layer, or a start word is not one token.
+        """
+        super().__init__()
+        self.recipe, self.parts = recipe, parts
+        self.tokenizers = parts.tokenizers
+        self.unet: UNet = parts.unet.requires_grad_(False).train()
+        for name, encoder in zip(ENCODERS, parts.text_encoders, strict=False):
+            self.add_module(name, encoder.requires_grad_(False).train())
+        self.vectors = nn.ParameterList()
+        config = samplers.resolve(None, parts.scheduler_config).schedule
+        if recipe.prediction:
+            config = config.model_copy(update={"prediction_type": recipe.prediction})
+        if recipe.zero_snr:
+            config = config.model_copy(update={"rescale_betas_zero_snr": True})
+        if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+            raise RequestError("zero_snr needs prediction v_prediction, and this model's is epsilon: of pure noise "
+                               "epsilon says nothing")  # fmt: skip
+        self.kind = config.prediction_type
+        self.schedule, self.prediction = Schedule.from_config(config), Prediction.from_config(config)
+        self.texts = Texts(parts.tokenizers, parts.text_encoders, cache)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # a LoRA's down begins at random
+            {"lora": self._low_rank, "full": self._whole, "word": self._word}[self.change]()
+        for parameter in self.trained().values():
+            parameter.data = parameter.data.float()  # steps are too small for sixteen bits
+
+    @property
+    def change(self) -> str:
+        """What is trained: "lora", "full", or "word"."""
+        recipe = self.recipe
+        if recipe.method == "dreambooth":
+            return recipe.change
+        return {"lora": "lora", "full": "full", "textual-inversion": "word"}[recipe.method]
+
+    @property
+    def text_encoders(self) -> dict[str, CLIPTextModel]:
+        """By name, in the model's order."""
+        return {name: cast(CLIPTextModel, getattr(self, name)) for name in ENCODERS if hasattr(self, name)}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that a LoRA may change, by the names that its files use."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What learns, by name, in module order."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def counts(self) -> tuple[int, int]:
+        """Numbers that learn, and those of the networks (UNet and text encoders) without what was added."""
+        added = sum(p.numel() for n, p in self.named_parameters() if ".lora_" in n or n.startswith("vectors."))
+        return sum(p.numel() for p in self.trained().values()), sum(p.numel() for p in self.parameters()) - added
+
+    def forward(self, batch: Batch, prior: Batch | None = None) -> Tensor:
+        """The mean loss of a batch's pictures, and of what must not be forgotten (Ruiz et al. 2022, eq. 2)."""
+        loss = self.losses(batch.latents, batch.captions, batch.time_ids, *self.chances(batch)).mean()
+        for vectors in self.vectors:
+            loss = loss + 0.0 * vectors.sum()  # where every caption was dropped there is still a gradient
+        if prior is None:
+            return loss
+        chances = self.chances(prior, at="prior")
+        prior_loss = self.losses(prior.latents, prior.captions, prior.time_ids, *chances).mean()
+        return loss + self.recipe.prior_weight * prior_loss
+
+    def losses(
+        self, latents: Tensor, captions: Sequence[str], time_ids: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Each picture's loss (B,). latents and noise (B, C, h, w), timesteps (B,), all float32 on any device."""
+        device = self.unet.conv_in.weight.device
+        x0, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+        levels = torch.from_numpy(self.schedule.sigmas).float()
+        sigma = levels.to(device)[timesteps].view(-1, 1, 1, 1)
+        sample = (x0 + sigma * noise) / (sigma.square() + self.prediction.sigma_data**2).sqrt()
+        sample = sample.to(self.unet.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
+        output = self.unet(sample, timesteps, self.condition(captions, time_ids)).float()
+        error: Tensor = (output - self.prediction.target(x0, noise, sigma)).square().mean((1, 2, 3))
+        return error * self._weights(sigma.flatten())
+
+    def chances(self, batch: Batch, *, at: str = "train") -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise like the latents of a batch: each picture's own, of this epoch; `at` tells runs
+        apart that must not share them."""
+        timesteps, noises = [], []
+        for id, latents in zip(batch.ids, batch.latents, strict=True):
+            chance = generator(self.recipe.seed, batch.epoch, id, at)
+            timesteps.append(torch.randint(self.schedule.num_train_timesteps, (), generator=chance))
+            noise = torch.randn(latents.shape, generator=chance)
+            if self.recipe.noise_offset:
+                noise = noise + self.recipe.noise_offset * torch.randn(len(latents), 1, 1, generator=chance)
+            noises.append(noise)
+        return torch.stack(timesteps), torch.stack(noises)
+
+    def condition(self, captions: Sequence[str], time_ids: Tensor | None = None) -> Condition:
+        """What a batch's captions are to the UNet; of frozen text encoders it is kept."""
+        learns = any(p.requires_grad for encoder in self.text_encoders.values() for p in encoder.parameters())
+        weight = self.unet.conv_in.weight
+        ids = time_ids if self.unet.config.addition_embed_type == "text_time" else None
+        if not learns and not self.vectors:
+            known = self.texts(captions, keep=not self.recipe.shuffle_tags)
+            return Condition(known.context, known.pooled, ids).to(weight.device, weight.dtype)
+        rows = [self._encoded(text) for text in captions]
+        longest = max(row.context.shape[1] for row in rows)
+        context = torch.cat([_lengthened(row.context, longest) for row in rows])
+        pooled = (
+            torch.cat([row.pooled for row in rows if row.pooled is not None]) if rows[0].pooled is not None else None
+        )
+        return Condition(context, pooled, ids).to(weight.device, weight.dtype)
+
+    def _encoded(self, text: str) -> Condition:
+        """One caption as drawing reads it, its signs no syntax; a caption longer than a window has several."""
+        word = {self.recipe.token.strip("<>").lower(): tuple(self.vectors)} if self.vectors else {}
+        reader = Reader(self.tokenizers, list(self.text_encoders.values()), embeddings=word)
+        condition: Condition = reader.encode(prompt.plan(text, "plain"))[0].timeline[0][1]
+        return condition
+
+    def _weights(self, sigma: Tensor) -> Tensor:
+        """Each picture's share in the loss (B,)."""
+        if self.recipe.min_snr is None:
+            return torch.ones_like(sigma)
+        snr = sigma**-2
+        capped = snr.clamp(max=self.recipe.min_snr)
+        return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[self.kind]
+
+    def _low_rank(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        recipe = self.recipe
+        ends = [*recipe.targets, *(_convolutions(self.unet) if recipe.convolutions else ())]
+        wanted = {"unet": ends} | (
+            {name: list(TEXT_TARGETS) for name in self.text_encoders} if recipe.text_encoder else {}
+        )
+        for name, targets in wanted.items():
+            config = LoraConfig(
+                r=recipe.rank,
+                lora_alpha=recipe.alpha or recipe.rank,  # type: ignore[arg-type]  # peft divides by the rank
+                lora_dropout=recipe.lora_dropout,
+                target_modules=targets,
+            )
+            try:
+                inject_adapter_in_model(config, self.networks[name], ADAPTER)
+            except ValueError as error:
+                raise RequestError(
+                    f"targets {', '.join(targets)} are no layers of this model's {name}: {error}"
+                ) from None
+
+    def _whole(self) -> None:
+        self.unet.requires_grad_(True)
+        if self.recipe.text_encoder:
+            for encoder in self.text_encoders.values():
+                encoder.requires_grad_(True)
+
+    def _word(self) -> None:
+        recipe = self.recipe
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
+            table = encoder.text_model.embeddings.token_embedding.weight.detach().float()
+            ids = tokenizer.encode(recipe.start)
+            if not ids:  # from nowhere in particular: the middle of all words
+                rows = table.mean(0, keepdim=True) + 0.1 * table.std(0) * torch.randn(recipe.vectors, table.shape[1])
+            else:
+                rows = table[[ids[k % len(ids)] for k in range(recipe.vectors)]]
+            self.vectors.append(nn.Parameter(rows.clone()))
+
+
+@contextmanager
+def holding(learner: Learner, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The learner with other values (by name, such as their averages) while inside."""
+    parameters = learner.trained()
+    before = {name: parameters[name].detach().clone() for name in values}
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)
+
+
+def plain(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state under its own names, a LoRA's change added to the weights (in float32, rounded once)."""
+    from peft.tuners.lora import LoraLayer
+
+    changes = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    state: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer, base, leaf = name.rpartition(".base_layer.")
+        if not base:
+            state[name] = tensor.detach().clone()
+        elif leaf == "weight":
+            delta = _delta(changes[layer])
+            state[f"{layer}.weight"] = (tensor.float() + delta.to(tensor.device)).to(tensor.dtype).detach()
+        else:
+            state[f"{layer}.{leaf}"] = tensor.detach().clone()
+    return state
+
+
+def pairs(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down, up) of a network's LoRA, float32."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name: (module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach())  # type: ignore[operator]
+        for name, module in network.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _delta(layer: Any) -> Tensor:
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    change = up.flatten(1).float() @ down.flatten(1).float()
+    return cast(Tensor, layer.scaling[ADAPTER] * change).view(layer.get_base_layer().weight.shape)
+
+
+def _convolutions(unet: UNet) -> list[str]:
+    return [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def _lengthened(context: Tensor, length: int) -> Tensor:
+    missing = length - context.shape[1]
+    return torch.cat([context, context[:, -1:].expand(-1, missing, -1)], dim=1) if missing else context

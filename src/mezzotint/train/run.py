@@ -1,0 +1,163 @@
+"""A training run from its recipe: model and pictures are opened, what DreamBooth must not forget is drawn, the learner
+trained, and what it has learnt written into the run's folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezzotint.errors import RequestError
+from mezzotint.pipeline import Pipeline
+from mezzotint.request import Request
+from mezzotint.train import checkpoints
+from mezzotint.train.batches import Batches, DataOptions, prepared
+from mezzotint.train.data import Dataset, open_data
+from mezzotint.train.finetune import OnStep, Report, accelerated, finetune
+from mezzotint.train.latents import Latents
+from mezzotint.train.learner import Learner
+from mezzotint.train.recipe import Recipe
+from mezzotint.train.saving import check_saves, drawing, save_learnt, save_word
+from mezzotint.weights.checkpoint import open_model
+from mezzotint.weights.hub import BUNDLED
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Say = Callable[[str], None]
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    say: Say = lambda line: None,
+    on_step: OnStep | None = None,
+) -> list[Path]:
+    """Train by the recipe in `folder`, or go on with what was begun there; the files with what was learnt.
+
+    say: is told, a line at a time, what is being done and what the recipe in full is. Raises RequestError,
+    CheckpointError, MissingExtraError, WriteError, TrainingError.
+    """
+    word = recipe.method == "textual-inversion"
+    accelerator = accelerated(device, find_unused=recipe.text_encoder or word)
+    tell: Say = say if accelerator.is_main_process else lambda line: None
+    cache = Path(recipe.cache) if recipe.cache else folder / "cache"
+    caption = recipe.prompt or (f"a picture of {recipe.token}" if word else None)
+    dataset = open_data(recipe.data, recipe.broken, caption)
+    if word:
+        _check_captions(dataset, recipe.token)
+    parts = open_model(recipe.model or BUNDLED, device=accelerator.device, dtype=DTYPES[recipe.precision])
+    native = (parts.unet.config.sample_size or 64) * parts.vae.config.downscale
+    recipe = recipe.model_copy(update={"resolution": recipe.resolution or native})
+    if _whole(recipe):
+        check_saves(parts)
+    tell(recipe.toml())
+    parts.vae.eval().requires_grad_(False)
+    latents = Latents(parts.vae, cache)
+
+    def batches(pictures: Dataset, **changes: Any) -> Batches:
+        options = DataOptions(**{field.name: getattr(recipe, field.name) for field in fields(DataOptions)})
+        options = replace(options, **changes)
+        with accelerator.main_process_first():
+            sound = prepared(pictures, options, latents, recipe.broken)
+        for line in sound.skipped:
+            tell(f"Passed over: {line}")
+        return Batches(sound, options, latents, recipe.seed)
+
+    fixed = {"flip": False, "random_crop": False, "caption_dropout": 0.0, "shuffle_tags": False, "repeats": 1}
+    prior = None
+    if recipe.class_prompt and recipe.method == "dreambooth":
+        with accelerator.main_process_first():
+            pictures = _class_pictures(recipe, folder, parts, tell)
+        prior = batches(pictures, repeats=1)
+    held = None
+    if recipe.validation:
+        held = batches(open_data(recipe.validation, recipe.broken, caption), **fixed)
+    own = batches(dataset)
+    learner = Learner(parts, recipe, cache)
+    learns, whole = learner.counts()
+    fewer = f", {whole / learns:,.0f} times fewer" if whole > 2 * learns else ""
+    tell(f"{learns:,} parameters learn; the model's own are {whole:,}{fewer}. {len(own.ids):,} pictures an epoch, "
+         f"{len(own):,} batches")  # fmt: skip
+    board = _board(folder, recipe) if accelerator.is_main_process else None
+
+    def stepped(report: Report) -> None:
+        if board and report.step % recipe.log_every == 0:
+            for name, value in report.numbers().items():
+                board.add_scalar(name, value, report.step)
+        if on_step:
+            on_step(report)
+
+    finetune(
+        learner,
+        own,
+        folder,
+        prior=prior,
+        held=held,
+        on_step=stepped,
+        on_sample=lambda now, step: draw_samples(now, folder / "samples", step),
+        accelerator=accelerator,
+    )
+    if board:
+        board.close()
+    made = save_learnt(learner, folder, recipe.steps) if accelerator.is_main_process else []
+    accelerator.wait_for_everyone()
+    return made
+
+
+def draw_samples(learner: Learner, folder: Path, step: int) -> None:
+    """The recipe's sample prompts, drawn by the learner as it is: folder/step-00000100-0.png and so on."""
+    recipe, embeddings = learner.recipe, None
+    if learner.change == "word":
+        embeddings = (str(save_word(learner, folder / f"{recipe.token.strip('<>')}.safetensors")),)
+    pipe = Pipeline(drawing(learner))
+    for number, text in enumerate(recipe.sample_prompts):
+        request = Request(prompt=text, seed=recipe.sample_seed + number, embeddings=embeddings)
+        image = pipe.generate(request).images[0]
+        path = folder / f"step-{step:08}-{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
+def _board(folder: Path, recipe: Recipe) -> Any:
+    """TensorBoard's writer, where it is installed and wanted; it takes up the run from its newest checkpoint."""
+    if not recipe.tensorboard or importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    found = checkpoints.found(folder)
+    begun = int(found[0].name.rpartition("-")[2]) if found else 0
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=begun + 1)
+
+
+def _class_pictures(recipe: Recipe, folder: Path, parts: Any, tell: Say) -> Dataset:
+    """Pictures of the class, those that are there and, up to class_count, new ones by the model before training."""
+    place = Path(recipe.class_folder) if recipe.class_folder else folder / "class"
+    place.mkdir(parents=True, exist_ok=True)
+    there = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in place.iterdir())
+    if there < recipe.class_count:
+        tell(f"Drawing {recipe.class_count - there} pictures of {recipe.class_prompt!r} into {place}")
+        pipe = Pipeline(parts)
+        for number in range(there, recipe.class_count):
+            image = pipe(recipe.class_prompt or "", seed=recipe.seed + number)
+            part = place / f".class-{number:05}.part"
+            image.save(part, format="PNG")
+            part.replace(place / f"class-{number:05}.png")
+    return open_data(place, recipe.broken, recipe.class_prompt)
+
+
+def _check_captions(dataset: Dataset, token: str) -> None:
+    for example in dataset:
+        if token not in example.caption:
+            raise RequestError(
+                f"the caption of {example.place!r} is {example.caption[:60]!r}; to learn {token} it must have that word"
+            )
+
+
+def _whole(recipe: Recipe) -> bool:
+    return recipe.method == "full" or (recipe.method == "dreambooth" and recipe.change == "full")

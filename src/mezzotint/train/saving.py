@@ -1,0 +1,180 @@
+"""What training has made, as files: a LoRA as peft and diffusers write it and as kohya does, a whole model as a folder,
+a learnt word as learned_embeds.safetensors. And the learner as a model that draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mezzotint.errors import RequestError, WriteError
+from mezzotint.image import write_whole
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.unet import UNet
+from mezzotint.train.learner import ENCODERS, TEXT_TARGETS, Learner, pairs, plain
+from mezzotint.train.recipe import Recipe
+from mezzotint.weights.checkpoint import Parts
+from mezzotint.weights.save import save_folder
+
+PEFT, KOHYA, WORD, MODEL = "pytorch_lora_weights.safetensors", "kohya.safetensors", "{}.safetensors", "model"
+BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's ss_base_model_version
+
+
+def save_learnt(learner: Learner, folder: Path, step: int, dtype: torch.dtype = torch.float16) -> list[Path]:
+    """Everything that a run has to show, in its folder; the paths. Raises WriteError."""
+    if learner.change == "lora":
+        return [save_peft(learner, folder / PEFT, dtype), save_kohya(learner, folder / KOHYA, step, dtype)]
+    if learner.change == "word":
+        return [save_word(learner, folder / WORD.format(learner.recipe.token.strip("<>")))]
+    return [save_model(learner, folder / MODEL, dtype)]
+
+
+def save_peft(learner: Learner, path: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """The LoRA as `pipe.load_lora_weights` of diffusers reads it, its rank and alpha in the header. Raises WriteError.
+
+    unet.<layer>.lora_A.weight (rank, inputs, ...), .lora_B.weight (outputs, rank, ...); text_encoder.<layer>...
+    """
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
+    for name, network in learner.networks.items():
+        changes = pairs(network)
+        for layer, (down, up) in changes.items():
+            tensors[f"{name}.{layer}.lora_A.weight"] = _placed(down, dtype)
+            tensors[f"{name}.{layer}.lora_B.weight"] = _placed(up, dtype)
+        if changes:
+            fields = {"peft_type": "LORA", "r": learner.recipe.rank, "lora_alpha": _alpha(learner.recipe)}
+            configs |= {f"{name}.{key}": value for key, value in fields.items()}
+            # ends of names: transformers 5 and older ones do not agree on how a text encoder's begin
+            configs[f"{name}.target_modules"] = sorted(TEXT_TARGETS if name in ENCODERS else changes)
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)}
+    return _written(path, tensors, metadata)
+
+
+def save_kohya(learner: Learner, path: Path, step: int, dtype: torch.dtype = torch.float16) -> Path:
+    """The LoRA as kohya's sd-scripts write it, with the facts of its training as ss_* strings. Raises WriteError.
+
+    lora_unet_<layer, its dots underscores>.lora_down.weight, .lora_up.weight, .alpha; lora_te_... of the text encoder,
+    lora_te1_ and lora_te2_ where there are two.
+    """
+    recipe = learner.recipe
+    alone = len(learner.text_encoders) == 1
+    prefixes = {"unet": "unet", "text_encoder": "te" if alone else "te1", "text_encoder_2": "te2"}
+    tensors: dict[str, Tensor] = {}
+    for name, network in learner.networks.items():
+        for layer, (down, up) in pairs(network).items():
+            key = f"lora_{prefixes[name]}_{layer.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = _placed(down, dtype)
+            tensors[f"{key}.lora_up.weight"] = _placed(up, dtype)
+            tensors[f"{key}.alpha"] = torch.tensor(_alpha(recipe), dtype=dtype)
+    facts = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": recipe.rank,
+        "ss_network_alpha": _alpha(recipe),
+        "ss_base_model_version": BASES[learner.parts.family],
+        "ss_v2": learner.parts.family == "sd2",
+        "ss_sd_model_name": learner.parts.source.name,
+        "ss_learning_rate": recipe.lr,
+        "ss_unet_lr": recipe.lr,
+        "ss_text_encoder_lr": (recipe.text_lr or recipe.lr) if recipe.text_encoder else None,
+        "ss_optimizer": recipe.optimiser,
+        "ss_lr_scheduler": recipe.schedule,
+        "ss_lr_warmup_steps": recipe.warmup,
+        "ss_max_train_steps": recipe.steps,
+        "ss_steps": step,
+        "ss_total_batch_size": recipe.batch * recipe.accumulate,
+        "ss_gradient_accumulation_steps": recipe.accumulate,
+        "ss_gradient_checkpointing": recipe.checkpointing,
+        "ss_max_grad_norm": recipe.clip,
+        "ss_mixed_precision": {"float32": "no", "bfloat16": "bf16"}[recipe.precision],
+        "ss_min_snr_gamma": recipe.min_snr,
+        "ss_noise_offset": recipe.noise_offset or None,
+        "ss_zero_terminal_snr": recipe.zero_snr,
+        "ss_caption_dropout_rate": recipe.caption_dropout,
+        "ss_shuffle_caption": recipe.shuffle_tags,
+        "ss_keep_tokens": recipe.keep_tags,
+        "ss_resolution": f"({recipe.resolution}, {recipe.resolution})",
+        "ss_enable_bucket": recipe.buckets,
+        "ss_seed": recipe.seed,
+        "ss_output_name": path.stem,
+    }
+    return _written(path, tensors, {"format": "pt"} | {key: str(value) for key, value in facts.items()})
+
+
+def save_word(learner: Learner, path: Path) -> Path:
+    """The learnt vectors, float32: one key, the token, as diffusers does; clip_l and clip_g where there are two."""
+    keys = [learner.recipe.token] if len(learner.vectors) == 1 else ["clip_l", "clip_g"]
+    tensors = {key: _placed(vectors, torch.float32) for key, vectors in zip(keys, learner.vectors, strict=True)}
+    return _written(path, tensors, {"format": "pt"})
+
+
+def save_model(learner: Learner, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """The whole model as a diffusers folder. Raises WriteError, and RequestError for two text encoders."""
+    check_saves(learner.parts)
+    parts = drawing(learner)
+    save_folder(
+        folder,
+        unet=parts.unet,
+        vae=parts.vae,
+        text_encoder=parts.text_encoders[0],
+        tokenizer=parts.tokenizers[0],
+        scheduler_config=_scheduler(learner),
+        settings=parts.settings or None,
+        dtype=dtype,
+        shard_bytes=2_000_000_000,
+    )
+    return folder
+
+
+def check_saves(parts: Parts) -> None:
+    """Raises RequestError, before a run rather than after it, for a model that `save_model` cannot write."""
+    if len(parts.text_encoders) != 1:
+        raise RequestError(
+            "the whole of a model with two text encoders cannot be saved yet; change must be lora, which can"
+        )
+
+
+def drawing(learner: Learner) -> Parts:
+    """The model as it is now, in networks of its own, for a Pipeline."""
+    with torch.device("meta"):
+        unet = UNet(learner.unet.config)
+        encoders = [CLIPTextModel(encoder.config) for encoder in learner.text_encoders.values()]
+    unet.load_state_dict(plain(learner.unet), assign=True)
+    for encoder, own in zip(encoders, learner.text_encoders.values(), strict=True):
+        encoder.load_state_dict(plain(own), assign=True)
+    return replace(
+        learner.parts, unet=unet, text_encoders=encoders, few_step=None, scheduler_config=_scheduler(learner)
+    )
+
+
+def _scheduler(learner: Learner) -> dict[str, Any]:
+    """What a sampler must know of how the model was trained on."""
+    config = dict(learner.parts.scheduler_config)
+    if learner.recipe.prediction:
+        config["prediction_type"] = learner.recipe.prediction
+    if learner.recipe.zero_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # Lin et al. 2023, section 3.3
+    return config
+
+
+def _alpha(recipe: Recipe) -> float:
+    return float(recipe.alpha or recipe.rank)
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save(dict(tensors), metadata=dict(metadata)))
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
+    return path

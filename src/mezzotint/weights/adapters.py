@@ -1,0 +1,364 @@
+"""LoRA files and their relatives: read for a model, whatever program wrote them (adapter_keys.py has the names).
+
+How much of a change is made: alpha / rank of it, where alpha is the file's tensor, else what peft's configuration in
+the file's metadata says, else the rank itself. A LoHa and a LoKr have the rank of their second factor; a LoKr of two
+whole matrices has none, and takes 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.errors import CheckpointError
+from mezzotint.models.adapting import (
+    Change,
+    Changes,
+    Decomposed,
+    Full,
+    Hadamard,
+    Kronecker,
+    LayerChange,
+    LowRank,
+    Merged,
+    merge,
+)
+from mezzotint.models.held import shape_of
+from mezzotint.weights.adapter_keys import family, split, stems
+from mezzotint.weights.embeddings import BUNDLED
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.part import listed
+
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")  # in a folder
+CONFIG = "adapter_config.json"  # beside peft's own files
+METADATA = "lora_adapter_metadata"  # key of peft's configurations in a file of diffusers
+MOST_CONFIG = 2**20  # bytes
+FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL"}
+
+Parts = dict[str, Tensor]  # role, of adapter_keys.ENDINGS -> tensor
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of an adapter: of its UNet's and its text encoders' part, times that of the longest of `blocks` that
+    begins a layer's name ("unet.down_blocks.1", "text_encoder.text_model.encoder.layers.3").
+    """
+
+    unet: float = 1.0
+    text: float = 1.0
+    blocks: tuple[tuple[str, float], ...] = ()
+
+    def of(self, layer: str) -> float:
+        """For one layer."""
+        fitting = [(len(block), factor) for block, factor in self.blocks if f"{layer}.".startswith(f"{block}.")]
+        whole = self.unet if layer.startswith("unet.") else self.text
+        return whole * (max(fitting)[1] if fitting else 1.0)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a file fits a model. matched: layers. unmatched: names in the file that no layer has. wrong: sentences on
+    those whose tensors do not fit the layer. bundled: keys of textual inversions, which embeddings.py reads.
+    """
+
+    matched: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    bundled: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        said = [f"{len(self.matched)} layers matched"]
+        if self.unmatched:
+            said.append(f"{len(self.unmatched)} names match no layer: {listed(self.unmatched)}")
+        if self.wrong:
+            said.append(f"{len(self.wrong)} of the wrong shape: {listed(self.wrong)}")
+        if self.bundled:
+            said.append(f"{len(self.bundled)} tensors of bundled embeddings")
+        return "; ".join(said)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A file, read for a model. changes: by layer, "unet.conv_in". digest: SHA-256 of the file."""
+
+    path: Path
+    digest: str
+    changes: Mapping[str, LayerChange]
+    coverage: Coverage
+
+
+def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[str, str] | None = None) -> Adapter:
+    """The changes in a file for these networks ("unet", "text_encoder", "text_encoder_2"), on the CPU.
+
+    table: of `stems`, where it is at hand. Names that match no layer are in the coverage. Raises CheckpointError where
+    nothing matches, a shape is wrong, a part of a change is missing, or numbers are not finite.
+    """
+    path = _chosen(path)
+    file = TensorFile(path)
+    changes, coverage = _fitted(file, networks, stems(networks) if table is None else table, real=True)
+    if coverage.wrong or not (changes or coverage.bundled):
+        made_for = family(file.shapes, file.metadata)
+        hint = f": it is for {made_for}" if made_for else ""
+        if coverage.wrong:
+            raise CheckpointError(f"{path} does not fit this model{hint}; {listed(coverage.wrong, 2)}")
+        raise CheckpointError(
+            f"{path} is no LoRA for this model{hint}; none of its names is one of a layer here: "
+            f"{listed(coverage.unmatched) or 'it is empty'}"
+        )
+    digest = hashlib.sha256()
+    with path.open("rb") as data:
+        while piece := data.read(2**20):
+            digest.update(piece)
+    return Adapter(path, digest.hexdigest(), changes, coverage)
+
+
+def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
+    """What of a file fits these networks, from its names and shapes alone."""
+    return _fitted(TensorFile(_chosen(path)), networks, stems(networks), real=False)[1]
+
+
+def _chosen(path: Path) -> Path:
+    """The file, or of a folder the one in it."""
+    if not path.is_dir():
+        return path
+    there = [path / name for name in NAMES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(there) != 1 and there[:1] != [path / NAMES[0]]:
+        raise CheckpointError(
+            f"{path} is a folder with {len(there)} LoRA files; it must be a file, or have one such as {NAMES[0]}"
+        )
+    return there[0]
+
+
+def _fitted(
+    file: TensorFile, networks: Mapping[str, nn.Module], table: Mapping[str, str], *, real: bool
+) -> tuple[dict[str, LayerChange], Coverage]:
+    """Each layer's change, from a file's tensors, or from their shapes alone; what fits, and what does not."""
+    layers: dict[str, dict[str, str]] = {}  # layer -> role -> key
+    unmatched: list[str] = []
+    bundled: list[str] = []
+    for key in file.entries:
+        found = split(key)
+        if BUNDLED.fullmatch(key):
+            bundled.append(key)
+        elif found and found[0] in table:
+            roles = layers.setdefault(table[found[0]], {})
+            if found[1] in roles:
+                raise CheckpointError(f"{file.path} has {roles[found[1]]} and {key}, which say the same twice")
+            roles[found[1]] = key
+        else:
+            unmatched.append(found[0] if found else key)
+    alphas = _Alphas.of(file)
+    changes: dict[str, LayerChange] = {}
+    wrong: dict[str, str] = {}
+    for name in [name for name, roles in layers.items() if [*roles] == ["alpha"]]:  # what was pruned leaves one
+        unmatched.append(layers.pop(name)["alpha"])
+    for name, roles in layers.items():
+        network, _, path = name.partition(".")
+        layer = networks[network].get_submodule(path)
+        empty = {role: torch.empty(file.entries[key].shape, device="meta") for role, key in roles.items()}
+        problem = _misfit(name, layer, empty)
+        if problem:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in empty.values())
+            wrong[name] = f"{name}, whose weight is {tuple(shape_of(layer))}, has tensors of {shapes}{problem}".rstrip()
+        elif real:
+            parts = {role: _read(file, key) for role, key in roles.items()}
+            changes[name] = _change(parts, partial(alphas.factor, name, parts.get("alpha")))
+    matched = tuple(name for name in layers if name not in wrong)
+    return changes, Coverage(matched, tuple(dict.fromkeys(unmatched)), tuple(wrong.values()), tuple(bundled))
+
+
+def _misfit(name: str, layer: nn.Module, parts: Parts) -> str | None:
+    """What is wrong with these shapes for the layer; None where they fit, "" where there is no more to say."""
+    try:
+        change = _change(parts, lambda *_: 1.0)
+    except CheckpointError as error:
+        return f": {error}"
+    except (RuntimeError, IndexError, AttributeError, AssertionError):
+        return " "
+    shape, bias = tuple(shape_of(layer)), getattr(layer, "bias", None)
+    if change.bias is not None and (bias is None or change.bias.shape != bias.shape):
+        return " "
+    if change.weight is None:
+        return None
+    try:
+        made = tuple(change.weight.product().shape)
+    except (RuntimeError, IndexError):
+        return " "
+    flat = (shape[0], math.prod(shape[1:]))
+    fits = made in (shape, flat, (*shape, 1, 1)) or (*made, 1, 1) == shape
+    if isinstance(change.weight, LowRank) and change.weight.mid is None:
+        rest = tuple(change.weight.down.shape[1:])
+        fits = fits and (rest == shape[1:] or (*rest, 1, 1) == shape[1:] or rest == (*shape[1:], 1, 1))
+    if isinstance(change.weight, Decomposed):
+        wanted = shape[1] if change.weight.inputs else shape[0]
+        fits = fits and change.weight.magnitude.numel() == wanted
+    return None if fits and not any(not part.numel() for part in parts.values()) else " "
+
+
+def _change(parts: Parts, factor: Callable[[int], float]) -> LayerChange:
+    """The change that these tensors are. factor: how much of one of a rank. Raises CheckpointError where one lacks."""
+    weight: Change | None = None
+    bias: Tensor | None = parts.get("diff_b")
+    if "down" in parts or "up" in parts:
+        down, up = _all(parts, "down", "up")
+        rank = len(down)
+        if up.ndim < 2 or up.shape[1] != len(parts.get("mid", down)) or up[0, 0].numel() != 1:
+            raise CheckpointError(f"its up and down have different ranks, {tuple(up.shape)} and {tuple(down.shape)}")
+        weight = LowRank(down, up, parts.get("mid"), factor(rank))
+        if "up_bias" in parts:
+            bias = parts["up_bias"] * factor(rank)
+    elif "w1_a" in parts or "w2_a" in parts:
+        w1_a, w1_b, w2_a, w2_b = _all(parts, "w1_a", "w1_b", "w2_a", "w2_b")
+        weight = Hadamard(w1_a, w1_b, w2_a, w2_b, parts.get("t1"), parts.get("t2"), factor(len(w1_b)))
+    elif any(role.startswith("k_") for role in parts):
+        for side in ("w1", "w2"):
+            if f"k_{side}" not in parts:
+                _all(parts, f"k_{side}_a", f"k_{side}_b")
+        second = parts.get("k_w2_b", parts.get("k_w1_b"))
+        scale = 1.0 if second is None else factor(len(second))
+        own = {role.removeprefix("k_"): tensor for role, tensor in parts.items() if role.startswith("k_")}
+        weight = Kronecker(**own, factor=scale)
+    elif "diff" in parts:
+        weight = Full(parts["diff"])
+    if weight is None and bias is None:
+        raise CheckpointError(f"it has {', '.join(parts)} alone, which is no change")
+    if weight is not None and (magnitude := parts.get("magnitude", parts.get("dora_scale"))) is not None:
+        # LyCORIS' has its numbers along the axis that they are for; peft's are always the outputs'
+        inputs = "dora_scale" in parts and magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
+        weight = Decomposed(weight, magnitude.flatten(), inputs)
+    return LayerChange(weight, bias)
+
+
+def _all(parts: Parts, *roles: str) -> list[Tensor]:
+    missing = [role for role in roles if role not in parts]
+    if missing:
+        raise CheckpointError(f"{' and '.join(missing)} missing beside {', '.join(parts)}")
+    return [parts[role] for role in roles]
+
+
+def _read(file: TensorFile, key: str) -> Tensor:
+    tensor = file.read(key)
+    if not tensor.is_floating_point() and not key.endswith(".alpha"):
+        raise CheckpointError(f"{file.path}: {key} holds {tensor.dtype}, not floating-point numbers")
+    if not tensor.float().isfinite().all():
+        raise CheckpointError(f"{file.path}: {key} has numbers that are not finite; the file is damaged")
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Alphas:
+    """What peft's configurations beside the tensors say: by network, or "" for all."""
+
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, file: TensorFile) -> _Alphas:
+        text = file.metadata.get(METADATA)
+        beside = file.path.with_name(CONFIG)
+        if text is None and file.path.name.startswith("adapter_model.") and beside.is_file():
+            text = beside.read_text("utf-8", errors="replace")[:MOST_CONFIG]
+            configs = {"": _json(beside, text)}
+        elif text is None:
+            configs = {}
+        else:
+            configs = {}
+            for key, value in _json(file.path, text).items():
+                network, _, name = key.partition(".")
+                configs.setdefault(network, {})[name] = value
+        return cls(configs)
+
+    def factor(self, layer: str, alpha: Tensor | None, rank: int) -> float:
+        """How much of a change of this rank is made in this layer."""
+        if alpha is not None:
+            return float(alpha.flatten()[0]) / rank
+        network, _, name = layer.partition(".")
+        config = self.configs.get(network, self.configs.get("", {}))
+        patterns = config.get("alpha_pattern") or {}
+        fitting = [value for pattern, value in patterns.items() if f".{name}".endswith(f".{pattern.removeprefix('^')}")]
+        value = fitting[0] if fitting else config.get("lora_alpha")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            return 1.0
+        return value / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: the configuration of its LoRA is not a JSON object")
+    return found
+
+
+Named = Sequence[tuple[str, Scale]]  # files and how much of each
+
+
+class Adapters:
+    """Those of one model: read once each, put on for a run, or merged into the weights."""
+
+    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        names = ("text_encoder", "text_encoder_2")
+        self.networks: dict[str, nn.Module] = {"unet": unet, **dict(zip(names, text_encoders, strict=False))}
+        self.merged: tuple[tuple[str, Scale], ...] = ()
+        self._undo: Merged | None = None
+        self._read: dict[tuple[Path, int, int], Adapter] = {}
+        self._table: dict[str, str] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Adapter:
+        """A file, or a folder with one; from memory where it was read before. Raises CheckpointError."""
+        path = Path(name).expanduser()
+        try:
+            path = _chosen(path)
+            stat = path.stat()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no path"
+            raise CheckpointError(f"the LoRA {name[:200]!r} cannot be read: {reason}") from None
+        key = path, stat.st_mtime_ns, stat.st_size
+        with self._lock:
+            if key not in self._read:
+                self._table = self._table or stems(self.networks)
+                self._read[key] = read_adapter(path, self.networks, self._table)
+            return self._read[key]
+
+    def changes(self, loras: Named) -> Changes:
+        """What these do to each layer, on the layers' device; those with a scale of 0 are left out."""
+        found: dict[str, list[tuple[LayerChange, float]]] = {}
+        for name, scale in loras:
+            for layer, change in self.read(name).changes.items():
+                if amount := scale.of(layer):
+                    network = self.networks[layer.partition(".")[0]]
+                    place = next(network.parameters())
+                    found.setdefault(layer, []).append((change.to(place.device, place.dtype), amount))
+        return found
+
+    def digests(self, loras: Named) -> dict[str, str]:
+        """File -> SHA-256."""
+        return {name: self.read(name).digest for name, _ in loras}
+
+    def merged_digests(self) -> dict[str, str]:
+        """File and how much of it -> SHA-256, of those that are part of the weights."""
+        return {f"{name} {scale}": self.read(name).digest for name, scale in self.merged}
+
+    def merge(self, loras: Named) -> None:
+        """Make them part of the weights, in the place of those that are. No run may be under way."""
+        changes = self.changes(loras)
+        self.unmerge()
+        self._undo, self.merged = merge(self.networks, changes), tuple(loras)
+
+    def unmerge(self) -> None:
+        """Put the weights back that were there before, bit for bit."""
+        if self._undo is not None:
+            self._undo.undo()
+        self._undo, self.merged = None, ()

@@ -1,0 +1,559 @@
+"""Fine-tuning: the loss by hand, a killed run bit for bit, what is saved against diffusers. Tiny models, latents made
+here (the pictures' side is test_data.py's).
+
+Run as a script (`test_finetune.py MODEL FOLDER`) this file makes one run, to be killed from outside.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mezzotint
+from mezzotint.diffusion.schedule import Schedule, zero_terminal_snr
+from mezzotint.errors import CheckpointError, MissingExtraError, RequestError, TrainingError, WriteError
+from mezzotint.pipeline import Pipeline
+from mezzotint.train import chance, checkpoints, finetune
+from mezzotint.train.finetune import Report, scale_at, validation_loss
+from mezzotint.train.learner import Learner, holding
+from mezzotint.train.recipe import DEFAULTS, Recipe, assignments
+from mezzotint.train.saving import drawing, save_kohya, save_model, save_peft, save_word
+from mezzotint.weights import open_model
+
+WORDS = {"lora": "a lemon", "full": "a blue lemon", "textual-inversion": "a <new> lemon", "dreambooth": "a sks lemon"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    epoch: int
+    ids: tuple[str, ...]
+    captions: tuple[str, ...]
+    latents: Tensor
+    time_ids: Tensor
+
+
+class Made:
+    """Three batches an epoch, of 2, 2 and 1 pictures; every picture a function of its name."""
+
+    def __init__(self, caption: str = "a lemon", bad: int | None = None, stop: int | None = None) -> None:
+        self.caption, self.bad, self.stop = caption, bad, stop
+
+    def __len__(self) -> int:
+        return 3
+
+    def at(self, k: int) -> Batch:
+        if k == self.stop:
+            raise Died
+        epoch, place = divmod(k, 3)
+        ids = tuple(f"picture {place}.{j}" for j in range(2 if place < 2 else 1))
+        latents = torch.stack([torch.randn(4, 4, 4, generator=chance.generator(name)) for name in ids])
+        if k == self.bad:
+            latents = latents * float("nan")
+        sizes = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]]).repeat(len(ids), 1)
+        return Batch(epoch, ids, (self.caption,) * len(ids), latents, sizes)
+
+
+class Died(BaseException):
+    """Stands for a kill: no `except Exception` catches it."""
+
+
+def recipe_of(method: str = "lora", **fields: Any) -> Recipe:
+    given = {
+        "data": "x",
+        "steps": 5,
+        "save_every": 2,
+        "lr": 1e-2,
+        "accumulate": 2,
+        "targets": ["attn2.to_q", "attn2.to_k"],
+    }
+    if method == "dreambooth":
+        given["prompt"] = "a sks lemon"
+    return Recipe.of(method, None, given | fields)
+
+
+def learner_of(model: Path, recipe: Recipe) -> Learner:
+    return Learner(open_model(model, dtype=torch.float32), recipe)
+
+
+def run(model: Path, folder: Path, recipe: Recipe, stop: int | None = None, **more: Any) -> Learner:
+    learner = learner_of(model, recipe)
+    caption = WORDS[recipe.method]
+    prior = Made("a lemon") if recipe.method == "dreambooth" else None
+    return finetune.finetune(learner, Made(caption, stop=stop), folder, prior=prior, **more)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """The same structure with the same bits."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def state(folder: Path) -> Any:
+    found = checkpoints.newest(folder)
+    assert found
+    return found[1]
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_printed_whole_and_read_again(tmp_path: Path) -> None:
+    recipe = recipe_of("dreambooth", class_prompt='a "dog"', targets=["to_q"], min_snr=5, sample_prompts=["ä\n"])
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.toml(), encoding="utf-8")
+    assert Recipe.of("dreambooth", path) == recipe
+    assert Recipe.of("dreambooth", path, {"rank": 32}).rank == 32, "the command line goes before the file"
+    assert {line.split(" ")[1 if line[0] == "#" else 0] for line in recipe.toml().splitlines()} == {
+        *Recipe.model_fields
+    }
+
+
+def test_each_method_has_its_own_defaults() -> None:
+    for method, own in DEFAULTS.items():
+        fields = {"data": "x", "prompt": "a <new>"}
+        assert own.items() <= Recipe.of(method, None, fields).model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "sentence"),
+    [
+        ("lora", {"stepps": 3}, "no 'stepps'; the nearest are steps"),
+        ("lora", {"rank": 0}, "rank is '0'; it must be a whole number from 1"),
+        ("lora", {"lr": float("nan")}, "lr is 'nan'; it must be a number above 0"),
+        ("dreambooth", {}, "dreambooth needs prompt"),
+        ("textual-inversion", {"prompt": "a hat"}, "it must have the token in it, <new>"),
+        ("lora", {"zero_snr": True, "prediction": "epsilon"}, "prediction must be v_prediction"),
+        ("lora", {"validate_every": 3}, "validation is not"),
+        ("lora", {"sample_every": 3}, "sample_prompts is not"),
+    ],
+)
+def test_a_wrong_recipe_is_a_sentence(method: str, fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        Recipe.of(method, None, {"data": "x"} | fields)
+
+
+def test_assignments() -> None:
+    assert assignments(["steps=20", "token=<hat>", "targets=['a']", "flip=true", "lr = 1e-3"]) == {
+        "steps": 20,
+        "token": "<hat>",
+        "targets": ["a"],
+        "flip": True,
+        "lr": 1e-3,
+    }
+    with pytest.raises(RequestError, match="NAME=VALUE"):
+        assignments(["steps"])
+
+
+def test_the_rate() -> None:
+    cosine = recipe_of(schedule="cosine", steps=110, warmup=10)
+    assert [scale_at(cosine, step) for step in (0, 9, 10, 60)] == [0.1, 1.0, 1.0, pytest.approx(0.5)]
+    assert scale_at(cosine, 109) == pytest.approx(0.0, abs=3e-4)
+    assert scale_at(recipe_of(schedule="linear", steps=10), 5) == 0.5
+    assert scale_at(recipe_of(steps=10), 9) == 1.0
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("min_snr", [None, 5.0])
+def test_the_loss_by_hand(sd1_folder: Path, kind: Any, min_snr: float | None) -> None:
+    """In the variance-preserving coordinate of the papers: x_t = sqrt(a) x0 + sqrt(1 - a) eps."""
+    learner = learner_of(sd1_folder, recipe_of(prediction=kind, min_snr=min_snr))
+    batch = Made().at(4)
+    timesteps, noise = learner.chances(batch)
+    alpha = torch.tensor(learner.schedule.alphas_cumprod)[timesteps].float().view(-1, 1, 1, 1)
+    x = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * noise
+    with torch.no_grad():
+        output = learner.unet(x, timesteps, learner.condition(batch.captions))
+        losses = learner.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
+    target = noise if kind == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latents
+    expected = (output - target).square().mean((1, 2, 3))
+    if min_snr:
+        snr = (alpha / (1 - alpha)).flatten()
+        expected = expected * snr.clamp(max=min_snr) / (snr if kind == "epsilon" else snr + 1)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(learner(batch), expected.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_chance_is_of_the_seed_the_epoch_and_the_picture_alone(sd1_folder: Path) -> None:
+    learner = learner_of(sd1_folder, recipe_of())
+    batch = Made().at(0)
+    timesteps, noise = learner.chances(batch)
+    turned = replace(batch, ids=batch.ids[::-1])
+    assert torch.equal(learner.chances(turned)[1], noise.flip(0)) and torch.equal(
+        learner.chances(turned)[0], timesteps.flip(0)
+    )
+    later = learner.chances(replace(batch, epoch=1))[1]
+    other = learner_of(sd1_folder, recipe_of(seed=1)).chances(batch)[1]
+    assert not torch.equal(later, noise) and not torch.equal(other, noise)
+    many = torch.stack([learner.chances(replace(batch, epoch=epoch))[0] for epoch in range(500)]).double()
+    assert abs(many.mean() - 499.5) < 30 and many.min() < 20 and many.max() > 979, "uniform over all timesteps"
+
+
+def test_noise_offset_is_one_number_a_channel(sd1_folder: Path) -> None:
+    batch = Made().at(0)
+    bare = learner_of(sd1_folder, recipe_of()).chances(batch)[1]
+    offset = learner_of(sd1_folder, recipe_of(noise_offset=0.5)).chances(batch)[1] - bare
+    assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
+    assert offset.std() > 0.2
+
+
+def test_zero_snr(sd1_folder: Path) -> None:
+    with pytest.raises(RequestError, match="this model's is epsilon"):
+        learner_of(sd1_folder, recipe_of(zero_snr=True))
+    learner = learner_of(sd1_folder, recipe_of(zero_snr=True, prediction="v_prediction"))
+    plain = learner_of(sd1_folder, recipe_of()).schedule
+    assert learner.schedule.alphas_cumprod == pytest.approx(zero_terminal_snr(plain.alphas_cumprod))
+    assert drawing(learner).scheduler_config["rescale_betas_zero_snr"] is True
+    sampled = Pipeline(drawing(learner)).schedule
+    assert isinstance(sampled, Schedule) and sampled.sigma_max == learner.schedule.sigma_max
+
+
+def test_dreambooth_adds_the_weighted_loss_of_the_class(sd1_folder: Path) -> None:
+    learner = learner_of(sd1_folder, recipe_of("dreambooth", prior_weight=0.25))
+    own, prior = Made("a sks lemon").at(0), Made("a lemon").at(0)
+    chances = learner.chances(prior, at="prior")
+    lost = learner.losses(prior.latents, prior.captions, prior.time_ids, *chances).mean()
+    torch.testing.assert_close(learner(own, prior), learner(own) + 0.25 * lost)
+    assert not torch.equal(chances[1], learner.chances(prior)[1])
+
+
+# ---- what learns -------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_begins_as_the_model_and_learns_alone(sd1_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(text_encoder=True, convolutions=True, lr=2e-2, steps=8)
+    learner = learner_of(sd1_folder, recipe)
+    before = open_model(sd1_folder, dtype=torch.float32)
+    for name, tensor in drawing(learner).unet.state_dict().items():
+        assert torch.equal(tensor, before.unet.state_dict()[name])
+    assert all(".lora_" in name for name in learner.trained())
+    assert any(name.startswith("text_encoder.") for name in learner.trained())
+    assert any("conv1" in name for name in learner.trained())
+    learns, whole = learner.counts()
+    networks = [before.unet, *before.text_encoders]
+    assert whole == sum(p.numel() for network in networks for p in network.parameters())
+    assert learns == sum(p.numel() for p in learner.trained().values())
+    first = validation_loss(learner, Made())
+    finetune.finetune(learner, Made(), tmp_path)
+    assert validation_loss(learner, Made()) < 0.95 * first
+    after = drawing(learner)
+    changed = {
+        name
+        for name, tensor in after.unet.state_dict().items()
+        if not torch.equal(tensor, before.unet.state_dict()[name])
+    }
+    assert changed and all(name.endswith(".weight") for name in changed)
+    assert any(
+        "q_proj" in name
+        for name, tensor in after.text_encoders[0].state_dict().items()
+        if not torch.equal(tensor, before.text_encoders[0].state_dict()[name])
+    )
+
+
+def test_the_learner_is_the_model_that_draws(sd1_folder: Path, tmp_path: Path) -> None:
+    """The network with peft's layers in it and the one whose weights have the change added agree."""
+    learner = run(sd1_folder, tmp_path, recipe_of(text_encoder=True, convolutions=True, alpha=4))
+    parts = drawing(learner)
+    batch = Made().at(0)
+    timesteps, noise = learner.chances(batch)
+    with torch.no_grad():
+        condition = learner.condition(batch.captions)
+        direct = Pipeline(parts).encode("a lemon").context
+        torch.testing.assert_close(condition.context[:1], direct, rtol=1e-4, atol=1e-4)
+        out, merged = learner.unet(noise, timesteps, condition), parts.unet(noise, timesteps, condition)
+    torch.testing.assert_close(out, merged, rtol=1e-3, atol=1e-3)
+
+
+def test_a_word_learns_alone(sd1_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("textual-inversion", start="lemon", vectors=2, steps=6, lr=5e-2)
+    learner = learner_of(sd1_folder, recipe)
+    table = learner.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight.clone()
+    (lemon,) = learner.tokenizers[0].encode("lemon")
+    assert torch.equal(learner.vectors[0], table[[lemon, lemon]]), "it begins as the word that was named"
+    assert [*learner.trained()] == ["vectors.0"]
+    first = validation_loss(learner, Made("a <new> lemon"))
+    finetune.finetune(learner, Made("a <new> lemon"), tmp_path)
+    assert validation_loss(learner, Made("a <new> lemon")) < first
+    assert torch.equal(learner.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight, table)
+    path = save_word(learner, tmp_path / "new.safetensors")
+    assert load_file(path).keys() == {"<new>"}
+    pipe = mezzotint.load(sd1_folder, device="cpu")
+    drawn = pipe.encode("a <new> lemon", mezzotint.Request(prompt="", embeddings=(str(path),), prompt_syntax="plain"))
+    torch.testing.assert_close(drawn.context, learner.condition(["a <new> lemon"]).context.detach())
+
+
+def test_sdxl(sdxl: mezzotint.Pipeline, tmp_path: Path) -> None:
+    parts = copy.deepcopy(sdxl.parts)
+    learner = Learner(parts, recipe_of(text_encoder=True, steps=2))
+    finetune.finetune(learner, Made(), tmp_path)
+    keys = load_file(save_kohya(learner, tmp_path / "k.safetensors", 2)).keys()
+    assert {key.split("_")[1] for key in keys} == {"unet", "te1", "te2"}
+    with pytest.raises(RequestError, match="two text encoders"):
+        save_model(learner, tmp_path / "model")
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing(sd1_folder: Path, tmp_path: Path) -> None:
+    full = recipe_of("full", ema=0.0)
+    expected = run(sd1_folder, tmp_path / "a", full)
+    again = run(sd1_folder, tmp_path / "b", recipe_of("full", ema=0.0, checkpointing=True))
+    assert_equal(dict(again.trained()), dict(expected.trained()))
+
+
+@pytest.mark.parametrize("optimiser", ["adafactor", "adamw8bit"])
+def test_other_optimisers(sd1_folder: Path, tmp_path: Path, optimiser: str) -> None:
+    recipe = recipe_of(optimiser=optimiser, steps=4)
+    try:
+        learner = run(sd1_folder, tmp_path, recipe)
+    except MissingExtraError as error:
+        assert optimiser == "adamw8bit" and "pip install bitsandbytes" in str(error)
+    else:
+        moved = [p for name, p in learner.trained().items() if "lora_B" in name]
+        assert all(p.abs().max() > 0 for p in moved)
+
+
+# ---- stopped and resumed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "stops"),
+    [
+        ("lora", {"text_encoder": True, "ema": 0.9, "lora_dropout": 0.2, "schedule": "cosine"}, [1, 5, 6, 9]),
+        ("full", {"ema": 0.9, "checkpointing": True}, [7]),
+        ("dreambooth", {}, [0, 4]),
+        ("textual-inversion", {}, [5]),
+        ("lora", {"optimiser": "adafactor"}, [5]),
+    ],
+)
+def test_a_run_that_died_resumes_bit_for_bit(
+    sd1_folder: Path, tmp_path: Path, method: str, fields: dict[str, Any], stops: list[int]
+) -> None:
+    """Between steps, and in the middle of an accumulation (odd numbers) and of an epoch."""
+    recipe = recipe_of(method, log_every=1, **fields)
+    expected = run(sd1_folder, tmp_path / "unbroken", recipe)
+    for stop in stops:
+        with pytest.raises(Died):
+            run(sd1_folder, tmp_path / "broken", recipe, stop)
+    again = run(sd1_folder, tmp_path / "broken", recipe)
+    assert_equal(dict(again.trained()), dict(expected.trained()))
+    assert_equal(state(tmp_path / "broken"), state(tmp_path / "unbroken"))
+    logs = [
+        [{**json.loads(line), "rate": 0} for line in (tmp_path / name / finetune.LOG).read_text().splitlines()]
+        for name in ("unbroken", "broken")
+    ]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5]
+
+
+def test_ctrl_c_keeps_the_step_under_way(sd1_folder: Path, tmp_path: Path) -> None:
+    def press(report: Report) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(sd1_folder, tmp_path, recipe_of(), on_step=press)
+    assert state(tmp_path)["step"] == 3
+
+
+def test_another_recipe_does_not_go_on_from_it(sd1_folder: Path, tmp_path: Path) -> None:
+    run(sd1_folder, tmp_path, recipe_of(steps=2))
+    with pytest.raises(CheckpointError, match=r"another run \(lr: 0\.01 and 0\.001; rank: 8 and 4\)"):
+        run(sd1_folder, tmp_path, recipe_of(rank=4, lr=1e-3))
+    longer = run(sd1_folder, tmp_path, recipe_of(steps=4))
+    assert_equal(dict(longer.trained()), dict(run(sd1_folder, tmp_path / "b", recipe_of(steps=4)).trained()))
+
+
+def test_a_loss_that_is_no_number_stops_and_spoils_nothing(sd1_folder: Path, tmp_path: Path) -> None:
+    recipe, learner = recipe_of(), learner_of(sd1_folder, recipe_of())
+    with pytest.raises(TrainingError, match=r"step 4: the loss is no number.*picture 0\.0, .*checkpoint-00000002"):
+        finetune.finetune(learner, Made(bad=6), tmp_path)
+    assert state(tmp_path)["step"] == 2
+    assert all(p.isfinite().all() for p in run(sd1_folder, tmp_path, recipe).trained().values())
+
+
+def test_the_averages_come_back(sd1_folder: Path, tmp_path: Path) -> None:
+    learner = run(sd1_folder, tmp_path, recipe_of(ema=0.9))
+    saved = state(tmp_path)
+    assert_equal({name: p.detach() for name, p in learner.trained().items()}, saved["averages"])
+    assert not torch.equal(
+        *(
+            saved[kind]["unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.default.weight"]
+            for kind in ("averages", "trained")
+        )
+    )
+    with holding(learner, saved["trained"]):
+        assert_equal({name: p.detach() for name, p in learner.trained().items()}, saved["trained"])
+    assert_equal({name: p.detach() for name, p in learner.trained().items()}, saved["averages"])
+
+
+def test_validation_and_samples(sd1_folder: Path, tmp_path: Path) -> None:
+    seen: list[Report] = []
+    drawn: list[int] = []
+    recipe = recipe_of(validate_every=2, validation="y", sample_every=4, sample_prompts=["a lemon"], ema=0.5)
+    learner = learner_of(sd1_folder, recipe)
+    finetune.finetune(
+        learner, Made(), tmp_path, held=Made(), on_step=seen.append, on_sample=lambda _, step: drawn.append(step)
+    )
+    assert [report.validation is not None for report in seen] == [False, True, False, True, False]
+    assert drawn == [4]
+    bare = run(sd1_folder, tmp_path / "bare", recipe_of(ema=0.5))
+    assert_equal(dict(bare.trained()), dict(learner.trained())), "looking changes nothing"
+    assert validation_loss(learner, Made()) == validation_loss(learner, Made()), "the same noise each time"
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path) is None
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, {"step": step}, keep=2)
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000002"]
+    newest = tmp_path / "checkpoint-00000003" / checkpoints.STATE
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert state(tmp_path) == {"step": 2}
+    (tmp_path / ".checkpoint-00000009.new").mkdir()
+    assert state(tmp_path) == {"step": 2}
+    checkpoints.save(tmp_path, 3, {"step": 3}, keep=2)
+    assert state(tmp_path) == {"step": 3}, "the damaged one was made again"
+    for path in checkpoints.found(tmp_path):
+        (path / checkpoints.RECORD).write_text("{")
+    with pytest.raises(CheckpointError, match="2 checkpoints and none is whole"):
+        checkpoints.newest(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.save(tmp_path, 1, {"step": 1}, keep=1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"step 2 cannot be written .*No space left on device"):
+        checkpoints.save(tmp_path, 2, {"step": 2}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert state(tmp_path) == {"step": 1}
+
+
+# ---- what is saved -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [save_peft, lambda learner, path, dtype: save_kohya(learner, path, 5, dtype)])
+def test_diffusers_draws_with_the_lora_as_the_learner_does(
+    sd1_folder: Path, tmp_path: Path, save: Callable[[Learner, Path, torch.dtype], Path]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    fields = {"text_encoder": True, "alpha": 4, "lr": 5e-2, "convolutions": True}
+    learner = run(sd1_folder, tmp_path / "run", recipe_of(**fields))
+    path = save(learner, tmp_path / "lora.safetensors", torch.float32)
+    reference = StableDiffusionPipeline.from_pretrained(sd1_folder, safety_checker=None, local_files_only=True)
+    reference.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 32, "width": 32}
+
+    def drawn() -> Tensor:
+        return reference("a lemon", generator=[torch.Generator().manual_seed(3)], **options).images
+
+    bare = drawn()
+    reference.load_lora_weights(path.parent, weight_name=path.name)
+    theirs = drawn()
+    ours = Pipeline(drawing(learner)).generate(mezzotint.Request(prompt="a lemon", seed=3, width=32, height=32)).latents
+    scale = theirs.abs().max()
+    assert (theirs - bare).abs().max() > 0.05 * scale, "the LoRA shows"
+    assert (ours - theirs).abs().max() < 1e-3 * scale
+
+
+def test_a_kohya_file_tells_of_its_training(sd1_folder: Path, tmp_path: Path) -> None:
+    learner = learner_of(sd1_folder, recipe_of(rank=4, alpha=2, text_encoder=True))
+    path = save_kohya(learner, tmp_path / "hat.safetensors", 5)
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+        keys = set(file.keys())
+        assert float(file.get_tensor("lora_te_text_model_encoder_layers_0_self_attn_out_proj.alpha")) == 2.0
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"], facts["ss_steps"]) == ("4", "2.0", "5")
+    assert facts["ss_network_module"] == "networks.lora" and facts["ss_base_model_version"] == "sd_v1"
+    layers = {key.rpartition(".lora_")[0] or key.rpartition(".alpha")[0] for key in keys}
+    assert len(keys) == 3 * len(layers)
+
+
+def test_a_whole_model_is_saved(sd1_folder: Path, tmp_path: Path) -> None:
+    learner = run(sd1_folder, tmp_path, recipe_of("full", text_encoder=True, steps=2))
+    folder = save_model(learner, tmp_path / "model", torch.float32)
+    loaded = open_model(folder)
+    assert_equal(dict(loaded.unet.state_dict()), dict(drawing(learner).unet.state_dict()))
+    assert_equal(dict(loaded.text_encoders[0].state_dict()), dict(drawing(learner).text_encoders[0].state_dict()))
+
+
+# ---- killed from outside -----------------------------------------------------------------------------------------
+
+
+def whole_run(model: Path, folder: Path, accumulate: int = 2) -> None:
+    """Long enough to be killed in; a checkpoint at every third step."""
+    recipe = recipe_of(steps=18, save_every=3, ema=0.9, log_every=1, lora_dropout=0.1, accumulate=accumulate)
+    run(model, folder, recipe)
+
+
+def killed_runs(model: Path, folder: Path, kills: int) -> None:
+    """`kills` runs, each killed at a moment of chance after it began to write, and then let to its end."""
+    script = [sys.executable, "-W", "ignore", __file__, str(model), str(folder), "2"]
+    for number in range(kills):
+        started = (folder / finetune.LOG).stat().st_size if (folder / finetune.LOG).exists() else 0
+        process = subprocess.Popen(script, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            log = folder / finetune.LOG
+            if log.exists() and log.stat().st_size != started:
+                break
+            time.sleep(0.01)
+        time.sleep(chance.uniform("kill", number))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(script, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_killed_at_any_moment_it_ends_the_same(sd1_folder: Path, tmp_path: Path, kills: int) -> None:
+    killed_runs(sd1_folder, tmp_path / "killed", kills)
+    killed_runs(sd1_folder, tmp_path / "unbroken", 0)  # in processes with as many threads
+    assert_equal(state(tmp_path / "killed"), state(tmp_path / "unbroken"))
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(sd1_folder: Path, tmp_path: Path) -> None:
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    command = [sys.executable, "-W", "ignore", *launch.split(), __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(sd1_folder), str(tmp_path / "two"), "1"], check=True, env=environment)
+    whole_run(sd1_folder, tmp_path / "one", 2)
+    two, one = state(tmp_path / "two"), state(tmp_path / "one")
+    assert two["together"] == one["together"] == 2
+    for name, value in one["trained"].items():
+        torch.testing.assert_close(two["trained"][name], value, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    whole_run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
