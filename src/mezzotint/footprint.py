@@ -44,7 +44,8 @@ from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.part import Part
 from mezzotint.weights.part import Plan as Found
 
-LIBRARIES = {"cpu": 40 * 10**6, "cuda": 40 * 2**20}  # bytes; of CUDA's mostly cuBLAS' workspace
+LIBRARIES = {"cpu": 0.42, "cuda": 40 * 2**20}  # share of what is mapped of them on import; bytes, mostly cuBLAS' own
+MAPPED = 90 * 10**6  # bytes of libraries in memory after the import, where the system does not say
 TOKEN = 650  # bytes of a tokenizer for each token that it knows
 PIECE = 2 * 2**22  # bytes in which a weight comes out of its file, as they are there and as they shall be
 KEPT_AS = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}  # bytes of a number
@@ -226,7 +227,8 @@ class _Run:
         if placement.weights == "resident":
             self.always += sum(self.kept(name) for name in model.weights)
         self.loaded = self.always
-        self.always += LIBRARIES.get(model.device.type, 0)
+        libraries = LIBRARIES.get(model.device.type, 0)
+        self.always += int(libraries * (machine.mapped() or MAPPED)) if self.cpu else int(libraries)
         self.work = self.moved = self.most = 0
 
     def peak(self) -> Peak:
