@@ -116,11 +116,13 @@ def test_resolve_fills_every_none_and_changes_nothing_twice(
         request = Request(prompt="a lemon", sampler=name, spacing=spacing)
         resolved = sd1.resolve(request)
         left = {field for field, value in resolved.model_dump().items() if value is None}
-        solver = SOLVERS[sd1._sampler(resolved).solver]
+        solver = SOLVERS[sd1.resolver.sampler(resolved).solver]
         assert left == OPEN | ONLY_XL | (set() if "eta" in inspect.signature(solver).parameters else {"eta"})
         assert sd1.resolve(resolved) == resolved
         # the same run, not only the same record: naming the spacing that was meant changes no noise level
-        assert sd1._sampler(resolved) == replace(sd1._sampler(request), name=sd1._sampler(resolved).name)
+        assert sd1.resolver.sampler(resolved) == replace(
+            sd1.resolver.sampler(request), name=sd1.resolver.sampler(resolved).name
+        )
 
 
 def test_resolve_for_sdxl(sdxl: Pipeline) -> None:

@@ -144,7 +144,7 @@ def test_noise_under_the_mask_is_the_runs_own(sd1: Pipeline) -> None:
     hook = sd1.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1]))
     next(sd1.stream(request))
     hook.remove()
-    sigma = sd1._sigmas(request)[0]
+    sigma = sd1.resolver.sigmas(request)[0]
     generator = torch.Generator().manual_seed(7)
     _, noise = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
     expected = (1.0 + sigma) * noise / (sigma**2 + 1.0) ** 0.5
@@ -273,7 +273,7 @@ def test_hires_by_latents(sd1: Pipeline) -> None:
     """By hand: the first pass's latents, bilinear, under the noise that the seed gives at the larger size."""
     request = sd1.resolve(RUN.replace(hires=2.0, hires_strength=0.5))
     second = sd1.resolver.second_pass(request)
-    sigmas = sd1._sigmas(second)
+    sigmas = sd1.resolver.sigmas(second)
     assert len(sigmas) - 1 == 3 and (second.width, second.height) == (64, 64)
     larger = torch.nn.functional.interpolate(sd1.generate(RUN).latents, (8, 8), mode="bilinear")
     seen: list[Tensor] = []

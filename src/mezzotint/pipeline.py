@@ -104,7 +104,7 @@ class Pipeline:
         self.resolver = Resolver(parts, dict(parts.scheduler_config))
         self.adapters = Adapters(self.unet, self.text_encoders)
         self.wording = Wording(self.tokenizers, self.text_encoders, self.resolver, self.adapters)
-        self.schedule = Schedule.from_config(self._sampler(Request(prompt="")).schedule)
+        self.schedule = Schedule.from_config(self.resolver.sampler(Request(prompt="")).schedule)
         if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
             self.vae.float()  # its activations pass float16's range
         self.unet.fuse_projections()
@@ -241,7 +241,7 @@ class Pipeline:
 
         Raises CheckpointError where the change is missing or of another UNet.
         """
-        few_step = self.resolver.few_step(self._sampler(request))
+        few_step = self.resolver.few_step(self.resolver.sampler(request))
         if few_step is None:
             return self.unet
         if few_step.lora not in self._changed:  # two threads at once make the same one twice
@@ -285,7 +285,7 @@ class Pipeline:
     def _length(self, request: Request) -> int:
         """The steps of a run, both passes."""
         passes = [request, *([self.resolver.second_pass(request)] if request.hires else [])]
-        return sum(len(self._sigmas(r)) - 1 for r in passes)
+        return sum(len(self.resolver.sigmas(r)) - 1 for r in passes)
 
     def _steps(self, run: Run) -> Iterator[Step]:
         """One batch from where it starts to its last x; with hires, and on from its larger form."""
@@ -306,7 +306,7 @@ class Pipeline:
         """The second pass of hires-fix, on the first one's final latents: the run of their larger form."""
         group = [(self.resolver.second_pass(request), seed) for request, seed in run.group]
         before = self.resolver.counted(run.request)
-        _, height, width = self._latent_shape(group[0][0])
+        _, height, width = self.resolver.latent_shape(group[0][0])
         if run.request.hires_upscale == "latent":
             larger = F.interpolate(x.float(), (height, width), mode="bilinear")
             return Run(group, pictures=[*larger[:, None]], noted=run.noted, before=before)
@@ -317,8 +317,8 @@ class Pipeline:
     def _pass(self, run: Run) -> Iterator[Step]:
         """One pass of a batch along its noise levels."""
         request, noted = run.request, run.noted
-        sampler, sigmas = self._sampler(request), self._sigmas(request)
-        noise = SeededNoise(run.seeds, self._latent_shape(request), self.device, request.noise or "seeded")
+        sampler, sigmas = self.resolver.sampler(request), self.resolver.sigmas(request)
+        noise = SeededNoise(run.seeds, self.resolver.latent_shape(request), self.device, request.noise or "seeded")
         schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
         options = schedule.timed(sampler.options)
         if "calls" in sampler.spacing_options and request.spacing:
@@ -381,18 +381,9 @@ class Pipeline:
             run.seeds, noise.shape, levels, self.device, midpoints=sampler.noise == "brownian midpoints"
         )
 
-    def _sampler(self, request: Request) -> Sampler:
-        return self.resolver.sampler(request)
-
-    def _sigmas(self, request: Request) -> list[float]:
-        return self.resolver.sigmas(request)
-
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        return self.resolver.latent_shape(request)
-
     def _final(self, run: Run, last: Step) -> Tensor:
         """The last step's x as the VAE takes it."""
-        return last.x / self._shrink(self._sampler(run.request), last.sigma)
+        return last.x / self._shrink(self.resolver.sampler(run.request), last.sigma)
 
     def _shrink(self, sampler: Sampler, sigma: float) -> float:
         """What a final x at this level is divided by before the VAE."""
@@ -471,7 +462,14 @@ class Pipeline:
 
     def _facts(self, request: Request) -> dict[str, Any]:
         """What the same bits depend on, beside the request."""
-        few_step = self.resolver.few_step(self._sampler(request))
+        few_step = self.resolver.few_step(self.resolver.sampler(request))
+        where_there_is = {
+            "placement": self.placing.now.changes(),
+            "lora": few_step and few_step.lora,
+            "embeddings": self.wording.used(request),
+            "loras": self.adapters.digests(self.wording.loras(request)),
+            "merged": self.adapters.merged_digests(),
+        }
         return {
             "name": self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name,
             "family": self.parts.family,
@@ -479,11 +477,7 @@ class Pipeline:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            **({"placement": changes} if (changes := self.placing.now.changes()) else {}),
-            **({"lora": few_step.lora} if few_step else {}),
-            **({"embeddings": used} if (used := self.wording.used(request)) else {}),
-            **({"loras": loras} if (loras := self.adapters.digests(self.wording.loras(request))) else {}),
-            **({"merged": loras} if (loras := self.adapters.merged_digests()) else {}),
+            **{name: value for name, value in where_there_is.items() if value},
         }
 
 
