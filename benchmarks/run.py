@@ -43,6 +43,7 @@ class Row:
     measure: str  # what the ratios and the limit are of
     commands: dict[str, list[str]]
     pictures: dict[str, Path] = field(default_factory=dict)
+    also: tuple[str, ...] = ()  # of what there are ratios too
     limit: float | None = None  # what our measure must stay under
     runs: int = 7
     warmups: int = 2
@@ -142,11 +143,28 @@ def memory(folder: Path, model: Path) -> Row:
     )
 
 
+def train(folder: Path, model: Path) -> Row:
+    """A step of training a LoRA on a UNet of SD 1.5's shape, and the process's peak, against diffusers' recipe."""
+    random = folder / "sd15"
+    child, sides = [PYTHON, str(HERE / "train.py")], ("mezzotint", "diffusers", "diffusers_cached")
+    return Row(
+        "train",
+        "a LoRA's step (rank 8), SD 1.5's shape with random weights, 512x512, batch 1, CPU, float32",
+        "step_s",
+        {side: [*child, side, str(random), "--steps", "3"] for side in sides},
+        also=("step_cpu_s", "peak_mb"),
+        runs=2,
+        warmups=0,
+        prepare=lambda: _prepare([PYTHON, str(HERE / "random_model.py"), "sd15", str(random)]),
+    )
+
+
 ROWS = {
     "first_picture": first_picture,
     "few_steps": few_steps,
     "load_memory": load_memory,
     "memory": memory,
+    "train": train,
     "help": help_,
 }
 
@@ -228,6 +246,7 @@ def run_row(row: Row, threads: int | None = None) -> dict[str, Any]:
     }
     if row.limit is None:
         record["ratios"] = ratios(sides, row.measure)
+        record |= {f"ratios_{measure}": ratios(sides, measure) for measure in row.also}
     else:
         worst = max(side[row.measure]["median"] for side in sides.values())
         record |= {"limit": row.limit, "within_limit": worst < row.limit}
@@ -312,7 +331,9 @@ def table(record: dict[str, Any]) -> str:
         first = f"{main} {numbers['median']:.3f} ({numbers['q1']:.3f} to {numbers['q3']:.3f}, n={len(numbers['runs'])})"
         others = [f"{measure} {side[measure]['median']:.4g}" for measure in side if measure != main]
         lines.append(f"  {name:<16}{first:<44}" + "  ".join(others))
-    lines += [f"  {pair} of {main}: {ratio:.3f}" for pair, ratio in record.get("ratios", {}).items()]
+    for key in (key for key in record if key.startswith("ratios")):
+        measure = key.removeprefix("ratios").lstrip("_") or main
+        lines += [f"  {pair} of {measure}: {ratio:.3f}" for pair, ratio in record[key].items()]
     if "limit" in record:
         lines.append(f"  {main} is {'within' if record['within_limit'] else 'OVER'} its limit {record['limit']}")
     lines += [f"  {name}: {value}" for name, value in record["checks"].items()]

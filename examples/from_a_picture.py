@@ -11,15 +11,15 @@ width, height = lemon.size
 corner = Image.new("L", lemon.size)  # a mask: white is what is drawn anew
 corner.paste(255, (width * 9 // 16, height * 9 // 16, width, height))
 
-orange = pipe("an orange on a blue background", image=lemon, strength=0.7, seed=2)
+tangerine = pipe("a small tangerine on a blue background", image=lemon, strength=0.7, seed=2)
 whale = pipe("a whale on a blue background", image=lemon, mask=corner, only_masked=0, mask_blur=2, seed=1)
-wide = pipe("a whale on a blue background", image=lemon, outpaint=(0, 0, width // 2, 0), mask_blur=2, seed=3)
+wide = pipe("a whale on a blue background", image=lemon, outpaint=(0, 0, width, 0), mask_blur=2, seed=5)
 tile = pipe("a lemon on a pink background", seamless="xy", seed=5)
 
 tiles = Image.new("RGB", (2 * width, 2 * height))
 for place in ((0, 0), (width, 0), (0, height), (width, height)):
     tiles.paste(tile, place)
 
-for name, image in {"lemon": lemon, "orange": orange, "whale": whale, "wide": wide, "tile": tile}.items():
+for name, image in {"lemon": lemon, "tangerine": tangerine, "whale": whale, "wide": wide, "tile": tile}.items():
     save_png(image, f"{name}.png")
 tiles.save("tiles.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -19,14 +20,18 @@ print(json.dumps({"steps": 20, "name": "x"}))
 """
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_run", FILE)
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FILE.with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return script("run")
 
 
 @pytest.fixture
@@ -69,6 +74,13 @@ def test_a_row_becomes_a_dated_record(bench: ModuleType, row: Any, tmp_path: Pat
     assert "ours/peer of saved_s: " in text and "alike: True" in text
 
 
+def test_ratios_of_other_measures(bench: ModuleType, row: Any) -> None:
+    row.also = ("steps",)
+    record = bench.run_row(row)
+    assert record["ratios_steps"] == {"ours/peer": 1.0}
+    assert "ours/peer of steps: 1.000" in bench.table(record)
+
+
 def test_a_limit_is_held_or_not(bench: ModuleType, row: Any) -> None:
     row.measure, row.runs, row.pictures = "steps", 1, {}
     for limit, within in ((21, True), (20, False)):
@@ -91,3 +103,17 @@ def test_a_missing_model_is_said(
     monkeypatch.setattr(sys, "argv", ["run.py", "--rows", "first_picture", "--model", str(tmp_path)])
     bench.main()
     assert "first_picture: not run, its model is missing" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_all_sides_train_the_same_lora(sd1_folder: Path, tmp_path: Path) -> None:
+    train = script("train")
+    fields = {"model": sd1_folder, "size": 64, "batch": 1, "steps": 2, "dtype": "float32", "device": "cpu"}
+    options = argparse.Namespace(**fields, checkpointing=True, memory=None)
+    learn = set()
+    for side, run in train.SIDES.items():
+        (tmp_path / side).mkdir()
+        clock = train.Clock()
+        learn.add(run(train.write_pictures(tmp_path / side / "pictures", 64, 1), options, clock))
+        assert len(clock.times) == 3 and min(clock.measures().values()) > 0
+    assert len(learn) == 1 and learn.pop() > 0

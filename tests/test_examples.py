@@ -25,7 +25,7 @@ WRITES = {
     "watch_the_steps": {"steps.png"},
     "your_own_loop": {"by_hand.png"},
     "own_sampler": {"midpoint.png"},
-    "from_a_picture": {f"{name}.png" for name in ("lemon", "orange", "whale", "wide", "tile", "tiles")},
+    "from_a_picture": {f"{name}.png" for name in ("lemon", "tangerine", "whale", "wide", "tile", "tiles")},
 }
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint import cli, machine, memory
+from mezzotint.explain import explain
 from mezzotint.footprint import Model, Peak
 from mezzotint.image import CHUNKS, read_metadata
 from mezzotint.memory import Budget, Plan, plan
@@ -77,7 +81,7 @@ def test_a_smaller_batch_comes_before_slower_measures(model: Model) -> None:
 
 
 def test_the_table_says_everything(model: Model) -> None:
-    limit = int(plan(model, "40GiB", LARGE).peak.most * 0.7)
+    limit = int(plan(model, "40GiB", LARGE).peak.most * 0.85)
     made = plan(model, limit, LARGE)
     assert made.placement.changes()
     text = made.table()
@@ -211,3 +215,39 @@ def test_generate_and_bulk_say_it_before_they_load(said, tmp_path: Path) -> None
     assert code == 0 and record is not None and record.model.placement.guidance == "split"
     code, out, err = said("bulk", "rows.jsonl", "--out", "other", "--memory", "1MiB", "--device", "cpu")
     assert code == 2 and "256x128" in err
+
+
+def test_a_plan_is_of_one_model(model: Model, sd1_folder: Path) -> None:
+    made = plan(model, "20GiB")
+    assert plan(model, made) is made
+    with pytest.raises(mezzotint.RequestError, match="make a plan for this one") as error:
+        mezzotint.load(sd1_folder, device="cpu", memory=made)
+    assert str(sd1_folder) in str(error.value) and "float32 on cpu" in str(error.value)
+    with pytest.raises(mezzotint.RequestError, match="bfloat16 on cpu"):
+        mezzotint.load(device="cpu", dtype="bfloat16", memory=made)
+
+
+def test_loras_count(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are in the file, and in float32; what is no pair of factors is made whole as it is used."""
+    monkeypatch.setattr(machine, "mapped", lambda: 100 * 2**20)
+    plain = LARGE.replace(loras=())
+    peak = memory.predict(model, plain, base=BASE).most
+    tensors = {"lora_unet_x.lora_down.weight": torch.zeros(4, 1000, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "pair.safetensors")
+    one = LARGE.replace(loras=((str(tmp_path / "pair.safetensors"), 1.0),))
+    assert memory.predict(model, one, base=BASE).most == peak + 4000 * (2 + 4)
+    save_file({"lora_unet_x.hada_w1_a": torch.zeros(4, 1000)}, tmp_path / "pair.safetensors")
+    largest = max(w.largest for w in model.weights.values())
+    assert memory.predict(model, one, base=BASE).most == peak + 4000 * 4 + 12 * largest
+
+
+def test_maps_of_an_explanation_count() -> None:
+    pipe = mezzotint.load(device="cpu", memory=memory.machine.resident() + 400 * 2**20)
+    request = Request(prompt="a lemon", steps=2, width=64, height=64)
+    assert explain(pipe, request).steps == ((0, 1),)
+    assert pipe.budget
+    pipe.budget = replace(
+        pipe.budget, limit=pipe.budget.limit - pipe.budget.spare(pipe.resolve(request), pipe.placement)
+    )
+    with pytest.raises(mezzotint.BudgetError, match="load the model with more memory"):
+        explain(pipe, request)

@@ -161,8 +161,8 @@ def explain(
     """Draw a request as `pipe.generate` does, with the same arguments, and record where its words were looked at.
 
     limit: bytes that the maps may take; they are 4 * pictures * steps * tokens * cells of all layers, and where that is
-    more, only every second, third ... step is kept. Raises BudgetError where a single step is too much, and
-    RequestError where the prompt has no words.
+    more, only every second, third ... step is kept; a pipeline with a budget may leave them less. Raises BudgetError
+    where a single step is too much, and RequestError where the prompt has no words.
     """
     request = pipe.resolve(request)
     steps = len(pipe.resolver.sigmas(request)) - 1
@@ -176,10 +176,13 @@ def explain(
         raise RequestError("this model's UNet has no cross-attention; it looks at no word")
     grids = dict(layers.values())
     step_bytes = 4 * request.count * len(tokens) * sum(h * w for h, w in grids.values())
+    if pipe.budget:
+        placement = pipe.placing.now.model_copy(update={"guidance": "batched"})
+        limit = min(limit, pipe.budget.spare(request, placement) - _scores(pipe, request, grids))
     if step_bytes > limit:
         raise BudgetError(
-            f"the maps of one step take {step_bytes:,} bytes and the limit is {limit:,}; draw fewer pictures at once, "
-            "or smaller ones, or raise the limit"
+            f"the maps of one step take {step_bytes:,} bytes and the limit is {max(limit, 0):,}; draw fewer pictures "
+            f"at once, or smaller ones, or {'load the model with more memory' if pipe.budget else 'raise the limit'}"
         )
     every = math.ceil(steps / (limit // step_bytes))
     recorder = _Recorder(grids, len(tokens), places, request, every)
@@ -192,6 +195,13 @@ def explain(
     with recording(recorder):
         result = pipe.generate(request, latents, on_step=step_done, on_image=lambda k, image: recorder.image_done())
     return Explanation(result, tokens, words, tuple(layers), tuple(recorder.steps), tuple(recorder.maps))
+
+
+def _scores(pipe: Pipeline, request: Request, grids: Grids) -> int:
+    """Bytes of the largest layer's shares of attention, of all heads, and of the products that they are made from."""
+    cells = max(layer.heads * height * width for layer, (height, width) in grids.items())
+    pictures = min(request.batch or 1, request.count)
+    return 2 * 4 * 2 * pictures * cells * pipe.text_encoders[0].config.max_position_embeddings
 
 
 def _read(

@@ -11,6 +11,7 @@ A stage's peak is the sum of
     the tokenizers, TOKEN bytes a token of their vocabulary
     the weights that are there in this stage: numbers times bytes of what they are kept as (placement.storage), and 4
     bytes a row for the scales of 8-bit ones
+    the request's LoRA files
     what the stage holds while it works (models/sizes.py: each tensor from when it is made until nothing names it)
 
 The constants are of torch's CPU build and of the tokenizers, measured once, and the same for every model, size and
@@ -40,6 +41,7 @@ from mezzotint.placement import LEAST, Placement
 from mezzotint.request import Request
 from mezzotint.resolving import Resolver
 from mezzotint.weights.checkpoint import Parts, look_through
+from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.part import Part
 from mezzotint.weights.part import Plan as Found
@@ -49,6 +51,7 @@ MAPPED = 90 * 10**6  # bytes of libraries in memory after the import, where the 
 TOKEN = 650  # bytes of a tokenizer for each token that it knows
 PIECE = 2 * 2**22  # bytes in which a weight comes out of its file, as they are there and as they shall be
 KEPT_AS = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}  # bytes of a number
+MADE_WHOLE = ("hada_", "lokr_", "dora_scale", "magnitude", ".diff")  # in names of what is no plain pair of factors
 MOVED = 20  # multiplications in the time of one byte, read from the page cache or written to fresh memory
 
 
@@ -110,6 +113,9 @@ class Model:
         place = device_of(device or best_device())
         kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.bfloat16
         return cls(look_through(path_or_id or BUNDLED, **options), place, kind)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
 
     @cached_property
     def weights(self) -> dict[str, Weights]:
@@ -223,7 +229,7 @@ class _Run:
         self.always = self.base
         if self.cpu:
             self.always += TOKEN * sum(config.vocab_size for config in model.encoders)
-        self.always += sum(w.small for w in model.weights.values()) * self.itemsize
+        self.always += sum(w.small for w in model.weights.values()) * self.itemsize + self.adapters()
         if placement.weights == "resident":
             self.always += sum(self.kept(name) for name in model.weights)
         self.loaded = self.always
@@ -243,6 +249,22 @@ class _Run:
             stages["decode"] = max(stages.get("decode", 0), self.vae(one, pictures, "decode"))
         stages["png"] = self.always + 4 * self.pixels(passes[-1]) * 3
         return Peak(stages, self.most, self.work, self.moved)
+
+    def adapters(self) -> int:
+        """Bytes of the request's LoRA files: as they are read, and in the dtype that they are added in; and of a change
+        that is made whole each time (any but a LoRA's and a LoCon's) three times the largest weight.
+        """
+        total, made = 0, 0
+        for name, *_ in self.request.loras or ():
+            place = Path(name)
+            files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))[:1]
+            for path in files:
+                entries = TensorFile(path).entries
+                total += sum(e.count * (e.dtype.itemsize + (e.dtype != self.model.dtype) * self.itemsize)
+                             for e in entries.values())  # fmt: skip
+                if any(word in key for key in entries for word in MADE_WHOLE):
+                    made = 3 * 4 * max(w.largest for w in self.model.weights.values())
+        return total + made
 
     def kept(self, name: str) -> int:
         """Bytes of a network's large weights where they are kept."""

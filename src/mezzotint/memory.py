@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mezzotint import machine
-from mezzotint.errors import BudgetError
+from mezzotint.errors import BudgetError, RequestError
 from mezzotint.footprint import MOVED, Model, Peak, predict
 from mezzotint.placement import Placement, bytes_of, size
 from mezzotint.request import MAX_COUNT, Request
@@ -51,6 +51,10 @@ class Budget:
     model: Model
     limit: int
     base: int
+
+    def spare(self, request: Request, placement: Placement) -> int:
+        """Bytes that are left beside drawing the request so; below 0 where it takes more."""
+        return int(self.limit - predict(self.model, request, placement, base=self.base).most * SAFETY)
 
     def check(self, request: Request, placement: Placement) -> None:
         """Raises BudgetError where drawing the request so would take more."""
@@ -188,9 +192,10 @@ def plan(
     in the place of `memory` is returned as it is.
 
     Raises BudgetError, with the least that would do, where there is no way; RequestError where a request does not fit
-    the model; CheckpointError.
+    the model, or a Plan is for another one; CheckpointError.
     """
     if isinstance(memory, Plan):
+        _check_same(memory.model, model, device, dtype, options)
         return memory
     if memory != "auto":
         bytes_of(memory)  # what is no size is said before files are opened
@@ -234,6 +239,17 @@ def plan(
         costs["batch"] = (_cost(peak) - _cost(_peak(model, unlike, placement, asked_batch, base))) / _cost(fast)
     smaller = tuple(r.replace(batch=min(r.batch or 1, batch)) for r in requests)
     return Plan(model, smaller, placement, peak, fast, limit, base, costs)
+
+
+def _check_same(planned: Model, model: Model | str | Path | None, device: Any, dtype: Any, options: Any) -> None:
+    """Raises RequestError where a plan's model is not the one that is asked for now."""
+    asked = model if isinstance(model, Model) else Model.of(model, device=device, dtype=dtype, **options)
+    now = planned if device is None and not isinstance(model, Model) else asked  # nothing is said of where
+    if asked.found.files != planned.found.files or (now.device, now.dtype) != (planned.device, planned.dtype):
+        raise RequestError(
+            f"memory is a plan for {planned.found.path} ({planned}), and the model is {asked.found.path} ({now}); "
+            "make a plan for this one"
+        )
 
 
 def _ways(model: Model, rank: int) -> Iterator[Placement]:

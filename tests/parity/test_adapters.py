@@ -149,3 +149,63 @@ def test_their_picture_with_the_same_file(pairs: dict[str, Pair], tmp_path: Path
     finally:
         pair.theirs.unload_lora_weights()
     assert torch.equal(ours(pair, request).latents, plain.latents)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_dora_beside_what_is_none(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """Where diffusers' picture is another, each side's weights are computed by hand (docs/lora.md).
+
+    A file with DoRA in some layers: diffusers has it in all, at the rows' own lengths where the file has none. A file
+    of DoRA and a plain one: peft's sum hangs on their order, ours does not.
+    """
+    pair = pairs["sd1"]
+    made = {name: two for name, two in factors(pair).items() if name.startswith("unet.")}
+    network = pair.ours.adapters.networks["unet"]
+    own = {name: network.get_submodule(name.removeprefix("unet.")).weight.detach().clone() for name in made}
+    moved = {name: own[name] + up @ down for name, (down, up) in made.items()}
+    lengths = {name: own[name].norm(dim=1) * (torch.rand(len(own[name])) + 0.5) for name in made if "to_q" in name}
+    q, k = next(name for name in made if name in lengths), next(name for name in made if name not in lengths)
+    files = {
+        "dora": {key: tensor for key, tensor in peft(made).items() if "to_q" in key},
+        "plain": {key: torch.randn_like(tensor) * 0.3 for key, tensor in peft(made).items()},
+        "both": peft(made),
+    }
+    for kind in ("dora", "both"):
+        files[kind] |= {f"{name}.lora_magnitude_vector": length for name, length in lengths.items()}
+    paths = {kind: str(tmp_path / f"{kind}.safetensors") for kind in files}
+    for kind, file in files.items():
+        save_file({key: tensor.contiguous() for key, tensor in file.items()}, paths[kind])
+
+    def ours_of(*kinds: str) -> dict[str, Tensor]:
+        pair.ours.merge([(paths[kind], 1.0) for kind in kinds])
+        found = {name: network.get_submodule(name.removeprefix("unet.")).weight.detach().clone() for name in (q, k)}
+        pair.ours.unmerge()
+        return found
+
+    def theirs_of(*kinds: str) -> dict[str, Tensor]:
+        for kind in kinds:  # with low_cpu_mem_usage the lengths that the file has not are left without memory
+            pair.theirs.load_lora_weights(paths[kind], adapter_name=kind, low_cpu_mem_usage=False)
+        pair.theirs.set_adapters([*kinds], [1.0] * len(kinds))
+        found = {}
+        for name in (q, k):
+            layer = pair.theirs.unet.get_submodule(name.removeprefix("unet."))
+            with torch.no_grad():
+                found[name] = (layer(torch.eye(own[name].shape[1])) - layer(torch.zeros(1, own[name].shape[1]))).t()
+        pair.theirs.unload_lora_weights()
+        return found
+
+    def rows(name: str, length: Tensor) -> Tensor:
+        return length[:, None] / moved[name].norm(dim=1, keepdim=True)
+
+    def assert_close(found: dict[str, Tensor], at_q: Tensor, at_k: Tensor) -> None:
+        torch.testing.assert_close(found[q], at_q, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[k], at_k, atol=1e-5, rtol=1e-5)
+
+    dora = rows(q, lengths[q]) * moved[q]
+    assert_close(ours_of("both"), dora, moved[k])
+    assert_close(theirs_of("both"), dora, rows(k, own[k].norm(dim=1)) * moved[k])
+    plain = {name: files["plain"][f"{name}.lora_B.weight"] @ files["plain"][f"{name}.lora_A.weight"] for name in (q, k)}
+    for kinds in (("dora", "plain"), ("plain", "dora")):
+        assert_close(ours_of(*kinds), dora + plain[q], own[k] + plain[k])
+    assert_close(theirs_of("dora", "plain"), dora + plain[q], own[k] + plain[k])
+    assert_close(theirs_of("plain", "dora"), dora + rows(q, lengths[q]) * plain[q], own[k] + plain[k])

@@ -1,7 +1,6 @@
 """Fine-tuning: the loss by hand, a killed run bit for bit, what is saved against diffusers. Tiny models, latents made
-here (the pictures' side is test_data.py's).
-
-Run as a script (`test_finetune.py MODEL FOLDER`) this file makes one run, to be killed from outside.
+here (the pictures' side is test_data.py's). Kills from outside are test_killed.py's, several processes
+test_processes.py's.
 """
 
 from __future__ import annotations
@@ -9,10 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -316,8 +311,6 @@ def test_sdxl(sdxl: mezzotint.Pipeline, tmp_path: Path) -> None:
     finetune.finetune(learner, Made(), tmp_path)
     keys = load_file(save_kohya(learner, tmp_path / "k.safetensors", 2)).keys()
     assert {key.split("_")[1] for key in keys} == {"unet", "te1", "te2"}
-    with pytest.raises(RequestError, match="two text encoders"):
-        save_model(learner, tmp_path / "model")
 
 
 def test_gradient_checkpointing_and_accumulation_change_nothing(sd1_folder: Path, tmp_path: Path) -> None:
@@ -504,56 +497,7 @@ def test_a_kohya_file_tells_of_its_training(sd1_folder: Path, tmp_path: Path) ->
 
 def test_a_whole_model_is_saved(sd1_folder: Path, tmp_path: Path) -> None:
     learner = run(sd1_folder, tmp_path, recipe_of("full", text_encoder=True, steps=2))
-    folder = save_model(learner, tmp_path / "model", torch.float32)
+    (folder,) = save_model(learner, tmp_path / "model", torch.float32)
     loaded = open_model(folder)
     assert_equal(dict(loaded.unet.state_dict()), dict(drawing(learner).unet.state_dict()))
     assert_equal(dict(loaded.text_encoders[0].state_dict()), dict(drawing(learner).text_encoders[0].state_dict()))
-
-
-# ---- killed from outside -----------------------------------------------------------------------------------------
-
-
-def whole_run(model: Path, folder: Path, accumulate: int = 2) -> None:
-    """Long enough to be killed in; a checkpoint at every third step."""
-    recipe = recipe_of(steps=18, save_every=3, ema=0.9, log_every=1, lora_dropout=0.1, accumulate=accumulate)
-    run(model, folder, recipe)
-
-
-def killed_runs(model: Path, folder: Path, kills: int) -> None:
-    """`kills` runs, each killed at a moment of chance after it began to write, and then let to its end."""
-    script = [sys.executable, "-W", "ignore", __file__, str(model), str(folder), "2"]
-    for number in range(kills):
-        started = (folder / finetune.LOG).stat().st_size if (folder / finetune.LOG).exists() else 0
-        process = subprocess.Popen(script, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while process.poll() is None:
-            log = folder / finetune.LOG
-            if log.exists() and log.stat().st_size != started:
-                break
-            time.sleep(0.01)
-        time.sleep(chance.uniform("kill", number))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(script, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_killed_at_any_moment_it_ends_the_same(sd1_folder: Path, tmp_path: Path, kills: int) -> None:
-    killed_runs(sd1_folder, tmp_path / "killed", kills)
-    killed_runs(sd1_folder, tmp_path / "unbroken", 0)  # in processes with as many threads
-    assert_equal(state(tmp_path / "killed"), state(tmp_path / "unbroken"))
-
-
-def test_two_processes_are_one_with_twice_the_accumulation(sd1_folder: Path, tmp_path: Path) -> None:
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2"
-    command = [sys.executable, "-W", "ignore", *launch.split(), __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(sd1_folder), str(tmp_path / "two"), "1"], check=True, env=environment)
-    whole_run(sd1_folder, tmp_path / "one", 2)
-    two, one = state(tmp_path / "two"), state(tmp_path / "one")
-    assert two["together"] == one["together"] == 2
-    for name, value in one["trained"].items():
-        torch.testing.assert_close(two["trained"][name], value, rtol=1e-5, atol=1e-5)
-
-
-if __name__ == "__main__":
-    whole_run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

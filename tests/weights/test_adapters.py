@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ import mezzotint
 from mezzotint import CheckpointError, Pipeline, Request, RequestError
 from mezzotint.again import again, read_source
 from mezzotint.cli.draw import lora_of
+from mezzotint.cli.show import inspect
 from mezzotint.image import save
 from mezzotint.provenance import read
+from mezzotint.weights import hub
 from mezzotint.weights.adapter_keys import split, stems
 from mezzotint.weights.adapters import Adapters, Scale, coverage, read_adapter
 
@@ -254,10 +257,75 @@ def test_numbers_that_are_none_and_files_that_are_not(adapters: Adapters, tmp_pa
     broken[f"unet.{TO_Q}.lora_A.weight"][0, 0] = math.nan
     with pytest.raises(CheckpointError, match="not finite"):
         adapters.read(write(tmp_path / "a.safetensors", broken))
-    with pytest.raises(CheckpointError, match=r"'nowhere\.safetensors' cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"'nowhere\.safetensors' does not exist"):
         adapters.read("nowhere.safetensors")
     with pytest.raises(CheckpointError, match="folder with 0 LoRA files"):
         adapters.read(str(tmp_path / "empty") if (tmp_path / "empty").mkdir() is None else "")
+
+
+def test_pytorchs_files_run_nothing(adapters: Adapters, tmp_path: Path) -> None:
+    """.pt and .bin hold what .safetensors does; what is more than tensors is refused."""
+    tensors = pair(f"unet.{TO_Q}")
+    wanted = adapters.read(write(tmp_path / "a.safetensors", tensors)).changes[f"unet.{TO_Q}"].weight
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "a.pt", tmp_path / "folder" / "pytorch_lora_weights.bin"):
+        torch.save(tensors, place)
+        for name in {place, place if place.suffix == ".pt" else place.parent}:
+            found = adapters.read(str(name)).changes[f"unet.{TO_Q}"].weight
+            assert found is not None and wanted is not None and torch.equal(found.product(), wanted.product())
+    torch.save(tensors | {"callback": Ran(tmp_path / "ran")}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"evil\.pt holds Python code .* nothing in it was run"):
+        adapters.read(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Ran:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_from_the_hub(adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that is no path: of the repository's files the LoRA and peft's configuration, asked for once."""
+    listing, asked = ["README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.bin"], list[str]()
+    tensors = pair(TO_Q)
+    write(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1}')
+
+    def snapshot(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
+        asked.append(name)
+        assert choose(listing) == ["adapter_model.safetensors", "adapter_config.json"]
+        with pytest.raises(CheckpointError, match=r"2 files that may be one, a\.safetensors, b\.safetensors,"):
+            choose(["b.safetensors", "a.safetensors", "c.bin"])
+        with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+            choose(["README.md", "unet/a.safetensors"])
+        return tmp_path
+
+    monkeypatch.setattr(hub, "snapshot", snapshot)
+    for _ in range(2):
+        change = adapters.read("someone/style").changes[f"unet.{TO_Q}"].weight
+        assert change is not None
+        expected = tensors[f"{TO_Q}.lora_B.weight"] @ tensors[f"{TO_Q}.lora_A.weight"] / 2
+        torch.testing.assert_close(change.product(), expected)
+    assert asked == ["someone/style"]
+    for name in ("./someone/style", "someone/style.safetensors", "a\0/b"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            adapters.read(name)
+
+
+def test_inspect_says_what_fits_a_model(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = pair(f"unet.{TO_Q}") | pair("unet.nowhere") | {f"unet.{CONV}.diff": r(16, 16)}
+    path = write(tmp_path / "a.safetensors", tensors)
+    inspect(Path(path), str(sd1_folder))
+    said = capsys.readouterr().out.splitlines()
+    assert "1 layers matched: 1 in unet" in said[-3]
+    assert said[-2].endswith("unet.nowhere") and f"unet.{CONV}, whose weight is (16, 16, 3, 3)" in said[-1]
+    inspect(Path(path), str(sd1_folder), as_json=True)
+    assert json.loads(capsys.readouterr().out)["coverage"]["matched"] == [f"unet.{TO_Q}"]
 
 
 # ---- drawn -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError
-from mezzotint.weights import embeddings, hub
+from mezzotint.weights import hub
 from mezzotint.weights.embeddings import Library, read_embeddings
 
 VECTORS = torch.arange(24.0).view(3, 8)
@@ -205,7 +205,7 @@ def test_a_hub_id(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
         files["learned_embeds.bin"].rename(tmp_path / "snapshot" / "learned_embeds.bin")
         return tmp_path / "snapshot"
 
-    monkeypatch.setattr(embeddings, "snapshot", snapshot)
+    monkeypatch.setattr(hub, "snapshot", snapshot)
     assert "cat-toy" in Library(["sd-concepts-library/cat-toy"], [8])
     assert asked == ["sd-concepts-library/cat-toy"]
     for name in ("a/b.safetensors", "./a/b", "/a/b"):

@@ -12,17 +12,27 @@ from mezzotint.cli.terminal import Json, print_json
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A model folder or file, or emoji (the bundled model).")],
+    file: Annotated[Path, typer.Argument(help="A model folder or file, emoji (the bundled model), or a LoRA file.")],
+    model: Annotated[str | None, typer.Option(help="With a LoRA file: what of it fits this model.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model is made of, and what is missing."""
     from mezzotint.weights.checkpoint import inspect_model
 
     report = inspect_model(file)
+    found, lines = report.to_dict(), [report.text()]
+    if model:
+        from mezzotint.weights.adapters import coverage
+        from mezzotint.weights.checkpoint import look_through
+
+        parts = (part for part in look_through(model).parts if part.name != "vae")
+        covered = coverage(file, {part.name: part.network() for part in parts})
+        found["coverage"] = vars(covered)
+        lines.append(f"as a LoRA for {model}: {covered.text()}")
     if as_json:
-        print_json(report.to_dict())
+        print_json(found)
     else:
-        typer.echo(report.text())
+        typer.echo("\n".join(lines))
 
 
 def samplers(as_json: Json = False) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mezzotint.cli.terminal import Json, Model, print_json, say, stoppable
+from mezzotint.cli.terminal import Json, Memory, Model, check_memory, print_json, say, stoppable
 from mezzotint.errors import RequestError, TrainingError, WriteError
 
 if TYPE_CHECKING:
@@ -18,36 +18,53 @@ if TYPE_CHECKING:
 
 EVERY = 50  # steps between lines where there is no terminal to show a bar
 
-METHODS = ("lora", "full", "dreambooth", "textual-inversion")
+METHODS = {
+    "lora": "a small file beside the model",
+    "full": "the model itself",
+    "dreambooth": "one subject by a rare word",
+    "textual-inversion": "a word alone",
+}
 
 
 def train(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help=f"{', '.join(METHODS)}.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help=f"{'; '.join(f'{n}: {t}' for n, t in METHODS.items())}.")
+    ],
     data: Annotated[
         str | None,
         typer.Argument(metavar="[DATA]", help="Pictures: a folder, a .parquet file or WebDataset shards."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The run's own; what was begun there goes on.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For checkpoints and what is learnt; a run that was begun there goes on."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file; the command line overrides it.")] = (
         None
     ),
     given: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any value of the recipe, as lr=1e-5. May be repeated."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any value of the recipe, as lr=1e-5; the run begins by printing all. May be repeated.",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="How many.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures at once.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of a LoRA.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Changes of the weights, of --batch pictures each; else 1000, dreambooth 400.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures in a step; else 1.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; else 1e-4, full 1e-5, textual-inversion 5e-3.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a LoRA: how much it can hold; else 8.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn by chance.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels; else the model's native.")] = None,
+    memory: Memory = None,
     model: Model = None,
     device: Annotated[str | None, typer.Option(help="cpu; else what `accelerate launch` gives, or the best.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Teach a model something; once stopped it goes on."""
+    """Teach a model what pictures show; once stopped it goes on."""
     from mezzotint.train.recipe import Recipe, assignments
 
     if method not in METHODS:
@@ -55,8 +72,10 @@ def train(
     if out is None:
         raise RequestError("--out is missing; it must be the run's folder")
     sizes = {"steps": steps, "batch": batch, "lr": lr, "rank": rank, "seed": seed, "resolution": resolution}
-    named = {name: value for name, value in {"data": data, "model": model, **sizes}.items() if value is not None}
+    given_here = {"data": data, "model": model, "memory": memory, **sizes}
+    named = {name: value for name, value in given_here.items() if value is not None}
     made = Recipe.of(method, recipe, assignments(given or ()) | named)
+    check_memory(made.memory)
     from mezzotint.train.run import run
 
     try:

@@ -37,14 +37,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is
 
 
 @contextmanager
-def backend(name: str, *, bytes: int | str | None = None) -> Iterator[None]:
-    """Has attention computed by `name` inside, in this thread: auto, sdpa, math, sliced, xformers, flash or sage.
+def backend(name: str | Backend, *, bytes: int | str | None = None) -> Iterator[None]:
+    """Has attention computed by `name` inside, in this thread: auto, sdpa, math, sliced, xformers, flash or sage; or by
+    a Backend of one's own.
 
     `bytes`, a number or "64MiB", is what the scores of one slice may take ("sliced:64MiB" says the same).
     Raises RequestError for an unknown name, MissingExtraError for a package that is not installed or is for another
     torch. What one that is there cannot do, sdpa does.
     """
-    before = _chosen.set(Backend.of(name, bytes))
+    before = _chosen.set(name if isinstance(name, Backend) else Backend.of(name, bytes))
     try:
         yield
     finally:

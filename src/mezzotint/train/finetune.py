@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from mezzotint.errors import CheckpointError, MissingExtraError, TrainingError, WriteError
 from mezzotint.image import write_whole
 from mezzotint.models.checkpointing import checkpointing
-from mezzotint.train import chance, checkpoints
+from mezzotint.train import chance, checkpoints, sharding
 from mezzotint.train.learner import Batch, Learner, holding
 from mezzotint.train.recipe import Recipe
 
@@ -73,17 +73,23 @@ def finetune(
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
     accelerator: Any = None,
+    at_once: int | None = None,
 ) -> Learner:
     """Train by the learner's recipe; it comes back holding what was learnt, the averages where the recipe has `ema`.
 
     folder: the run's own, with its checkpoints, from the newest of which it goes on, recipe.toml and log.jsonl. prior:
     what must not be forgotten. held: for the validation loss. on_step is called after each step; what it raises ends
     the run, after a checkpoint if it is KeyboardInterrupt. on_sample(learner, step) draws. accelerator: accelerate's,
-    else one for this process. Raises TrainingError for a loss that is no number, CheckpointError, WriteError.
+    else one for this process. at_once: pictures that go through the network together; a larger batch is cut into
+    pieces, whose gradients add up to its own. Raises TrainingError for a loss that is no number, CheckpointError,
+    WriteError.
     """
     recipe = learner.recipe
     accelerator = accelerator or accelerated("cpu")
     learner.to(accelerator.device)
+    split = sharding.asked()
+    if split:
+        sharding.shard(learner, accelerator.device)
     parameters = learner.trained()
     optimiser = optimiser_of(learner)
     averages = {name: p.detach().clone() for name, p in parameters.items()} if recipe.ema else {}
@@ -91,19 +97,21 @@ def finetune(
     start = _resume(folder, learner, optimiser, averages, together)
     if accelerator.is_main_process:
         _begin(folder, recipe, start)
-    model, optimiser = accelerator.prepare(learner, optimiser)
+    model: Any = learner
+    if not split:
+        model, optimiser = accelerator.prepare(learner, optimiser)
     rates = [group["lr"] for group in _groups(learner)]
 
     def save(step: int) -> None:
+        state = {
+            "trained": {name: sharding.whole(p.detach()).cpu() for name, p in parameters.items()},
+            "averages": {name: sharding.whole(average).cpu() for name, average in averages.items()},
+            "optimiser": sharding.whole(optimiser.state_dict()),
+            "recipe": recipe.model_dump_json(),
+            "together": together,
+            "step": step,
+        }
         if accelerator.is_main_process:
-            state = {
-                "trained": {name: p.detach().cpu() for name, p in parameters.items()},
-                "averages": {name: average.cpu() for name, average in averages.items()},
-                "optimiser": optimiser.state_dict(),
-                "recipe": recipe.model_dump_json(),
-                "together": together,
-                "step": step,
-            }
             checkpoints.save(folder, step, state, recipe.keep)
         accelerator.wait_for_everyone()
 
@@ -117,14 +125,16 @@ def finetune(
                 batch = batches.at(number)
                 ids.append(tuple(batch.ids))
                 torch.manual_seed(chance.number(recipe.seed, number, "dropout"))
-                last = k + 1 == recipe.accumulate
-                with nullcontext() if last else accelerator.no_sync(model):
-                    with _cast(recipe, accelerator.device):
-                        part = model(batch, None if prior is None else prior.at(number)) / recipe.accumulate
-                    accelerator.backward(part)
-                loss += part.detach().float()
+                cut = list(pieces(batch, None if prior is None else prior.at(number), at_once))
+                for place, piece in enumerate(cut, 1):
+                    last = k + 1 == recipe.accumulate and place == len(cut)
+                    with nullcontext() if last else sharding.apart(learner) if split else accelerator.no_sync(model):
+                        with _cast(recipe, accelerator.device):
+                            part = model(*piece) / recipe.accumulate
+                        accelerator.backward(part)
+                    loss += part.detach().float()
             norm = accelerator.clip_grad_norm_(list(parameters.values()), recipe.clip or math.inf)
-            mean_loss, norm = float(accelerator.reduce(loss, "mean")), float(norm)
+            mean_loss, norm = float(accelerator.reduce(loss, "mean")), float(sharding.whole(norm))
             if not (math.isfinite(mean_loss) and math.isfinite(norm)):
                 raise TrainingError(_no_number(folder, step, mean_loss, loss, ids, accelerator))
             scale = scale_at(recipe, step)
@@ -143,8 +153,8 @@ def finetune(
                 with holding(learner, averages):
                     validation = validation_loss(learner, held)
             if on_sample and recipe.sample_every and done % recipe.sample_every == 0:
-                if accelerator.is_main_process:
-                    with holding(learner, averages):
+                with holding(learner, averages), sharding.gathered(learner):
+                    if accelerator.is_main_process:
                         on_sample(learner, done)
                 accelerator.wait_for_everyone()
             pictures += sum(map(len, ids)) * accelerator.num_processes
@@ -152,8 +162,7 @@ def finetune(
             report = Report(done, mean_loss, recipe.lr * scale, norm, rate, validation)
             if accelerator.is_main_process:
                 if done % recipe.log_every == 0 or validation is not None or done == recipe.steps:
-                    with (folder / LOG).open("a", encoding="utf-8") as file:
-                        file.write(report.line() + "\n")
+                    _log(folder, report)
                 try:
                     if on_step:
                         on_step(report)
@@ -164,17 +173,46 @@ def finetune(
     with torch.no_grad():
         for name, average in averages.items():
             parameters[name].copy_(average)
+    sharding.make_whole(learner)
     return learner
 
 
+def pieces(
+    batch: Batch, prior: Batch | None, at_once: int | None
+) -> Iterator[tuple[Batch | None, Batch | None, tuple[float, float]]]:
+    """A batch, and what must not be forgotten, cut into pieces of at most so many pictures, with each piece's shares of
+    the two: what Learner.forward makes of them adds up to what it makes of the whole."""
+    wholes = (batch, prior)
+    count = max(-(-len(one.ids) // (at_once or len(one.ids))) for one in wholes if one is not None)
+    for k in range(count):
+        cut: list[Batch | None] = []
+        for one in wholes:
+            length = 0 if one is None else len(one.ids)
+            part = slice(k * length // count, (k + 1) * length // count)
+            cut.append(_piece(one, part) if one is not None and part.start < part.stop else None)
+        shares = [
+            len(part.ids) / len(one.ids) if one is not None and part is not None else 0.0
+            for one, part in zip(wholes, cut, strict=True)
+        ]
+        yield cut[0], cut[1], (shares[0], shares[1])
+
+
+def _piece(batch: Any, part: slice) -> Batch:
+    cut = {name: getattr(batch, name)[part] for name in ("ids", "captions", "latents", "time_ids")}
+    made: Batch = replace(batch, **cut)
+    return made
+
+
 def accelerated(device: str | torch.device | None = None, find_unused: bool = False) -> Any:
-    """accelerate's Accelerator, on the CPU where that is asked for. Raises MissingExtraError."""
+    """accelerate's Accelerator, on the CPU where that is asked for or there is nothing else: not told so, it would take
+    each of several processes for the only one. Raises MissingExtraError."""
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError:
         raise MissingExtraError("training needs accelerate and peft: pip install 'mezzotint[train]'") from None
+    cpu = str(device) == "cpu" or not torch.accelerator.is_available()
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused)]
-    return Accelerator(cpu=str(device) == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 def optimiser_of(learner: Learner) -> torch.optim.Optimizer:
@@ -269,12 +307,27 @@ def _resume(
                 if values.keys() != targets.keys():
                     raise KeyError("names")
                 for name, value in values.items():
-                    targets[name].copy_(value)
-        optimiser.load_state_dict(state["optimiser"])
+                    targets[name].copy_(sharding.like(value, targets[name]))
+        optimiser.load_state_dict(_split(state["optimiser"], optimiser))
         return int(state["step"])
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise CheckpointError(f"{path} is of another model ({reason}); give the run another folder") from error
+
+
+def _split(state: dict[str, Any], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state with this process's part of the moments, as its parameters are split."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    moments = {
+        number: {
+            name: sharding.like(value, parameters[number])
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape
+            else value
+            for name, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def _begin(folder: Path, recipe: Recipe, step: int) -> None:
@@ -287,6 +340,14 @@ def _begin(folder: Path, recipe: Recipe, step: int) -> None:
         write_whole(log, "".join(_before(lines, step)).encode())
     except OSError as error:
         raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def _log(folder: Path, report: Report) -> None:
+    try:
+        with (folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(report.line() + "\n")
+    except OSError as error:
+        raise WriteError(f"{folder / LOG} cannot be written: {error.strerror}") from error
 
 
 def _before(lines: Sequence[str], step: int) -> Iterator[str]:

@@ -27,6 +27,7 @@ from mezzotint.conditioning import Reader, lengthened
 from mezzotint.errors import MezzotintError, WriteError
 from mezzotint.image import from_pil, write_whole
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.slicing import Way, encode
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.models.vae import VAE, Posterior
@@ -99,8 +100,9 @@ class Store:
 class Latents:
     """Of pictures, by this VAE; kept below `folder`, or in memory without one."""
 
-    def __init__(self, vae: VAE, folder: Path | None = None) -> None:
-        self.vae = vae
+    def __init__(self, vae: VAE, folder: Path | None = None, way: Way = "whole") -> None:
+        """way: how the VAE encodes, as in Placement.vae."""
+        self.vae, self.way = vae, way
         self.store = Store(folder and folder / "latents")
 
     def posterior(self, example: Example, view: View, keep: bool = True) -> Posterior:
@@ -129,7 +131,7 @@ class Latents:
     def _encoded(self, example: Example, view: View) -> dict[str, Tensor]:
         weight = next(self.vae.parameters())
         pixels = from_pil(view(example.open())).to(weight.device, weight.dtype)
-        posterior = self.vae.encode(pixels)
+        posterior = encode(self.vae, pixels, self.way)
         moments = {"mean": posterior.mean, "logvar": posterior.logvar}
         moments = {name: tensor.float().cpu().contiguous() for name, tensor in moments.items()}
         if not all(tensor.isfinite().all() for tensor in moments.values()):
@@ -187,9 +189,12 @@ class Texts:
 def digest(network: nn.Module) -> str:
     """SHA-256 of a network's weights: their names, dtypes, shapes and bits."""
     found = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for prefix, layer in sorted(network.named_modules()):
+        own: dict[str, Tensor] = {}
+        layer._save_to_state_dict(own, f"{prefix}.", keep_vars=False)  # one by one:
+        for name, tensor in sorted(own.items()):  # those of a network that waits in its files are made here
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

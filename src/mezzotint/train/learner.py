@@ -24,6 +24,7 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.held import Held
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.chance import generator
 from mezzotint.train.latents import Texts
@@ -112,18 +113,22 @@ class Learner(nn.Module):
     def counts(self) -> tuple[int, int]:
         """Numbers that learn, and those of the networks (UNet and text encoders) without what was added."""
         added = sum(p.numel() for n, p in self.named_parameters() if ".lora_" in n or n.startswith("vectors."))
-        return sum(p.numel() for p in self.trained().values()), sum(p.numel() for p in self.parameters()) - added
+        held = sum(module.held.shape.numel() for module in self.modules() if isinstance(module, Held))
+        return sum(p.numel() for p in self.trained().values()), sum(p.numel() for p in self.parameters()) + held - added
 
-    def forward(self, batch: Batch, prior: Batch | None = None) -> Tensor:
-        """The mean loss of a batch's pictures, and of what must not be forgotten (Ruiz et al. 2022, eq. 2)."""
-        loss = self.losses(batch.latents, batch.captions, batch.time_ids, *self.chances(batch)).mean()
+    def forward(
+        self, batch: Batch | None, prior: Batch | None = None, shares: tuple[float, float] = (1.0, 1.0)
+    ) -> Tensor:
+        """The mean loss of a batch's pictures, and of what must not be forgotten (Ruiz et al. 2022, eq. 2); where these
+        are pieces of batches, `shares` of the whole."""
+        loss = torch.zeros((), device=self.unet.conv_in.weight.device)
         for vectors in self.vectors:
             loss = loss + 0.0 * vectors.sum()  # where every caption was dropped there is still a gradient
-        if prior is None:
-            return loss
-        chances = self.chances(prior, at="prior")
-        prior_loss = self.losses(prior.latents, prior.captions, prior.time_ids, *chances).mean()
-        return loss + self.recipe.prior_weight * prior_loss
+        for one, at, weight in ((batch, "train", shares[0]), (prior, "prior", shares[1] * self.recipe.prior_weight)):
+            if one is not None:
+                losses = self.losses(one.latents, one.captions, one.time_ids, *self.chances(one, at=at))
+                loss = loss + weight * losses.mean()
+        return loss
 
     def losses(
         self, latents: Tensor, captions: Sequence[str], time_ids: Tensor, timesteps: Tensor, noise: Tensor
@@ -241,9 +246,7 @@ def holding(learner: Learner, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 def plain(network: nn.Module) -> dict[str, Tensor]:
     """The network's state under its own names, a LoRA's change added to the weights (in float32, rounded once)."""
-    from peft.tuners.lora import LoraLayer
-
-    changes = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    changes = {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
     state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         if ".lora_" in name:

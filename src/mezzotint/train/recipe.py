@@ -32,7 +32,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # What may differ between a run and the one that goes on from its checkpoint.
 FREE = ("data", "model", "class_folder", "cache", "validation", "save_every", "keep", "sample_every", "sample_prompts",
-        "sample_seed", "validate_every", "log_every", "tensorboard", "checkpointing", "accumulate")  # fmt: skip
+        "sample_seed", "validate_every", "log_every", "tensorboard", "checkpointing", "memory",
+        "accumulate", "layout")  # fmt: skip
 
 
 class Recipe(BaseModel):
@@ -76,6 +77,9 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32 or bfloat16")
     checkpointing: bool = Field(default=False, description="true or false: less memory for a third more time")
+    memory: str | None = Field(
+        default=None, description="what the process may take, such as 4GiB, or auto: what is free"
+    )
 
     # what is learnt
     text_encoder: bool = Field(default=False, description="true or false: whether the text encoders learn too")
@@ -106,6 +110,9 @@ class Recipe(BaseModel):
 
     # what is kept and shown
     save_every: int = Field(default=250, ge=1, description="a whole number from 1 (steps)")
+    layout: Literal["folder", "file", "both"] = Field(
+        default="folder", description="folder, file or both: a whole model as diffusers' folder or one original file"
+    )
     keep: int = Field(default=2, ge=1, description="a whole number from 1 (checkpoints)")
     log_every: int = Field(default=10, ge=1, description="a whole number from 1 (steps)")
     tensorboard: bool = Field(default=True, description="true or false: logs for TensorBoard where it is installed")

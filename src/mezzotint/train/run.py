@@ -5,28 +5,36 @@ trained, and what it has learnt written into the run's folder.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL import Image
 
-from mezzotint.errors import RequestError
+from mezzotint.errors import RequestError, WriteError
+from mezzotint.footprint import Model
+from mezzotint.image import write_whole
+from mezzotint.models.held import turn
+from mezzotint.models.unet import UNet
 from mezzotint.pipeline import Pipeline
+from mezzotint.placement import Placement
 from mezzotint.request import Request
 from mezzotint.train import checkpoints
 from mezzotint.train.batches import Batches, DataOptions, prepared
+from mezzotint.train.buckets import nearest
+from mezzotint.train.budget import TrainingPlan, aside, fitted
 from mezzotint.train.data import Dataset, open_data
 from mezzotint.train.finetune import OnStep, Report, accelerated, finetune
-from mezzotint.train.latents import Latents
+from mezzotint.train.latents import Latents, Texts
 from mezzotint.train.learner import Learner
 from mezzotint.train.recipe import Recipe
 from mezzotint.train.saving import check_saves, drawing, save_learnt, save_word
 from mezzotint.weights.checkpoint import open_model
 from mezzotint.weights.hub import BUNDLED
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Say = Callable[[str], None]
 
 
@@ -51,19 +59,33 @@ def run(
     dataset = open_data(recipe.data, recipe.broken, caption)
     if word:
         _check_captions(dataset, recipe.token)
-    parts = open_model(recipe.model or BUNDLED, device=accelerator.device, dtype=DTYPES[recipe.precision])
-    native = (parts.unet.config.sample_size or 64) * parts.vae.config.downscale
+    model = Model.of(recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision)
+    native = (model.unet.sample_size or 64) * model.vae.downscale
     recipe = recipe.model_copy(update={"resolution": recipe.resolution or native})
-    if _whole(recipe):
-        check_saves(parts)
+    held_out = open_data(recipe.validation, recipe.broken, caption) if recipe.validation else None
+    if recipe.memory:
+        accelerator.prepare(torch.nn.Linear(1, 1))  # what this imports, 75 MB, is to be there before the plan is made
+    plan = _planned(recipe, model, [dataset, held_out], tell)
+    if plan:
+        recipe = recipe.model_copy(update={"checkpointing": plan.measures.checkpointing})
+    placements = plan.placements() if plan else aside(recipe, model)
+    late = model.device.type == "cpu" and "vae" in placements  # pictures and captions come first, then the UNet
+    parts = open_model(
+        recipe.model or BUNDLED,
+        device=model.device,
+        dtype=model.dtype,
+        placement={**placements, "unet": Placement(weights="offload")} if late else placements,
+    )
     tell(recipe.toml())
+    for line in check_saves(recipe, parts) if _whole(recipe) else ():
+        tell(line)
     parts.vae.eval().requires_grad_(False)
-    latents = Latents(parts.vae, cache)
+    latents = Latents(parts.vae, cache, plan.measures.vae if plan else "whole")
 
     def batches(pictures: Dataset, **changes: Any) -> Batches:
         options = DataOptions(**{field.name: getattr(recipe, field.name) for field in fields(DataOptions)})
         options = replace(options, **changes)
-        with accelerator.main_process_first():
+        with accelerator.main_process_first(), turn(parts.vae.encoder):
             sound = prepared(pictures, options, latents, recipe.broken)
         for line in sound.skipped:
             tell(f"Passed over: {line}")
@@ -75,11 +97,17 @@ def run(
         with accelerator.main_process_first():
             pictures = _class_pictures(recipe, folder, parts, tell)
         prior = batches(pictures, repeats=1)
-    held = None
-    if recipe.validation:
-        held = batches(open_data(recipe.validation, recipe.broken, caption), **fixed)
+    held = batches(held_out, **fixed) if held_out else None
     own = batches(dataset)
-    learner = Learner(parts, recipe, cache)
+    texts = Texts(parts.tokenizers, parts.text_encoders, cache)
+    if "text_encoder" in placements and not recipe.shuffle_tags:
+        with accelerator.main_process_first(), turn(*parts.text_encoders):
+            for caption in {"", *(example.caption for one in (own, prior, held) if one for example in one.examples)}:
+                texts([caption])
+    if late:
+        parts = replace(parts, unet=_unet(model, placements.get("unet", Placement())))
+    learner = Learner(parts, recipe)
+    learner.texts = texts
     learns, whole = learner.counts()
     fewer = f", {whole / learns:,.0f} times fewer" if whole > 2 * learns else ""
     tell(f"{learns:,} parameters learn; the model's own are {whole:,}{fewer}. {len(own.ids):,} pictures an epoch, "
@@ -102,6 +130,7 @@ def run(
         on_step=stepped,
         on_sample=lambda now, step: draw_samples(now, folder / "samples", step),
         accelerator=accelerator,
+        at_once=plan.measures.at_once if plan else None,
     )
     if board:
         board.close()
@@ -119,9 +148,42 @@ def draw_samples(learner: Learner, folder: Path, step: int) -> None:
     for number, text in enumerate(recipe.sample_prompts):
         request = Request(prompt=text, seed=recipe.sample_seed + number, embeddings=embeddings)
         image = pipe.generate(request).images[0]
-        path = folder / f"step-{step:08}-{number}.png"
+        _save_picture(image, folder / f"step-{step:08}-{number}.png")
+
+
+def _unet(model: Model, placement: Placement) -> UNet:
+    part = next(part for part in model.found.parts if part.name == "unet")
+    network = cast(UNet, part.network())
+    part.load(network, model.dtype, model.device, placement)
+    return network
+
+
+def _planned(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None], tell: Say) -> TrainingPlan | None:
+    """What keeps the recipe's budget, if it has one, told. Raises BudgetError."""
+    if recipe.memory is None:
+        return None
+    sizes = [example.size for dataset in pictures if dataset for example in dataset]
+    buckets = DataOptions(
+        resolution=recipe.resolution or 0, buckets=recipe.buckets, bucket_step=recipe.bucket_step
+    ).sizes()
+    used = {nearest(size, buckets) for size in sizes}
+    if recipe.class_prompt:
+        used.add(nearest((1, 1), buckets))
+    made = fitted(recipe, model, sizes, sorted(used))
+    tell(made.table())
+    made.keep()
+    return made
+
+
+def _save_picture(image: Image.Image, path: Path) -> None:
+    """Whole or not at all. Raises WriteError."""
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        write_whole(path, data.getvalue())
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _board(folder: Path, recipe: Recipe) -> Any:
@@ -138,16 +200,13 @@ def _board(folder: Path, recipe: Recipe) -> Any:
 def _class_pictures(recipe: Recipe, folder: Path, parts: Any, tell: Say) -> Dataset:
     """Pictures of the class, those that are there and, up to class_count, new ones by the model before training."""
     place = Path(recipe.class_folder) if recipe.class_folder else folder / "class"
-    place.mkdir(parents=True, exist_ok=True)
-    there = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in place.iterdir())
+    there = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in place.glob("*"))
     if there < recipe.class_count:
         tell(f"Drawing {recipe.class_count - there} pictures of {recipe.class_prompt!r} into {place}")
         pipe = Pipeline(parts)
         for number in range(there, recipe.class_count):
             image = pipe(recipe.class_prompt or "", seed=recipe.seed + number)
-            part = place / f".class-{number:05}.part"
-            image.save(part, format="PNG")
-            part.replace(place / f"class-{number:05}.png")
+            _save_picture(image, place / f"class-{number:05}.png")
     return open_data(place, recipe.broken, recipe.class_prompt)
 
 

@@ -1,10 +1,11 @@
 """What training has made, as files: a LoRA as peft and diffusers write it and as kohya does, a whole model as a folder,
-a learnt word as learned_embeds.safetensors. And the learner as a model that draws.
+or a file of the original layout, a learnt word as learned_embeds.safetensors. And the learner as a model that draws.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mezzotint.errors import RequestError, WriteError
+from mezzotint.errors import CheckpointError, RequestError, WriteError
 from mezzotint.image import write_whole
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.learner import ENCODERS, TEXT_TARGETS, Learner, pairs, plain
 from mezzotint.train.recipe import Recipe
 from mezzotint.weights.checkpoint import Parts
+from mezzotint.weights.keys import Levels, renamed, unet_table
 from mezzotint.weights.save import save_folder
+from mezzotint.weights.save_single import check_single, save_single
 
 PEFT, KOHYA, WORD, MODEL = "pytorch_lora_weights.safetensors", "kohya.safetensors", "{}.safetensors", "model"
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's ss_base_model_version
@@ -33,7 +36,7 @@ def save_learnt(learner: Learner, folder: Path, step: int, dtype: torch.dtype = 
         return [save_peft(learner, folder / PEFT, dtype), save_kohya(learner, folder / KOHYA, step, dtype)]
     if learner.change == "word":
         return [save_word(learner, folder / WORD.format(learner.recipe.token.strip("<>")))]
-    return [save_model(learner, folder / MODEL, dtype)]
+    return save_model(learner, folder / MODEL, dtype)
 
 
 def save_peft(learner: Learner, path: Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -61,15 +64,17 @@ def save_kohya(learner: Learner, path: Path, step: int, dtype: torch.dtype = tor
     """The LoRA as kohya's sd-scripts write it, with the facts of its training as ss_* strings. Raises WriteError.
 
     lora_unet_<layer, its dots underscores>.lora_down.weight, .lora_up.weight, .alpha; lora_te_... of the text encoder,
-    lora_te1_ and lora_te2_ where there are two.
+    lora_te1_ and lora_te2_ where there are two. As kohya's, SDXL's UNet has the original names (input_blocks_4_1_...).
     """
-    recipe = learner.recipe
+    recipe, family = learner.recipe, learner.parts.family
+    original = _original(learner.unet) if family == "sdxl" else {}
     alone = len(learner.text_encoders) == 1
     prefixes = {"unet": "unet", "text_encoder": "te" if alone else "te1", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
     for name, network in learner.networks.items():
         for layer, (down, up) in pairs(network).items():
-            key = f"lora_{prefixes[name]}_{layer.replace('.', '_')}"
+            spelled = original.get(layer, layer) if name == "unet" else layer
+            key = f"lora_{prefixes[name]}_{spelled.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"] = _placed(down, dtype)
             tensors[f"{key}.lora_up.weight"] = _placed(up, dtype)
             tensors[f"{key}.alpha"] = torch.tensor(_alpha(recipe), dtype=dtype)
@@ -77,8 +82,8 @@ def save_kohya(learner: Learner, path: Path, step: int, dtype: torch.dtype = tor
         "ss_network_module": "networks.lora",
         "ss_network_dim": recipe.rank,
         "ss_network_alpha": _alpha(recipe),
-        "ss_base_model_version": BASES[learner.parts.family],
-        "ss_v2": learner.parts.family == "sd2",
+        "ss_base_model_version": BASES[family],
+        "ss_v2": family == "sd2",
         "ss_sd_model_name": learner.parts.source.name,
         "ss_learning_rate": recipe.lr,
         "ss_unet_lr": recipe.lr,
@@ -114,30 +119,78 @@ def save_word(learner: Learner, path: Path) -> Path:
     return _written(path, tensors, {"format": "pt"})
 
 
-def save_model(learner: Learner, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """The whole model as a diffusers folder. Raises WriteError, and RequestError for two text encoders."""
-    check_saves(learner.parts)
-    parts = drawing(learner)
+def save_model(learner: Learner, path: Path, dtype: torch.dtype = torch.float16) -> list[Path]:
+    """The whole model as the recipe's `layout` says: a diffusers folder at `path`, a file of the original layout beside
+    it, or both. Raises WriteError, and what `check_saves` raises."""
+    check_saves(learner.recipe, learner.parts)
+    parts, layout = drawing(learner), learner.recipe.layout
+    made = []
+    try:
+        if layout != "file":
+            _save_folder(path, parts, _carried(learner.recipe, learner.parts), dtype)
+            made.append(path)
+        if layout != "folder":
+            made.append(path.with_suffix(".safetensors"))
+            save_single(made[-1], parts, dtype)
+    except CheckpointError as error:
+        raise WriteError(str(error)) from error
+    return made
+
+
+def check_saves(recipe: Recipe, parts: Parts) -> list[str]:
+    """Sentences on what will not be saved as it was; before a run rather than after it.
+
+    Raises RequestError for a model that a single file would not be read as.
+    """
+    told = []
+    if recipe.layout != "folder":
+        try:
+            check_single(replace(parts, scheduler_config=_scheduled(recipe, parts)))
+        except CheckpointError as error:
+            raise RequestError(f'layout is {recipe.layout!r}: {error} (layout = "folder")') from None
+    few = parts.few_step
+    if few and recipe.layout != "folder":
+        told.append(f"A single file has no place for the few-step LoRA {few.lora}; a folder has")
+    if few and recipe.layout != "file":
+        told.append(
+            f"The few-step LoRA {few.lora} goes with the model as it is: it was made for the weights before training"
+            if _carried(recipe, parts)
+            else f"The few-step LoRA {few.lora} does not go with the model: it is not there, or was made for another "
+            "prediction"
+        )
+    return told
+
+
+def _carried(recipe: Recipe, parts: Parts) -> Path | None:
+    """The few-step LoRA's file, where it fits: it changes what a UNet of that prediction and schedule foretells."""
+    if parts.few_step is None or _scheduled(recipe, parts) != parts.scheduler_config:
+        return None
+    path = parts.source / parts.few_step.lora
+    return path if path.exists() else None
+
+
+def _save_folder(folder: Path, parts: Parts, few_step: Path | None, dtype: torch.dtype) -> None:
+    settings = {name: value for name, value in parts.settings.items() if few_step or name != "few_step"}
+    pairs = list(zip(parts.text_encoders, parts.tokenizers, strict=True))
+    zeros = "force_zeros_for_empty_prompt"
     save_folder(
         folder,
         unet=parts.unet,
         vae=parts.vae,
-        text_encoder=parts.text_encoders[0],
-        tokenizer=parts.tokenizers[0],
-        scheduler_config=_scheduler(learner),
-        settings=parts.settings or None,
+        text_encoder=pairs[0][0],
+        tokenizer=pairs[0][1],
+        second=pairs[1] if len(pairs) > 1 else None,
+        model_index={zeros: parts.model_index[zeros]} if zeros in parts.model_index else None,
+        scheduler_config=parts.scheduler_config,
+        settings=settings or None,
         dtype=dtype,
         shard_bytes=2_000_000_000,
     )
-    return folder
-
-
-def check_saves(parts: Parts) -> None:
-    """Raises RequestError, before a run rather than after it, for a model that `save_model` cannot write."""
-    if len(parts.text_encoders) != 1:
-        raise RequestError(
-            "the whole of a model with two text encoders cannot be saved yet; change must be lora, which can"
-        )
+    if few_step:
+        try:
+            shutil.copyfile(few_step, folder / few_step.name)
+        except OSError as error:
+            raise WriteError(f"{folder / few_step.name} cannot be written: {error.strerror}") from error
 
 
 def drawing(learner: Learner) -> Parts:
@@ -149,16 +202,30 @@ def drawing(learner: Learner) -> Parts:
     for encoder, own in zip(encoders, learner.text_encoders.values(), strict=True):
         encoder.load_state_dict(plain(own), assign=True)
     return replace(
-        learner.parts, unet=unet, text_encoders=encoders, few_step=None, scheduler_config=_scheduler(learner)
+        learner.parts,
+        unet=unet,
+        text_encoders=encoders,
+        few_step=None,
+        scheduler_config=_scheduled(learner.recipe, learner.parts),
     )
 
 
-def _scheduler(learner: Learner) -> dict[str, Any]:
+def _original(unet: UNet) -> dict[str, str]:
+    """Layer -> its name in the original layout, for all that have one."""
+    try:
+        table = {module: block for block, module in unet_table(Levels.of_config(unet.config)).items()}
+    except ValueError:
+        return {}
+    sources, _ = renamed([name for name, _ in unet.named_modules()], table)
+    return {source.key: name for name, source in sources.items()}
+
+
+def _scheduled(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     """What a sampler must know of how the model was trained on."""
-    config = dict(learner.parts.scheduler_config)
-    if learner.recipe.prediction:
-        config["prediction_type"] = learner.recipe.prediction
-    if learner.recipe.zero_snr:
+    config = dict(parts.scheduler_config)
+    if recipe.prediction and recipe.prediction != config.get("prediction_type", "epsilon"):
+        config["prediction_type"] = recipe.prediction
+    if recipe.zero_snr:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # Lin et al. 2023, section 3.3
     return config
 

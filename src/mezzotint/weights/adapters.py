@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,16 @@ from mezzotint.models.held import shape_of
 from mezzotint.weights.adapter_keys import family, split, stems
 from mezzotint.weights.embeddings import BUNDLED
 from mezzotint.weights.files import TensorFile
+from mezzotint.weights.hub import resource
 from mezzotint.weights.part import listed
 
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")  # in a folder
+NAMES = (  # in a folder or a repository, the first that is there
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
+SUFFIXES = (".safetensors", ".bin", ".pt")  # of other names; the safest first
 CONFIG = "adapter_config.json"  # beside peft's own files
 METADATA = "lora_adapter_metadata"  # key of peft's configurations in a file of diffusers
 MOST_CONFIG = 2**20  # bytes
@@ -75,6 +83,16 @@ class Coverage:
     unmatched: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
     bundled: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """All of it, for a person."""
+        networks = Counter(layer.partition(".")[0] for layer in self.matched)
+        places = ", ".join(f"{count} in {network}" for network, count in networks.items())
+        lines = [f"{len(self.matched)} layers matched" + (f": {places}" if places else "")]
+        lines += [f"matches no layer  {name}" for name in self.unmatched]
+        lines += [f"wrong shape       {sentence}" for sentence in self.wrong]
+        lines += [f"embedding         {key}" for key in self.bundled]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         said = [f"{len(self.matched)} layers matched"]
@@ -123,7 +141,7 @@ def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[s
 
 
 def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
-    """What of a file fits these networks, from its names and shapes alone."""
+    """What of a file fits these networks, which may be on the meta device, from its names and shapes alone."""
     return _fitted(TensorFile(_chosen(path)), networks, stems(networks), real=False)[1]
 
 
@@ -131,12 +149,32 @@ def _chosen(path: Path) -> Path:
     """The file, or of a folder the one in it."""
     if not path.is_dir():
         return path
-    there = [path / name for name in NAMES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
-    if len(there) != 1 and there[:1] != [path / NAMES[0]]:
+    there = _best(file.name for file in path.iterdir() if file.is_file())
+    if len(there) != 1:
         raise CheckpointError(
             f"{path} is a folder with {len(there)} LoRA files; it must be a file, or have one such as {NAMES[0]}"
         )
-    return there[0]
+    return path / there[0]
+
+
+def _wanted(name: str, listing: Iterable[str]) -> list[str]:
+    """Of a repository's files its LoRA, and peft's configuration beside it."""
+    listing = list(listing)
+    there = _best(file for file in listing if "/" not in file)
+    if len(there) != 1:
+        found = (
+            f"{len(there)} files that may be one, {listed(there)}," if there else "no .safetensors, .bin or .pt file"
+        )
+        raise CheckpointError(f"The hub's {name} has {found} at its top; download the LoRA and give its path")
+    return [*there, *(file for file in listing if file == CONFIG)]
+
+
+def _best(names: Iterable[str]) -> list[str]:
+    """Those that may be the LoRA: the one with a usual name, else all of the safest format."""
+    there = sorted(names)
+    usual = [name for name in NAMES if name in there]
+    kinds = ([name for name in there if name.endswith(suffix)] for suffix in SUFFIXES)
+    return usual[:1] or next(filter(None, kinds), [])
 
 
 def _fitted(
@@ -313,18 +351,20 @@ class Adapters:
         self.merged: tuple[tuple[str, Scale], ...] = ()
         self._undo: Merged | None = None
         self._read: dict[tuple[Path, int, int], Adapter] = {}
+        self._places: dict[str, Path] = {}
         self._table: dict[str, str] | None = None
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Adapter:
-        """A file, or a folder with one; from memory where it was read before. Raises CheckpointError."""
-        path = Path(name).expanduser()
+        """A file, a folder with one, or a hub id; from memory where it was read before. Raises CheckpointError."""
+        place = self._places.get(name)
+        if place is None or not place.exists():
+            place = self._places[name] = resource(name, "LoRA", partial(_wanted, name))
         try:
-            path = _chosen(path)
+            path = _chosen(place)
             stat = path.stat()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no path"
-            raise CheckpointError(f"the LoRA {name[:200]!r} cannot be read: {reason}") from None
+        except OSError as error:
+            raise CheckpointError(f"the LoRA {name[:200]!r} cannot be read: {error.strerror}") from None
         key = path, stat.st_mtime_ns, stat.st_size
         with self._lock:
             if key not in self._read:

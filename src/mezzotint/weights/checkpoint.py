@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +71,7 @@ def open_model(
     family: str | None = None,
     prediction: str | None = None,
     config: Overrides | None = None,
-    placement: Placement = Placement(),  # noqa: B008  # frozen
+    placement: Placement | Mapping[str, Placement] = Placement(),  # noqa: B008  # frozen
 ) -> Parts:
     """Load a model.
 
@@ -80,7 +81,7 @@ def open_model(
     dtype: of all weights; None keeps what most of each part's weights are.
     family ("sd1", "sd2", "sdxl") and prediction ("epsilon", "v_prediction", "sample"): instead of what is found.
     config: fields that shapes cannot show, by part: {"unet": {"attention_head_dim": 4}, "vae": {"norm_num_groups": 8}}.
-    placement: where large weights are kept, and as what.
+    placement: where large weights are kept, and as what; of all networks, or of each by its name.
 
     Raises CheckpointError, a sentence, before any weight is read, for all that can be seen without reading them.
     """
@@ -92,7 +93,8 @@ def open_model(
             raise CheckpointError(problem)
     tokenizers = [make() for make in found.tokenizers]
     for part in found.parts:
-        part.load(networks[part.name], dtype, torch.device(device), placement)
+        own = placement if isinstance(placement, Placement) else placement.get(part.name, Placement())
+        part.load(networks[part.name], dtype, torch.device(device), own)
     return Parts(
         family=found.family,
         unet=networks["unet"],

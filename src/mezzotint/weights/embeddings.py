@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mezzotint.errors import CheckpointError
 from mezzotint.weights.files import TensorFile
-from mezzotint.weights.hub import HUB_ID, snapshot
+from mezzotint.weights.hub import resource
 from mezzotint.weights.part import listed
 
 SUFFIXES = (".pt", ".bin", ".safetensors")
@@ -72,7 +72,7 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
         self._widths = widths
         self._found: dict[str, Embedding] = {}
         for source in sources:
-            path = _located(source)
+            path = resource(source, "embedding", partial(_chosen, source))
             for embedding in (e for file in _files(path) for e in read_embeddings(file)):
                 if path.is_file():
                     embedding.fitted(widths)
@@ -145,22 +145,6 @@ def _vectors(file: TensorFile, key: str) -> Tensor:
             f"{file.path}: {key!r} of shape {tuple(tensor.shape)} is no embedding, which is finite, (vectors, width)"
         )
     return tensor
-
-
-def _located(source: str) -> Path:
-    """The file or folder that was named, or the hub's snapshot of it."""
-    path = Path(source).expanduser()
-    try:
-        if path.exists():
-            return path
-    except (OSError, ValueError):  # too long, or a NUL byte
-        pass
-    if not HUB_ID.fullmatch(source) or source.endswith(SUFFIXES):
-        raise CheckpointError(
-            f"the embedding {source[:200]!r} does not exist: give a .safetensors, .bin or .pt file, a folder of them, "
-            "or a hub id (owner/name)"
-        )
-    return snapshot(source, partial(_chosen, source))
 
 
 def _chosen(name: str, listing: Iterable[str]) -> list[str]:

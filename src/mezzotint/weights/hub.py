@@ -62,6 +62,25 @@ def _cached(name: str, variant: str | None) -> Path | None:
         return None
 
 
+def resource(source: str, what: str, choose: Choose) -> Path:
+    """What is put on a model, a `what` such as "LoRA": the file or folder that was named, or the hub's snapshot.
+
+    Raises CheckpointError as `locate`, and whatever `choose` raises of the hub's listing.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # too long, or a NUL byte
+        pass
+    if not HUB_ID.fullmatch(source) or source.endswith(FILES):
+        raise CheckpointError(
+            f"the {what} {source[:200]!r} does not exist: give a .safetensors, .bin or .pt file, a folder with it, "
+            "or a hub id (owner/name)"
+        )
+    return snapshot(source, choose)
+
+
 def snapshot(name: str, choose: Choose) -> Path:
     """The hub's snapshot of the files that `choose` picks of its listing, from the cache where that has any of them.
 

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from mezzotint.config import UNetConfig
+
 Family = Literal["sd1", "sd2", "sdxl"]
 Shapes = Mapping[str, tuple[int, ...]]
 Table = dict[str, str]
@@ -91,11 +93,11 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return count
 
 
-def _rename(shapes: Shapes, table: Table) -> tuple[Sources, list[str]]:
+def renamed(names: Iterable[str], table: Table) -> tuple[Sources, list[str]]:
     """Every key renamed by the longest prefix in `table`; the keys that none fits."""
     sources: Sources = {}
     unknown: list[str] = []
-    for key in shapes:
+    for key in names:
         stem = key
         while stem not in table and "." in stem:
             stem = stem.rpartition(".")[0]
@@ -115,6 +117,22 @@ class Levels(NamedTuple):
     layers: int
     channels: tuple[int, ...]
     depths: tuple[int, ...]
+
+    @classmethod
+    def of_config(cls, config: UNetConfig) -> Levels:
+        """The same of a configuration. Raises ValueError where the original layout has no such form."""
+        layers, depths = (
+            config.per_level(config.layers_per_block),
+            config.per_level(config.transformer_layers_per_block),
+        )
+        if len({*layers}) != 1:
+            raise ValueError(f"layers_per_block {layers} is not the same at every level")
+        attends = [kind.startswith("CrossAttn") for kind in config.down_block_types]
+        return cls(
+            layers[0],
+            config.block_out_channels,
+            tuple(depth if here else 0 for depth, here in zip(depths, attends, strict=True)),
+        )
 
     @classmethod
     def of(cls, shapes: Shapes) -> Levels:
@@ -157,7 +175,7 @@ class Levels(NamedTuple):
 
 def unet_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
     """Sources of an LDM UNet (keys without `model.diffusion_model.`), and the keys that have no place."""
-    return _rename(shapes, unet_table(Levels.of(shapes)))
+    return renamed(shapes, unet_table(Levels.of(shapes)))
 
 
 def unet_table(levels: Levels) -> Table:
@@ -201,7 +219,11 @@ def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
 
 def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
     """Sources of an LDM autoencoder (keys without `first_stage_model.`), and the keys that have no place."""
-    levels, layers = _vae_levels(shapes)
+    return renamed(shapes, vae_table(*_vae_levels(shapes)))
+
+
+def vae_table(levels: int, layers: int) -> Table:
+    """The original prefixes of an LDM autoencoder of this form, and the module names that they stand for."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half, way, resnets in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
         table |= {f"{half}.{end}": f"{half}.{end}" for end in ("conv_in", "conv_out")}
@@ -217,7 +239,7 @@ def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
             table[f"{block}.{way}sample.conv"] = f"{module}.{way}samplers.0.conv"
             for layer in range(resnets):
                 _vae_resnet(table, f"{block}.block.{layer}", f"{module}.resnets.{layer}")
-    return _rename(shapes, table)
+    return table
 
 
 def _vae_resnet(table: Table, block: str, module: str) -> None:
@@ -279,7 +301,6 @@ def open_clip_layers(shapes: Shapes, family: Family) -> int:
 
 def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str]]:
     """Sources of an OpenCLIP text tower (keys without prefix): fused in_proj in thirds, text_projection transposed."""
-    table = dict(OPEN_CLIP_ENDS)
     sources: Sources = {}
     layers = open_clip_layers(shapes, family)
     used = {}
@@ -289,7 +310,6 @@ def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str
             used[key] = shape
     for i in range(layers):
         block, module = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
-        table |= {f"{block}.{old}": f"{module}.{new}" for old, new in OPEN_CLIP_LAYER.items()}
         for kind in ("weight", "bias"):
             fused = f"{block}.attn.in_proj_{kind}"
             if used.pop(fused, None):
@@ -297,8 +317,17 @@ def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str
                     sources[f"{module}.self_attn.{name}_proj.{kind}"] = Source(fused, third=third)
     if used.pop("text_projection", None) and family == "sdxl":  # SD2 takes no pooled vector
         sources["text_projection.weight"] = Source("text_projection", transpose=True)
-    renamed, unknown = _rename(used, table)
-    return sources | renamed, unknown
+    others, unknown = renamed(used, open_clip_table(layers))
+    return sources | others, unknown
+
+
+def open_clip_table(layers: int) -> Table:
+    """The original prefixes of an OpenCLIP tower, but for q, k, v and the projection, and the names they stand for."""
+    table = dict(OPEN_CLIP_ENDS)
+    for i in range(layers):
+        block, module = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+        table |= {f"{block}.{old}": f"{module}.{new}" for old, new in OPEN_CLIP_LAYER.items()}
+    return table
 
 
 def open_clip_config(shapes: Shapes, family: Family) -> dict[str, Any]:

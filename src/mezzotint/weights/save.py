@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,12 +31,15 @@ def save_folder(
     text_encoder: CLIPTextModel,
     tokenizer: Tokenizer,
     scheduler_config: dict[str, Any],
+    second: tuple[CLIPTextModel, Tokenizer] | None = None,
+    model_index: Mapping[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
     shard_bytes: int = 15_000_000,
 ) -> None:
-    """Write a model with one text encoder; weights as safetensors of `dtype` in shards of at most `shard_bytes` bytes.
+    """Write a model; weights as safetensors of `dtype` in shards of at most `shard_bytes` bytes.
 
+    `second`: SDXL's other text encoder. `model_index`: further fields of that file, as force_zeros_for_empty_prompt.
     `settings` becomes mezzotint.json (native size, steps, guidance). Each part's folder is written whole beside the old
     one and then takes its place, so a kill leaves the old part or the new, never half of one; other files in `folder`
     stay. Raises CheckpointError when a scheduler has no `_class_name` or the folder cannot be written.
@@ -47,25 +52,18 @@ def save_folder(
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    encoder_class = "CLIPTextModelWithProjection" if text_encoder.config.has_projection else "CLIPTextModel"
-    encoder_fields = {
-        "architectures": [encoder_class],
-        "model_type": "clip_text_model",
-        "torch_dtype": "float32",  # else transformers alone would take the file's dtype, and diffusers mix the two
-    }
+    encoders = {"": (text_encoder, tokenizer)} | ({"_2": second} if second else {})
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionXLPipeline" if second else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler_config["_class_name"]],
-        "text_encoder": ["transformers", encoder_class],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if not second:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _Swapped(root / "unet") as part:
@@ -74,18 +72,27 @@ def save_folder(
         with _Swapped(root / "vae") as part:
             _write_json(part / "config.json", _described("AutoencoderKL", vae.config.model_dump(), vae_fields))
             _write_weights(part, "diffusion_pytorch_model", vae.state_dict(), dtype, shard_bytes)
-        with _Swapped(root / "text_encoder") as part:
-            _write_json(part / "config.json", text_encoder.config.model_dump() | encoder_fields)
-            _write_weights(part, "model", text_encoder.state_dict(), dtype, shard_bytes)
-        with _Swapped(root / "tokenizer") as part:
-            tokenizer.save(part)
+        for number, (encoder, its_tokenizer) in encoders.items():
+            kind = "CLIPTextModelWithProjection" if encoder.config.has_projection else "CLIPTextModel"
+            index[f"text_encoder{number}"] = ["transformers", kind]
+            index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+            fields = {
+                "architectures": [kind],
+                "model_type": "clip_text_model",
+                "torch_dtype": "float32",  # else transformers alone would take the file's dtype, and diffusers mix both
+            }
+            with _Swapped(root / f"text_encoder{number}") as part:
+                _write_json(part / "config.json", encoder.config.model_dump() | fields)
+                _write_weights(part, "model", encoder.state_dict(), dtype, shard_bytes)
+            with _Swapped(root / f"tokenizer{number}") as part:
+                its_tokenizer.save(part)
         with _Swapped(root / "scheduler") as part:
             _write_json(part / "scheduler_config.json", {"_diffusers_version": DIFFUSERS, **scheduler_config})
         if settings is not None:
             _write_json(root / "mezzotint.json", settings)
-        _write_json(root / "model_index.json", index)
-    except OSError as error:
-        raise CheckpointError(f"{root} cannot be written: {error.strerror}") from error
+        _write_json(root / "model_index.json", index | dict(model_index or {}))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{root} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 class _Swapped:

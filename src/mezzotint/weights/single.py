@@ -64,7 +64,8 @@ def plan_file(path: Path, family: Family | None, prediction: str | None, config:
         except CheckpointError as error:
             plan.problems.append(str(error))
     if "unet" in found:
-        _complete(found["unet"][0], family, plan.scheduler_config["prediction_type"], found.get("text_encoder_2"))
+        second = found["text_encoder_2"][0] if "text_encoder_2" in found else None
+        complete(found["unet"][0], family, plan.scheduler_config["prediction_type"], second)
     for name, (fields, sources, unknown) in found.items():
         try:
             files = dict.fromkeys((source.key for source in sources.values()), file)
@@ -72,8 +73,7 @@ def plan_file(path: Path, family: Family | None, prediction: str | None, config:
         except CheckpointError as error:
             plan.problems.append(str(error))
         if name.startswith("text_encoder"):
-            pad = "!" if kinds[name] == "open_clip" else "<|endoftext|>"  # OpenCLIP pads with id 0, which is "!"
-            plan.tokenizers.append(partial(Tokenizer.clip, pad=pad))
+            plan.tokenizers.append(partial(tokenizer_of, kinds[name]))
             if fields["vocab_size"] != CLIP_TOKENS:
                 plan.problems.append(
                     f"{path}: its text encoder knows {fields['vocab_size']} tokens, not CLIP's {CLIP_TOKENS}; "
@@ -118,20 +118,29 @@ def _read(
     return fields, sources, [prefix + key for key in unknown]
 
 
-def _complete(
-    unet: dict[str, Any], family: Family, prediction: str, second: tuple[dict[str, Any], Any, Any] | None
-) -> None:
+def tokenizer_of(kind: str) -> Tokenizer:
+    """That of a "clip" or "open_clip" text encoder; OpenCLIP pads with id 0, which is "!"."""
+    return Tokenizer.clip(pad="!") if kind == "open_clip" else Tokenizer.clip()
+
+
+def complete(unet: dict[str, Any], family: Family, prediction: str, second: dict[str, Any] | None) -> None:
     """The UNet's config fields that its own shapes do not show."""
     unet["sample_size"] = {"sd1": 64, "sd2": 96 if prediction == "v_prediction" else 64, "sdxl": 128}[family]
     unet["upcast_attention"] = family == "sd2"  # its attention overflows float16 otherwise
     inputs = unet.get("projection_class_embeddings_input_dim")
     if inputs and second:  # beside the pooled text there are six numbers of size and place
-        unet["addition_time_embed_dim"] = (inputs - second[0]["projection_dim"]) // 6
+        unet["addition_time_embed_dim"] = (inputs - second["projection_dim"]) // 6
 
 
 def _scheduler(file: TensorFile, family: Family, prediction: str | None) -> dict[str, Any]:
+    config = default_scheduler(family, prediction or _said_prediction(file) or _usual_prediction(file, family))
+    if "ztsnr" in file.entries:
+        config["rescale_betas_zero_snr"] = True
+    return config
+
+
+def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, Any]:
     """The published scheduler_config.json of SD 1.5, SD 2-base, SD 2.1 (v) or SDXL base."""
-    prediction = prediction or _said_prediction(file) or _usual_prediction(file, family)
     config: dict[str, Any] = {
         "_class_name": "PNDMScheduler",
         "beta_schedule": "scaled_linear",
@@ -148,8 +157,6 @@ def _scheduler(file: TensorFile, family: Family, prediction: str | None) -> dict
         config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     elif family == "sd2" and prediction == "v_prediction":
         config["_class_name"] = "DDIMScheduler"
-    if "ztsnr" in file.entries:
-        config["rescale_betas_zero_snr"] = True
     return config
 
 

@@ -1,0 +1,190 @@
+"""Write a model as one file in the original layout (CompVis, Stability), with the names that `single.py` reads.
+
+Such a file says nothing of heads, norms, tokenizers or the scheduler but by its shapes and its family. A model that
+would be read as another one is refused, and is saved as a folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
+from mezzotint.errors import CheckpointError
+from mezzotint.weights import keys
+from mezzotint.weights.checkpoint import Parts
+from mezzotint.weights.part import ENCODERS, NETWORKS, Config, listed
+from mezzotint.weights.single import complete, default_scheduler, tokenizer_of
+
+# What form each network of a family has in a file, and where its tensors begin.
+_BOTH = {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model.")}
+LAYOUTS = {
+    "sd1": _BOTH | {"text_encoder": ("clip", "cond_stage_model.transformer.")},
+    "sd2": _BOTH | {"text_encoder": ("open_clip", "cond_stage_model.model.")},
+    "sdxl": _BOTH
+    | {
+        "text_encoder": ("clip", "conditioner.embedders.0.transformer."),
+        "text_encoder_2": ("open_clip", "conditioner.embedders.1.model."),
+    },
+}
+ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # in the words of ModelSpec 1.0
+
+# What the maths does not depend on, or the shapes say by other fields.
+UNSAID = {
+    UNetConfig: ("sample_size", "upcast_attention", "attention_head_dim", "num_attention_heads", "layers_per_block",
+                 "transformer_layers_per_block"),
+    VAEConfig: ("sample_size", "force_upcast"),
+    CLIPConfig: ("projection_dim", "bos_token_id", "eos_token_id", "pad_token_id", "architectures"),
+}  # fmt: skip
+
+
+def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) -> None:
+    """Write `parts` as a .safetensors file of `dtype`, whole or not at all.
+
+    Its header has ModelSpec's architecture and prediction_type; SDXL's v-prediction is marked by an empty tensor
+    `v_pred` and zero-terminal SNR by `ztsnr`, as ComfyUI reads them. Raises CheckpointError as `check_single`, and
+    where the file cannot be written.
+    """
+    check_single(parts)
+    prediction, zero_snr = _schedule(parts)
+    architecture = ARCHITECTURES[parts.family]
+    if architecture.endswith("v2-512") and prediction == "v_prediction":
+        architecture = "stable-diffusion-v2-768-v"
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.prediction_type": PREDICTIONS[prediction],
+    }
+    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in _tensors(parts)}
+    if prediction == "v_prediction" and parts.family == "sdxl":
+        tensors["v_pred"] = torch.empty(0)
+    if zero_snr:
+        tensors["ztsnr"] = torch.empty(0)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.touch()
+        mode = new.stat().st_mode  # as the umask has it; save_file makes files that only their owner can read
+        save_file(tensors, new, metadata=metadata)
+        new.chmod(mode)
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check_single(parts: Parts) -> None:
+    """Raises CheckpointError, naming a field, for a model that its single file would not be read as."""
+    networks = _networks(parts)
+    try:
+        shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(parts)}
+        fields = _fields(parts, shapes)
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{parts.source} has no form in the original layout ({error}); save it as a folder"
+        ) from None
+    wrong = [
+        difference
+        for name, network in networks.items()
+        for difference in _differences(name, network.config, NETWORKS[name][1].model_validate(fields[name]))
+    ]
+    forms = [form for name, (form, _) in LAYOUTS[parts.family].items() if name in ENCODERS]
+    for form, tokenizer in zip(forms, parts.tokenizers, strict=True):
+        published = tokenizer_of(form)
+        if (tokenizer.vocab, tokenizer.pad) != (published.vocab, published.pad):
+            wrong.append(f"its tokenizer is not CLIP's, which has {len(published.vocab)} tokens")
+    own, usual = (ScheduleConfig.model_validate(c) for c in (parts.scheduler_config, default_scheduler(parts.family)))
+    said = {"prediction_type": own.prediction_type, "rescale_betas_zero_snr": own.rescale_betas_zero_snr}
+    if own != usual.model_copy(update=said) or own.prediction_type not in PREDICTIONS:
+        wrong.append("its noise schedule is not the family's")
+    if wrong:
+        raise CheckpointError(f"{parts.source} would be read as another model from a single file: {listed(wrong)}; "
+                              "save it as a folder")  # fmt: skip
+
+
+def _networks(parts: Parts) -> dict[str, Any]:
+    encoders = dict(zip(ENCODERS, parts.text_encoders, strict=False))
+    return {"unet": parts.unet, "vae": parts.vae, **encoders}
+
+
+def _tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its original name. Raises ValueError for a module that the layout has no name for."""
+    networks = _networks(parts)
+    for name, (form, prefix) in LAYOUTS[parts.family].items():
+        network = networks[name]
+        state = network.state_dict()
+        if form == "open_clip":
+            state = _open_clip(state, network.config.num_hidden_layers)
+        elif form != "clip":
+            state = _turned(state, _table(network))
+        for key, tensor in state.items():
+            yield prefix + key, tensor
+
+
+def _table(network: nn.Module) -> keys.Table:
+    if isinstance(network.config, UNetConfig):
+        return keys.unet_table(keys.Levels.of_config(network.config))
+    config = network.config
+    assert isinstance(config, VAEConfig)
+    return keys.vae_table(len(config.block_out_channels), config.layers_per_block)
+
+
+def _turned(state: dict[str, Tensor], table: keys.Table) -> dict[str, Tensor]:
+    """A network's tensors by the names on the left of a table; the VAE's attention as 1x1 convolutions."""
+    sources, unknown = keys.renamed(state, {module: original for original, module in table.items()})
+    if unknown:
+        raise ValueError(f"no name for {listed(unknown)}")
+    turned = {}
+    for key, source in sources.items():
+        tensor = state[source.key]
+        conv = ".attn_1." in key and tensor.ndim == 2
+        turned[key] = tensor[:, :, None, None] if conv else tensor
+    return turned
+
+
+def _open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A text encoder as OpenCLIP has it: q, k, v in one tensor, the projection transposed."""
+    rest = dict(state)
+    made: dict[str, Tensor] = {}
+    if "text_projection.weight" in rest:
+        made["text_projection"] = rest.pop("text_projection.weight").T
+    for i in range(layers):
+        module = f"text_model.encoder.layers.{i}.self_attn"
+        for kind in ("weight", "bias"):
+            thirds = [rest.pop(f"{module}.{name}_proj.{kind}") for name in "qkv"]
+            made[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(thirds)
+    return made | _turned(rest, keys.open_clip_table(layers))
+
+
+def _fields(parts: Parts, shapes: keys.Shapes) -> dict[str, dict[str, Any]]:
+    """The configurations that a reader finds in these shapes."""
+    fields = {
+        name: keys.CONFIGS[form](keys.under(shapes, prefix), parts.family)
+        for name, (form, prefix) in LAYOUTS[parts.family].items()
+    }
+    complete(fields["unet"], parts.family, _schedule(parts)[0], fields.get("text_encoder_2"))
+    return fields
+
+
+def _differences(name: str, own: Config, read: Config) -> list[str]:
+    """Sentences on the fields in which what is read is another network."""
+    pairs = {f: (getattr(own, f), getattr(read, f)) for f in type(own).model_fields if f not in UNSAID[type(own)]}
+    if isinstance(own, UNetConfig) and isinstance(read, UNetConfig):
+        pairs["heads"] = own.per_level(own.heads), read.per_level(read.heads)
+    if isinstance(own, CLIPConfig) and isinstance(read, CLIPConfig):
+        pairs["a projection"] = own.has_projection, read.has_projection
+    return [f"{name} has {field} {a}, not {b}" for field, (a, b) in pairs.items() if a != b]
+
+
+def _schedule(parts: Parts) -> tuple[str, bool]:
+    config = ScheduleConfig.model_validate(parts.scheduler_config)
+    return config.prediction_type, config.rescale_betas_zero_snr

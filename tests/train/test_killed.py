@@ -1,0 +1,74 @@
+"""SIGKILL from outside at moments of chance: a run that goes on afterwards ends with the bits of an unbroken one.
+
+Run as a script (`test_killed.py MODEL FOLDER KILLS`) this file makes the runs: it imports once and forks each of them,
+so that a kill costs a second and not the import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+from test_finetune import assert_equal, recipe_of, run, state
+
+from mezzotint.train import chance, finetune
+
+
+def whole_run(model: Path, folder: Path) -> None:
+    run(model, folder, recipe_of(steps=12, save_every=2, ema=0.9, log_every=1, lora_dropout=0.1))
+
+
+def begun(model: Path, folder: Path) -> ForkProcess:
+    process = multiprocessing.get_context("fork").Process(target=whole_run, args=(model, folder))
+    process.start()
+    return process
+
+
+def killed_runs(model: Path, folder: Path, kills: int) -> None:
+    """One run to its end, in folder/unbroken; then each of folder/0, folder/1, ... is killed at any time within what
+    that took, and goes on to its end. One that was over before its time came is none. Prints the steps each had done.
+    """
+    for name in ("accelerate", "peft", "torch._dynamo"):  # what a run would import
+        importlib.import_module(name)
+    start = time.monotonic()
+    begun(model, folder / "unbroken").join()
+    lasted, tries, steps = time.monotonic() - start, 0, list[int]()
+    while len(steps) < kills:
+        place = folder / str(len(steps))
+        process = begun(model, place)
+        process.join(lasted * chance.uniform("kill", tries))
+        process.kill()
+        process.join()
+        tries += 1
+        if process.exitcode == -signal.SIGKILL:
+            log = place / finetune.LOG
+            steps.append(len(log.read_text().splitlines()) if log.exists() else 0)
+            begun(model, place).join()
+        else:
+            place.rename(folder / f"over {tries}")
+    print(json.dumps(steps))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_killed_at_any_moment_it_ends_the_same(sd1_folder: Path, tmp_path: Path, kills: int) -> None:
+    script = [sys.executable, "-W", "ignore", __file__, str(sd1_folder), str(tmp_path), str(kills)]
+    ran = subprocess.run(script, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    print("steps done when killed:", ran.stdout.decode())
+    unbroken = state(tmp_path / "unbroken")
+    assert unbroken["step"] == 12
+    for number in range(kills):
+        assert_equal(state(tmp_path / str(number)), unbroken)
+
+
+if __name__ == "__main__":
+    killed_runs(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,98 @@
+"""Several processes as one: the launcher's own commands, two processes over gloo, against one process that accumulates
+twice as much.
+
+Run as a script (`test_processes.py MODEL FOLDER ACCUMULATE STEPS METHOD`) this file is what the launcher starts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_finetune import Made, learner_of, recipe_of, state
+
+from mezzotint.errors import RequestError
+from mezzotint.train import finetune, sharding
+from mezzotint.train.saving import save_learnt
+from mezzotint.weights import open_model
+
+pytestmark = pytest.mark.timeout(900)  # each of the launched processes imports everything anew
+
+ACCELERATE = "-m accelerate.commands.accelerate_cli launch --num_processes 2 --num_machines 1 --mixed_precision no"
+TWO = f"{ACCELERATE} --dynamo_backend no --main_process_port 0 --multi_gpu"
+SPLIT = f"{ACCELERATE} --dynamo_backend no --main_process_port 0 --use_fsdp --fsdp_version 2"
+
+
+def whole_run(model: Path, folder: Path, accumulate: int, steps: int, method: str) -> None:
+    """A run with all that a step may have: averages, a validation loss, samples, a text encoder that learns."""
+    more: dict[str, Any] = {} if method == "full" else {"lora_dropout": 0.1, "text_encoder": True}
+    recipe = recipe_of(
+        method, steps=steps, save_every=3, ema=0.9, log_every=1, accumulate=accumulate, lr=1e-3, validation="y",
+        validate_every=2, sample_every=2, sample_prompts=["a lemon"], **more,
+    )  # fmt: skip
+    learner = learner_of(model, recipe)
+    accelerator = finetune.accelerated(find_unused=recipe.text_encoder)
+    seen: list[int] = []
+    finetune.finetune(
+        learner, Made(), folder, held=Made(), accelerator=accelerator, on_sample=lambda _, step: seen.append(step)
+    )
+    if accelerator.is_main_process:
+        assert seen
+        save_learnt(learner, folder, steps, torch.float32)
+
+
+def launched(how: str, *arguments: object) -> None:
+    command = [sys.executable, "-W", "ignore", *how.split(), __file__, *map(str, arguments)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+
+
+def assert_same_run(two: Path, one: Path) -> None:
+    a, b = state(two), state(one)
+    assert (a["together"], a["step"]) == (b["together"], b["step"]) == (2, b["step"])
+    for kind in ("trained", "averages"):
+        assert a[kind].keys() == b[kind].keys()
+        for name, value in b[kind].items():
+            torch.testing.assert_close(a[kind][name], value, rtol=1e-5, atol=1e-5)
+    for number, moments in b["optimiser"]["state"].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(a["optimiser"]["state"][number][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_launches_two_processes_that_are_one(sd1_folder: Path, tmp_path: Path) -> None:
+    launched(TWO, sd1_folder, tmp_path / "two", 1, 6, "lora")
+    whole_run(sd1_folder, tmp_path / "one", 2, 6, "lora")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_fsdp_is_one_process_too_and_goes_on(sd1_folder: Path, tmp_path: Path) -> None:
+    """Split over two, stopped, gone on with, saved whole; and gone on with by one process."""
+    launched(SPLIT, sd1_folder, tmp_path / "two", 1, 3, "full")
+    launched(SPLIT, sd1_folder, tmp_path / "two", 1, 5, "full")
+    whole_run(sd1_folder, tmp_path / "one", 2, 5, "full")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    two, one = (open_model(tmp_path / name / "model", dtype=torch.float32) for name in ("two", "one"))
+    for name, value in one.unet.state_dict().items():
+        torch.testing.assert_close(two.unet.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    whole_run(sd1_folder, tmp_path / "two", 2, 6, "full")
+    assert state(tmp_path / "two")["step"] == 6
+
+
+def test_fsdp_is_refused_where_little_learns(sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for method, fields, sentence in (
+        ("lora", {}, "FSDP is for full"),
+        ("full", {"optimiser": "adafactor"}, "with FSDP it must be adamw"),
+        ("full", {"text_encoder": True}, "text_encoder is True; with FSDP it must be left out"),
+    ):
+        with pytest.raises(RequestError, match=sentence):
+            learner = learner_of(sd1_folder, recipe_of(method, **fields))
+            sharding.shard(learner, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    whole_run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
