@@ -251,8 +251,7 @@ def write_docs(folder: Path, sheets: Mapping[str, Image.Image], found: str) -> N
     place = folder / "images" / "teach"
     place.mkdir(parents=True, exist_ok=True)
     for name, image in sheets.items():
-        few = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        few.save(place / f"{name}.png", optimize=True)
+        image.save(place / f"{name}.png", optimize=True)
     page = folder / "teach.md"
     before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
     page.write_text(f"{before}{MARKS[0]}\n\n{found}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
