@@ -178,11 +178,11 @@ for name in ("sliced:8MiB", "sliced:32MiB", "math"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_bytes_of_the_slices_are_kept() -> None:
-    """8 heads of 2048 tokens: a table of scores takes 128 MiB, and what is written 2.5 MiB."""
+    """8 heads of 2048 tokens: a table of scores takes 128 MiB, what is written 2.5 MiB, the allocator what it likes."""
     ran = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True)
     small, large, whole = map(float, ran.stdout.split())
-    assert 8 <= small <= 8 + 8
-    assert 32 <= large <= 32 + 8
+    assert 8 <= small <= 8 + 16
+    assert 32 <= large <= 32 + 16
     assert whole >= 256
 
 
