@@ -96,15 +96,15 @@ def status(name: str) -> int:
 def draw(row: dict[str, Any]) -> dict[str, Any]:
     """Draws a combination, here and now."""
     import mezzotint
-    import mezzotint.image
+    import mezzotint.images.io
     import mezzotint.pipeline
-    from mezzotint import machine
-    from mezzotint.footprint import Model, predict
-    from mezzotint.memory import plan
+    from mezzotint.memory import system
+    from mezzotint.memory.footprint import Model, predict
+    from mezzotint.memory.planner import plan
     from mezzotint.placement import Placement
 
     if "memory" not in row:  # else the plan does it where it is needed
-        machine.return_freed()
+        system.return_freed()
     folder, dtype, memory = row.pop("model"), row.pop("dtype", "float32"), row.pop("memory", None)
     placement = Placement(**row.pop("placement"))
     request = mezzotint.Request(prompt="a lemon on a blue background", seed=1, **{"steps": 2, **row})
@@ -139,7 +139,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     mark("encode")
     result = pipe.generate(request, on_step=lambda *_: mark("step"), on_image=lambda *_: mark("decode"))
     for image in result.images:
-        mezzotint.image.encoded(image, "PNG")
+        mezzotint.images.io.encoded(image, "PNG")
     mark("png")
     most = max(measured.values())
     return said | {

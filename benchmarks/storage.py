@@ -20,7 +20,7 @@ import torch
 
 import mezzotint
 from mezzotint import Request, Result
-from mezzotint.models.held import Held, Stored
+from mezzotint.models.offload import Held, Stored
 from mezzotint.placement import Placement
 
 WAYS: list[dict[str, Any]] = [

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 import mezzotint
 from mezzotint import Pipeline, Request, RequestError, cli, samplers
 from mezzotint.again import FOLLOWS, NAMES_FILES, again, inputs_of, judge, model_for, read_source
-from mezzotint.image import read_metadata, save, save_png
-from mezzotint.provenance import read
+from mezzotint.images.io import read_metadata, save, save_png
+from mezzotint.records.record import read
 
 LEMON = Request(prompt="a lemon on a blue background", seed=7, steps=2)
 

@@ -16,7 +16,7 @@ from mezzotint.config import ScheduleConfig
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.diffusion.spacing import SPACINGS
-from mezzotint.image import read_metadata
+from mezzotint.images.io import read_metadata
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WRITES = {

@@ -16,7 +16,7 @@ import mezzotint
 from mezzotint import CheckpointError, Pipeline, Request
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.weights import inspect_model
-from mezzotint.weights.lora import Lora, layers, merged, read_lora, save_lora
+from mezzotint.weights.low_rank import Lora, layers, merged, read_lora, save_lora
 
 RANK = 4
 FEW_STEP = {"sampler": "lcm", "steps": 3, "guidance_scale": 1.5, "lora": "lcm_lora.safetensors"}

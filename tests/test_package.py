@@ -68,7 +68,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     [
         "import mezzotint",
         "from mezzotint import Request, RequestError; Request(prompt='a lemon', sampler='DPM++ 2M Karras')",
-        "import mezzotint.samplers, mezzotint.config, mezzotint.request, mezzotint.errors",
+        "import mezzotint.samplers.names, mezzotint.config, mezzotint.request, mezzotint.errors",
     ],
 )
 def test_importing_costs_no_torch(code: str) -> None:
@@ -81,7 +81,7 @@ def test_the_whole_engine_from_the_package_alone_and_without_its_oracles() -> No
     code = f"""
 import sys, mezzotint
 assert mezzotint.diffusion.solvers.SOLVERS and mezzotint.diffusion.spacing.SPACINGS
-import mezzotint.pipeline, mezzotint.train.loop, mezzotint.train.vae, mezzotint.train.diffusion
+import mezzotint.pipeline, mezzotint.train.scratch.loop, mezzotint.train.scratch.vae, mezzotint.train.scratch.diffusion
 print(sorted({peers} & set(sys.modules)))
 """
     assert python(code) == "[]"

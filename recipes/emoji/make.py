@@ -32,13 +32,13 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
-from mezzotint.train.diffusion import TextToLatents, diffusion_losses
-from mezzotint.train.distill import distill
-from mezzotint.train.loop import Losses, Plan, train
-from mezzotint.train.text import TextToMean, text_losses
-from mezzotint.train.vae import vae_losses
+from mezzotint.train.scratch.diffusion import TextToLatents, diffusion_losses
+from mezzotint.train.scratch.distill import distill
+from mezzotint.train.scratch.loop import Losses, Plan, train
+from mezzotint.train.scratch.text import TextToMean, text_losses
+from mezzotint.train.scratch.vae import vae_losses
 from mezzotint.weights import Parts, open_model, save_folder
-from mezzotint.weights.lora import Lora, save_lora
+from mezzotint.weights.low_rank import Lora, save_lora
 from scenes import SIDE, Scenes
 from words import caption_words
 

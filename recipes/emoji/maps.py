@@ -28,7 +28,7 @@ import mezzotint
 from evaluate import to_pixels, verdicts
 from judge import JUDGE_STEPS, train_judge
 from mezzotint import samplers
-from mezzotint.explain import Explanation, explain
+from mezzotint.explain.maps import Explanation, explain
 from scenes import PAIR, SIDE, Scenes, build_atlas
 from words import Spec, with_article
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mezzotint import diffusion, prompt
     from mezzotint.errors import BudgetError, CheckpointError, MezzotintError, RequestError
-    from mezzotint.memory import plan
+    from mezzotint.memory.planner import plan
     from mezzotint.models import attention
     from mezzotint.pipeline import Pipeline, load
     from mezzotint.placement import Placement
@@ -33,7 +33,7 @@ _ROOMS = {
     "Pipeline": "pipeline",
     "load": "pipeline",
     "Placement": "placement",
-    "plan": "memory",
+    "plan": "memory.planner",
     "Request": "request",
     "Result": "request",
     "BudgetError": "errors",

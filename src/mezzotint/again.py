@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mezzotint import foreign, infotext, provenance
 from mezzotint.errors import MezzotintError, RequestError
-from mezzotint.image import CHUNKS, FORMATS, encoded, read_metadata, read_picture
-from mezzotint.inputs import digest, read
-from mezzotint.provenance import Record
+from mezzotint.images.init_image import digest, read
+from mezzotint.images.io import CHUNKS, FORMATS, encoded, read_metadata, read_picture
+from mezzotint.records import infotext, other_programs
+from mezzotint.records.record import Record, difference, pixels_digest
+from mezzotint.records.record import changes as record_changes
+from mezzotint.records.record import read as read_record
 from mezzotint.request import Request
 from mezzotint.weights.hub import BUNDLED
 
@@ -75,12 +77,12 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     """Read a picture's record, or else what another program wrote. Raises RequestError where it has neither, or where
     that is damaged.
     """
-    texts = read_metadata(path, (*CHUNKS, *foreign.READERS))
+    texts = read_metadata(path, (*CHUNKS, *other_programs.READERS))
     try:
-        record = provenance.read(texts)
+        record = read_record(texts)
         if record is not None:
             return Source(Path(path), record, record.request, model_name=record.model.name)
-        if "parameters" not in texts and (theirs := foreign.read(texts)):
+        if "parameters" not in texts and (theirs := other_programs.read(texts)):
             request, notes, model = theirs
             return Source(Path(path), None, request, notes, model)
         text = infotext.parse(texts.get("parameters", ""))
@@ -234,11 +236,11 @@ def judge(source: Source, image: Image.Image) -> Verdict:
     drawn = image
     if FORMATS.get(source.path.suffix.lower()) == "JPEG" or _is_jpeg(source.path):
         drawn = Image.open(io.BytesIO(encoded(image, "JPEG"))).convert("RGB")
-    now = provenance.read({"mezzotint": image.info["mezzotint"]})
-    changed = list(provenance.changes(record, now)) if record and now else []
-    digest = provenance.pixels_digest(image)
+    now = read_record({"mezzotint": image.info["mezzotint"]})
+    changed = list(record_changes(record, now)) if record and now else []
+    digest = pixels_digest(image)
     try:
-        most, share = provenance.difference(pixels, drawn)
+        most, share = difference(pixels, drawn)
     except MezzotintError as error:
         return Verdict(False, [f"differs: {error}", *changed])
     if most == 0:

@@ -110,7 +110,7 @@ class VAEConfig(_Config):
 
 
 class ScheduleConfig(_Config):
-    """The training noise schedule in `scheduler/scheduler_config.json`; the sampler there is samplers.py's."""
+    """The training noise schedule in `scheduler/scheduler_config.json`; the sampler there is samplers/'s."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001

@@ -16,7 +16,7 @@ from mezzotint.diffusion.guidance import step_of
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
-from mezzotint.schedulers import TimestepKind
+from mezzotint.samplers.diffusers_classes import TimestepKind
 
 Timeline = Sequence[tuple[int, Condition]]  # (last step that it holds for, counted from 0; the condition)
 KeysValues = list[tuple[Tensor, Tensor]]  # of each cross-attention

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mezzotint import rows
 from mezzotint.errors import RequestError
-from mezzotint.image import save_png
+from mezzotint.images.io import save_png
 from mezzotint.request import Request
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.conditioning import Encoded
+from mezzotint.conditioning.encode import Encoded
 from mezzotint.denoiser import Denoiser
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.diffusion.guidance import METHODS, guided
@@ -33,26 +33,26 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.guard import checked, watched_outputs
-from mezzotint.image import from_pil, to_pil
-from mezzotint.inputs import Placed, fit
-from mezzotint.memory import Budget, Plan
-from mezzotint.memory import plan as planned
-from mezzotint.models.adapting import adapting
-from mezzotint.models.held import turn
+from mezzotint.images.init_image import Placed, fit
+from mezzotint.images.io import from_pil, to_pil
+from mezzotint.memory.planner import Budget, Plan
+from mezzotint.memory.planner import plan as planned
+from mezzotint.models.adapters import adapting
+from mezzotint.models.offload import turn
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
-from mezzotint.placing import Placing
-from mezzotint.provenance import describe
+from mezzotint.records.record import describe
 from mezzotint.request import Job, Request, Result
-from mezzotint.resolving import Resolver, options_of, place
-from mezzotint.samplers import Sampler
-from mezzotint.starting import Run, start
-from mezzotint.weights.adapters import Adapters
+from mezzotint.run.execute import Placing
+from mezzotint.run.initial import Run, start
+from mezzotint.run.nan_guard import checked, watched_outputs
+from mezzotint.run.prompts import Wording
+from mezzotint.run.resolve import Resolver, options_of, place
+from mezzotint.samplers.names import Sampler
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.lora import merged, read_lora
-from mezzotint.wording import Wording
+from mezzotint.weights.lora import Adapters
+from mezzotint.weights.low_rank import merged, read_lora
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture

@@ -280,7 +280,7 @@ class Request(BaseModel):
             return value
         if isinstance(value, str):
             return _from_uri(value) if value.startswith(DATA_URI) else value
-        from mezzotint.inputs import for_request  # it brings Pillow
+        from mezzotint.images.init_image import for_request  # it brings Pillow
 
         return for_request(value)
 

@@ -29,8 +29,8 @@ VAE_SHAPE = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_gr
 CHILD = """
 import json, sys
 from pathlib import Path
-from mezzotint import machine
-machine.return_freed()
+from mezzotint.memory import system
+system.return_freed()
 import torch
 from mezzotint.config import UNetConfig, VAEConfig
 from mezzotint.models.attention import backend

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import mezzotint
 from mezzotint.config import VAEConfig
 from mezzotint.errors import RequestError
-from mezzotint.models import slicing
+from mezzotint.models import vae_modes
 from mezzotint.models.convolution import seamless
 from mezzotint.models.strips import decode_in_strips, encode_in_strips, moments_in_strips
 from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles, spans
@@ -124,17 +124,17 @@ def test_what_was_given_stays_as_it_was_and_no_gradients_are_kept() -> None:
     vae.requires_grad_(True)
     before = z.clone(), pixels.clone()
     for way in ("strips", "tiles"):
-        assert not slicing.decode(vae, z, way).requires_grad
-        slicing.encode(vae, pixels, way)
+        assert not vae_modes.decode(vae, z, way).requires_grad
+        vae_modes.encode(vae, pixels, way)
     assert torch.equal(z, before[0]) and torch.equal(pixels, before[1])
 
 
 def test_the_ways_have_their_names() -> None:
     vae, z = build(), noise(1, 4, 4, 6)
-    assert torch.equal(slicing.decode(vae, z), vae.decode(z))
-    assert torch.equal(slicing.encode(vae, vae.decode(z)).mean, vae.encode(vae.decode(z)).mean)
-    assert torch.equal(slicing.decode(vae, z, "strips"), decode_in_strips(vae, z))
-    assert torch.equal(slicing.decode(vae, z, "tiles"), decode_in_tiles(vae, z))
+    assert torch.equal(vae_modes.decode(vae, z), vae.decode(z))
+    assert torch.equal(vae_modes.encode(vae, vae.decode(z)).mean, vae.encode(vae.decode(z)).mean)
+    assert torch.equal(vae_modes.decode(vae, z, "strips"), decode_in_strips(vae, z))
+    assert torch.equal(vae_modes.decode(vae, z, "tiles"), decode_in_tiles(vae, z))
 
 
 def bundled() -> tuple[VAE, Tensor]:

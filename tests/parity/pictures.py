@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.samplers import CLASSES
+from mezzotint.samplers.names import CLASSES
 
 FAMILIES = tuple(tiny.SCHEDULER_CONFIGS)
 PROMPT = "a red lemon, left of a whale!"

@@ -36,7 +36,7 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.models.unet import Condition
-from mezzotint.samplers import CLASSES, SCHEDULERS, resolve
+from mezzotint.samplers.names import CLASSES, SCHEDULERS, resolve
 from tiny import apart
 
 SHAPE = (4, 9, 13)  # of 72x104 pixels

@@ -18,7 +18,7 @@ from mezzotint.diffusion.prediction import PREDICTIONS
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
-from mezzotint.train.diffusion import TextToLatents, diffusion_losses
+from mezzotint.train.scratch.diffusion import TextToLatents, diffusion_losses
 
 BOS, EOS = tiny.TOKENS - 2, tiny.TOKENS - 1
 IDS = torch.tensor([[BOS, *range(3 * k, 3 * k + k + 1), *[EOS] * (11 - k)] for k in range(4)])  # (4, 13)

@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.samplers import CLASSES
+from mezzotint.samplers.names import CLASSES
 from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, build, ours, pixels
 from test_pipeline import different, same
 

@@ -1,6 +1,6 @@
 """What a prompt means in each dialect, against the published arithmetic done with transformers alone.
 
-The sources are named in conditioning.py. Each case says by hand which words stand in which chunk with which weight; the
+The sources are named in encode.py. Each case says by hand which words stand in which chunk with which weight; the
 oracle below tokenises them with transformers' tokenizer and encodes them with its encoders.
 """
 

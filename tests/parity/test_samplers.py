@@ -19,7 +19,7 @@ from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.prediction import PREDICTIONS
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.spacing import SPACINGS
-from mezzotint.samplers import CLASSES, SCHEDULERS, resolve
+from mezzotint.samplers.names import CLASSES, SCHEDULERS, resolve
 from table import (
     LIMITS,
     NAMES,

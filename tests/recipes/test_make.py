@@ -19,7 +19,7 @@ import scenes
 import words
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.vae import VAE
-from mezzotint.train import distill
+from mezzotint.train.scratch import distill
 
 SMALL_UNET = {
     "block_out_channels": (8, 8, 16),

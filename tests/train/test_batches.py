@@ -20,7 +20,7 @@ from torch import Tensor
 import mezzotint
 from mezzotint.config import VAEConfig
 from mezzotint.errors import MezzotintError, RequestError, WriteError
-from mezzotint.image import from_pil
+from mezzotint.images.io import from_pil
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.models.vae import VAE

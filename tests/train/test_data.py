@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mezzotint import inputs
 from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.images import init_image
 from mezzotint.train.data import Dataset, open_data
 
 CAPTIONS = {"a/lemon": "a lemon, yellow", "whale": "ein Wal, größer"}
@@ -95,7 +95,7 @@ def test_the_layouts_give_the_same_examples(tmp_path: Path, write: Callable[[Pat
     dataset = open_data(write(tmp_path / "data"))
     assert [example.caption for example in dataset] == list(CAPTIONS.values())
     assert [example.size for example in dataset] == [(24, 16)] * 2
-    assert [example.digest for example in dataset] == [inputs.digest(data) for data in FILES.values()]
+    assert [example.digest for example in dataset] == [init_image.digest(data) for data in FILES.values()]
     assert [example.open().tobytes() for example in dataset] == [picture(k).tobytes() for k in range(2)]
     assert len({example.id for example in dataset}) == 2 and not dataset.skipped
 
@@ -108,7 +108,7 @@ def test_ids_do_not_name_where_the_dataset_lies(tmp_path: Path) -> None:
 
 def test_size_is_that_of_the_picture_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[inputs.ORIENTATION] = 6
+    exif[init_image.ORIENTATION] = 6
     put(tmp_path, {"a.jpg": file_of(picture(0, (40, 24)), "JPEG", exif=exif), "a.txt": "a"})
     (example,) = open_data(tmp_path)
     assert example.size == example.open().size == (24, 40)

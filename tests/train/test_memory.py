@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from mezzotint import machine, memory
 from mezzotint.errors import BudgetError
-from mezzotint.footprint import Model
+from mezzotint.memory import planner as memory
+from mezzotint.memory import system
+from mezzotint.memory.footprint import Model
 from mezzotint.train import budget
 from mezzotint.train.batches import Batch
 from mezzotint.train.budget import TrainingPlan, aside, fitted
@@ -42,8 +43,8 @@ def plan_of(model: Path, memory: str | int, method: str = "lora", **fields: Any)
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that takes 500 MiB before its model, and libraries of no size."""
-    monkeypatch.setattr(machine, "resident", lambda: BASE)
-    monkeypatch.setattr(machine, "mapped", lambda: 1)
+    monkeypatch.setattr(system, "resident", lambda: BASE)
+    monkeypatch.setattr(system, "mapped", lambda: 1)
 
 
 def test_tensors_count_from_when_they_are_made_until_nothing_names_them() -> None:
@@ -165,8 +166,8 @@ def test_what_is_learnt_is_the_same(
     sd1_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every exact measure at once: streamed, checkpointed, one picture at a time, the VAE in strips."""
-    monkeypatch.setattr(machine, "return_freed", lambda: None)
-    monkeypatch.setattr("mezzotint.models.held.LEAST", 64)
+    monkeypatch.setattr(system, "return_freed", lambda: None)
+    monkeypatch.setattr("mezzotint.models.offload.LEAST", 64)
     recipe = recipe_of(sd1_folder, data=str(pictures), batch=2, lr=1e-2)
     run(recipe, tmp_path / "plain", device="cpu")
     measures = budget.Measures(True, "stream", None, "strips", True, 1)

@@ -228,7 +228,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_few_step_lora_goes_with_the_model_while_it_fits(sd1_folder: Path, tmp_path: Path) -> None:
     parts = open_model(sd1_folder)
     parts.settings["few_step"] = FEW_STEP
-    few = mezzotint.weights.part.FewStep.model_validate(FEW_STEP)
+    few = mezzotint.weights.model_plan.FewStep.model_validate(FEW_STEP)
     parts.few_step, parts.source = few, tmp_path
     (told,) = check_saves(full(), parts)
     assert "is not there" in told

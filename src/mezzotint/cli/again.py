@@ -116,7 +116,7 @@ class Pipes:
         import torch
 
         from mezzotint.devices import best_device, device_of
-        from mezzotint.placing import possible
+        from mezzotint.run.execute import possible
 
         facts = source.record.model if source.record else None
         here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

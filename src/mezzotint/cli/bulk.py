@@ -17,7 +17,7 @@ from mezzotint.cli.terminal import Device, Dtype, Json, Memory, Model, check_mem
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
-    from mezzotint.bulk import Outcome, Plan
+    from mezzotint.bulk.local import Outcome, Plan
 
 EVERY = 60.0  # seconds between lines where there is no terminal to show a bar
 
@@ -43,14 +43,15 @@ def bulk(
     as_json: Json = False,
 ) -> None:
     """Draw the pictures of a file; once stopped it goes on."""
-    from mezzotint import bulk as work
-    from mezzotint import bulk_ray, rows
+    from mezzotint import rows
+    from mezzotint.bulk import local as work
+    from mezzotint.bulk import ray
 
     check_memory(memory)
     if engine not in ("local", "ray"):
         raise RequestError(f"engine is {engine[:60]!r}; it must be local or ray")
     if engine == "ray":
-        bulk_ray.check()
+        ray.check()
     cores = 1 if engine == "ray" else _cores()
     start = time.perf_counter()
     drawn = found = 0
@@ -59,7 +60,7 @@ def bulk(
         with work.prepared(
             file, out, given, model=model, device=device, dtype=dtype, threads=threads, cores=cores, memory=memory
         ) as plan:
-            outcomes = bulk_ray.run(plan) if engine == "ray" else _local(plan)
+            outcomes = ray.run(plan) if engine == "ray" else _local(plan)
             failures = work.Failures(out)
             with _progress(plan.pictures) as progress:
                 for outcome in outcomes:
@@ -88,7 +89,7 @@ def bulk(
 
 def _local(plan: Plan) -> Iterator[Outcome]:
     """This process's work; Ctrl-C ends it after the step under way."""
-    from mezzotint import bulk as work
+    from mezzotint.bulk import local as work
 
     made = work.fit(plan)
     if made is not None:

@@ -388,7 +388,7 @@ def check_out(out: str | None, request: Request, suffixes: tuple[str, ...] = (".
 
 def save_one(image: Image.Image, out: str | None, request: Request, k: int) -> Path:
     """Writes picture k under the first of its names that is free."""
-    from mezzotint.image import save
+    from mezzotint.images.io import save
 
     exact = _is_exact(out, request)
     for path in _names(out, request, k):

@@ -13,7 +13,7 @@ from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, Syntax
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
-    from mezzotint.explain import Explanation
+    from mezzotint.explain.maps import Explanation
 
 
 def explain(
@@ -61,9 +61,9 @@ def explain(
     if arrays is not None and (arrays.suffix != ".npz" or not os.access(arrays.parent, os.W_OK)):
         raise RequestError(f"arrays is {str(arrays)!r}; it must end in .npz, in a folder that may be written to")
 
-    from mezzotint.explain import explain as run
-    from mezzotint.explain_page import page
-    from mezzotint.image import save_png
+    from mezzotint.explain.maps import explain as run
+    from mezzotint.explain.page import page
+    from mezzotint.images.io import save_png
 
     pipe = load(model, device, dtype)
     with long_work("drawing", lambda: "no page was finished") as on_step:

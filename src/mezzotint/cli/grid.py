@@ -37,7 +37,7 @@ def grid(
     from mezzotint import grid as work
     from mezzotint import rows
     from mezzotint.errors import RequestError
-    from mezzotint.image import save
+    from mezzotint.images.io import save
     from mezzotint.request import Request
 
     given = rows.assignments("set", fields or ())

@@ -26,19 +26,19 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Measure which sampler, at how many steps, suits a model."""
-    from mezzotint import report as sampler_report
-    from mezzotint import report_page
+    from mezzotint.report import measure as sampler_report
+    from mezzotint.report import page
 
     settings = sampler_report.Settings.parse(
         prompts, samplers, steps, seeds=seeds, reference_steps=reference_steps, guidance_scale=guidance
     )
-    report_page.prepare(out)
+    page.prepare(out)
 
     pipe = load(model, device, dtype)
     kept = f"what is finished is in {out / 'results.jsonl'}, and the same command goes on from there"
     with long_work("measuring", lambda: kept) as on_progress:
         rows = sampler_report.measure(pipe, settings, out, on_progress)
-    record = report_page.write(out, rows, settings)
+    record = page.write(out, rows, settings)
     for sentence in record["notes"]:
         say(sentence)
     if as_json:

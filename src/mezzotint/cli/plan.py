@@ -31,7 +31,7 @@ def plan(
 
     check_memory(memory)
     request = Request(prompt="", **fields_of(options))
-    from mezzotint.memory import plan as planned
+    from mezzotint.memory.planner import plan as planned
 
     made = planned(model, memory or "auto", request, device=device, dtype=dtype)
     if as_json:

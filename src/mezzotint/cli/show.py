@@ -22,8 +22,8 @@ def inspect(
     report = inspect_model(file)
     found, lines = report.to_dict(), [report.text()]
     if model:
-        from mezzotint.weights.adapters import coverage
         from mezzotint.weights.checkpoint import look_through
+        from mezzotint.weights.lora import coverage
 
         parts = (part for part in look_through(model).parts if part.name != "vae")
         covered = coverage(file, {part.name: part.network() for part in parts})
@@ -37,7 +37,7 @@ def inspect(
 
 def samplers(as_json: Json = False) -> None:
     """List the samplers, as several programs call them."""
-    from mezzotint.samplers import A1111_SCHEDULES, COMFYUI_SCHEDULES, FEW_STEPS, NAMES, SPACINGS, TABLE
+    from mezzotint.samplers.names import A1111_SCHEDULES, COMFYUI_SCHEDULES, FEW_STEPS, NAMES, SPACINGS, TABLE
 
     few = {name: {"sampler": base, "steps": n, "guidance_scale": w} for name, (base, _, n, w) in FEW_STEPS.items()}
     if as_json:

@@ -15,7 +15,7 @@ import typer
 from mezzotint.placement import bytes_of
 
 if TYPE_CHECKING:
-    from mezzotint.memory import Plan
+    from mezzotint.memory.planner import Plan
     from mezzotint.pipeline import OnStep, Pipeline
     from mezzotint.request import Request
 
@@ -85,7 +85,7 @@ def fitted(
     """The plan for a budget, if there is one, which it says."""
     if memory is None:
         return None
-    from mezzotint.memory import plan
+    from mezzotint.memory.planner import plan
 
     made = plan(model, memory, request, device=device, dtype=dtype)
     say(made.table())

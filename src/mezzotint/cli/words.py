@@ -36,8 +36,8 @@ def tokens(
         embeddings=tuple(embedding) if embedding else None,
     )
 
-    from mezzotint.conditioning import plan_of
-    from mezzotint.resolving import STEPS
+    from mezzotint.conditioning.encode import plan_of
+    from mezzotint.run.resolve import STEPS
     from mezzotint.weights.checkpoint import read_tokenizers
     from mezzotint.weights.embeddings import Library
     from mezzotint.weights.hub import BUNDLED
@@ -86,7 +86,7 @@ def _stretches(spoken: list[bool]) -> list[list[int]]:
 
 def _clause(clause: Clause, syntax: str, tokenizers: list[Tokenizer], library: Library) -> dict[str, Any]:
     """One text to encode: its weight, and the chunks of each text encoder."""
-    from mezzotint.chunks import chunked
+    from mezzotint.conditioning.chunks import chunked
 
     encoders = []
     for k, tokenizer in enumerate(tokenizers):

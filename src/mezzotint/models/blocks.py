@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.models.adapting import adapted
+from mezzotint.models.adapters import adapted
 from mezzotint.models.attention import attention, watcher
 from mezzotint.models.convolution import Conv2d
 

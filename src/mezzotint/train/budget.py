@@ -5,7 +5,7 @@
 What a step holds between its two passes is walked through, not guessed: the learner is built on the meta device, where
 tensors have shapes and no memory, takes one step there, and every tensor is counted from the operation that makes it
 until nothing names it any more. To that come, by their numbers, the weights, the gradients, the optimiser's moments and
-the averages; and what the process takes before (footprint.py has those terms).
+the averages; and what the process takes before (memory/footprint.py has those terms).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mezzotint import machine
 from mezzotint.errors import BudgetError
-from mezzotint.footprint import LIBRARIES, MAPPED, PIECE, TOKEN, Model, predict
-from mezzotint.memory import AUTO, HEAP, SAFETY
+from mezzotint.memory import system
+from mezzotint.memory.footprint import LIBRARIES, MAPPED, PIECE, TOKEN, Model, predict
+from mezzotint.memory.planner import AUTO, HEAP, SAFETY
 from mezzotint.models import sizes
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.checkpointing import checkpointing
-from mezzotint.models.held import Weight, hold, holdable
-from mezzotint.models.slicing import Way
+from mezzotint.models.offload import Weight, hold, holdable
 from mezzotint.models.unet import Condition
+from mezzotint.models.vae_modes import Way
 from mezzotint.placement import Placement, bytes_of, size
 from mezzotint.request import Request
 from mezzotint.train.buckets import Size
@@ -96,7 +96,7 @@ class TrainingPlan:
     def keep(self) -> None:
         """To be called before loading."""
         if self.tight:
-            machine.return_freed()
+            system.return_freed()
 
     def placements(self) -> dict[str, Placement]:
         """For `open_model`."""
@@ -184,7 +184,7 @@ class _Run:
         self.numbers = sum(p.numel() for p in trained.values())
         self.largest = max(p.numel() for p in trained.values())
         self.texts_learn = self.change == "word" or any(name.startswith(ENCODERS) for name in trained)
-        self.base = machine.resident() if self.cpu else 0
+        self.base = system.resident() if self.cpu else 0
 
     def limit(self) -> int:
         """The budget in bytes. Raises BudgetError for what is none."""
@@ -192,7 +192,7 @@ class _Run:
             return bytes_of(self.recipe.memory or "")
         if not self.cpu:
             return int(AUTO * torch.cuda.mem_get_info(self.model.device)[0])
-        free = machine.available()
+        free = system.available()
         if free is None:
             raise BudgetError("memory is 'auto', and what is free is not known here; name a size such as 4GiB")
         return int(self.base + AUTO * free)
@@ -229,7 +229,7 @@ class _Run:
         own = 0 if self.change == "full" else 4 * self.numbers  # of what is added to the networks
         base = self.base
         if self.cpu:
-            base += int(LIBRARIES["cpu"] * (machine.mapped() or MAPPED))
+            base += int(LIBRARIES["cpu"] * (system.mapped() or MAPPED))
             base += TOKEN * sum(config.vocab_size for config in model.encoders)
         else:
             base += int(LIBRARIES["cuda"])

@@ -24,8 +24,9 @@ from typing import Any, Literal, overload
 
 from PIL import Image
 
-from mezzotint import inputs, rows
+from mezzotint import rows
 from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.images import init_image
 from mezzotint.request import MAX_PROMPT
 
 Broken = Literal["stop", "skip"]
@@ -54,9 +55,9 @@ class Example:
     def open(self) -> Image.Image:
         """RGB. Raises RequestError where it does not decode, or is another picture than it was."""
         data = self.read()
-        if inputs.digest(data) != self.digest:
+        if init_image.digest(data) != self.digest:
             raise RequestError(f"the picture {self.place!r} has changed since training began; begin again")
-        return inputs.open_picture(self.place, "the picture", data)
+        return init_image.open_picture(self.place, "the picture", data)
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,10 @@ def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]
         return f"the caption of {place!r} has {len(caption):,} characters; it must be text of at most {MAX_PROMPT:,}"
     try:
         data = read()
-        size = inputs.size_of(place, "the picture", data)
+        size = init_image.size_of(place, "the picture", data)
     except RequestError as error:
         return str(error)
-    return Example(id, " ".join(caption.split()), size, inputs.digest(data), place, read)
+    return Example(id, " ".join(caption.split()), size, init_image.digest(data), place, read)
 
 
 def _text(data: bytes, place: str) -> str:
@@ -198,7 +199,7 @@ def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[
         except RequestError as error:
             yield str(error)
             continue
-        read = partial(inputs.read, str(file), "the picture")
+        read = partial(init_image.read, str(file), "the picture")
         yield _example(file.relative_to(root).as_posix(), str(file), caption, read)
 
 
@@ -214,7 +215,7 @@ def _jsonl(path: Path, default: str | None) -> Iterator[Found]:
             yield f"line {number} of {str(path)!r} names {name!r}; a file_name must lie below the folder of {METADATA}"
         else:
             file = str(path.parent / name)
-            yield _example(name, file, caption, partial(inputs.read, file, "the picture"))
+            yield _example(name, file, caption, partial(init_image.read, file, "the picture"))
 
 
 def _caption_in(fields: Mapping[str, Any], default: str | None) -> str | None:
@@ -255,8 +256,10 @@ def _shard(path: Path, default: str | None, name: str = "") -> Iterator[Found]:
 
 def _member(path: Path, member: tarfile.TarInfo) -> bytes:
     """A file in an uncompressed tar: it lies there as it is."""
-    if member.size > inputs.MAX_BYTES:
-        raise RequestError(f"{path}/{member.name} is larger than {inputs.MAX_BYTES // 2**20} MiB; {inputs.RIGHT}")
+    if member.size > init_image.MAX_BYTES:
+        raise RequestError(
+            f"{path}/{member.name} is larger than {init_image.MAX_BYTES // 2**20} MiB; {init_image.RIGHT}"
+        )
     try:
         with path.open("rb") as file:
             file.seek(member.offset_data)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError, MissingExtraError, TrainingError, WriteError
-from mezzotint.image import write_whole
+from mezzotint.images.io import write_whole
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.train import chance, checkpoints, sharding
 from mezzotint.train.learner import Batch, Learner, holding

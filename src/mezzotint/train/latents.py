@@ -22,15 +22,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mezzotint import prompt
-from mezzotint.chunks import chunked
-from mezzotint.conditioning import Reader, lengthened
+from mezzotint.conditioning.chunks import chunked
+from mezzotint.conditioning.encode import Reader, lengthened
 from mezzotint.errors import MezzotintError, WriteError
-from mezzotint.image import from_pil, write_whole
+from mezzotint.images.io import from_pil, write_whole
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.slicing import Way, encode
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.models.vae import VAE, Posterior
+from mezzotint.models.vae_modes import Way, encode
 from mezzotint.train.buckets import Size
 from mezzotint.train.data import Example
 

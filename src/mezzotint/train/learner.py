@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint import prompt, samplers
-from mezzotint.conditioning import Reader
+from mezzotint.conditioning.encode import Reader
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.held import Held
+from mezzotint.models.offload import Held
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.chance import generator
 from mezzotint.train.latents import Texts

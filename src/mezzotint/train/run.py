@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from mezzotint.errors import RequestError, WriteError
-from mezzotint.footprint import Model
-from mezzotint.image import write_whole
-from mezzotint.models.held import turn
+from mezzotint.images.io import write_whole
+from mezzotint.memory.footprint import Model
+from mezzotint.models.offload import turn
 from mezzotint.models.unet import UNet
 from mezzotint.pipeline import Pipeline
 from mezzotint.placement import Placement

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError, RequestError, WriteError
-from mezzotint.image import write_whole
+from mezzotint.images.io import write_whole
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.learner import ENCODERS, TEXT_TARGETS, Learner, pairs, plain

@@ -28,7 +28,7 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.part import ENCODERS, NETWORKS, FewStep, Overrides, Plan, word
+from mezzotint.weights.model_plan import ENCODERS, NETWORKS, FewStep, Overrides, Plan, word
 from mezzotint.weights.single import kind_of, plan_file
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}

@@ -24,7 +24,7 @@ from torch import Tensor
 from mezzotint.errors import CheckpointError
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource
-from mezzotint.weights.part import listed
+from mezzotint.weights.model_plan import listed
 
 SUFFIXES = (".pt", ".bin", ".safetensors")
 BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(?:string_to_param\.)?(.+)")

@@ -17,7 +17,7 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
-from mezzotint.weights.part import ENCODERS, NETWORKS, FewStep, Overrides, Part, Plan, listed
+from mezzotint.weights.model_plan import ENCODERS, NETWORKS, FewStep, Overrides, Part, Plan, listed
 
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mezzotint.errors import CheckpointError
 from mezzotint.weights.folder import choose_weights, plan_folder
-from mezzotint.weights.part import NETWORKS
+from mezzotint.weights.model_plan import NETWORKS
 
 BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -1,116 +1,404 @@
-"""LoRA files: a change of low rank, up times down, to the weights of a UNet (Hu et al. 2021, eq. 3).
+"""LoRA files and their relatives: read for a model, whatever program wrote them (lora_keys.py has the names).
 
-Names are those of peft and diffusers, whose `pipe.load_lora_weights` reads what `save_lora` writes:
-
-    unet.mid_block.resnets.0.conv1.lora_A.weight    down, (rank, inputs) or (rank, inputs, kh, kw)
-    unet.mid_block.resnets.0.conv1.lora_B.weight    up, (outputs, rank) or (outputs, rank, 1, 1)
-
-A file is its own scale: alpha equals the rank.
+How much of a change is made: alpha / rank of it, where alpha is the file's tensor, else what peft's configuration in
+the file's metadata says, else the rank itself. A LoHa and a LoKr have the rank of their second factor; a LoKr of two
+whole matrices has none, and takes 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError
-from mezzotint.models.held import Held, Weight, hold, shape_of
-from mezzotint.models.unet import UNet
+from mezzotint.models.adapters import (
+    Change,
+    Changes,
+    Decomposed,
+    Full,
+    Hadamard,
+    Kronecker,
+    LayerChange,
+    LowRank,
+    Merged,
+    merge,
+)
+from mezzotint.models.offload import shape_of
+from mezzotint.weights.embeddings import BUNDLED
 from mezzotint.weights.files import TensorFile
-from mezzotint.weights.part import listed
+from mezzotint.weights.hub import resource
+from mezzotint.weights.lora_keys import family, split, stems
+from mezzotint.weights.model_plan import listed
 
-Lora = dict[str, tuple[Tensor, Tensor]]  # layer of the UNet -> (down, up)
-KEYS = "unet.{}.lora_A.weight", "unet.{}.lora_B.weight"
+NAMES = (  # in a folder or a repository, the first that is there
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
+SUFFIXES = (".safetensors", ".bin", ".pt")  # of other names; the safest first
+CONFIG = "adapter_config.json"  # beside peft's own files
+METADATA = "lora_adapter_metadata"  # key of peft's configurations in a file of diffusers
+MOST_CONFIG = 2**20  # bytes
+FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL"}
 
-
-def layers(unet: UNet) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Name -> layer, in module order: all that a LoRA may change, every matrix and every convolution."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-
-
-def changed(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """weight (outputs, inputs, ...) plus up (outputs, rank) times down (rank, inputs, ...); float32, in its format."""
-    change = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape)
-    return weight.float() + change
-
-
-class Changed(Weight):
-    """One that is held, with a LoRA's change made each time that it is asked for."""
-
-    def __init__(self, base: Weight, down: Tensor, up: Tensor) -> None:
-        self.base, self.down, self.up, self.shape, self.turns = base, down, up, base.shape, base.turns
-
-    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        weight = self.base.tensor(dtype, device)
-        return torch.empty_like(weight).copy_(changed(weight, self.down.to(device), self.up.to(device)))
-
-    def bring(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.base.bring(dtype, device)
-
-    def drop(self) -> None:
-        self.base.drop()
+Parts = dict[str, Tensor]  # role, of adapter_keys.ENDINGS -> tensor
 
 
-def save_lora(path: str | Path, lora: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float16) -> None:
-    """Write a .safetensors file. Raises CheckpointError where it cannot be written."""
-    tensors = {
-        key.format(name): tensor.detach().to("cpu", dtype).contiguous()
-        for name, pair in lora.items()
-        for key, tensor in zip(KEYS, pair, strict=True)
-    }
-    try:
-        Path(path).write_bytes(save(tensors, metadata={"format": "pt"}))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def read_lora(path: Path, unet: UNet) -> Lora:
-    """A file for this UNet, on the CPU. Raises CheckpointError for one that is missing, damaged or another UNet's."""
-    file = TensorFile(path)
-    lora: Lora = {}
-    known: set[str] = set()
-    for name, layer in layers(unet).items():
-        keys = [key.format(name) for key in KEYS]
-        present = [key for key in keys if key in file.entries]
-        if len(present) == 1:
-            raise CheckpointError(f"{path} has {present[0]} alone: lora_A and lora_B come in pairs")
-        if not present:
-            continue
-        known.update(keys)
-        (rank, *inputs), (outputs, *ranks) = (file.entries[key].shape or (0,) for key in keys)
-        shape = shape_of(layer)
-        if (outputs, *inputs) != shape or ranks != [rank, *(1 for _ in inputs[1:])]:
-            shapes = " and ".join(str(file.entries[key].shape) for key in keys)
-            raise CheckpointError(
-                f"{path} is of another UNet: its {name} has the shapes {shapes}, and the weight to be changed "
-                f"{tuple(shape)}"
-            )
-        lora[name] = file.read(keys[0]), file.read(keys[1])
-    if foreign := [key for key in file.entries if key not in known]:
-        raise CheckpointError(f"{path} holds tensors that the UNet has no place for: {listed(foreign)}")
-    return lora
-
-
-def merged(unet: UNet, lora: Mapping[str, tuple[Tensor, Tensor]]) -> UNet:
-    """A second UNet with the changes made. What they do not touch is the first one's memory; the first stays as it is.
-
-    The sum is made in float32 and rounded once to the weight's dtype.
+@dataclass(frozen=True)
+class Scale:
+    """How much of an adapter: of its UNet's and its text encoders' part, times that of the longest of `blocks` that
+    begins a layer's name ("unet.down_blocks.1", "text_encoder.text_model.encoder.layers.3").
     """
-    with torch.device("meta"):
-        second = UNet(unet.config).train(unet.training)
-    for name, module in unet.named_modules():
-        if isinstance(module, Held):
-            weight = Changed(module.held, *lora[name]) if name in lora else module.held
-            hold(second.get_submodule(name), weight, module.dtype, module.device)
-    for name, parameter in unet.named_parameters():
-        layer, _, leaf = name.rpartition(".")
-        new = parameter.detach()
-        if leaf == "weight" and layer in lora:
-            down, up = (tensor.to(new.device) for tensor in lora[layer])
-            new = torch.empty_like(new).copy_(changed(new, down, up).detach())
-        second.get_submodule(layer).register_parameter(leaf, nn.Parameter(new, requires_grad=False))
-    return second
+
+    unet: float = 1.0
+    text: float = 1.0
+    blocks: tuple[tuple[str, float], ...] = ()
+
+    def of(self, layer: str) -> float:
+        """For one layer."""
+        fitting = [(len(block), factor) for block, factor in self.blocks if f"{layer}.".startswith(f"{block}.")]
+        whole = self.unet if layer.startswith("unet.") else self.text
+        return whole * (max(fitting)[1] if fitting else 1.0)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a file fits a model. matched: layers. unmatched: names in the file that no layer has. wrong: sentences on
+    those whose tensors do not fit the layer. bundled: keys of textual inversions, which embeddings.py reads.
+    """
+
+    matched: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    bundled: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """All of it, for a person."""
+        networks = Counter(layer.partition(".")[0] for layer in self.matched)
+        places = ", ".join(f"{count} in {network}" for network, count in networks.items())
+        lines = [f"{len(self.matched)} layers matched" + (f": {places}" if places else "")]
+        lines += [f"matches no layer  {name}" for name in self.unmatched]
+        lines += [f"wrong shape       {sentence}" for sentence in self.wrong]
+        lines += [f"embedding         {key}" for key in self.bundled]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        said = [f"{len(self.matched)} layers matched"]
+        if self.unmatched:
+            said.append(f"{len(self.unmatched)} names match no layer: {listed(self.unmatched)}")
+        if self.wrong:
+            said.append(f"{len(self.wrong)} of the wrong shape: {listed(self.wrong)}")
+        if self.bundled:
+            said.append(f"{len(self.bundled)} tensors of bundled embeddings")
+        return "; ".join(said)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A file, read for a model. changes: by layer, "unet.conv_in". digest: SHA-256 of the file."""
+
+    path: Path
+    digest: str
+    changes: Mapping[str, LayerChange]
+    coverage: Coverage
+
+
+def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[str, str] | None = None) -> Adapter:
+    """The changes in a file for these networks ("unet", "text_encoder", "text_encoder_2"), on the CPU.
+
+    table: of `stems`, where it is at hand. Names that match no layer are in the coverage. Raises CheckpointError where
+    nothing matches, a shape is wrong, a part of a change is missing, or numbers are not finite.
+    """
+    path = _chosen(path)
+    file = TensorFile(path)
+    changes, coverage = _fitted(file, networks, stems(networks) if table is None else table, real=True)
+    if coverage.wrong or not (changes or coverage.bundled):
+        made_for = family(file.shapes, file.metadata)
+        hint = f": it is for {made_for}" if made_for else ""
+        if coverage.wrong:
+            raise CheckpointError(f"{path} does not fit this model{hint}; {listed(coverage.wrong, 2)}")
+        raise CheckpointError(
+            f"{path} is no LoRA for this model{hint}; none of its names is one of a layer here: "
+            f"{listed(coverage.unmatched) or 'it is empty'}"
+        )
+    digest = hashlib.sha256()
+    with path.open("rb") as data:
+        while piece := data.read(2**20):
+            digest.update(piece)
+    return Adapter(path, digest.hexdigest(), changes, coverage)
+
+
+def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
+    """What of a file fits these networks, which may be on the meta device, from its names and shapes alone."""
+    return _fitted(TensorFile(_chosen(path)), networks, stems(networks), real=False)[1]
+
+
+def _chosen(path: Path) -> Path:
+    """The file, or of a folder the one in it."""
+    if not path.is_dir():
+        return path
+    there = _best(file.name for file in path.iterdir() if file.is_file())
+    if len(there) != 1:
+        raise CheckpointError(
+            f"{path} is a folder with {len(there)} LoRA files; it must be a file, or have one such as {NAMES[0]}"
+        )
+    return path / there[0]
+
+
+def _wanted(name: str, listing: Iterable[str]) -> list[str]:
+    """Of a repository's files its LoRA, and peft's configuration beside it."""
+    listing = list(listing)
+    there = _best(file for file in listing if "/" not in file)
+    if len(there) != 1:
+        found = (
+            f"{len(there)} files that may be one, {listed(there)}," if there else "no .safetensors, .bin or .pt file"
+        )
+        raise CheckpointError(f"The hub's {name} has {found} at its top; download the LoRA and give its path")
+    return [*there, *(file for file in listing if file == CONFIG)]
+
+
+def _best(names: Iterable[str]) -> list[str]:
+    """Those that may be the LoRA: the one with a usual name, else all of the safest format."""
+    there = sorted(names)
+    usual = [name for name in NAMES if name in there]
+    kinds = ([name for name in there if name.endswith(suffix)] for suffix in SUFFIXES)
+    return usual[:1] or next(filter(None, kinds), [])
+
+
+def _fitted(
+    file: TensorFile, networks: Mapping[str, nn.Module], table: Mapping[str, str], *, real: bool
+) -> tuple[dict[str, LayerChange], Coverage]:
+    """Each layer's change, from a file's tensors, or from their shapes alone; what fits, and what does not."""
+    layers: dict[str, dict[str, str]] = {}  # layer -> role -> key
+    unmatched: list[str] = []
+    bundled: list[str] = []
+    for key in file.entries:
+        found = split(key)
+        if BUNDLED.fullmatch(key):
+            bundled.append(key)
+        elif found and found[0] in table:
+            roles = layers.setdefault(table[found[0]], {})
+            if found[1] in roles:
+                raise CheckpointError(f"{file.path} has {roles[found[1]]} and {key}, which say the same twice")
+            roles[found[1]] = key
+        else:
+            unmatched.append(found[0] if found else key)
+    alphas = _Alphas.of(file)
+    changes: dict[str, LayerChange] = {}
+    wrong: dict[str, str] = {}
+    for name in [name for name, roles in layers.items() if [*roles] == ["alpha"]]:  # what was pruned leaves one
+        unmatched.append(layers.pop(name)["alpha"])
+    for name, roles in layers.items():
+        network, _, path = name.partition(".")
+        layer = networks[network].get_submodule(path)
+        empty = {role: torch.empty(file.entries[key].shape, device="meta") for role, key in roles.items()}
+        problem = _misfit(name, layer, empty)
+        if problem:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in empty.values())
+            wrong[name] = f"{name}, whose weight is {tuple(shape_of(layer))}, has tensors of {shapes}{problem}".rstrip()
+        elif real:
+            parts = {role: _read(file, key) for role, key in roles.items()}
+            changes[name] = _change(parts, partial(alphas.factor, name, parts.get("alpha")))
+    matched = tuple(name for name in layers if name not in wrong)
+    return changes, Coverage(matched, tuple(dict.fromkeys(unmatched)), tuple(wrong.values()), tuple(bundled))
+
+
+def _misfit(name: str, layer: nn.Module, parts: Parts) -> str | None:
+    """What is wrong with these shapes for the layer; None where they fit, "" where there is no more to say."""
+    try:
+        change = _change(parts, lambda *_: 1.0)
+    except CheckpointError as error:
+        return f": {error}"
+    except (RuntimeError, IndexError, AttributeError, AssertionError):
+        return " "
+    shape, bias = tuple(shape_of(layer)), getattr(layer, "bias", None)
+    if change.bias is not None and (bias is None or change.bias.shape != bias.shape):
+        return " "
+    if change.weight is None:
+        return None
+    try:
+        made = tuple(change.weight.product().shape)
+    except (RuntimeError, IndexError):
+        return " "
+    flat = (shape[0], math.prod(shape[1:]))
+    fits = made in (shape, flat, (*shape, 1, 1)) or (*made, 1, 1) == shape
+    if isinstance(change.weight, LowRank) and change.weight.mid is None:
+        rest = tuple(change.weight.down.shape[1:])
+        fits = fits and (rest == shape[1:] or (*rest, 1, 1) == shape[1:] or rest == (*shape[1:], 1, 1))
+    if isinstance(change.weight, Decomposed):
+        wanted = shape[1] if change.weight.inputs else shape[0]
+        fits = fits and change.weight.magnitude.numel() == wanted
+    return None if fits and not any(not part.numel() for part in parts.values()) else " "
+
+
+def _change(parts: Parts, factor: Callable[[int], float]) -> LayerChange:
+    """The change that these tensors are. factor: how much of one of a rank. Raises CheckpointError where one lacks."""
+    weight: Change | None = None
+    bias: Tensor | None = parts.get("diff_b")
+    if "down" in parts or "up" in parts:
+        down, up = _all(parts, "down", "up")
+        rank = len(down)
+        if up.ndim < 2 or up.shape[1] != len(parts.get("mid", down)) or up[0, 0].numel() != 1:
+            raise CheckpointError(f"its up and down have different ranks, {tuple(up.shape)} and {tuple(down.shape)}")
+        weight = LowRank(down, up, parts.get("mid"), factor(rank))
+        if "up_bias" in parts:
+            bias = parts["up_bias"] * factor(rank)
+    elif "w1_a" in parts or "w2_a" in parts:
+        w1_a, w1_b, w2_a, w2_b = _all(parts, "w1_a", "w1_b", "w2_a", "w2_b")
+        weight = Hadamard(w1_a, w1_b, w2_a, w2_b, parts.get("t1"), parts.get("t2"), factor(len(w1_b)))
+    elif any(role.startswith("k_") for role in parts):
+        for side in ("w1", "w2"):
+            if f"k_{side}" not in parts:
+                _all(parts, f"k_{side}_a", f"k_{side}_b")
+        second = parts.get("k_w2_b", parts.get("k_w1_b"))
+        scale = 1.0 if second is None else factor(len(second))
+        own = {role.removeprefix("k_"): tensor for role, tensor in parts.items() if role.startswith("k_")}
+        weight = Kronecker(**own, factor=scale)
+    elif "diff" in parts:
+        weight = Full(parts["diff"])
+    if weight is None and bias is None:
+        raise CheckpointError(f"it has {', '.join(parts)} alone, which is no change")
+    if weight is not None and (magnitude := parts.get("magnitude", parts.get("dora_scale"))) is not None:
+        # LyCORIS' has its numbers along the axis that they are for; peft's are always the outputs'
+        inputs = "dora_scale" in parts and magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
+        weight = Decomposed(weight, magnitude.flatten(), inputs)
+    return LayerChange(weight, bias)
+
+
+def _all(parts: Parts, *roles: str) -> list[Tensor]:
+    missing = [role for role in roles if role not in parts]
+    if missing:
+        raise CheckpointError(f"{' and '.join(missing)} missing beside {', '.join(parts)}")
+    return [parts[role] for role in roles]
+
+
+def _read(file: TensorFile, key: str) -> Tensor:
+    tensor = file.read(key)
+    if not tensor.is_floating_point() and not key.endswith(".alpha"):
+        raise CheckpointError(f"{file.path}: {key} holds {tensor.dtype}, not floating-point numbers")
+    if not tensor.float().isfinite().all():
+        raise CheckpointError(f"{file.path}: {key} has numbers that are not finite; the file is damaged")
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Alphas:
+    """What peft's configurations beside the tensors say: by network, or "" for all."""
+
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, file: TensorFile) -> _Alphas:
+        text = file.metadata.get(METADATA)
+        beside = file.path.with_name(CONFIG)
+        if text is None and file.path.name.startswith("adapter_model.") and beside.is_file():
+            text = beside.read_text("utf-8", errors="replace")[:MOST_CONFIG]
+            configs = {"": _json(beside, text)}
+        elif text is None:
+            configs = {}
+        else:
+            configs = {}
+            for key, value in _json(file.path, text).items():
+                network, _, name = key.partition(".")
+                configs.setdefault(network, {})[name] = value
+        return cls(configs)
+
+    def factor(self, layer: str, alpha: Tensor | None, rank: int) -> float:
+        """How much of a change of this rank is made in this layer."""
+        if alpha is not None:
+            return float(alpha.flatten()[0]) / rank
+        network, _, name = layer.partition(".")
+        config = self.configs.get(network, self.configs.get("", {}))
+        patterns = config.get("alpha_pattern") or {}
+        fitting = [value for pattern, value in patterns.items() if f".{name}".endswith(f".{pattern.removeprefix('^')}")]
+        value = fitting[0] if fitting else config.get("lora_alpha")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            return 1.0
+        return value / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: the configuration of its LoRA is not a JSON object")
+    return found
+
+
+Named = Sequence[tuple[str, Scale]]  # files and how much of each
+
+
+class Adapters:
+    """Those of one model: read once each, put on for a run, or merged into the weights."""
+
+    def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        names = ("text_encoder", "text_encoder_2")
+        self.networks: dict[str, nn.Module] = {"unet": unet, **dict(zip(names, text_encoders, strict=False))}
+        self.merged: tuple[tuple[str, Scale], ...] = ()
+        self._undo: Merged | None = None
+        self._read: dict[tuple[Path, int, int], Adapter] = {}
+        self._places: dict[str, Path] = {}
+        self._table: dict[str, str] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Adapter:
+        """A file, a folder with one, or a hub id; from memory where it was read before. Raises CheckpointError."""
+        place = self._places.get(name)
+        if place is None or not place.exists():
+            place = self._places[name] = resource(name, "LoRA", partial(_wanted, name))
+        try:
+            path = _chosen(place)
+            stat = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"the LoRA {name[:200]!r} cannot be read: {error.strerror}") from None
+        key = path, stat.st_mtime_ns, stat.st_size
+        with self._lock:
+            if key not in self._read:
+                self._table = self._table or stems(self.networks)
+                self._read[key] = read_adapter(path, self.networks, self._table)
+            return self._read[key]
+
+    def changes(self, loras: Named) -> Changes:
+        """What these do to each layer, on the layers' device; those with a scale of 0 are left out."""
+        found: dict[str, list[tuple[LayerChange, float]]] = {}
+        for name, scale in loras:
+            for layer, change in self.read(name).changes.items():
+                if amount := scale.of(layer):
+                    network = self.networks[layer.partition(".")[0]]
+                    place = next(network.parameters())
+                    found.setdefault(layer, []).append((change.to(place.device, place.dtype), amount))
+        return found
+
+    def digests(self, loras: Named) -> dict[str, str]:
+        """File -> SHA-256."""
+        return {name: self.read(name).digest for name, _ in loras}
+
+    def merged_digests(self) -> dict[str, str]:
+        """File and how much of it -> SHA-256, of those that are part of the weights."""
+        return {f"{name} {scale}": self.read(name).digest for name, scale in self.merged}
+
+    def merge(self, loras: Named) -> None:
+        """Make them part of the weights, in the place of those that are. No run may be under way."""
+        changes = self.changes(loras)
+        self.unmerge()
+        self._undo, self.merged = merge(self.networks, changes), tuple(loras)
+
+    def unmerge(self) -> None:
+        """Put the weights back that were there before, bit for bit."""
+        if self._undo is not None:
+            self._undo.undo()
+        self._undo, self.merged = None, ()

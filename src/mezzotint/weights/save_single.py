@@ -20,7 +20,7 @@ from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import keys
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.part import ENCODERS, NETWORKS, Config, listed
+from mezzotint.weights.model_plan import ENCODERS, NETWORKS, Config, listed
 from mezzotint.weights.single import complete, default_scheduler, tokenizer_of
 
 # What form each network of a family has in a file, and where its tensors begin.

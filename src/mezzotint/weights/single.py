@@ -15,7 +15,7 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Shapes, Sources
-from mezzotint.weights.part import Overrides, Part, Plan, listed
+from mezzotint.weights.model_plan import Overrides, Part, Plan, listed
 
 CLIP_TOKENS = 49408
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction", "epsilon": "epsilon"}

@@ -1,0 +1,1 @@
+"""Pictures as files (`io`) and as the start of a run (`init_image`)."""

@@ -1,0 +1,192 @@
+"""Pixels in and out, and pictures in files.
+
+Pixels are (B, 3, H, W) in [-1, 1], as the VAE has them. A picture carries its record (record.py) in `image.info` as
+two texts, which `save` writes into the file:
+
+                  `mezzotint`, JSON                    `parameters`, A1111's text
+    PNG           text chunk                           text chunk
+    JPEG, WebP    EXIF MakerNote (0x927C), UTF-8       EXIF UserComment (0x9286), "UNICODE" and UTF-16, as A1111 does
+
+WebP is written lossless. JPEG is not (quality 95, no chroma subsampling), and its EXIF holds at most 64 KiB.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import IFD, Base
+from PIL.PngImagePlugin import PngInfo
+
+from mezzotint.errors import MezzotintError, RequestError
+
+CHUNKS = ("mezzotint", "parameters")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "PNG": {"icc_profile": None},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+}
+UNICODE = b"UNICODE\0"  # how a UserComment says that it is UTF-16
+MAX_EXIF = 65_000  # bytes of a JPEG's, whose segments end at 64 KiB
+
+
+def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to B pictures, rounded as diffusers' VaeImageProcessor does. Values outside are clamped.
+
+    Raises MezzotintError where a value is not finite: a black picture is no picture.
+    """
+    pixels = pixels.detach().to("cpu", torch.float32)
+    if not torch.isfinite(pixels).all():
+        raise MezzotintError("the picture has values that are not numbers (NaN); dtype float32 may hold them")
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).numpy()]  # (H, W, 3)
+
+
+def from_pil(image: Image.Image) -> torch.Tensor:
+    """A picture of any mode to (1, 3, H, W) float32 in [-1, 1]; transparency is dropped."""
+    levels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
+    return levels.permute(2, 0, 1)[None].to(torch.float32) / 255 * 2 - 1
+
+
+def save(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Writes the picture with its record, and nothing else of `image.info`; the name's end says the format: .png, .jpg,
+    .jpeg or .webp.
+
+    The file appears whole or not at all: it is written under another name in the same folder and then renamed. Raises
+    FileExistsError where the file is there and `overwrite` is False, RequestError where it cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise RequestError(f"{str(path)!r} cannot be written: its name must end in {', '.join(FORMATS)}")
+    _write(image, Path(path), FORMATS[suffix], overwrite)
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """`save` as a PNG file, whatever the name's end."""
+    _write(image, Path(path), "PNG", overwrite)
+
+
+def encoded(image: Image.Image, format: str) -> bytes:
+    """The bytes of a file ("PNG", "JPEG" or "WEBP") of the picture with its record.
+
+    Raises RequestError where the record is too long for a JPEG.
+    """
+    file = io.BytesIO()
+    texts = {chunk: image.info[chunk] for chunk in CHUNKS if isinstance(image.info.get(chunk), str)}
+    settings = dict(SETTINGS[format])
+    if format == "PNG":
+        settings["pnginfo"] = info = PngInfo()
+        for chunk, text in texts.items():
+            info.add_text(chunk, text)  # tEXt, or iTXt where Latin-1 does not spell it
+    else:
+        settings["exif"] = exif = _exif(texts)
+        if format == "JPEG" and len(exif) > MAX_EXIF:
+            raise RequestError(
+                f"the picture's record has {len(exif):,} bytes and a JPEG holds {MAX_EXIF:,} of it; save it as .png or "
+                ".webp"
+            )
+    bare = image.copy()
+    bare.info = {}  # Pillow writes some of what it finds there
+    bare.save(file, format=format, **settings)
+    return file.getvalue()
+
+
+def _exif(texts: Mapping[str, str]) -> bytes:
+    if not texts:
+        return b""
+    exif = Image.Exif()
+    fields = exif.get_ifd(IFD.Exif)
+    if "parameters" in texts:
+        fields[Base.UserComment] = UNICODE + texts["parameters"].encode("utf-16-be", "surrogatepass")
+    if "mezzotint" in texts:
+        fields[Base.MakerNote] = texts["mezzotint"].encode()
+    exif[IFD.Exif] = fields
+    return exif.tobytes()
+
+
+def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """A file, whole or not at all. Raises OSError; FileExistsError where it is there and `overwrite` is False."""
+    part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not overwrite:
+            path.open("xb").close()  # takes the name, so that no other process can between now and the rename
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None:
+    data = encoded(image, format)
+    try:
+        write_whole(path, data, overwrite=overwrite)
+    except FileExistsError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no name, or one that no file can have
+        raise RequestError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) -> dict[str, str]:
+    """The record in a PNG, JPEG or WebP file: those of `mezzotint` and `parameters` that it has. The pixels are not
+    decoded. chunks: of a PNG, the texts that are asked for.
+
+    Raises RequestError where there is no such file, or where it is none of these. What a file says is not to be
+    trusted.
+    """
+    with opened(path) as image:
+        if image.format == "PNG":
+            return {chunk: str(image.info[chunk]) for chunk in chunks if chunk in image.info}
+        fields = image.getexif().get_ifd(IFD.Exif)
+        texts = {"mezzotint": _text(fields.get(Base.MakerNote)), "parameters": _text(fields.get(Base.UserComment))}
+        return {chunk: text for chunk, text in texts.items() if text}
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """The pixels of a PNG, JPEG or WebP file, RGB. Raises RequestError as `read_metadata`."""
+    with opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A PNG, JPEG or WebP file, opened and not decoded. What goes wrong while it is open is a RequestError."""
+    kinds = "a PNG, JPEG or WebP file"
+    try:
+        if not Path(path).is_file() and Path(path).exists():
+            raise RequestError(f"{str(path)!r} is no file; it must be {kinds}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+                yield image
+    except UnidentifiedImageError:
+        raise RequestError(f"{str(path)!r} is not {kinds}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise RequestError(f"{str(path)!r} is too large a picture: {error}") from None
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, OverflowError) as error:
+        raise RequestError(f"{str(path)!r} cannot be read as {kinds}: {error}") from None
+
+
+def _text(value: Any) -> str:
+    """An EXIF field's text: UTF-8, or as a UserComment says. What is none is left out."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        return ""
+    if value[:8] == UNICODE:
+        body = value[8:]
+        little = body[:2] == b"\xff\xfe" or (body[1:2] == b"\0" and body[:1] != b"\0")  # some tools swap it
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff").rstrip("\0")
+    return value.removeprefix(b"ASCII\0\0\0").removeprefix(b"\0" * 8).decode("utf-8", "replace").rstrip("\0")

@@ -1,0 +1,280 @@
+"""The sampler report: which sampler, at how many steps, for the model in hand. `page.py` shows what this finds.
+
+    measure(pipe, settings, folder) -> rows     the work; each row is on disk as soon as it is known
+
+What the rows say is in `statistics.py`. No torch here until a model is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mezzotint import samplers
+from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.report.statistics import CHECK_ROW, Row, Space
+from mezzotint.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mezzotint.pipeline import Pipeline
+
+REFERENCE, CHECK = "DPM++ 2M Karras", "Heun Karras"  # both at the model's exact levels; Heun in half the steps
+THUMBNAIL = 128  # pixels
+
+Array = NDArray[Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """samplers: each a name or name/spacing. steps: rising. seeds: pictures a prompt. Raises RequestError."""
+
+    prompts: tuple[str, ...]
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
+    seeds: int = 4
+    reference_steps: int = 500
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise RequestError(f"seeds is {self.seeds}; it must be at least 2: the distance between two is the unit")
+        for prompt, sampler, steps in product(self.prompts, self.samplers, self.steps):
+            self.request(prompt, sampler, steps)
+        if not 2 * self.steps[-1] <= self.reference_steps <= 1000:
+            raise RequestError(
+                f"reference_steps is {self.reference_steps}; it must be at most 1000 and at least twice the greatest "
+                f"of steps, {self.steps[-1]}"
+            )
+
+    @classmethod
+    def parse(cls, prompts: Path, names: str, steps: str, **others: Any) -> Settings:
+        """From what a command line holds: a file with one prompt a line; names and numbers with commas between."""
+        try:
+            lines = [line.strip() for line in prompts.read_text("utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise RequestError(f"prompts is {str(prompts)!r}, which cannot be read ({reason})") from None
+        texts = dict.fromkeys(line for line in lines if line)  # each once, in order
+        if not texts:
+            raise RequestError(f"prompts is {str(prompts)!r}, which holds none; it must have one prompt a line")
+        chosen = samplers.SOLVERS if names.strip() == "all" else [name.strip() for name in names.split(",")]
+        try:
+            numbers = sorted({int(number) for number in steps.split(",")})
+        except ValueError:
+            right = "whole numbers with commas between, such as 5,10,20"
+            raise RequestError(f"steps is {steps[:60]!r}; it must be {right}") from None
+        return cls(tuple(texts), tuple(dict.fromkeys(chosen)), tuple(numbers), **others)
+
+    def request(self, prompt: str, sampler: str, steps: int) -> Request:
+        """The pictures of one row."""
+        name, _, spacing = sampler.partition("/")
+        return Request(
+            prompt=prompt,
+            sampler=name,
+            spacing=spacing or None,
+            steps=steps,
+            seed=0,
+            count=self.seeds,
+            guidance_scale=self.guidance_scale,
+        )
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class _Job(NamedTuple):
+    """One run to come."""
+
+    row: Row  # what its row begins with
+    request: Request
+    calls: int  # model calls as the table of samplers has them, for the time left
+
+    @property
+    def key(self) -> str:
+        key: str = self.row["key"]
+        return key
+
+
+def measure(
+    pipe: Pipeline, settings: Settings, folder: Path, progress: Progress = lambda done, total: None
+) -> list[Row]:
+    """Measures what `folder` does not hold yet. progress(done, total), in expected model calls, may raise to stop.
+
+    A row is a sampler, a number of steps and a prompt. It has model calls and seconds a picture, and for the latents
+    (root mean square) and the pictures (the same, in levels of 255) a matrix (2 seeds, 2 seeds): the distances between
+    all of its pictures, followed by the reference's. Or, where it could not run, its `failure`, a sentence. The rows
+    CHECK_ROW are another solver's, to tell how far the reference is to be trusted. Of two runs at most are the pictures
+    in memory.
+    """
+    model, depends, noise = _model(pipe, settings)
+
+    def job(name: str, prompt: str, sampler: str, steps: int, depends: str) -> _Job:
+        request = pipe.resolve(settings.request(prompt, sampler, steps))
+        solver = samplers.resolve(request.sampler, pipe.scheduler_config, request.spacing).solver
+        asked = request.model_dump_json(exclude_defaults=True)  # a field that comes later changes no key
+        row: Row = {"key": hashlib.sha256(f"{depends}\n{asked}".encode()).hexdigest()[:16]}
+        row |= {"sampler": name, "steps": steps, "prompt": prompt, "solver": solver}
+        run = {name: getattr(request, name) for name in ("width", "height", "guidance_scale")}
+        row |= {"stochastic": samplers.SOLVERS[solver].stochastic, "model": model | run}
+        return _Job(row, request, steps * request.count * samplers.SOLVERS[solver].calls)
+
+    plan: list[tuple[_Job, list[_Job]]] = []  # for each prompt the reference and the rows
+    refused: list[Row] = []
+    for prompt in settings.prompts:
+        reference = job(REFERENCE, prompt, REFERENCE, settings.reference_steps, depends)
+        jobs = [job(CHECK_ROW, prompt, CHECK, settings.reference_steps // 2, reference.key)]
+        for sampler, steps in product(settings.samplers, settings.steps):
+            try:
+                jobs.append(job(sampler, prompt, sampler, steps, reference.key))
+            except RequestError as error:
+                refused.append({"sampler": sampler, "steps": steps, "prompt": prompt, "failure": str(error)})
+        if len(jobs) == 1:
+            raise RequestError(f"none of the samplers runs on this model: {refused[0]['failure']}")
+        plan.append((reference, jobs))
+
+    rows = _read_rows(folder)
+    missing = [(reference, [job for job in jobs if job.key not in rows]) for reference, jobs in plan]
+    missing = [(reference, jobs) for reference, jobs in missing if jobs]
+    total = sum(job.calls for reference, jobs in missing for job in (reference, *jobs))
+    done = 0
+
+    def on_step(job: _Job) -> Progress:
+        before = done
+        return lambda step, steps: progress(before + job.calls * step // steps, total)
+
+    for reference, jobs in missing:
+        standard = _reference(pipe, reference, noise, folder, on_step(reference))
+        done += reference.calls
+        for one in jobs:
+            given = noise if one.row["sampler"] == CHECK_ROW else None
+            row = one.row | {"reference": reference.key} | _measure(pipe, one, given, standard, folder, on_step(one))
+            with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            rows[one.key] = row
+            done += one.calls
+    return [rows[one.key] for _, jobs in plan for one in jobs] + refused
+
+
+def _model(pipe: Pipeline, settings: Settings) -> tuple[Row, str, Tensor]:
+    """The model in words, what a row depends on beside its request, and the reference's first noise (seeds, C, h, w).
+
+    The picture that it draws to learn this also warms the machine up, before anything is timed.
+    """
+    from mezzotint.diffusion.noise import SeededNoise
+
+    result = pipe.generate(settings.request(settings.prompts[0], REFERENCE, 2).replace(count=1))
+    record = json.loads(result.images[0].info["mezzotint"])
+    depends = [record["model"], record["versions"], pipe.parts.identity, pipe.scheduler_config]
+    _, channels, height, width = result.latents.shape
+    noise = SeededNoise(range(settings.seeds), (channels, height, width), pipe.device).draw()
+    if samplers.resolve(None, pipe.scheduler_config).start == "vp":  # as the model's own sampler starts
+        noise = noise * math.sqrt(1.0 + pipe.schedule.sigma_max**-2)
+    return record["model"], json.dumps(depends, sort_keys=True), noise
+
+
+def _reference(pipe: Pipeline, job: _Job, noise: Tensor, folder: Path, on_step: Progress) -> dict[Space, list[Array]]:
+    """The converged latents and pictures of one prompt, run, or made again from the folder's latents."""
+    import torch
+
+    path = folder / "reference" / f"{job.key}.npy"
+    if path.exists():
+        latents = torch.from_numpy(np.load(path))
+        images = [image for z in latents for image in pipe.decode(z[None])]
+    else:
+        result = pipe.generate(job.request, latents=noise, on_step=on_step)
+        latents, images = result.latents.cpu(), result.images
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, latents.numpy())
+        part.replace(path)  # whole or not at all
+    _save_thumbnail(folder, job, images[0])
+    return {"latents": [*latents.numpy()], "pictures": [np.asarray(image) for image in images]}
+
+
+def _measure(
+    pipe: Pipeline,
+    job: _Job,
+    noise: Tensor | None,
+    reference: dict[Space, list[Array]],
+    folder: Path,
+    on_step: Progress,
+) -> Row:
+    """What a row says of its run."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = pipe.unet_for(job.request).register_forward_hook(count)
+    start = time.perf_counter()
+    try:
+        result = pipe.generate(job.request, latents=noise, on_step=on_step)
+    except MezzotintError as error:  # such as a sampler that runs away
+        return {"failure": str(error)}
+    finally:
+        hook.remove()
+    seconds = time.perf_counter() - start
+    _save_thumbnail(folder, job, result.images[0])
+    batches = math.ceil(job.request.count / (job.request.batch or 1))
+    return {
+        "calls": calls / batches,
+        "seconds": round(seconds / job.request.count, 4),
+        "latents": _distances([*result.latents.cpu().numpy(), *reference["latents"]]),
+        "pictures": _distances([*map(np.asarray, result.images), *reference["pictures"]]),
+    }
+
+
+def _distances(arrays: Sequence[Array]) -> list[list[float]]:
+    """(n, n) root mean square differences, six digits of them."""
+    matrix = [[0.0] * len(arrays) for _ in arrays]
+    for i, j in combinations(range(len(arrays)), 2):
+        rms = np.sqrt(((arrays[i].astype(np.float64) - arrays[j]) ** 2).mean())
+        matrix[i][j] = matrix[j][i] = float(f"{rms:.6g}")
+    return matrix
+
+
+def thumbnail(folder: Path, key: str) -> Path:
+    """Where a row's first picture is, small."""
+    return folder / "pictures" / f"{key}.png"
+
+
+def _save_thumbnail(folder: Path, job: _Job, image: Image.Image) -> None:
+    path = thumbnail(folder, job.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.info.clear()
+    small.save(path)
+
+
+def _read_rows(folder: Path) -> dict[str, Row]:
+    """The finished rows by key. A last line that a kill cut short is taken out, to be measured again."""
+    path = folder / "results.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        whole = [line for line in file if line.endswith(b"\n")]
+        file.truncate(sum(map(len, whole)))
+    rows = {}
+    for line in whole:
+        with suppress(ValueError, TypeError, KeyError):  # a line that is not ours
+            row = json.loads(line)
+            rows[row["key"]] = row
+    return rows

@@ -1,0 +1,196 @@
+"""What A1111 (with Forge) and ComfyUI mean by a sampler and a schedule, as tables. No torch here.
+
+Both run k-diffusion's solvers on the model's own table of levels, log sigma interpolated. A1111 starts from sigma *
+noise and tells the network fractional timesteps. ComfyUI starts from sqrt(sigma^2 + 1) * noise where the run begins at
+the top, and tells the network the nearest whole one. A name of theirs that is not here has no solver of ours that is
+mathematically the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mezzotint.samplers.diffusers_classes import NoiseKind, Sampler
+
+Schedules = dict[str, tuple[str, dict[str, Any]]]  # their name: (spacing, its options)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A sampler of theirs: the solver and what differs. schedule: where none is named, A1111's "Automatic". points:
+    "n+1" for those that space one level more and drop the lowest ("discard the penultimate sigma").
+    """
+
+    solver: str
+    schedule: str
+    options: dict[str, Any] = field(default_factory=dict)
+    points: Literal["n", "n+1"] = "n"
+    noise: NoiseKind = "seeded"
+    last: float | str = "zero"
+
+
+_WHOLE_ORDER = {"lower_order_final": False}  # k-diffusion never takes the order back
+_HEUN = {**_WHOLE_ORDER, "solver_type": "heun"}
+_EXP_HEUN: dict[str, Any] = {"nodes": (1.0,), "solver_type": "logrho"}
+
+A1111_SCHEDULES: Schedules = {
+    "Uniform": ("normal", {}),
+    "Karras": ("karras", {}),
+    "Exponential": ("exponential", {}),
+    "Polyexponential": ("polyexponential", {}),
+    "SGM Uniform": ("sgm_uniform", {}),
+    "KL Optimal": ("kl_optimal", {"endpoint": False, "last": "sigma_min"}),
+    "Align Your Steps": ("ays", {}),
+    "Simple": ("simple", {}),
+    "Normal": ("normal", {}),
+    "DDIM": ("ddim_uniform", {}),
+    "Beta": ("beta", {}),
+    "Turbo": ("trailing", {}),  # Forge, as the next three
+    "Align Your Steps 11": ("ays", {}),
+    "Align Your Steps 32": ("ays", {"table": "32"}),
+    "Align Your Steps GITS": ("ays", {"table": "gits"}),
+}
+A1111_SAMPLERS = {
+    "Euler a": Preset("euler_a", "Uniform"),
+    "Euler": Preset("euler", "Uniform"),
+    "LMS": Preset("lms", "Uniform"),
+    "Heun": Preset("heun", "Uniform"),
+    "DPM2": Preset("dpm2", "Karras", points="n+1"),
+    "DPM2 a": Preset("dpm2_a", "Karras", points="n+1"),
+    "DPM++ 2S a": Preset("dpmpp_2s_a", "Karras"),
+    "DPM++ 2M": Preset("dpmpp_2m", "Karras", _WHOLE_ORDER),
+    "DPM++ SDE": Preset("dpmpp_sde", "Karras", noise="brownian midpoints"),
+    "DPM++ 2M SDE": Preset("dpmpp_2m_sde", "Exponential", _WHOLE_ORDER, noise="brownian"),
+    "DPM++ 2M SDE Heun": Preset("dpmpp_2m_sde", "Exponential", _HEUN, noise="brownian"),
+    "DPM++ 3M SDE": Preset("dpmpp_3m_sde", "Exponential", _HEUN, points="n+1", noise="brownian"),
+    "Restart": Preset("restart", "Karras", {"karras": True}),
+    "HeunPP2": Preset("heunpp2", "Uniform"),  # Forge, as the next four
+    "DEIS": Preset("deis_tab", "Uniform"),
+    "IPNDM": Preset("ipndm", "Uniform"),
+    "IPNDM_V": Preset("ipndm_v", "Uniform"),
+    "DDPM": Preset("ddpm", "Uniform"),
+}
+# These take no schedule. The first four are not k-diffusion's: they are variance-preserving, and end where their lowest
+# timestep is, with what noise is left.
+_DDIM: dict[str, Any] = {
+    "spacing": "ddim_uniform",
+    "spacing_options": {"last": "own"},
+    "start": "vp",
+    "rescale_final": True,
+    "counts": "a1111 timesteps",
+}
+A1111_WITHOUT_SCHEDULE = {
+    "DDIM": Sampler("DDIM", "ddim", **_DDIM),
+    "DDIM CFG++": Sampler("DDIM CFG++", "euler_cfg_pp", **_DDIM, guidance_divisor=12.5),
+    "PLMS": Sampler("PLMS", "pndm", **_DDIM),
+    "UniPC": Sampler(
+        "UniPC",
+        "unipc",
+        "normal",
+        {"order": 3, "solver_type": "bh1"},
+        {"points": "n+1", "last": "sigma_min"},
+        start="vp",
+        rescale_final=True,
+        counts="a1111 unipc",
+    ),
+    "LCM": Sampler("LCM", "lcm", "normal", {}, {"first": 19.0}, counts="a1111"),
+    "DPM fast": Sampler(
+        "DPM fast", "dpm_fast", "exponential", {"eta": 1.0}, {"calls": 3, "last": "own"}, counts="a1111"
+    ),
+    "DPM adaptive": Sampler(
+        "DPM adaptive", "dpm_adaptive", "exponential", {"eta": 1.0}, {"last": "own"}, counts="a1111"
+    ),
+}
+
+COMFYUI_SCHEDULES: Schedules = {
+    "simple": ("simple", {}),
+    "sgm_uniform": ("sgm_uniform", {}),
+    "karras": ("karras", {}),
+    "exponential": ("exponential", {}),
+    "ddim_uniform": ("ddim_uniform", {}),
+    "beta": ("beta", {"index": True}),
+    "normal": ("normal", {}),
+    "linear_quadratic": ("linear_quadratic", {}),
+    "kl_optimal": ("kl_optimal", {}),
+}
+COMFYUI_SAMPLERS = {
+    "euler": Preset("euler", "normal"),
+    "euler_cfg_pp": Preset("euler_cfg_pp", "normal"),
+    "euler_ancestral": Preset("euler_a", "normal"),
+    "euler_ancestral_cfg_pp": Preset("euler_a_cfg_pp", "normal"),
+    "heun": Preset("heun", "normal"),
+    "heunpp2": Preset("heunpp2", "normal"),
+    "exp_heun_2_x0": Preset("seeds_2", "normal", {**_EXP_HEUN, "eta": 0.0}),
+    "exp_heun_2_x0_sde": Preset("seeds_2", "normal", _EXP_HEUN),
+    "dpm_2": Preset("dpm2", "normal", points="n+1"),
+    "dpm_2_ancestral": Preset("dpm2_a", "normal", points="n+1"),
+    "lms": Preset("lms", "normal"),
+    "dpmpp_2s_ancestral": Preset("dpmpp_2s_a", "normal"),
+    "dpmpp_2s_ancestral_cfg_pp": Preset("dpmpp_2s_a_cfg_pp", "normal"),
+    "dpmpp_sde": Preset("dpmpp_sde", "normal", noise="brownian midpoints"),
+    "dpmpp_2m": Preset("dpmpp_2m", "normal", _WHOLE_ORDER),
+    "dpmpp_2m_cfg_pp": Preset("dpmpp_2m_cfg_pp", "normal"),
+    "dpmpp_2m_sde": Preset("dpmpp_2m_sde", "normal", _WHOLE_ORDER, noise="brownian"),
+    "dpmpp_2m_sde_heun": Preset("dpmpp_2m_sde", "normal", _HEUN, noise="brownian"),
+    "dpmpp_3m_sde": Preset("dpmpp_3m_sde", "normal", _HEUN, noise="brownian"),
+    "ddpm": Preset("ddpm", "normal"),
+    "lcm": Preset("lcm", "normal"),
+    "ipndm": Preset("ipndm", "normal"),
+    "ipndm_v": Preset("ipndm_v", "normal"),
+    "deis": Preset("deis_tab", "normal"),
+    "res_multistep": Preset("res_multistep", "normal"),
+    "res_multistep_cfg_pp": Preset("res_multistep_cfg_pp", "normal"),
+    "res_multistep_ancestral": Preset("res_multistep", "normal", {"eta": 1.0}),
+    "res_multistep_ancestral_cfg_pp": Preset("res_multistep_cfg_pp", "normal", {"eta": 1.0}),
+    "gradient_estimation": Preset("gradient_estimation", "normal"),
+    "gradient_estimation_cfg_pp": Preset("gradient_estimation_cfg_pp", "normal"),
+    "er_sde": Preset("er_sde", "normal"),
+    "seeds_2": Preset("seeds_2", "normal"),
+    "seeds_3": Preset("seeds_3", "normal"),
+    "ddim": Preset("ddim", "normal"),
+    "uni_pc": Preset("unipc", "normal", {"order": 3, "solver_type": "bh1"}, "n+1", last=0.001),
+    "uni_pc_bh2": Preset("unipc", "normal", {"order": 3, "solver_type": "bh2"}, "n+1", last=0.001),
+}
+# theirs draw the Brownian path on the GPU; ours is the seed's wherever
+COMFYUI_SAMPLERS |= {
+    f"{name}_gpu": COMFYUI_SAMPLERS[name] for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+}
+# These take only the ends of the schedule, which under the four below are the table's. Name: options of its spacing.
+COMFYUI_ENDS: dict[str, dict[str, Any]] = {"dpm_fast": {"calls": 3}, "dpm_adaptive": {}}
+_TO_THE_ENDS = ("normal", "karras", "exponential", "kl_optimal")
+
+
+def _scheduled(name: str, preset: Preset, schedule: tuple[str, dict[str, Any]], **more: Any) -> Sampler:
+    spacing, options = schedule
+    ends = {"points": preset.points, "last": preset.last, **options}
+    return Sampler(name, preset.solver, spacing, preset.options, ends, noise=preset.noise, **more)
+
+
+def _presets() -> dict[str, Sampler]:
+    """By every spelling: "Euler a", "Euler a Automatic" and "Euler a Karras"; "euler_ancestral" and with " karras"."""
+    presets = dict(A1111_WITHOUT_SCHEDULE)
+    for name, preset in A1111_SAMPLERS.items():
+        automatic = A1111_SCHEDULES[preset.schedule]
+        for suffix, schedule in {"": automatic, " Automatic": automatic, **_suffixed(A1111_SCHEDULES)}.items():
+            presets[name + suffix] = _scheduled(name + suffix, preset, schedule, counts="a1111")
+    for name, preset in COMFYUI_SAMPLERS.items():
+        for suffix, schedule in {"": COMFYUI_SCHEDULES[preset.schedule], **_suffixed(COMFYUI_SCHEDULES)}.items():
+            start = "sigma" if schedule[0] == "ddim_uniform" else "vp"
+            presets[name + suffix] = _scheduled(
+                name + suffix, preset, schedule, start=start, timestep="nearest", counts="comfyui"
+            )
+    for name, options in COMFYUI_ENDS.items():
+        for full in (f"{name} {schedule}" for schedule in _TO_THE_ENDS):
+            ends = {**options, "last": "own"}
+            presets[full] = Sampler(
+                full, name, "exponential", {}, ends, start="vp", timestep="nearest", counts="comfyui"
+            )
+    return presets
+
+
+def _suffixed(schedules: Schedules) -> Schedules:
+    return {f" {name}": schedule for name, schedule in schedules.items()}
+
+
+PRESETS = _presets()

@@ -1,0 +1,1 @@
+"""Training from random weights, as the recipe of the bundled model does it."""

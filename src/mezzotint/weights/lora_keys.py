@@ -1,0 +1,142 @@
+"""What LoRA files call the layers of a model, in every program's way, and what they call the parts of a change.
+
+`stems` goes from the model's own layers to all the names that they may have in a file, never back by replacing text:
+`lora_unet_down_blocks_0_...` says not which of its underscores were dots.
+
+    kohya                lora_unet_, lora_te_ (SDXL: lora_te1_, lora_te2_), then the path with underscores: that of
+                         diffusers, or for SDXL's UNet the original one (input_blocks_4_1_...)
+    LyCORIS              lycoris_, the same
+    diffusers, peft      unet., text_encoder., text_encoder_2., or base_model.model., or nothing
+    diffusers, old       ...attn1.processor.to_q_lora; in the text encoder ...self_attn.to_q_lora
+    others               diffusion_model., model.diffusion_model. and the original path
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
+
+from torch import nn
+
+from mezzotint.config import UNetConfig
+from mezzotint.models.adapters import LAYERS
+from mezzotint.weights.keys import Levels, unet_table
+
+# how keys end -> what the tensor is
+ENDINGS = {
+    **{f".{down}{end}": "down" for down in ("lora_down", "lora_A") for end in (".weight", "")},
+    **{f".{up}{end}": "up" for up in ("lora_up", "lora_B") for end in (".weight", "")},
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".down.weight": "down",  # of ..._lora
+    ".up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".lora_B.bias": "up_bias",
+    ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".diff": "diff",
+    ".w_norm": "diff",
+    ".diff_b": "diff_b",
+    ".b_norm": "diff_b",
+    **{f".hada_{part}": part for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": f"k_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+_ORDER = sorted(ENDINGS, key=len, reverse=True)
+_ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")  # peft's name
+
+# where a path begins in a file
+DOTTED = {
+    "unet": ("unet.", "", "base_model.model.", "base_model.model.unet.", "diffusion_model.", "model.diffusion_model."),
+    "text_encoder": ("text_encoder.", "", "base_model.model."),
+    "text_encoder_2": ("text_encoder_2.",),
+}
+UNDERSCORED = {
+    "unet": ("lora_unet_", "lycoris_", "lycoris_unet_"),
+    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_"),
+    "text_encoder_2": ("lora_te2_", "lycoris_te2_"),
+}
+
+# what only the networks of other models have, and of ours some
+SIGNS = {
+    "Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
+    "SD3": re.compile(r"joint_blocks|attn\.add_[qkv]_proj|attn_add_[qkv]_proj"),
+    "SDXL": re.compile(r"lora_te2_|text_encoder_2\.|add_embedding|label_emb|transformer_blocks[._][2-9]"),
+}
+WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # of the context that a UNet attends to
+VERSIONS = {"sdxl": "SDXL", "sd_v1": "SD 1", "sd_v2": "SD 2", "flux": "Flux", "sd3": "SD3"}  # ss_base_model_version
+_CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv](_lora)?[._].*(down|lora_A|w1_b|w2_b)")
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """("lora_unet_conv_in", "down") of "lora_unet_conv_in.lora_down.weight"; None for what is no part of a change."""
+    key = _ADAPTER.sub(r".\1\2", key)
+    for ending in _ORDER:
+        if key.endswith(ending):
+            return key.removesuffix(ending), ENDINGS[ending]
+    return None
+
+
+def stems(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Every name that a layer of these networks ("unet", "text_encoder", ...) may have -> network and layer."""
+    table: dict[str, str] = {}
+    for network, module in networks.items():
+        names = [name for name, layer in module.named_modules() if isinstance(layer, LAYERS)]
+        spelled = (
+            _unet_spellings(names, cast(UNetConfig, module.config)) if network == "unet" else _text_spellings(names)
+        )
+        for name, spellings in spelled:
+            for spelling in spellings:
+                flat = spelling.replace(".", "_")
+                for stem in (
+                    *(prefix + spelling for prefix in DOTTED[network]),
+                    *(prefix + flat for prefix in UNDERSCORED[network]),
+                ):
+                    table.setdefault(stem, f"{network}.{name}")
+    return table
+
+
+def _unet_spellings(names: Iterable[str], config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
+    """diffusers' path, the original one, and that of diffusers' old attention processors."""
+    kinds = [kind.startswith("CrossAttn") for kind in config.down_block_types]
+    layers = config.per_level(config.layers_per_block)
+    levels = Levels(layers[0], config.block_out_channels, tuple(int(attends) for attends in kinds))
+    original = {module: block for block, module in unet_table(levels).items()} if len({*layers}) == 1 else {}
+    for name in names:
+        stem = name
+        while stem not in original and "." in stem:
+            stem = stem.rpartition(".")[0]
+        spellings = [name]
+        if stem in original:
+            spellings.append(original[stem] + name[len(stem) :])
+        if found := re.fullmatch(r"(.*\.attn[12])\.(to_[qkv]|to_out)(\.0)?", name):
+            spellings.append(f"{found[1]}.processor.{found[2]}_lora")
+        yield name, spellings
+
+
+def _text_spellings(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """The hub's path, with and without its beginning, and that of diffusers' old attention processors."""
+    for name in names:
+        spellings = [name, name.removeprefix("text_model.")]
+        if found := re.fullmatch(r"(.*\.self_attn)\.(q|k|v|out)_proj", name):
+            spellings += [f"{path}.to_{found[2]}_lora" for path in (found[1], found[1].removeprefix("text_model."))]
+        yield name, spellings
+
+
+def family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
+    """The family that a LoRA file is for, as far as it says so."""
+    version = metadata.get("ss_base_model_version", "").lower()
+    for mark, found in VERSIONS.items():
+        if version.startswith(mark):
+            return found
+    for key, shape in shapes.items():
+        if _CONTEXT.search(key) and len(shape) > 1 and shape[1] in WIDTHS:
+            return WIDTHS[shape[1]]
+    for found, sign in SIGNS.items():
+        if any(sign.search(key) for key in shapes):
+            return found
+    return None

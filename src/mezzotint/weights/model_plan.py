@@ -1,0 +1,213 @@
+"""One network of a model before and while it is loaded, and the plan of a whole model.
+
+A plan is made from configs, indexes and tables of contents, never from weights. What is wrong inside a model is a
+sentence in `Plan.problems` or from `Part.problems`: `inspect_model` shows them all, `open_model` stops at the first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import nn
+
+from mezzotint import samplers
+from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.errors import CheckpointError
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.offload import hold, holdable
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.models.unet import UNet
+from mezzotint.models.vae import VAE
+from mezzotint.placement import Placement
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.keys import Family, Source, Sources
+from mezzotint.weights.offload import FileWeight, Keeper
+
+Config = UNetConfig | VAEConfig | CLIPConfig
+Overrides = Mapping[str, Mapping[str, Any]]  # part -> fields of its config
+
+# Each part: the classes that model_index.json may name, our config, our module.
+NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Module]]] = {
+    "unet": (("UNet2DConditionModel",), UNetConfig, UNet),
+    "vae": (("AutoencoderKL",), VAEConfig, VAE),
+    "text_encoder": (("CLIPTextModel", "CLIPTextModelWithProjection"), CLIPConfig, CLIPTextModel),
+    "text_encoder_2": (("CLIPTextModelWithProjection", "CLIPTextModel"), CLIPConfig, CLIPTextModel),
+}
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+NATURAL = (torch.float16, torch.bfloat16, torch.float32)
+COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")  # fields that a file's size bounds
+
+
+@dataclass
+class Part:
+    """One network: its config, and for each of its parameters the tensor of a file."""
+
+    name: str
+    path: Path  # the folder or file, for sentences
+    config: Config
+    files: Mapping[str, TensorFile]  # tensor name -> its file
+    sources: Sources
+    unknown: list[str]  # tensors that have no place in the network
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        path: Path,
+        fields: Mapping[str, Any],
+        files: Mapping[str, TensorFile],
+        sources: Sources,
+        unknown: list[str],
+    ) -> Part:
+        """Check `fields` as the part's config. Raises CheckpointError naming the first that is wrong."""
+        try:
+            config = NETWORKS[name][1].model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "its fields"
+            raise CheckpointError(f"{path}: the config of {name} is wrong at {where}: {first['msg']}") from None
+        return cls(name, path, config, files, sources, unknown)
+
+    def network(self) -> nn.Module:
+        """The network without memory for its weights (meta device). Raises CheckpointError for an impossible config."""
+        for name in COUNTS:
+            count = getattr(self.config, name, 0)
+            if max(count if isinstance(count, tuple) else (count,), default=0) > len(self.sources):
+                raise CheckpointError(f"{self.path}: {name} is {count}, but there are {len(self.sources)} tensors")
+        try:
+            with torch.device("meta"):
+                return NETWORKS[self.name][2](self.config).eval()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as error:
+            raise CheckpointError(f"{self.path}: its config describes no {self.name} ({error})") from None
+
+    def problems(self, network: nn.Module) -> list[str]:
+        """Sentences: missing and unexpected tensors, wrong shapes, numbers that are no weights."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        here = f"{self.path} ({self.name})"
+        found: list[str] = []
+        missing = [name for name in wanted if name not in self.sources]
+        if missing:
+            found.append(f"{here} lacks {listed(missing)}")
+        extra = self.unknown + [source.key for name, source in self.sources.items() if name not in wanted]
+        if extra:
+            found.append(f"{here} holds tensors that its config has no place for: {listed(extra)}")
+        for name, want in wanted.items():
+            if name not in self.sources:
+                continue
+            source = self.sources[name]
+            have, dtype = self._shape(source), self.files[source.key].entries[source.key].dtype
+            if not _fits(have, want):
+                found.append(f"{here}: {source.key} has the shape {have} where its config asks for {want}")
+            elif not dtype.is_floating_point:
+                found.append(f"{here}: {source.key} holds {word(dtype)}, not floating-point weights")
+        return found
+
+    def _shape(self, source: Source) -> tuple[int, ...]:
+        """The shape of what `load` will make of the tensor."""
+        shape = self.files[source.key].entries[source.key].shape
+        if source.third is not None and shape and shape[0] % 3 == 0:
+            shape = (shape[0] // 3, *shape[1:])
+        return shape[::-1] if source.transpose else shape
+
+    def dtypes(self) -> Counter[torch.dtype]:
+        """How many numbers of each dtype the files hold for this part."""
+        total: Counter[torch.dtype] = Counter()
+        for key in {source.key for source in self.sources.values()}:
+            entry = self.files[key].entries[key]
+            total[entry.dtype] += entry.count
+        return total
+
+    def natural_dtype(self) -> torch.dtype:
+        """What most of the weights are; 8-bit floats become float16, float64 becomes float32."""
+        most = self.dtypes().most_common(1)[0][0]
+        if most in NATURAL:
+            return most
+        return torch.float16 if most.itemsize == 1 else torch.float32
+
+    def load(
+        self,
+        network: nn.Module,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        placement: Placement = Placement(),  # noqa: B008  # frozen
+    ) -> None:
+        """Fill `network` (checked, on meta), one tensor after another; convolutions in channels_last. Large weights are
+        held where the placement keeps them otherwise. Raises RequestError where it cannot.
+        """
+        dtype = dtype or self.natural_dtype()
+        keeper = Keeper(placement, dtype, device)
+        for name, empty in network.state_dict(keep_vars=True).items():
+            source = self.sources[name]
+            weight = FileWeight(self.files[source.key], source, empty.shape)
+            owner, _, leaf = name.rpartition(".")
+            layer = network.get_submodule(owner)
+            if keeper.holds and leaf == "weight" and holdable(layer, empty):
+                hold(layer, keeper.keep(weight), dtype, device)
+            else:
+                layer.register_parameter(leaf, nn.Parameter(weight.tensor(dtype, device)))
+
+
+class FewStep(BaseModel):
+    """`few_step` of a folder's mezzotint.json: with this solver the model draws in few steps, by a LoRA on its UNet.
+
+    lora: a file beside mezzotint.json. steps, guidance_scale: where the request does not say.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampler: str
+    steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=1.0, le=1000.0)
+    lora: str = Field(pattern=r"^[\w-][\w.-]*\.safetensors$")
+
+    @field_validator("sampler")
+    @classmethod
+    def _solver_is_known(cls, value: str) -> str:
+        if value not in samplers.SOLVERS:
+            raise ValueError(f"{value[:60]!r} is not a solver of `mezzotint samplers`")
+        return value
+
+
+@dataclass
+class Plan:
+    """A model before its weights are read."""
+
+    path: Path
+    layout: str  # "diffusers folder" or "single file"
+    family: Family = "sd1"
+    parts: list[Part] = field(default_factory=list)
+    tokenizers: list[Callable[[], Tokenizer]] = field(default_factory=list)
+    scheduler_config: dict[str, Any] = field(default_factory=dict)
+    model_index: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    few_step: FewStep | None = None
+    files: list[Path] = field(default_factory=list)  # all that the model is made of
+    problems: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+    def config(self, name: str) -> Config | None:
+        return next((part.config for part in self.parts if part.name == name), None)
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fits(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Equal, or a 1x1 convolution where a linear layer is wanted or the other way round: the same numbers."""
+    return have == want or (*have, 1, 1) == want or have == (*want, 1, 1)

@@ -1,0 +1,60 @@
+"""What is free, and freed memory that goes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mezzotint.memory import system
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_what_is_free_is_within_what_is_there() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    free = system.available()
+    assert free is not None and 0 < free < total
+    assert 10**7 < system.resident() <= system.peak() * 1.05 < total
+
+
+def test_the_tightest_cgroup_counts(tmp_path: Path) -> None:
+    """Version 2 and version 1; a parent's limit holds for its children; files that are cached are free."""
+    own = tmp_path / "own"
+    own.write_text("0::/a/b\n5:cpu,cpuacct:/z\n4:memory:/c\n")
+    for folder, limit, used in (("a/b", "max", 5), ("a", "1000", 600), ("memory/c", "5000", 1000)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        one = folder.startswith("memory")
+        (tmp_path / folder / ("memory.limit_in_bytes" if one else "memory.max")).write_text(f"{limit}\n")
+        (tmp_path / folder / ("memory.usage_in_bytes" if one else "memory.current")).write_text(f"{used}\n")
+        (tmp_path / folder / "memory.stat").write_text("inactive_file 100\nactive_file 20\nanon 3\n")
+    assert sorted(system._cgroups(tmp_path, own)) == [1000 - 600 + 120, 5000 - 1000 + 120]
+    assert system._cgroups(tmp_path, tmp_path / "none") == []
+
+
+@linux
+def test_freed_memory_goes_back() -> None:
+    """glibc keeps what is below its bound, which an allocation of 30 MB that is freed raises to 30 MB."""
+    child = """
+import sys
+from mezzotint.memory import system
+if sys.argv[1] == "back":
+    system.return_freed()
+import torch
+del (large := [torch.ones(30_000_000, dtype=torch.uint8)])[:]
+before = system.resident()
+small = [torch.ones(3_000_000, dtype=torch.uint8) for _ in range(20)]
+keep = torch.ones(200_000, dtype=torch.uint8)
+del small
+print((system.resident() - before) / 1e6)
+"""
+    left = {
+        how: float(
+            subprocess.run([sys.executable, "-c", child, how], check=True, capture_output=True, text=True).stdout
+        )
+        for how in ("back", "kept")
+    }
+    assert left["back"] < 5.0 < left["kept"]

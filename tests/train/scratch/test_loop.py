@@ -1,0 +1,316 @@
+"""The training loop and its optimiser: exact across a kill, and what Muon does. A toy network throughout.
+
+Run as a script (`test_loop.py FOLDER`) this file trains the toy and is killed while it writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mezzotint.errors import CheckpointError
+from mezzotint.train.scratch import loop
+from mezzotint.train.scratch.loop import Losses, Plan, train
+from mezzotint.train.scratch.optim import Muon, Optimiser, orthogonalise
+
+PLAN = Plan(steps=12, batch=8, lr=1e-2, warmup=3, decay=4, ema=0.9, save_every=4, log_every=3)
+
+
+class Toy(nn.Module):
+    """Every kind of parameter: embedding, convolution in channels_last, norm, matrix, bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        h = self.norm(self.conv(x + self.embedding(ids)[:, :, None, None]))
+        y: Tensor = self.linear(h.relu().mean((2, 3)))
+        return y
+
+
+def toy() -> Toy:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Toy().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+class Died(BaseException):
+    """Stands for a kill: no `except Exception` catches it."""
+
+
+def run(folder: Path, plan: Plan = PLAN, die_at: int | None = None, module: Toy | None = None) -> Toy:
+    module = module or toy()
+
+    def losses(step: int, generator: torch.Generator) -> Losses:
+        if step == die_at:
+            raise Died
+        x = torch.randn(plan.batch, 4, 6, 6, generator=generator)
+        ids = torch.randint(0, 5, (plan.batch,), generator=generator)
+        error = (module(x, ids) - x.mean((2, 3)) - ids[:, None] / 5).square().mean()
+        return {"loss": error, "twice": 2 * error.detach()}
+
+    train(module, losses, plan, folder, plain=("linear",), log=lambda line: None)
+    return module
+
+
+def state(folder: Path) -> Any:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """The same structure with the same bits."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Any]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return run(folder), state(folder)
+
+
+def test_the_state_holds_all_that_a_step_needs(unbroken: tuple[Toy, Any]) -> None:
+    module, saved = unbroken
+    assert saved["step"] == 12
+    assert saved["module"].keys() == module.state_dict().keys()
+    assert len(saved["averages"]) == len(list(module.parameters()))
+    kept = [len(part["state"]) for part in saved["optimiser"]]
+    assert sum(kept) == len(saved["averages"]) and len(kept) == 2, "each parameter has its momentum, in AdamW or Muon"
+
+
+@pytest.mark.parametrize("deaths", [[0], [1], [4], [5], [11], [3, 7], [2, 6, 6, 10]], ids=str)
+def test_a_run_that_died_resumes_bit_for_bit(tmp_path: Path, unbroken: tuple[Toy, Any], deaths: list[int]) -> None:
+    for step in deaths:
+        with pytest.raises(Died):
+            run(tmp_path, die_at=step)
+    module = run(tmp_path)
+    assert_equal(dict(module.state_dict()), dict(unbroken[0].state_dict()))
+    assert_equal(state(tmp_path), unbroken[1])
+
+
+def test_it_does_not_repeat_what_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(Died):
+        run(tmp_path, die_at=9)
+    assert state(tmp_path)["step"] == 8
+    with pytest.raises(Died):
+        run(tmp_path, die_at=8)  # the first step after the checkpoint
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
+    run(tmp_path)
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    assert_equal(dict(run(tmp_path, die_at=12).state_dict()), dict(unbroken[0].state_dict()))
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
+    """SIGKILL in a process of its own, half of the second checkpoint on the disk."""
+    killed = subprocess.run([sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "checkpoint.partial").stat().st_size < (tmp_path / "checkpoint.pt").stat().st_size
+    assert state(tmp_path)["step"] == 4, "the first is whole"
+    module = run(tmp_path)
+    assert_equal(state(tmp_path), unbroken[1])
+    assert_equal(dict(module.state_dict()), dict(unbroken[0].state_dict()))
+    assert not (tmp_path / "checkpoint.partial").exists()
+
+
+def test_only_a_partial_checkpoint_is_none(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
+    (tmp_path / "checkpoint.partial").write_bytes(b"half")
+    run(tmp_path)
+    assert_equal(state(tmp_path), unbroken[1])
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "another model", "a key gone"])
+def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path, damage: str) -> None:
+    run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif damage == "foreign":
+        path.write_bytes(b"GIF89a" * 100)
+    elif damage == "another model":
+        torch.save(state(tmp_path) | {"module": nn.Linear(2, 2).state_dict()}, path)
+    else:
+        torch.save({"step": 3}, path)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged, or of another model \(.*\); delete it"):
+        run(tmp_path)
+
+
+def test_a_longer_run_goes_on_from_where_a_shorter_one_was(tmp_path: Path) -> None:
+    """As long as the decay has not begun, more steps are the same run."""
+    short, long = Plan(steps=8, batch=8, decay=2, save_every=4), Plan(steps=16, batch=8, decay=2, save_every=4)
+    with pytest.raises(Died):
+        run(tmp_path / "a", short, die_at=5)
+    run(tmp_path / "a", long)
+    run(tmp_path / "b", long)
+    assert_equal(state(tmp_path / "a"), state(tmp_path / "b"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Died):
+        run(tmp_path, die_at=5)
+    saved = state(tmp_path)
+    module = toy()
+    weight = module.linear.weight
+
+    def losses(step: int, generator: torch.Generator) -> Losses:
+        return {"loss": weight.sum() * float("nan")}
+
+    with pytest.raises(FloatingPointError, match="step 4"):
+        train(module, losses, PLAN, tmp_path, plain=("linear",))
+    assert_equal(state(tmp_path), saved)
+
+
+def test_it_learns_and_writes_down_how(tmp_path: Path) -> None:
+    lines: list[str] = []
+    module, plan = toy(), Plan(steps=60, batch=16, lr=2e-2, warmup=5, decay=20, ema=0.9, log_every=20)
+    x = torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(16) % 5
+    aim = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))[ids]
+
+    def loss(step: int, generator: torch.Generator) -> Losses:
+        return {"loss": (module(x, ids) - aim).square().mean()}
+
+    train(module, loss, plan, tmp_path, log=lines.append)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged == [json.loads(line) for line in lines]
+    assert [line["step"] for line in logged] == [20, 40, 60]
+    assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
+    assert loss(0, torch.Generator())["loss"] < logged[1]["loss"], "the averaged weights are a good model too"
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    plan = Plan(steps=100, batch=1, warmup=10, decay=40)
+    scales = [plan.scale(step) for step in range(100)]
+    assert scales[0] == 0.1 and scales[9] == 1.0
+    assert set(scales[9:61]) == {1.0}
+    assert scales[61] < 1.0 and scales[99] == 1 / 40
+    assert scales[61:] == sorted(scales[61:], reverse=True)
+
+
+def test_the_average_follows_the_weights(tmp_path: Path) -> None:
+    module = run(tmp_path)
+    averages, last = state(tmp_path)["averages"], state(tmp_path)["module"]
+    for (name, parameter), average in zip(module.named_parameters(), averages, strict=True):
+        assert torch.equal(parameter, average), "what comes back are the averages"
+        assert not torch.equal(average, last[name])
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Singular values spread over one and a half decades."""
+    generator = torch.Generator().manual_seed(seed)
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=generator), full_matrices=False)
+    return u * torch.logspace(0, -1.5, min(rows, columns)) @ v  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48), (24, 24), (1, 30), (30, 1)], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_orthogonalise(shape: tuple[int, int], scale: float) -> None:
+    g = matrix(*shape) * scale
+    result = orthogonalise(g)
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.6 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    assert ((u.T @ result @ v.T).diagonal() > 0.6).all(), "the same directions"
+
+
+def test_orthogonalise_of_nothing_is_nothing() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(4, 6)), torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_its_flattened_matrix(memory_format: torch.memory_format) -> None:
+    start = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    conv = nn.Parameter(start.clone(memory_format=memory_format))
+    flat = nn.Parameter(start.flatten(1).clone())
+    optimisers = [Muon([p], lr=0.5) for p in (conv, flat)]
+    for step in range(4):
+        g = torch.randn(start.shape, generator=torch.Generator().manual_seed(step))
+        conv.grad, flat.grad = g.clone(memory_format=memory_format), g.flatten(1)
+        for optimiser in optimisers:
+            optimiser.step()
+    assert conv.is_contiguous(memory_format=memory_format)
+    assert torch.equal(conv.flatten(1), flat)
+    assert not torch.allclose(flat, start.flatten(1), atol=0.1)
+
+
+def test_a_step_of_muon_by_hand() -> None:
+    """Nesterov momentum, made orthogonal, at 0.2 sqrt(longer side) of the rate; weights decay first."""
+    p = nn.Parameter(matrix(6, 10))
+    start, g = p.detach().clone(), matrix(6, 10, seed=1)
+    optimiser = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    p.grad = g
+    optimiser.step()
+    update = orthogonalise(0.1 * g + 0.9 * (0.1 * g))
+    torch.testing.assert_close(p.detach(), start * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update)
+
+
+def test_who_gets_which_optimiser() -> None:
+    module = toy()
+    adam, muon = Optimiser(module, 1e-3, plain=("linear",)).parts
+    names = {id(p): name for name, p in module.named_parameters()}
+    assert [names[id(p)] for p in muon.param_groups[0]["params"]] == ["conv.weight"]
+    assert len(adam.param_groups[0]["params"]) == len(names) - 1
+    assert len(Optimiser(module, 1e-3, plain=("",)).parts) == 1, "an empty word is in every name: AdamW alone"
+
+
+def test_a_step_clears_gradients_and_takes_the_scale() -> None:
+    module = toy()
+    optimiser = Optimiser(module, 1e-3)
+    before = [p.detach().clone() for p in module.parameters()]
+    module(torch.randn(2, 4, 3, 3), torch.tensor([0, 1])).sum().backward()
+    optimiser.step(0.0)
+    assert all(map(torch.equal, before, module.parameters())), "at scale 0 nothing moves"
+    assert all(p.grad is None for p in module.parameters())
+
+
+def dies_writing(folder: Path) -> None:
+    """Train the toy; at the second checkpoint write half of it, then SIGKILL."""
+    save, saves = torch.save, 0
+
+    def half(saved: object, file: BinaryIO) -> None:
+        nonlocal saves
+        saves += 1
+        save(saved, file)
+        if saves == 2:
+            file.truncate(file.tell() // 2)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.torch.save = half  # type: ignore[attr-defined]
+    run(folder)
+
+
+if __name__ == "__main__":
+    dies_writing(Path(sys.argv[1]))
