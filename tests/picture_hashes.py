@@ -3,7 +3,7 @@
     python tests/picture_hashes.py --out before.json          # at the first revision
     python tests/picture_hashes.py --against before.json      # at the second: exits with 1 where a picture differs
 
-Bits depend on the processor, the thread count and the torch build (docs/fidelity.md), so the hashes are never committed.
+Bits depend on the processor, the thread count and the torch build (docs/fidelity.md): never commit the hashes.
 Only public names are used here, so the same file runs at both revisions.
 """
 
