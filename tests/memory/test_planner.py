@@ -128,7 +128,7 @@ def test_a_plan_is_itself(model: Model) -> None:
 
 
 def test_a_pipeline_keeps_its_budget() -> None:
-    pipe = mezzotint.load(device="cpu", memory=memory.machine.resident() + 400 * 2**20)
+    pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
     assert isinstance(pipe.budget, Budget)
     with pytest.raises(mezzotint.BudgetError, match="this request takes"):
         pipe.generate(Request(prompt="a", width=2048, height=2048))
@@ -244,7 +244,7 @@ def test_loras_count(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_maps_of_an_explanation_count() -> None:
-    pipe = mezzotint.load(device="cpu", memory=memory.machine.resident() + 400 * 2**20)
+    pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
     request = Request(prompt="a lemon", steps=2, width=64, height=64)
     assert explain(pipe, request).steps == ((0, 1),)
     assert pipe.budget
