@@ -6,6 +6,12 @@ two seeds, prompts or samplers give different ones.
 
 from __future__ import annotations
 
+import os
+
+# A tiny model gains nothing from a second thread, and on a busy machine its threads wait for each other. Processes that
+# the tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
