@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mezzotint.config import ScheduleConfig, UNetConfig
 from mezzotint.denoiser import Denoiser
-from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, preconditioned
+from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, edm_prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
 
@@ -120,7 +120,7 @@ def test_timestep_kinds() -> None:
 def test_edm_scales_by_its_data() -> None:
     """c_in and c_noise of Karras et al. 2022, table 1."""
     unet = Recorder()
-    Denoiser(unet, SCHEDULE, preconditioned(0.5), [condition(1, 0.0)], "edm")(X, 2.0)  # type: ignore[arg-type]
+    Denoiser(unet, SCHEDULE, edm_prediction(0.5), [condition(1, 0.0)], "edm")(X, 2.0)  # type: ignore[arg-type]
     ((sample, timestep, _),) = unet.seen
     torch.testing.assert_close(sample, X / math.sqrt(4.0 + 0.25))
     assert timestep == pytest.approx(math.log(2.0) / 4)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mezzotint.diffusion.guidance import step_of
+from mezzotint.diffusion.guidance import step_index
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
@@ -79,7 +79,7 @@ class Denoiser:
 
     def conditions(self, sigma: float) -> list[Condition]:
         """Those of the step that a call at sigma belongs to."""
-        step = step_of(sigma, self.levels or ()) if any(len(timeline) > 1 for timeline in self.timelines) else 0
+        step = step_index(sigma, self.levels or ()) if any(len(timeline) > 1 for timeline in self.timelines) else 0
         return [next((c for until, c in timeline if step <= until), timeline[-1][1]) for timeline in self.timelines]
 
     def timestep(self, sigma: float) -> float:

@@ -320,14 +320,14 @@ class Pipeline:
         sampler, sigmas = self.resolver.sampler(request), self.resolver.sigmas(request)
         noise = SeededNoise(run.seeds, self.resolver.latent_shape(request), self.device, request.noise or "seeded")
         schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
-        options = schedule.timed(sampler.options)
+        options = schedule.bind_options(sampler.options)
         if "calls" in sampler.spacing_options and request.spacing:
             # three an interval, less in the last ones, which every run has
             cut = len(self.resolver.all_sigmas(request)) - len(sigmas)
             options |= {"calls": max((request.steps or 1) - 3 * cut, 1)}
         options |= {} if request.eta is None else {"eta": request.eta}
-        if request.strength is not None and "whole" in inspect.signature(SOLVERS[sampler.solver]).parameters:
-            options |= {"whole": len(self.resolver.all_sigmas(request)) - 1}
+        if request.strength is not None and "total_steps" in inspect.signature(SOLVERS[sampler.solver]).parameters:
+            options |= {"total_steps": len(self.resolver.all_sigmas(request)) - 1}
         given = request.guidance_scale or 0.0
         scales = given if isinstance(given, tuple) else (given,)
         unet = self.unet_for(request)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mezzotint
-from mezzotint.diffusion.guidance import METHODS, Method, guided, thresholded
+from mezzotint.diffusion.guidance import METHODS, Method, dynamic_threshold, guided
 from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, SAMPLE, V_PREDICTION, Prediction
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.errors import RequestError
@@ -314,7 +314,7 @@ def test_thresholding(percentile: float) -> None:
         limit = max(reach, np.quantile(np.abs(values), percentile))
         cut = np.where(np.abs(values) > limit, np.sign(values) * limit, values)
         expected[b, c] = torch.from_numpy(denoised[b, c].mean().item() + cut / limit * reach)
-    torch.testing.assert_close(thresholded(denoised, mimic, percentile), expected)
+    torch.testing.assert_close(dynamic_threshold(denoised, mimic, percentile), expected)
 
 
 def test_thresholding_at_its_own_scale_changes_nothing() -> None:
@@ -346,7 +346,7 @@ def test_the_order_is_weights_method_scale_thresholding_rescale(prediction: Pred
     projected = ((conditional * unconditional).sum((1, 2, 3)) / unconditional.square().sum((1, 2, 3))).view(2, 1, 1, 1)
     base = projected * unconditional
     strong, weak = (prediction.denoised(base + s * (conditional - base), x, sigma) for s in (7.5, 3.0))
-    output = prediction.output(thresholded(strong, weak, 0.9), x, sigma)
+    output = prediction.output(dynamic_threshold(strong, weak, 0.9), x, sigma)
     ratio = conditional.std((1, 2, 3), keepdim=True) / output.std((1, 2, 3), keepdim=True)
     torch.testing.assert_close(full, prediction.denoised(output * (0.7 * ratio + 0.3), x, sigma))
 

@@ -223,7 +223,7 @@ def test_pndm_that_starts_with_runge_kutta_is_that_of_diffusers(steps: int, floa
         seen.append(sigma)
         return mixture(x, sigma)
 
-    path = trace("pndm", sigmas, denoise=denoise, middle=schedule.between)
+    path = trace("pndm", sigmas, denoise=denoise, midpoint=schedule.pndm_midpoint)
     assert len(path) == steps and len(seen) == steps + 9
     assert seen == [schedule.sigma(int(t)) for t in scheduler.timesteps]
     same(path[-1], x * math.sqrt(1 + sigmas[-1] ** 2))
@@ -233,7 +233,7 @@ def test_pndm_that_starts_with_runge_kutta_is_that_of_diffusers(steps: int, floa
 def test_pndm_of_three_steps_has_no_room_for_runge_kutta() -> None:
     """There diffusers has no picture."""
     sigmas = karras(3, 0.04)
-    assert torch.equal(trace("pndm", sigmas, middle=lambda *_: 0.0), trace("pndm", sigmas))
+    assert torch.equal(trace("pndm", sigmas, midpoint=lambda *_: 0.0), trace("pndm", sigmas))
 
 
 # ---- the papers ------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_er_sde_as_the_paper_writes_it(sigmas: list[float], order: int, scale: C
             area = quad(lambda u, s=s: (u - s) / scale(u), t, s, epsabs=0, epsrel=1e-12)[0]
             x = x + ((t - s) ** 2 / 2 + scale(t) * area) * bend
         x = x + math.sqrt(t**2 - r**2 * s**2) * drawn
-    same(trace("er_sde", sigmas, Seeded(), order=order, scale=scale)[-1], x, 1e-9)
+    same(trace("er_sde", sigmas, Seeded(), order=order, noise_scaler=scale)[-1], x, 1e-9)
 
 
 class Pair:
@@ -502,7 +502,7 @@ def test_what_has_two_names() -> None:
 
 def test_er_sde_without_noise_is_first_order_euler() -> None:
     sigmas = karras(9, 0.0)
-    ours = trace("er_sde", sigmas, lambda *_: torch.zeros_like(START), order=1, scale=lambda u: u)
+    ours = trace("er_sde", sigmas, lambda *_: torch.zeros_like(START), order=1, noise_scaler=lambda u: u)
     same(ours, trace("euler", sigmas))
 
 
@@ -535,7 +535,7 @@ def test_noise_is_drawn_on_every_step(name: str) -> None:
     ],
 )
 def test_orders_that_do_not_exist(name: str, options: dict[str, int]) -> None:
-    with pytest.raises(RequestError, match=f"is {next(iter(options.values()))}; this solver has the orders [01] to"):
+    with pytest.raises(RequestError, match=f"is {next(iter(options.values()))}; it must be from [01] to"):
         trace(name, karras(5, 0.0), **options)
 
 

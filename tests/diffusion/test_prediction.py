@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mezzotint.config import ScheduleConfig
-from mezzotint.diffusion.prediction import PREDICTIONS, Prediction, preconditioned
+from mezzotint.diffusion.prediction import PREDICTIONS, Prediction, edm_prediction
 from mezzotint.errors import RequestError
 
-ALL = {**PREDICTIONS, "edm": preconditioned(0.5), "edm v": preconditioned(0.7, -1.0)}
+ALL = {**PREDICTIONS, "edm": edm_prediction(0.5), "edm v": edm_prediction(0.7, -1.0)}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -59,7 +59,7 @@ def test_v_prediction_is_edm_of_unit_data() -> None:
     x0, noise = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
     for sigma_data in (0.5, 1.0):
         for sigma in (0.05, 1.0, 20.0):
-            target = preconditioned(sigma_data).target(x0 * sigma_data, noise, sigma)
+            target = edm_prediction(sigma_data).target(x0 * sigma_data, noise, sigma)
             assert float(target.std()) == pytest.approx(1.0, rel=0.02)
 
 

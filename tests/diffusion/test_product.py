@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mezzotint.config import ScheduleConfig
 from mezzotint.denoiser import Denoiser
-from mezzotint.diffusion.prediction import PREDICTIONS, Prediction, preconditioned
+from mezzotint.diffusion.prediction import PREDICTIONS, Prediction, edm_prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.diffusion.solving import Denoise
@@ -33,7 +33,7 @@ MEAN = float((WEIGHTS * MEANS).sum())
 VARIANCE = SPREAD**2 + float((WEIGHTS * MEANS**2).sum()) - MEAN**2
 
 SCHEDULE = Schedule.from_config(ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
-NAMES = {**PREDICTIONS, "edm": preconditioned(0.7)}
+NAMES = {**PREDICTIONS, "edm": edm_prediction(0.7)}
 
 
 def posterior_mean(x: Tensor, sigma: float) -> Tensor:
@@ -185,7 +185,7 @@ DRAWN = [
     ("dpm_fast", {"eta": 1.0}),
     ("dpm_adaptive", {"eta": 1.0, "rtol": 0.01, "atol": 0.001}),
     ("sa_solver", {"predict_x0": False}),
-    ("er_sde", {"scale": lambda sigma: sigma**2}),
+    ("er_sde", {"noise_scaler": lambda sigma: sigma**2}),
 ]
 
 
@@ -257,7 +257,7 @@ ROWS = [
     Row("unipc", 3, 3, {"solver_type": "bh2", **WHOLE}, LATE),
     Row("unipc", 3, 4, {"order": 3, **WHOLE}, LATE),
     Row("sa_solver", 2, 2, {**ODE, **WHOLE}),
-    Row("er_sde", 2, 2, {"scale": lambda sigma: sigma}),  # its derivatives are differences, of the newest two first
+    Row("er_sde", 2, 2, {"noise_scaler": lambda sigma: sigma}),  # derivatives are differences, of the newest two first
 ]
 
 

@@ -93,26 +93,26 @@ def test_earlier_is_floored_where_diffusers_floors_it(share: float) -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     for timestep in range(1000):
         theirs = int(torch.floor((1 - share) * torch.tensor(timestep)))
-        assert schedule.earlier(schedule.sigma(timestep), share) == schedule.sigma(theirs)
+        assert schedule.tcd_sigma_down(schedule.sigma(timestep), share) == schedule.sigma(theirs)
 
 
 def test_float64_would_floor_elsewhere() -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     assert math.floor((1 - 0.9) * 10) == 0
-    assert schedule.earlier(schedule.sigma(10), 0.9) == schedule.sigma(1)
+    assert schedule.tcd_sigma_down(schedule.sigma(10), 0.9) == schedule.sigma(1)
 
 
 def test_between() -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
-    assert schedule.between(schedule.sigma(901), schedule.sigma(801)) == schedule.sigma(851)
-    assert schedule.between(schedule.sigma(859), schedule.sigma(716)) == schedule.sigma(787)
+    assert schedule.pndm_midpoint(schedule.sigma(901), schedule.sigma(801)) == schedule.sigma(851)
+    assert schedule.pndm_midpoint(schedule.sigma(859), schedule.sigma(716)) == schedule.sigma(787)
 
 
 def test_earlier_and_within() -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
-    assert schedule.earlier(schedule.sigma(759), 0.3) == schedule.sigma(531)
-    assert schedule.earlier(3.3, 0.0) == 3.3 and schedule.earlier(0.0, 0.5) == 0.0
-    inside = [schedule.within(schedule.sigma(t)) for t in (199, 200, 500, 800, 801)]
+    assert schedule.tcd_sigma_down(schedule.sigma(759), 0.3) == schedule.sigma(531)
+    assert schedule.tcd_sigma_down(3.3, 0.0) == 3.3 and schedule.tcd_sigma_down(0.0, 0.5) == 0.0
+    inside = [schedule.sa_solver_tau(schedule.sigma(t)) for t in (199, 200, 500, 800, 801)]
     assert inside == [0.0, 1.0, 1.0, 1.0, 0.0]
-    options = schedule.timed({"tau": "within", "order": 2, "solver_type": "bh1"})
+    options = schedule.bind_options({"tau": "sa_solver_tau", "order": 2, "solver_type": "bh1"})
     assert options["tau"](schedule.sigma(500)) == 1.0 and (options["order"], options["solver_type"]) == (2, "bh1")

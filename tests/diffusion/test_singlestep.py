@@ -274,10 +274,12 @@ def test_lcm_and_tcd_are_those_of_diffusers(steps: int, eta: float) -> None:
         output = (ours - mixture(ours, sigma)) / sigma
         x = scheduler.step(output, t, x, generator=generator, return_dict=False, **extra)[0]
 
-    def down_to(sigma: float, eta: float) -> float:
+    def sigma_down_fn(sigma: float, eta: float) -> float:
         return table[math.floor((1 - eta) * table.index(sigma))]
 
-    steps_taken = run("lcm" if lcm else "tcd", sigmas, seeded(), **({} if lcm else {"eta": eta, "down_to": down_to}))
+    steps_taken = run(
+        "lcm" if lcm else "tcd", sigmas, seeded(), **({} if lcm else {"eta": eta, "sigma_down_fn": sigma_down_fn})
+    )
     assert apart(steps_taken[-1].x, x * math.sqrt(1 + sigmas[-1] ** 2)) < 1e-10
 
 
@@ -567,14 +569,14 @@ def test_dpm_adaptive_reads_one_value_an_attempt() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("dpmpp_2s", {"order": 4}, "order is 4; this solver has the orders 1 to 3"),
+        ("dpmpp_2s", {"order": 4}, "order is 4; it must be from 1 to 3"),
         ("dpmpp_2s", {"order": 0}, "order is 0"),
-        ("dpm_adaptive", {"order": 1}, "order is 1; this solver has the orders 2 to 3"),
-        ("dpm_fast", {"calls": 9}, "calls is 9; 3 intervals take 6 to 8"),
-        ("dpm_fast", {"calls": 5}, "calls is 5; 3 intervals take 6 to 8"),
+        ("dpm_adaptive", {"order": 1}, "order is 1; it must be from 2 to 3"),
+        ("dpm_fast", {"calls": 9}, "calls is 9; for 3 intervals it must be 6 to 8"),
+        ("dpm_fast", {"calls": 5}, "calls is 5; for 3 intervals it must be 6 to 8"),
         ("restart", {"segments": [(1, 3, 0.1, 2.0)]}, "segments take 3 of 3 steps"),
         ("restart", {"segments": [(1, 1, 2.0, 0.1)]}, "0 <= low < high"),
-        ("restart", {"segments": [(0, 1, 0.1, 2.0)]}, "steps and times from 1"),
+        ("restart", {"segments": [(0, 1, 0.1, 2.0)]}, "steps and times of at least 1"),
         ("euler_cfg_pp", {}, "has no `pair`"),
         ("euler_a_cfg_pp", {}, "has no `pair`"),
     ],

@@ -176,12 +176,12 @@ def test_a_users_own_timesteps() -> None:
         0.0,
     ]
     assert from_timesteps(SCHEDULE, [700, 30], last="sigma_min")[-1] == SCHEDULE.sigma_min
-    with pytest.raises(RequestError, match="timesteps begins with 1000; this model was trained on those from 0 to 999"):
+    with pytest.raises(RequestError, match="timesteps begins with 1000; this model's timesteps are 0 to 999"):
         from_timesteps(SCHEDULE, [1000, 0])
 
 
 def test_steps_beyond_what_a_model_was_distilled_on() -> None:
-    with pytest.raises(RequestError, match="steps is 51; this model was distilled on 50 timesteps"):
+    with pytest.raises(RequestError, match="steps is 51; it must be at most 50"):
         trailing(SCHEDULE, 51, original=50)
 
 

@@ -248,7 +248,7 @@ def ours(
     denoiser = Denoiser(network, schedule, prediction, conditions(), sampler.timestep, sigmas)  # type: ignore[arg-type]
     denoise = guided(denoiser.outputs, prediction, guidance, rescale)
     x = noise.draw().to(dtype) * (sigmas[0] if sampler.start == "sigma" else math.sqrt(sigmas[0] ** 2 + 1))
-    options = schedule.timed(sampler.options) | ({} if eta is None else {"eta": eta})
+    options = schedule.bind_options(sampler.options) | ({} if eta is None else {"eta": eta})
     fresh: Noise = noise
     if sampler.noise != "seeded":
         fresh = BrownianNoise(seeds, SHAPE, sigmas, midpoints=sampler.noise == "brownian midpoints")

@@ -19,7 +19,7 @@ import mezzotint
 from mezzotint import Pipeline, Request, RequestError
 from mezzotint.diffusion.blend import Blend
 from mezzotint.diffusion.solvers import SOLVERS
-from mezzotint.diffusion.variation import centred, slerp
+from mezzotint.diffusion.variation import paste_center, slerp
 from mezzotint.models.convolution import Conv2d, seamless
 
 RUN = Request(prompt="a lemon on a blue background", seed=7, steps=6, sampler="euler")
@@ -113,7 +113,7 @@ def test_the_blend_keeps_what_it_shall() -> None:
         def pair(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
             return self(x, sigma), x / 3
 
-    blend = Blend(Half(), keep, x0, noise, untouched=10.0)
+    blend = Blend(Half(), keep, x0, noise, skip_above=10.0)
     denoised = blend(x, 2.0)
     assert torch.equal(seen[-1][..., :3], (x0 + 2.0 * noise)[..., :3]) and torch.equal(seen[-1][..., 3:], x[..., 3:])
     assert torch.equal(denoised[..., :3], x0[..., :3]) and torch.equal(denoised[..., 3:], x[..., 3:] / 2)
@@ -405,9 +405,9 @@ def test_a_variation_lies_between_two_seeds(sd1: Pipeline) -> None:
 
 def test_the_noise_of_another_size_lies_in_the_middle() -> None:
     whole, small, large = torch.zeros(1, 1, 5, 8), torch.ones(1, 1, 3, 4), torch.arange(70.0).reshape(1, 1, 7, 10)
-    placed = centred(whole, small)
+    placed = paste_center(whole, small)
     assert placed.sum() == 12 and torch.equal(placed[..., 1:4, 2:6], small)
-    assert torch.equal(centred(whole, large), large[..., 1:6, 1:9])
+    assert torch.equal(paste_center(whole, large), large[..., 1:6, 1:9])
     assert torch.equal(whole, torch.zeros(1, 1, 5, 8))
 
 

@@ -319,10 +319,10 @@ def test_what_is_not_supported_is_named(name: str | None, flags: dict[str, objec
 
 
 def test_pndm_starts_with_runge_kutta_unless_told() -> None:
-    assert resolve("pndm", {}).options == {"middle": "between"}  # the default of its class
-    assert resolve("pndm", SD1).options == {"middle": None}
+    assert resolve("pndm", {}).options == {"midpoint": "pndm_midpoint"}  # the default of its class
+    assert resolve("pndm", SD1).options == {"midpoint": None}
     schedule = Schedule.from_config(resolve("pndm", SD1).schedule)
-    assert schedule.timed(resolve("pndm", {}).options)["middle"] == schedule.between
+    assert schedule.bind_options(resolve("pndm", {}).options)["midpoint"] == schedule.pndm_midpoint
 
 
 def test_the_kinds_of_sa_solver() -> None:

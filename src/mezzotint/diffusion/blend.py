@@ -1,9 +1,9 @@
-"""Inpainting wraps: it takes a denoiser and returns one that leaves part of the picture as it is.
+"""Inpainting as a wrapper: it takes a denoiser and returns one that keeps part of the original picture.
 
-Before each call the kept part of x is put on the path of the original, x0 + sigma * noise with the run's first noise,
-and after it the estimate there is x0. That is at once what diffusers' inpainting and what k-diffusion's masked denoiser
-(A1111) do, for stochastic solvers too: their own noise never reaches the kept part of what the network sees.
-Source: Lugmayr et al. 2022 (RePaint), eq. 8, without its jumps.
+Before each call, the kept part of x is replaced by `x0 + sigma * noise`, with the first noise of the run; after the
+call, the kept part of the estimate is replaced by x0. This is what diffusers' inpainting and k-diffusion's masked
+denoiser (A1111) do, and it also holds for stochastic solvers: their own noise never reaches the kept part of the
+network's input. See Lugmayr et al. 2022 (RePaint), eq. 8, without resampling.
 """
 
 from __future__ import annotations
@@ -15,38 +15,47 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """What a solver is given; `pair` is for the CFG++ ones."""
+    """The denoiser that a solver calls. Only the CFG++ solvers call `pair`."""
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor: ...
-    def pair(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Return the denoised estimate, of the shape of x (B, C, h, w)."""
+
+    def pair(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Return the (guided, unconditional) denoised estimates."""
 
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """keep (B or 1, 1, h, w): 1 where the original stays, 0 where the picture is drawn, or between. x0, noise (B, C, h,
-    w): the original and the run's first noise. untouched: x is not changed at this level and above, where a run that
-    starts from noise alone has nothing of the original in it yet.
+    """A denoiser that keeps the original where `keep` is 1.
+
+    Args:
+        denoise: The denoiser to wrap.
+        keep: Mask of shape (B or 1, 1, h, w): 1 keeps the original, 0 uses the solver's result, values between blend.
+        x0: Latents of the original, (B, C, h, w).
+        noise: The first noise of the run, (B, C, h, w).
+        skip_above: At this noise level and above, x is passed on unchanged. A run that starts from pure noise holds
+            nothing of the original before its first call.
     """
 
     denoise: Denoiser
     keep: Tensor
     x0: Tensor
     noise: Tensor
-    untouched: float = float("inf")
+    skip_above: float = float("inf")
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """denoised, like x (B, C, h, w)."""
-        return self.put(self.denoise(self._noisy(x, sigma), sigma))
+        """Return the blended denoised estimate, of the shape of x (B, C, h, w)."""
+        return self.composite(self.denoise(self._noisy(x, sigma), sigma))
 
     def pair(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """(guided, unconditional) denoised."""
+        """Return the blended (guided, unconditional) denoised estimates."""
         guided, unconditional = self.denoise.pair(self._noisy(x, sigma), sigma)
-        return self.put(guided), self.put(unconditional)
+        return self.composite(guided), self.composite(unconditional)
 
-    def put(self, x: Tensor, sigma: float = 0.0) -> Tensor:
-        """x with the original at noise level sigma in the kept part."""
+    def composite(self, x: Tensor, sigma: float = 0.0) -> Tensor:
+        """Return x with the original, at noise level sigma, in the kept part."""
         original = self.x0 + sigma * self.noise if sigma else self.x0
         return self.keep * original + (1.0 - self.keep) * x
 
     def _noisy(self, x: Tensor, sigma: float) -> Tensor:
-        return x if sigma >= self.untouched else self.put(x, sigma)
+        return x if sigma >= self.skip_above else self.composite(x, sigma)

@@ -1,10 +1,7 @@
-"""Solvers that remember earlier estimates. The contract is in solvers.py.
+"""Multistep solvers, which reuse earlier estimates. solvers.py describes the interface.
 
-Two families. Adams-Bashforth methods integrate the slope (x - denoised) / sigma over sigma. Exponential integrators go
-along lambda = -log sigma, solve the linear part of the equation exactly, and put a polynomial through the estimates
-that they remember: of x0 (`data`), x' = exp(-h) x + the integral of exp(s - h) x0(s) ds over a step h of lambda; or of
-the noise, x' = x - sigma' times the integral of exp(h - s) noise(s) ds. A step to level 0 is endless in lambda: there
-they all take the newest estimate of x0.
+There are two families: Adams-Bashforth methods integrate the slope (x - denoised) / sigma over sigma; exponential
+integrators, described in solving.py, work in lambda = -log sigma.
 """
 
 from __future__ import annotations
@@ -19,23 +16,23 @@ from torch import Tensor
 
 from mezzotint.diffusion.solving import (
     Denoise,
-    Known,
+    History,
     Noise,
     SolverType,
     Step,
-    ancestral,
+    ancestral_step,
     check_order,
-    estimate,
-    integrated,
-    pair_of,
-    quadrature,
-    spread,
-    weighted,
+    convert_output,
+    exponential_step,
+    pair_denoiser,
+    quadrature_weights,
+    sde_noise_std,
+    weighted_sum,
 )
 
 # ---- Adams-Bashforth -------------------------------------------------------------------------------------------------
 
-# Their weights for equal steps, by how many slopes there are; newest first.
+# Weights for equal steps, by the number of slopes; newest first.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
@@ -51,56 +48,61 @@ def lms(
     euler_to_zero: bool = False,
     cfg_pp: bool = False,
 ) -> Iterator[Step]:
-    """Linear multistep, k-diffusion's `sample_lms`: the slope is the polynomial through the last `order` (1 to 4).
+    """Linear multistep, k-diffusion's `sample_lms`: integrate the polynomial through the last `order` slopes.
 
-    `weights`, by how many slopes there are and newest first, average them instead, whatever the steps. `euler_to_zero`:
-    the step to level 0 is Euler's, which lands on denoised. With both it is iPNDM, of Zhang and Chen 2022 (DEIS); with
-    the second alone iPNDM_v; and with `time`, a function of the level in which the polynomial is, their tAB-DEIS.
-
-    cfg_pp: CFG++, Chung et al. 2024: the slopes are the unconditional ones, and each step shifts by the guidance.
+    Options:
+        order: From 1 to 4.
+        weights: Fixed weights instead, by the number of slopes, newest first, whatever the steps. With `euler_to_zero`
+            this is iPNDM (Zhang and Chen 2022).
+        time: The function of sigma in which the slope is a polynomial. With `euler_to_zero` this is tAB-DEIS; the
+            identity is iPNDM_v.
+        euler_to_zero: Take an Euler step to level 0, which returns the denoised estimate.
+        cfg_pp: CFG++ (Chung et al. 2024): the slopes are the unconditional ones, and each step is shifted by the
+            guidance.
     """
     check_order(order, 1, 4)
-    pair = pair_of(denoise, cfg_pp)
-    slopes: Known = []
+    pair = pair_denoiser(denoise, cfg_pp)
+    slopes: History = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised, stepped = pair(x, sigma)
-        slopes = [(sigma, (x - stepped) / sigma), *slopes[: order - 1]]
+        denoised, uncond_denoised = pair(x, sigma)
+        slopes = [(sigma, (x - uncond_denoised) / sigma), *slopes[: order - 1]]
         used = slopes[:1] if euler_to_zero and sigma_next == 0.0 else slopes
         if weights is None:
             nodes = [time(level) - time(sigma) for level, _ in used]
-            lengths = quadrature(nodes, _areas(sigma, sigma_next, len(used), time))
+            lengths = quadrature_weights(nodes, _time_moments(sigma, sigma_next, len(used), time))
         else:
             lengths = [(sigma_next - sigma) * weight for weight in weights[len(used) - 1]]
-        x = x + weighted(lengths, [slope for _, slope in used]) + (denoised - stepped)
+        x = x + weighted_sum(lengths, [slope for _, slope in used]) + (denoised - uncond_denoised)
         yield Step(i, sigma_next, x, denoised)
 
 
-GAUSS = tuple(part.tolist() for part in np.polynomial.legendre.leggauss(16))  # points and weights
+GAUSS_LEGENDRE = tuple(part.tolist() for part in np.polynomial.legendre.leggauss(16))  # points and weights
 
 
-def _areas(sigma: float, sigma_next: float, count: int, time: Callable[[float], float]) -> list[float]:
-    """The integrals over the level of (time - time(sigma))^k, for k below `count`."""
-    middle, half = (sigma + sigma_next) / 2, (sigma_next - sigma) / 2
-    ages = [time(middle + half * point) - time(sigma) for point in GAUSS[0]]
-    return [half * sum(w * age**k for w, age in zip(GAUSS[1], ages, strict=True)) for k in range(count)]
+def _time_moments(sigma: float, sigma_next: float, count: int, time: Callable[[float], float]) -> list[float]:
+    """Return the integrals over sigma of (time - time(sigma))^k, for k below `count`."""
+    sigma_mid, half = (sigma + sigma_next) / 2, (sigma_next - sigma) / 2
+    offsets = [time(sigma_mid + half * point) - time(sigma) for point in GAUSS_LEGENDRE[0]]
+    return [half * sum(w * t**k for w, t in zip(GAUSS_LEGENDRE[1], offsets, strict=True)) for k in range(count)]
 
 
-# Of the linear schedule that has level 80 at time 1 and 0.002 at 0.001.
-_RISE = 2 * (math.log1p(0.002**2) / 0.001 - math.log1p(80.0**2)) / (0.001 - 1)
-_BETA = math.log1p(80.0**2) - _RISE / 2
+# The linear schedule with level 80 at time 1 and 0.002 at time 0.001.
+_VP_BETA_D = 2 * (math.log1p(0.002**2) / 0.001 - math.log1p(80.0**2)) / (0.001 - 1)
+_VP_BETA_MIN = math.log1p(80.0**2) - _VP_BETA_D / 2
 
 
 def vp_time(sigma: float) -> float:
-    """When the variance-preserving schedule by which ComfyUI and Forge interpolate in DEIS has this level: it is 1 at
-    80, and ln(1 + sigma^2) = rise t^2 / 2 + beta t (Karras et al. 2022, table 1).
+    """Return the time of a level in the variance-preserving schedule that ComfyUI and Forge use in DEIS.
+
+    Level 80 is at time 1; ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t (Karras et al. 2022, table 1).
     """
-    return (math.sqrt(_BETA**2 + 2 * _RISE * math.log1p(sigma**2)) - _BETA) / _RISE
+    return (math.sqrt(_VP_BETA_MIN**2 + 2 * _VP_BETA_D * math.log1p(sigma**2)) - _VP_BETA_MIN) / _VP_BETA_D
 
 
 def gradient_estimation(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, gamma: float = 2.0, cfg_pp: bool = False
 ) -> Iterator[Step]:
-    """Gradient estimation, Permenter and Yuan 2023: slopes weighted gamma and, of the step before, 1 - gamma."""
+    """Gradient estimation (Permenter and Yuan 2023): weights gamma and 1 - gamma for the newest two slopes."""
     weights = ((1.0,), (gamma, 1.0 - gamma))
     return lms(denoise, x, sigmas, noise, order=2, weights=weights, euler_to_zero=True, cfg_pp=cfg_pp)
 
@@ -111,26 +113,30 @@ def pndm(
     sigmas: Sequence[float],
     noise: Noise,
     *,
-    middle: Callable[[float, float], float] | None = None,
+    midpoint: Callable[[float, float], float] | None = None,
 ) -> Iterator[Step]:
-    """Pseudo linear multistep (PLMS), Liu et al. 2022 eq. 12: Adams-Bashforth on the noise estimate as if the steps
-    were equal, which in the timestep they are. The first step is Heun's, so n steps cost n + 1 calls.
+    """Pseudo linear multistep, PLMS (Liu et al. 2022, eq. 12).
 
-    middle(sigma, sigma_next): the level halfway in the timestep, which only the model's schedule knows. Given, and from
-    four steps on, the first three are by Runge and Kutta (their eq. 13, F-PNDM), and n steps cost n + 9 calls.
+    Adams-Bashforth on the predicted noise with the weights for equal steps, which they are in the timestep. The first
+    step is Heun's, so n steps take n + 1 calls.
+
+    Options:
+        midpoint: `midpoint(sigma, sigma_next)`, the level halfway between in timesteps, which depends on the model's
+            schedule. If it is given and there are at least four steps, the first three are Runge-Kutta steps (their
+            eq. 13, F-PNDM), and n steps take n + 9 calls.
     """
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[:3]]
-        slope = weighted(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
-        if middle is not None and i < 3 and len(sigmas) > 4:
-            tried, half = slopes[:1], middle(sigma, sigma_next)
+        slope = weighted_sum(ADAMS_BASHFORTH[len(slopes) - 1], slopes)
+        if midpoint is not None and i < 3 and len(sigmas) > 4:
+            stages, half = slopes[:1], midpoint(sigma, sigma_next)
             for level in (half, half, sigma_next):
-                x_next = x + (level - sigma) * tried[-1]
+                x_next = x + (level - sigma) * stages[-1]
                 denoised = denoise(x_next, level)
-                tried.append((x_next - denoised) / level)
-            slope = weighted((1 / 6, 1 / 3, 1 / 3, 1 / 6), tried)
+                stages.append((x_next - denoised) / level)
+            slope = weighted_sum((1 / 6, 1 / 3, 1 / 3, 1 / 6), stages)
         elif i == 0 and len(sigmas) > 2:
             x_next = x + (sigma_next - sigma) * slope
             denoised = denoise(x_next, sigma_next)
@@ -155,32 +161,37 @@ def dpm_multistep(
     curvature: float = 0.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
-    whole: int = 0,
+    total_steps: int = 0,
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M), Lu et al. 2022b alg. 2, of order 1 to 3; "dpmsolver", Lu et al. 2022a, interpolates the noise.
+    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2), of order 1 to 3.
 
-    eta = 1 solves the diffusion SDE (their SDE-DPM-Solver), 0 the ODE. `solver_type`: see `moments`; "logrho" of
-    "dpmsolver" is DEIS, Zhang and Chen 2022. `lower_order_final`: below 15 steps, no higher order than steps are left
-    (`whole`: the steps of the run that this one is the end of, if there were more); `euler_at_final`: first order in
-    the last step. `curvature`, half the estimates' second derivative times the step squared, is added so many times: -1
-    is diffusers' third order of the SDE, where a sign is wrong.
+    Options:
+        order: From 1 to 3.
+        algorithm: "dpmsolver" (Lu et al. 2022a) interpolates the noise instead of x0.
+        solver_type: See `exponential_moments`; "logrho" with "dpmsolver" is DEIS (Zhang and Chen 2022).
+        eta: 1 solves the diffusion SDE (SDE-DPM-Solver), 0 the ODE.
+        curvature: Multiple of half the second derivative of the estimates times the step squared that is added. -1 is
+            diffusers' third-order SDE solver, which has the wrong sign there.
+        lower_order_final: Below 15 steps, use no higher order than the number of steps left.
+        euler_at_final: Use first order in the last step.
+        total_steps: Number of steps of the whole run, where this one is only its end.
     """
     check_order(order, 1, 3)
-    data, steps = algorithm == "dpmsolver++", len(sigmas) - 1
-    known: Known = []
+    predict_x0, steps = algorithm == "dpmsolver++", len(sigmas) - 1
+    history: History = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        known = [(sigma, estimate(data, x, denoised, sigma)), *known[: order - 1]]
-        most = steps - i if lower_order_final and max(steps, whole) < 15 else order
-        most = 1 if euler_at_final and i == steps - 1 else most
-        used = known[:most]
-        x = integrated(x, sigma, sigma_next, used, data, solver_type, eta)
+        history = [(sigma, convert_output(predict_x0, x, denoised, sigma)), *history[: order - 1]]
+        max_order = steps - i if lower_order_final and max(steps, total_steps) < 15 else order
+        max_order = 1 if euler_at_final and i == steps - 1 else max_order
+        used = history[:max_order]
+        x = exponential_step(x, sigma, sigma_next, used, predict_x0, solver_type, eta)
         if curvature != 0.0 and len(used) == 3 and sigma_next > 0.0:
             area = curvature * math.log(sigma / sigma_next) ** 2
             nodes, estimates = [math.log(sigma / level) for level, _ in used], [value for _, value in used]
-            x = x + weighted(quadrature(nodes, [0.0, 0.0, area]), estimates)
+            x = x + weighted_sum(quadrature_weights(nodes, [0.0, 0.0, area]), estimates)
         if eta > 0.0:
-            x = x + spread(sigma, sigma_next, data, eta) * noise(sigma, sigma_next)
+            x = x + sde_noise_std(sigma, sigma_next, predict_x0, eta) * noise(sigma, sigma_next)
         yield Step(i, sigma_next, x, denoised)
 
 
@@ -198,33 +209,39 @@ def unipc(
     lower_order_final: bool = True,
     disable_corrector: Collection[int] = (),
 ) -> Iterator[Step]:
-    """UniPC, Zhao et al. 2023 alg. 1 and 2: each step is taken by `order` (1 to 4) estimates, and when the network has
-    seen its end taken again with that estimate too, which brings one order more and costs no call.
+    """UniPC (Zhao et al. 2023, alg. 1 and 2): a predictor, and a corrector that costs no call.
 
-    Where two estimates are used the paper leaves a choice: `solver_type` "bh1", B(h) = h, or "bh2", B(h) = exp(h) - 1.
-    `lower_order_final`: no more estimates than steps are left. `disable_corrector`: of the steps of these indices.
-    `corrector_order`: the estimates that the corrector adds its own to, `order` unless given. `tau`: see `sa_solver`.
+    When the network has been called at the end of a step, the step is repeated with that estimate, one order higher.
+
+    Options:
+        order: Number of estimates of the predictor, from 1 to 4.
+        corrector_order: Number of earlier estimates of the corrector, from 0 to 4; `order` by default.
+        predict_x0: Whether to interpolate x0, or the noise.
+        solver_type: For two estimates, "bh1" is B(h) = h, and "bh2" is B(h) = exp(h) - 1.
+        tau: See `sa_solver`.
+        lower_order_final: Use no more estimates than steps are left.
+        disable_corrector: Indices of the steps that are not corrected.
     """
     check_order(order, 1, 4)
     corrector_order = order if corrector_order is None else corrector_order
     check_order(corrector_order, 0, 4)
     steps = len(sigmas) - 1
-    before, eta, added = x, 0.0, 0.0 * x  # of the last step: where it began, and its noise
-    known: Known = []
+    x_previous, eta, step_noise = x, 0.0, 0.0 * x  # of the last step: its start and its noise
+    history: History = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        newest = (sigma, estimate(predict_x0, x, denoised, sigma))
+        newest = (sigma, convert_output(predict_x0, x, denoised, sigma))
         if i > 0 and i - 1 not in disable_corrector:
-            most = min(corrector_order, steps - i + 1) if lower_order_final else corrector_order
-            corrected = [newest, *known[:most]]
-            x = integrated(before, sigmas[i - 1], sigma, corrected, predict_x0, solver_type, eta) + added
-        known = [newest, *known[: max(order, corrector_order) - 1]]
-        before = x
+            max_order = min(corrector_order, steps - i + 1) if lower_order_final else corrector_order
+            corrected = [newest, *history[:max_order]]
+            x = exponential_step(x_previous, sigmas[i - 1], sigma, corrected, predict_x0, solver_type, eta) + step_noise
+        history = [newest, *history[: max(order, corrector_order) - 1]]
+        x_previous = x
         if tau is not None:
             eta = tau(sigma) ** 2
-            added = spread(sigma, sigma_next, predict_x0, eta) * noise(sigma, sigma_next)
-        most = min(order, steps - i) if lower_order_final else order
-        x = integrated(x, sigma, sigma_next, known[:most], predict_x0, solver_type, eta) + added
+            step_noise = sde_noise_std(sigma, sigma_next, predict_x0, eta) * noise(sigma, sigma_next)
+        max_order = min(order, steps - i) if lower_order_final else order
+        x = exponential_step(x, sigma, sigma_next, history[:max_order], predict_x0, solver_type, eta) + step_noise
         yield Step(i, sigma_next, x, denoised)
 
 
@@ -240,10 +257,16 @@ def sa_solver(
     predict_x0: bool = True,
     lower_order_final: bool = True,
 ) -> Iterator[Step]:
-    """SA-Solver, Xue et al. 2023 alg. 1: stochastic Adams, UniPC on an SDE, the corrector with the predictor's noise.
+    """SA-Solver (Xue et al. 2023, alg. 1), stochastic Adams: UniPC on an SDE.
 
-    tau(sigma) >= 0 is how much noise: 0 solves the ODE, 1 the diffusion SDE. Orders 1 to 4, of the corrector counted
-    with the estimate that it corrects by.
+    The corrector uses the noise of the predictor.
+
+    Options:
+        predictor_order: From 1 to 4.
+        corrector_order: From 1 to 4, counting the estimate at the end of the step.
+        tau: `tau(sigma) >= 0`, the amount of noise: 0 is the ODE, 1 the diffusion SDE.
+        predict_x0: Whether to interpolate x0, or the noise.
+        lower_order_final: Use no more estimates than steps are left.
     """
     check_order(corrector_order, 1, 4)
     return unipc(
@@ -263,27 +286,29 @@ def sa_solver(
 def res_multistep(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0, cfg_pp: bool = False
 ) -> Iterator[Step]:
-    """RES, Zhang et al. 2023, second order multistep, as ComfyUI has it; with eta above 0 its ancestral form.
+    """RES (Zhang et al. 2023), second-order multistep as in ComfyUI; eta above 0 is its ancestral form.
 
-    cfg_pp: CFG++ as there: steps are unconditional; those of second order have the guidance added before, not after.
+    With `cfg_pp` the steps are unconditional, as in ComfyUI: second-order steps add the guidance before the step, and
+    first-order steps after it.
     """
-    pair = pair_of(denoise, cfg_pp)
-    known: Known = []
+    pair = pair_denoiser(denoise, cfg_pp)
+    history: History = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        denoised, stepped = pair(x, sigma)
-        down, up = ancestral(sigma, sigma_next, eta)
-        kept = down / sigma if known and down > 0.0 else 1.0  # what the step leaves of the guidance
-        x = integrated(x, sigma, down, [(sigma, stepped), *known], True, "logrho") + kept * (denoised - stepped)
+        denoised, uncond_denoised = pair(x, sigma)
+        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        shift = (sigma_down / sigma if history and sigma_down > 0.0 else 1.0) * (denoised - uncond_denoised)
+        x = exponential_step(x, sigma, sigma_down, [(sigma, uncond_denoised), *history], True, "logrho") + shift
         if eta > 0.0:
-            x = x + up * noise(sigma, sigma_next)
-        if down > 0.0:
-            known = [(sigma * sigma_next / down, stepped)]  # as old, next time, as the solver's own way down was long
+            x = x + sigma_up * noise(sigma, sigma_next)
+        if sigma_down > 0.0:
+            # seen from the next step, this estimate is as far away as the deterministic part of this step was long
+            history = [(sigma * sigma_next / sigma_down, uncond_denoised)]
         yield Step(i, sigma_next, x, denoised)
 
 
 def dpmpp_2m_cfg_pp(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """CFG++, Chung et al. 2024, on DPM-Solver++(2M): towards the guided estimate, away from the unconditional one."""
-    pair = pair_of(denoise)
+    """CFG++ (Chung et al. 2024) on DPM-Solver++(2M): to the guided estimate, along the unconditional noise."""
+    pair = pair_denoiser(denoise)
     previous: tuple[float, Tensor] | None = None  # level, and the unconditional estimate there
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised, unconditional = pair(x, sigma)
@@ -300,7 +325,7 @@ def dpmpp_2m_cfg_pp(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise:
 
 
 def _er_sde_noise(sigma: float) -> float:
-    """The noise that Cui et al. 2023 found best for pictures, their ER SDE 5."""
+    """Return the noise function that Cui et al. 2023 found best for pictures, ER SDE 5."""
     return sigma * (math.exp(sigma**0.3) + 10.0)
 
 
@@ -311,35 +336,40 @@ def er_sde(
     noise: Noise,
     *,
     order: int = 3,
-    scale: Callable[[float], float] = _er_sde_noise,
+    noise_scaler: Callable[[float], float] = _er_sde_noise,
 ) -> Iterator[Step]:
-    """ER-SDE-Solver, Cui et al. 2023 alg. 1 to 3: extended reverse-time SDEs, in sigma, by a Taylor expansion.
+    """ER-SDE-Solver (Cui et al. 2023, alg. 1 to 3): extended reverse-time SDEs, in sigma, by a Taylor expansion.
 
-    scale(sigma) is the paper's phi, which says how much noise: sigma is the ODE, sigma^2 the diffusion SDE.
+    Options:
+        order: From 1 to 3.
+        noise_scaler: The paper's phi, a function of sigma: sigma itself is the ODE, sigma^2 the diffusion SDE.
     """
     check_order(order, 1, 3)
     last: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        taylor = [denoised]  # and its derivatives in sigma, from differences
+        taylor = [denoised]  # and its derivatives in sigma, by finite differences
         for k in range(1, min(order, i + 1)):
             taylor.append(k * (taylor[-1] - last[k - 1]) / (sigma - sigmas[i - k]))
         last = taylor
         if sigma_next == 0.0:
             ratio, weights = 0.0, [1.0]
         else:
-            ratio = scale(sigma_next) / scale(sigma)
-            weights = [_er_sde_weight(k, sigma, sigma_next, scale) for k in range(len(taylor))]
-        x = ratio * x + weighted(weights, taylor[: len(weights)])
+            ratio = noise_scaler(sigma_next) / noise_scaler(sigma)
+            weights = [_er_sde_weight(k, sigma, sigma_next, noise_scaler) for k in range(len(taylor))]
+        x = ratio * x + weighted_sum(weights, taylor[: len(weights)])
         x = x + math.sqrt(max(sigma_next**2 - (ratio * sigma) ** 2, 0.0)) * noise(sigma, sigma_next)
         yield Step(i, sigma_next, x, denoised)
 
 
-def _er_sde_weight(k: int, sigma: float, sigma_next: float, scale: Callable[[float], float]) -> float:
-    """Of the k-th derivative: the integral of scale(sigma_next) / scale(u) over the k-th term of the expansion."""
+def _er_sde_weight(k: int, sigma: float, sigma_next: float, noise_scaler: Callable[[float], float]) -> float:
+    """Return the weight of the k-th derivative.
+
+    It is the integral of noise_scaler(sigma_next) / noise_scaler(u) times the k-th term of the expansion.
+    """
     if k == 0:
-        return 1.0 - scale(sigma_next) / scale(sigma)
-    middle, half = math.log(sigma * sigma_next) / 2, math.log(sigma / sigma_next) / 2
-    levels = [math.exp(middle + half * point) for point in GAUSS[0]]
-    values = (w * u * (u - sigma) ** (k - 1) / scale(u) for w, u in zip(GAUSS[1], levels, strict=True))
-    return (sigma_next - sigma) ** k / math.factorial(k) + half * scale(sigma_next) * sum(values)
+        return 1.0 - noise_scaler(sigma_next) / noise_scaler(sigma)
+    sigma_mid, half = math.log(sigma * sigma_next) / 2, math.log(sigma / sigma_next) / 2
+    levels = [math.exp(sigma_mid + half * point) for point in GAUSS_LEGENDRE[0]]
+    values = (w * u * (u - sigma) ** (k - 1) / noise_scaler(u) for w, u in zip(GAUSS_LEGENDRE[1], levels, strict=True))
+    return (sigma_next - sigma) ** k / math.factorial(k) + half * noise_scaler(sigma_next) * sum(values)

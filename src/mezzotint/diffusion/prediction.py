@@ -1,7 +1,7 @@
-"""What a network predicts, and how that becomes `denoised`, the estimate of x0 in x = x0 + sigma * noise.
+"""What a network predicts, and its conversion to `denoised`, the estimate of x0 in x = x0 + sigma * noise.
 
-A prediction sees one output and sigma, nothing else. All are affine in the output, so guidance on outputs and
-guidance on denoised are the same. `sigma` is a float, or a tensor that broadcasts against x, such as (B, 1, 1, 1).
+A prediction depends only on one output, x and sigma. All are affine in the output, so guidance on outputs and guidance
+on denoised estimates are the same. `sigma` is a float, or a tensor that broadcasts against x, such as (B, 1, 1, 1).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ Level = float | Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """One parametrisation; every function returns the shape of its tensors.
+    """One parametrization; every function returns a tensor of the shape of its arguments.
 
-    `denoised(output, x, sigma)`: the estimate of x0 from the network's output.
-    `output(denoised, x, sigma)`: its inverse.
-    `target(x0, noise, sigma)`: what a network learns to put out when shown x0 + sigma noise, scaled.
-    `sigma_data`: the scale is 1 / sqrt(sigma^2 + sigma_data^2); 1 for a variance-preserving model.
+    Attributes:
+        denoised: `denoised(output, x, sigma)`, the estimate of x0 from the network's output.
+        output: `output(denoised, x, sigma)`, its inverse.
+        target: `target(x0, noise, sigma)`, the training target of the network at x0 + sigma * noise.
+        sigma_data: The network's input is x / sqrt(sigma^2 + sigma_data^2); 1 for a variance-preserving model.
     """
 
     denoised: Callable[[Tensor, Tensor, Level], Tensor]
@@ -34,18 +35,26 @@ class Prediction:
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> Prediction:
-        """The prediction of a `scheduler_config.json`. Raises RequestError for x0 with EDM's preconditioning."""
+        """Return the prediction of a `scheduler_config.json`.
+
+        Raises:
+            RequestError: If the configuration combines "sample" with EDM's preconditioning.
+        """
         if config.sigma_data is None:
             return PREDICTIONS[config.prediction_type]
         if config.prediction_type == "sample":
-            raise RequestError("prediction_type is 'sample'; with EDM's preconditioning it is epsilon or v_prediction")
-        return preconditioned(config.sigma_data, -1.0 if config.prediction_type == "v_prediction" else 1.0)
+            raise RequestError(
+                "prediction_type is 'sample'; with EDM's preconditioning it must be epsilon or v_prediction"
+            )
+        return edm_prediction(config.sigma_data, -1.0 if config.prediction_type == "v_prediction" else 1.0)
 
 
-def preconditioned(sigma_data: float, sign: float = 1.0) -> Prediction:
-    """EDM, Karras et al. 2022 table 1: denoised = c_skip x + c_out output.
+def edm_prediction(sigma_data: float, sign: float = 1.0) -> Prediction:
+    """Return EDM's preconditioning (Karras et al. 2022, table 1): denoised = c_skip x + c_out output.
 
-    sign: of c_out; diffusers turns it round for what it calls EDM's v-prediction.
+    Args:
+        sigma_data: Standard deviation of the data.
+        sign: Sign of c_out; -1 is what diffusers calls EDM's v-prediction.
     """
 
     def scale(sigma: Level) -> Level:
@@ -66,7 +75,7 @@ def preconditioned(sigma_data: float, sign: float = 1.0) -> Prediction:
     )
 
 
-# The noise itself (Ho et al. 2020).
+# The noise (Ho et al. 2020).
 EPSILON = Prediction(
     denoised=lambda output, x, sigma: x - sigma * output,
     output=lambda denoised, x, sigma: (x - denoised) / sigma,
@@ -74,9 +83,9 @@ EPSILON = Prediction(
 )
 
 # v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, section 4).
-V_PREDICTION = preconditioned(1.0, sign=-1.0)
+V_PREDICTION = edm_prediction(1.0, sign=-1.0)
 
-# x0 itself.
+# x0.
 SAMPLE = Prediction(
     denoised=lambda output, x, sigma: output,
     output=lambda denoised, x, sigma: denoised,

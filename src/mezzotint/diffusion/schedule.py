@@ -1,9 +1,9 @@
-"""The training noise schedule: which noise level sigma a model was shown at each timestep.
+"""The training noise schedule: the noise level sigma of each training timestep.
 
-Everything above this room lives in one coordinate, x = x0 + sigma * noise, with sigma^2 = (1 - alpha_bar) / alpha_bar
-of the variance-preserving process that Stable Diffusion was trained on. Tables are float64. A zero-terminal-SNR
-schedule keeps its last sigma finite (4096) here, and nowhere else. A model with EDM's preconditioning never saw betas;
-its levels are a table all the same, so that every spacing runs on it.
+All other modules use the coordinate x = x0 + sigma * noise, where sigma^2 = (1 - alpha_bar) / alpha_bar of the
+variance-preserving process that Stable Diffusion was trained on. Tables are float64. The last sigma of a
+zero-terminal-SNR schedule is kept finite (4096) here, and nowhere else. A model with EDM's preconditioning has no
+betas, but its levels are made a table too, so that every spacing works with it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from mezzotint.config import ScheduleConfig
 
 Table = NDArray[np.float64]
 
-LEAST_ALPHA = 2.0**-24  # stands for a terminal SNR of zero: sigma = 4096, as in diffusers
+MIN_ALPHA_CUMPROD = 2.0**-24  # replaces a terminal SNR of zero: sigma = 4096, as in diffusers
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """`alphas_cumprod` (T,), falling with the timestep: the signal's share of variance (alpha_bar, Ho et al. 2020)."""
+    """A training noise schedule.
+
+    Attributes:
+        alphas_cumprod: The signal's share of the variance at each timestep (alpha_bar, Ho et al. 2020), decreasing,
+            (T,).
+    """
 
     alphas_cumprod: Table
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> Schedule:
-        """The schedule of a `scheduler_config.json`."""
+        """Return the schedule of a `scheduler_config.json`."""
         if config.sigma_data is not None:
             return cls(1.0 / (1.0 + edm_sigmas(config) ** 2))
         alphas_cumprod: Table = np.cumprod(1.0 - betas(config), dtype=np.float64)
@@ -45,33 +50,35 @@ class Schedule:
 
     @cached_property
     def sigmas(self) -> Table:
-        """(T,) noise levels, rising with the timestep."""
+        """Noise levels, increasing with the timestep, (T,)."""
         return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
 
     @cached_property
     def log_sigmas(self) -> Table:
-        """(T,) their logarithms."""
+        """Logarithms of the noise levels, (T,)."""
         return np.log(self.sigmas)
 
     @property
     def num_train_timesteps(self) -> int:
-        """T, 1000 for Stable Diffusion."""
+        """Number of timesteps T, 1000 for Stable Diffusion."""
         return len(self.alphas_cumprod)
 
     @property
     def sigma_min(self) -> float:
-        """The lowest trained noise level (0.029 for Stable Diffusion)."""
+        """The lowest noise level (0.029 for Stable Diffusion)."""
         return float(self.sigmas[0])
 
     @property
     def sigma_max(self) -> float:
-        """The highest trained noise level (14.6 for Stable Diffusion)."""
+        """The highest noise level (14.6 for Stable Diffusion)."""
         return float(self.sigmas[-1])
 
     def sigma(self, timestep: float, *, log: bool = False) -> float:
-        """The noise level at a timestep, beyond the table's ends the end's.
+        """Return the noise level at a timestep; timesteps beyond the ends of the table give the ends.
 
-        Between two of the table linear in sigma, as diffusers spaces, or in log sigma, as k-diffusion does.
+        Args:
+            timestep: A timestep, possibly fractional.
+            log: Interpolate in log sigma, as k-diffusion does, instead of sigma, as diffusers does.
         """
         index = np.arange(self.num_train_timesteps)
         if log:
@@ -79,40 +86,52 @@ class Schedule:
         return float(np.interp(timestep, index, self.sigmas))
 
     def timestep(self, sigma: float, *, log: bool = True) -> float:
-        """The timestep in [0, T - 1] of a noise level; the inverse of `sigma`, but log unless told otherwise."""
+        """Return the timestep in [0, T - 1] of a noise level, the inverse of `sigma`.
+
+        Args:
+            sigma: A noise level.
+            log: Interpolate in log sigma, instead of sigma.
+        """
         index = np.arange(self.num_train_timesteps)
         if log:
             return float(np.interp(math.log(max(sigma, 1e-10)), self.log_sigmas, index))
         return float(np.interp(sigma, self.sigmas, index))
 
-    def timed(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A solver's options, those that speak of timesteps ("between", "earlier", "within") as functions of levels."""
-        functions = {"between": self.between, "earlier": self.earlier, "within": self.within}
+    def bind_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the names of this schedule's functions in a solver's options by the functions.
+
+        The names are "pndm_midpoint", "tcd_sigma_down" and "sa_solver_tau".
+        """
+        functions = {
+            "pndm_midpoint": self.pndm_midpoint,
+            "tcd_sigma_down": self.tcd_sigma_down,
+            "sa_solver_tau": self.sa_solver_tau,
+        }
         return {
             name: functions.get(option, option) if isinstance(option, str) else option
             for name, option in options.items()
         }
 
-    def earlier(self, sigma: float, share: float) -> float:
-        """The level at `1 - share` of this one's timestep, cut to a whole one: TCD's way down (Zheng et al. 2024).
+    def tcd_sigma_down(self, sigma: float, eta: float) -> float:
+        """Return the level at (1 - eta) of this level's timestep, rounded down: where TCD steps to (Zheng et al. 2024).
 
-        The product is float32's, as in diffusers: (1 - 0.9) * 10 is 1 there, and less in float64.
+        The product is rounded to float32 as in diffusers, where (1 - 0.9) * 10 is 1; in float64 it is less.
         """
-        if share == 0.0 or sigma == 0.0:
+        if eta == 0.0 or sigma == 0.0:
             return sigma
-        return self.sigma(math.floor(np.float32(1.0 - share) * np.float32(round(self.timestep(sigma)))))
+        return self.sigma(math.floor(np.float32(1.0 - eta) * np.float32(round(self.timestep(sigma)))))
 
-    def between(self, sigma: float, sigma_next: float) -> float:
-        """The level halfway in timesteps, cut to a whole one: where PNDM's Runge-Kutta steps look (Liu et al. 2022)."""
+    def pndm_midpoint(self, sigma: float, sigma_next: float) -> float:
+        """Return the level halfway in timesteps, rounded down, of PNDM's Runge-Kutta steps (Liu et al. 2022)."""
         return self.sigma((round(self.timestep(sigma)) + round(self.timestep(sigma_next))) // 2)
 
-    def within(self, sigma: float, first: float = 0.2, last: float = 0.8) -> float:
-        """1.0 from `first` to `last` of the timesteps, else 0.0: where SA-Solver adds noise (Xue et al. 2023)."""
+    def sa_solver_tau(self, sigma: float, first: float = 0.2, last: float = 0.8) -> float:
+        """Return 1.0 from `first` to `last` of the timesteps, where SA-Solver adds noise (Xue et al. 2023), or 0.0."""
         return float(first <= round(self.timestep(sigma)) / self.num_train_timesteps <= last)
 
 
 def edm_sigmas(config: ScheduleConfig) -> Table:
-    """(T,) rising levels of EDM (Karras et al. 2022, eq. 5; or even in log sigma), 0.002 to 80 unless it says else."""
+    """Return EDM's levels (Karras et al. 2022, eq. 5, or evenly spaced in log sigma), increasing, (T,)."""
     low, high, steps = config.sigma_min or 0.002, config.sigma_max or 80.0, config.num_train_timesteps
     if config.sigma_schedule == "exponential":
         return np.geomspace(low, high, steps)
@@ -120,7 +139,10 @@ def edm_sigmas(config: ScheduleConfig) -> Table:
 
 
 def betas(config: ScheduleConfig) -> Table:
-    """(T,) variances of the noise added at each timestep (Ho et al. 2020; cosine: Nichol and Dhariwal 2021, eq. 17)."""
+    """Return the variance of the noise added at each timestep, (T,).
+
+    Sources: Ho et al. 2020; for "squaredcos_cap_v2", Nichol and Dhariwal 2021, eq. 17.
+    """
     steps = config.num_train_timesteps
     if config.trained_betas is not None:
         return np.asarray(config.trained_betas, dtype=np.float64)
@@ -133,22 +155,22 @@ def betas(config: ScheduleConfig) -> Table:
 
 
 def float32_alphas_cumprod(config: ScheduleConfig) -> Table:
-    """(T,) as diffusers adds it up, to its last digit."""
+    """Return the table as diffusers computes it in float32, to the last digit, (T,)."""
     if config.trained_betas is None and config.beta_schedule != "squaredcos_cap_v2":
         power = 2 if config.beta_schedule == "scaled_linear" else 1
         ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
-        rising = torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float32) ** power
+        betas32 = torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float32) ** power
     else:
-        rising = torch.tensor(betas(config), dtype=torch.float32)
-    alphas_cumprod = torch.cumprod(1.0 - rising, dim=0)
+        betas32 = torch.tensor(betas(config), dtype=torch.float32)
+    alphas_cumprod = torch.cumprod(1.0 - betas32, dim=0)
     sigmas = ((1.0 - alphas_cumprod) / alphas_cumprod) ** 0.5
-    exact: Table = 1.0 / (1.0 + sigmas.double().numpy() ** 2)  # gives these sigmas back
+    exact: Table = 1.0 / (1.0 + sigmas.double().numpy() ** 2)  # the inverse of `Schedule.sigmas`
     return exact
 
 
 def zero_terminal_snr(alphas_cumprod: Table) -> Table:
-    """Shift and scale sqrt(alpha_bar) so that the last is zero and the first stays (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) so that the last is zero and the first is unchanged (Lin et al. 2023, alg. 1)."""
     root = np.sqrt(alphas_cumprod)
     rescaled: Table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    rescaled[-1] = LEAST_ALPHA
+    rescaled[-1] = MIN_ALPHA_CUMPROD
     return rescaled

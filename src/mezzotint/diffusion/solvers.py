@@ -1,15 +1,19 @@
-"""Solvers: from noise to picture along falling noise levels. `SOLVERS[name](denoise, x, sigmas, noise, **options)`.
+"""Solvers, from noise to picture along decreasing noise levels: `SOLVERS[name](denoise, x, sigmas, noise, **options)`.
 
-x (B, C, h, w) = x0 + sigmas[0] * noise; `denoise(x, sigma) -> denoised`, the network's estimate of x0, same shape;
-`sigmas` n + 1 falling Python floats, ending in 0.0 or above it; `noise(sigma, sigma_next)` fresh standard noise like x.
-A solver is a generator: it yields a Step each time it has advanced, n in all, whatever the calls, and knows of nothing
-else. Progress, previews and stopping belong to whoever iterates. x keeps its dtype, and nothing here waits for a device
-but dpm_adaptive, which chooses its own levels and so its own number of steps. Restart's levels rise now and then. The
-CFG++ solvers call `denoise.pair(x, sigma) -> (guided, unconditional)`. Wrong options raise RequestError at the first
-step.
+Args of every solver:
+    denoise: `denoise(x, sigma) -> denoised`, the network's estimate of x0, of the shape of x. The CFG++ solvers call
+        `denoise.pair(x, sigma) -> (guided, unconditional)`.
+    x: Sample at the first level, x0 + sigmas[0] * noise, of shape (B, C, h, w). Its dtype is kept.
+    sigmas: n + 1 decreasing Python floats; the last one is 0.0 or above.
+    noise: `noise(sigma, sigma_next)`, fresh standard normal noise of the shape of x.
 
-The ODE that they solve is dx/dsigma = (x - denoised) / sigma (Karras et al. 2022, eq. 3). For a variance-preserving
-model that slope is the predicted noise, so the update rules of DDIM, DDPM and PNDM, written in alphas, are these.
+A solver is a generator that yields a Step each time it has advanced, n in all, however often it calls the denoiser.
+Progress bars, previews and cancelling are the caller's. No solver waits for the device except dpm_adaptive, which
+chooses its own levels and therefore its own number of steps. The levels of `restart` also rise. Invalid options raise
+RequestError at the first step.
+
+The ODE is dx/dsigma = (x - denoised) / sigma (Karras et al. 2022, eq. 3). For a variance-preserving model this slope is
+the predicted noise, so the update rules of DDIM, DDPM and PNDM, written in alphas, are the same as here.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from mezzotint.diffusion.singlestep import (
     heunpp2,
     lcm,
     restart,
-    seeds,
+    seeds_solver,
     tcd,
 )
 from mezzotint.diffusion.solving import Denoise, Noise, Solver, Step
@@ -62,8 +66,8 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2s": dpmpp_2s,
     "dpmpp_2s_a": dpmpp_2s_a,
     "dpmpp_sde": dpmpp_sde,
-    "seeds_2": seeds,
-    "seeds_3": partial(seeds, nodes=(1 / 3, 2 / 3), solver_type="logrho"),
+    "seeds_2": seeds_solver,
+    "seeds_3": partial(seeds_solver, nodes=(1 / 3, 2 / 3), solver_type="logrho"),
     "dpmpp_2m": dpm_multistep,
     "dpmpp_2m_sde": partial(dpm_multistep, eta=1.0),
     "dpmpp_3m": partial(dpm_multistep, order=3),

@@ -1,21 +1,24 @@
-"""Spacings: which noise levels a run of n steps visits. `SPACINGS[name](schedule, steps, **options) -> list[float]`.
+"""Spacings, the noise levels of a run of n steps: `SPACINGS[name](schedule, steps, **options) -> list[float]`.
 
-The list falls, holds n + 1 Python floats (no device is asked anything) and ends at the level where the run stops. A
-spacing sees the schedule and its own options, never the solver. Two of its options are everyone's:
+The list decreases, holds n + 1 Python floats (no device synchronization) and ends at the level where the run stops. A
+spacing depends only on the schedule and its own options, never on the solver. All of them have two options:
 
-    points   "n": so many levels are spaced; "n+1": one more, the lowest of them dropped ("discard the penultimate")
-    last     the level after the last step: "zero", "sigma_min" of the schedule, "repeat", the lowest once more, "own",
-             the lowest itself (so one step fewer), or a number
+    points   "n": this many levels are spaced; "n+1": one more, and the lowest is dropped (A1111's "discard the
+             penultimate sigma")
+    last     the level after the last step: "zero"; "sigma_min" of the schedule; "repeat", the lowest level again;
+             "own", the lowest level itself (so one step fewer); or a number
 
-and the others are where the programs in use differ:
+The other options cover the differences between programs:
 
-    offset   added to every timestep (`steps_offset`)
-    round    to whole timesteps
-    range    of karras, exponential, polyexponential, lu, beta: "table", the ends of the whole schedule, or the name of
-             the spacing whose ends they take; sigma_max and sigma_min set them
-    calls    of DPM-Solver-fast: steps counts calls of the network, so many an interval; so steps // calls + 1 intervals
+    offset   added to every timestep (diffusers' `steps_offset`)
+    round    round to integer timesteps
+    range    for karras, exponential, polyexponential, lu and beta: "table", the ends of the schedule, or the name of
+             the spacing whose ends to use; sigma_max and sigma_min replace them
+    calls    for DPM-Solver-fast: calls of the network in an interval. `steps` then counts calls, and the list has
+             steps // calls + 1 intervals
 
-Two lists, kept as ComfyUI makes them, may differ in length: beta with index drops repeats, ddim_uniform is whole.
+Two lists follow ComfyUI and may differ in length: beta with `index` drops duplicates, and ddim_uniform may have more
+levels.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ Range = Literal["table", "leading", "linspace", "trailing"]
 Spacing = Callable[..., list[float]]
 
 
-def _spacing(levels: Callable[..., Iterable[float]]) -> Spacing:
-    """A spacing from `levels(schedule, count, **options)`, which gives `count` falling levels."""
+def _from_levels(levels: Callable[..., Iterable[float]]) -> Spacing:
+    """Make a spacing of a function `levels(schedule, count, **options)` that returns `count` decreasing levels."""
 
     def spacing(
         schedule: Schedule,
@@ -58,17 +61,17 @@ def _spacing(levels: Callable[..., Iterable[float]]) -> Spacing:
             spaced.pop()
         if any(upper <= lower for upper, lower in pairwise(spaced)):
             raise RequestError(
-                f"steps is {steps}, more than its spacing finds different noise levels for in the "
-                f"{schedule.num_train_timesteps} that the model was trained on; take fewer steps, or the spacing karras"
+                f"steps is {steps}, but this spacing has fewer distinct noise levels in the "
+                f"{schedule.num_train_timesteps} timesteps of the model; use fewer steps, or the spacing karras"
             )
-        return _ending(schedule, spaced, last)
+        return _append_last(schedule, spaced, last)
 
     spacing.__name__, spacing.__doc__ = levels.__name__, levels.__doc__
     return spacing
 
 
-def _ending(schedule: Schedule, spaced: Sequence[float], last: Last) -> list[float]:
-    """The levels and the one after the last step."""
+def _append_last(schedule: Schedule, spaced: Sequence[float], last: Last) -> list[float]:
+    """Return the levels and the one after the last step."""
     levels = [float(sigma) for sigma in spaced]
     if last == "own" and len(levels) > 1:
         return levels
@@ -79,60 +82,63 @@ def _ending(schedule: Schedule, spaced: Sequence[float], last: Last) -> list[flo
 # ---- in timesteps ----------------------------------------------------------------------------------------------------
 
 
-@_spacing
+@_from_levels
 def leading(schedule: Schedule, count: int, *, offset: int = 0) -> Iterable[float]:
-    """Every k-th timestep from the bottom, k = T // count (Song et al. 2021, "linear")."""
+    """Every k-th timestep from the lowest, where k = T // count (Song et al. 2021, "linear")."""
     stride = schedule.num_train_timesteps // count
     return [schedule.sigma(i * stride + offset) for i in reversed(range(count))]
 
 
-@_spacing
+@_from_levels
 def linspace(schedule: Schedule, count: int, *, round: bool = False) -> Iterable[float]:
-    """Evenly from the last timestep to the first, both included; a single one is the first, as in diffusers."""
+    """Evenly spaced from the last timestep to the first, both included; a single one is the first, as in diffusers."""
     timesteps = np.linspace(0, schedule.num_train_timesteps - 1, count)[::-1]
     return [schedule.sigma(float(t)) for t in (timesteps.round() if round else timesteps)]
 
 
-@_spacing
+@_from_levels
 def trailing(schedule: Schedule, count: int, *, original: int | None = None) -> Iterable[float]:
-    """Every T/n-th timestep from the top (Lin et al. 2023, table 2).
+    """Every T/n-th timestep from the highest (Lin et al. 2023, table 2).
 
-    original: from so many of them, those that a consistency model was distilled on (LCM, TCD), pick `count`.
+    With `original`, choose `count` of that many timesteps, those that a consistency model was distilled on (LCM, TCD).
     """
     length = schedule.num_train_timesteps
     if original is None:
         timesteps = np.arange(length, 0, -length / count)[:count].round() - 1
     elif count > original:
-        raise RequestError(f"steps is {count}; this model was distilled on {original} timesteps, take at most as many")
+        raise RequestError(f"steps is {count}; it must be at most {original}, the timesteps of this distilled model")
     else:
         picked = np.floor(np.linspace(0, original, count, endpoint=False))
         timesteps = (original - picked) * (length // original) - 1
     return [schedule.sigma(float(t)) for t in timesteps]
 
 
-@_spacing
+@_from_levels
 def normal(schedule: Schedule, count: int, *, first: float = 0.0) -> Iterable[float]:
-    """linspace as k-diffusion has it: from the top, log sigma interpolated. first: the lowest timestep."""
+    """Like linspace, as in k-diffusion: from the highest timestep to `first`, interpolated in log sigma."""
     return [schedule.sigma(float(t), log=True) for t in np.linspace(schedule.num_train_timesteps - 1, first, count)]
 
 
-@_spacing
+@_from_levels
 def sgm_uniform(schedule: Schedule, count: int) -> Iterable[float]:
-    """normal over one more, which is dropped (Stability's generative-models)."""
+    """Like normal with one more level, which is dropped (Stability AI's generative-models)."""
     timesteps = np.linspace(schedule.num_train_timesteps - 1, 0, count + 1)[:-1]
     return [schedule.sigma(float(t), log=True) for t in timesteps]
 
 
-@_spacing
+@_from_levels
 def simple(schedule: Schedule, count: int) -> Iterable[float]:
-    """trailing on whole timesteps, cut and not rounded (ComfyUI)."""
+    """Like trailing, on integer timesteps that are truncated instead of rounded (ComfyUI)."""
     stride = schedule.num_train_timesteps / count
     return [schedule.sigma(schedule.num_train_timesteps - 1 - int(i * stride)) for i in range(count)]
 
 
-@_spacing
+@_from_levels
 def ddim_uniform(schedule: Schedule, count: int) -> Iterable[float]:
-    """leading with offset 1, up to the top: more levels than `count` where T // count leaves a rest (ComfyUI)."""
+    """Like leading with offset 1, but up to the highest timestep (ComfyUI).
+
+    There are more levels than `count` if T / count has a remainder.
+    """
     stride = max(schedule.num_train_timesteps // count, 1)
     return [schedule.sigma(t) for t in reversed(range(1, schedule.num_train_timesteps, stride))]
 
@@ -140,8 +146,11 @@ def ddim_uniform(schedule: Schedule, count: int) -> Iterable[float]:
 # ---- in sigma --------------------------------------------------------------------------------------------------------
 
 
-def _between(levels: Callable[..., Iterable[float]]) -> Spacing:
-    """A spacing from `levels(top, bottom, count, **options)`; range, sigma_max and sigma_min say between which two."""
+def _sigma_spacing(levels: Callable[..., Iterable[float]]) -> Spacing:
+    """Make a spacing of a function `levels(top, bottom, count, **options)`.
+
+    `range`, `sigma_max` and `sigma_min` determine top and bottom.
+    """
 
     @wraps(levels)
     def spaced(
@@ -161,40 +170,42 @@ def _between(levels: Callable[..., Iterable[float]]) -> Spacing:
             ends = others[0], others[-1]
         return levels(sigma_max or ends[0], sigma_min or ends[1], count, **options)
 
-    return _spacing(spaced)
+    return _from_levels(spaced)
 
 
-@_between
+@_sigma_spacing
 def karras(top: float, bottom: float, count: int, *, rho: float = 7.0) -> Iterable[float]:
-    """Evenly in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
+    """Evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
     return [float(root**rho) for root in np.linspace(top ** (1 / rho), bottom ** (1 / rho), count)]
 
 
-@_between
+@_sigma_spacing
 def exponential(top: float, bottom: float, count: int) -> Iterable[float]:
-    """Evenly in log sigma: the uniform lambdas of Lu et al. 2022."""
+    """Evenly spaced in log sigma: the uniform lambdas of Lu et al. 2022."""
     return [float(sigma) for sigma in np.geomspace(top, bottom, count)]
 
 
-@_between
+@_sigma_spacing
 def polyexponential(top: float, bottom: float, count: int, *, rho: float = 1.0) -> Iterable[float]:
     """A ramp to the power of rho in log sigma (k-diffusion)."""
     return [bottom * (top / bottom) ** float(part) for part in np.linspace(1, 0, count) ** rho]
 
 
 def beta(schedule: Schedule, steps: int, *, index: bool = False, **options: Any) -> list[float]:
-    """Quantiles of the beta distribution, dense at both ends (Lee et al. 2024): between the ends in sigma, as diffusers
-    and A1111 take them; with `index` among the timesteps, repeats dropped, as ComfyUI does.
+    """Quantiles of the beta distribution, dense at both ends (Lee et al. 2024).
+
+    They are taken between the ends in sigma, as in diffusers and A1111; with `index` among the timesteps, without
+    duplicates, as in ComfyUI.
     """
     return (_beta_in_index if index else _beta_in_sigma)(schedule, steps, **options)
 
 
-@_between
+@_sigma_spacing
 def _beta_in_sigma(top: float, bottom: float, count: int, *, alpha: float = 0.6, beta: float = 0.6) -> Iterable[float]:
     return [float(bottom + q * (top - bottom)) for q in _beta_quantiles(count, alpha, beta)]
 
 
-@_spacing
+@_from_levels
 def _beta_in_index(schedule: Schedule, count: int, *, alpha: float = 0.6, beta: float = 0.6) -> Iterable[float]:
     quantiles = _beta_quantiles(count + 1, alpha, beta)[:-1]
     indices = dict.fromkeys(np.rint(quantiles * (schedule.num_train_timesteps - 1)).tolist())
@@ -207,19 +218,23 @@ def _beta_quantiles(count: int, alpha: float, beta: float) -> NDArray[np.float64
     return np.asarray(betaincinv(alpha, beta, np.linspace(1, 0, count)))
 
 
-@_spacing
+@_from_levels
 def kl_optimal(schedule: Schedule, count: int, *, endpoint: bool = True) -> Iterable[float]:
-    """Evenly in arctan sigma (Sabour et al. 2024, eq. 7). endpoint: sigma_min is the lowest (ComfyUI), or the one that
-    would follow (A1111, which ends the run there).
+    """Evenly spaced in arctan sigma (Sabour et al. 2024, eq. 7).
+
+    With `endpoint` the lowest level is sigma_min (ComfyUI); without it, sigma_min is the one after (A1111, where the
+    run ends there).
     """
     angles = np.linspace(math.atan(schedule.sigma_max), math.atan(schedule.sigma_min), count, endpoint=endpoint)
     return [math.tan(angle) for angle in angles]
 
 
-@_spacing
+@_from_levels
 def linear_quadratic(schedule: Schedule, count: int, *, threshold: float = 0.025) -> Iterable[float]:
-    """Movie Gen, Polyak et al. 2024, section 3.4.2: the first half of the steps takes `threshold` of the way, evenly,
-    the second the rest, in a parabola that goes on at the same slope.
+    """The linear-quadratic schedule of Movie Gen (Polyak et al. 2024, section 3.4.2).
+
+    The first half of the steps covers the fraction `threshold` linearly, the second half the rest along a parabola with
+    a continuous slope.
     """
     linear = max(count // 2, 1)
     slope, rest = threshold / linear, count - linear
@@ -228,14 +243,14 @@ def linear_quadratic(schedule: Schedule, count: int, *, threshold: float = 0.025
     return [schedule.sigma_max * (1 - part) for part in done]
 
 
-# Sabour et al. 2024, the published levels of ten steps and where they end.
+# The published levels of ten steps, and the final level (Sabour et al. 2024).
 ALIGN_YOUR_STEPS: dict[str, tuple[float, ...]] = {
     "sd1": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
 }
 
 
-# The same for 31 steps, and the levels of GITS (Chen et al. 2024); both as Forge has them.
+# The same for 31 steps, and the levels of GITS (Chen et al. 2024), both as in Forge.
 ALIGN_YOUR_STEPS_32: dict[str, tuple[float, ...]] = {
     "sd1": (
         *(14.615, 11.23951352, 8.64363081, 6.64729424, 5.57250862, 4.71648546, 3.99196065, 3.5195609),
@@ -257,23 +272,29 @@ GITS: dict[str, tuple[float, ...]] = {
 TABLES = {"11": ALIGN_YOUR_STEPS, "32": ALIGN_YOUR_STEPS_32, "gits": GITS}
 
 
-@_spacing
+@_from_levels
 def ays(schedule: Schedule, count: int, *, family: str = "sd1", table: str = "11") -> Iterable[float]:
-    """Align Your Steps (Sabour et al. 2024), log-linearly interpolated to any count. ComfyUI's and diffusers' ten steps
-    are points "n+1", A1111's points "n". table: the levels, "11", "32" or "gits".
+    """Align Your Steps (Sabour et al. 2024), interpolated log-linearly to any number of steps.
+
+    The ten steps of ComfyUI and diffusers are points "n+1", those of A1111 points "n". `table` is "11", "32" or "gits".
     """
-    known = np.log(TABLES[table]["sdxl" if family == "sdxl" else "sd1"])
-    return [math.exp(level) for level in np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(known)), known)]
+    log_levels = np.log(TABLES[table]["sdxl" if family == "sdxl" else "sd1"])
+    return [
+        math.exp(level) for level in np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(log_levels)), log_levels)
+    ]
 
 
 def from_timesteps(schedule: Schedule, timesteps: Sequence[float], *, last: Last = "zero") -> list[float]:
-    """The levels of a user's own falling timesteps, each from 0 to T - 1, and the one after the last step."""
+    """Return the levels of a user's own decreasing timesteps, from 0 to T - 1, and the one after the last step.
+
+    Raises:
+        RequestError: If the first timestep is not one of the schedule's.
+    """
     if not 0 <= timesteps[0] < schedule.num_train_timesteps:
         raise RequestError(
-            f"timesteps begins with {timesteps[0]}; this model was trained on those from 0 to "
-            f"{schedule.num_train_timesteps - 1}"
+            f"timesteps begins with {timesteps[0]}; this model's timesteps are 0 to {schedule.num_train_timesteps - 1}"
         )
-    return _ending(schedule, [schedule.sigma(t) for t in timesteps], last)
+    return _append_last(schedule, [schedule.sigma(t) for t in timesteps], last)
 
 
 SPACINGS: dict[str, Spacing] = {

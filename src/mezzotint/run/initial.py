@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mezzotint.diffusion.blend import Blend, Denoiser
 from mezzotint.diffusion.noise import SeededNoise
-from mezzotint.diffusion.variation import centred, slerp
+from mezzotint.diffusion.variation import paste_center, slerp
 from mezzotint.errors import RequestError
 from mezzotint.images.init_image import Placed
 from mezzotint.images.io import from_pil
@@ -67,7 +67,7 @@ class Run:
 class Start:
     """x (B, C, h, w): at the run's first level. beside (B, C', h, w): what an inpainting network is given beside it.
 
-    keep, x0, noise: of `Blend`, where a part of the picture is kept in the loop; `untouched` as there.
+    keep, x0, noise: of `Blend`, where a part of the picture is kept in the loop; `skip_above` as there.
     """
 
     x: Tensor
@@ -75,13 +75,13 @@ class Start:
     keep: Tensor | None = None
     x0: Tensor | None = None
     noise: Tensor | None = None
-    untouched: float = float("inf")
+    skip_above: float = float("inf")
 
     def wrap(self, denoise: Denoiser) -> Denoiser | Blend:
         """The denoiser, with the kept part kept."""
         if self.keep is None or self.x0 is None or self.noise is None:
             return denoise
-        return Blend(denoise, self.keep, self.x0, self.noise, self.untouched)
+        return Blend(denoise, self.keep, self.x0, self.noise, self.skip_above)
 
     def kept(self, x: Tensor, scale: float) -> Tensor:
         """The run's last x, its kept part the original without noise; `scale` is what x is divided by after it."""
@@ -121,13 +121,13 @@ def start(run: Run, vae: VAE, encode: Encode, noise: SeededNoise, sigma: float, 
     elif mask is not None:
         noise.draw()
     if x0 is None or from_noise:
-        x, untouched = drawn * pure, sigma
+        x, skip_above = drawn * pure, sigma
     else:
         below = x0 if mask is None or request.masked_content != "noise" else x0 * (1.0 - mask) + drawn * mask
-        x, untouched = below + sigma * drawn, float("inf")
+        x, skip_above = below + sigma * drawn, float("inf")
     if mask is None or inpaints:
         return Start(x, beside)
-    return Start(x, None, 1.0 - mask, x0, drawn, untouched)
+    return Start(x, None, 1.0 - mask, x0, drawn, skip_above)
 
 
 def _first(run: Run, noise: SeededNoise, side: int) -> Tensor:
@@ -147,7 +147,7 @@ def _first(run: Run, noise: SeededNoise, side: int) -> Tensor:
     if request.variation_strength:
         others = [job.variation_seed or 0 for job, _ in run.group]
         varied = slerp(varied, SeededNoise(others, shape, noise.device, kind).draw(), request.variation_strength)
-    return varied if shape == noise.shape else centred(own, varied)
+    return varied if shape == noise.shape else paste_center(own, varied)
 
 
 def unlike(placed: Sequence[Placed]) -> list[Placed]:

@@ -205,8 +205,8 @@ SCHEDULERS = (
         "pndm",
         "PNDMScheduler",
         {**_BETAS, **_LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
-        options={"skip_prk_steps": "middle"},
-        values={"skip_prk_steps": {True: None, False: "between"}},
+        options={"skip_prk_steps": "midpoint"},
+        values={"skip_prk_steps": {True: None, False: "pndm_midpoint"}},
         scaled=True,
     ),
     Scheduler("lms", "LMSDiscreteScheduler", {**_BETAS, **_LINSPACE, **_SIGMAS}),
@@ -277,7 +277,7 @@ SCHEDULERS = (
             "lower_order_final": "lower_order_final",
         },
         values={"algorithm_type": {"data_prediction": True, "noise_prediction": False}},
-        fixed={"tau": "within"},
+        fixed={"tau": "sa_solver_tau"},
         choices={"algorithm_type": ("data_prediction", "noise_prediction")},
         last="sigma_min",
         **_MULTISTEP,
@@ -287,7 +287,9 @@ SCHEDULERS = (
     Scheduler("dpm_adaptive", "", _EULER, spacing="exponential", spacing_options={"last": "own"}),
     Scheduler("restart", "", {**_EULER, "use_karras_sigmas": True}),
     Scheduler("lcm", "LCMScheduler", _CONSISTENCY, **_DISTILLED),
-    Scheduler("tcd", "TCDScheduler", _CONSISTENCY, fixed={"down_to": "earlier"}, last="sigma_min", **_DISTILLED),
+    Scheduler(
+        "tcd", "TCDScheduler", _CONSISTENCY, fixed={"sigma_down_fn": "tcd_sigma_down"}, last="sigma_min", **_DISTILLED
+    ),
     Scheduler("EDMEulerScheduler", "EDMEulerScheduler", _EDM, solver="euler"),
     Scheduler(
         "EDMDPMSolverMultistepScheduler",
