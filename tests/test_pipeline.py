@@ -452,7 +452,7 @@ def test_timings_are_seconds(sd1: Pipeline) -> None:
         ({"spacing": "karas"}, "did you mean karras"),
         ({"sampler": "heun", "eta": 0.5}, "eta is 0.5; the sampler heun takes none"),
         ({"sampler": "LMS", "eta": 0.0}, "eta is 0.0; the sampler LMS takes none"),
-        ({"sampler": "dpm_adaptive", "spacing": "karras"}, "spacing is 'karras', of which dpm_adaptive has no use"),
+        ({"sampler": "dpm_adaptive", "spacing": "karras"}, "spacing is 'karras', but dpm_adaptive chooses its own"),
         ({"original_size": (32, 32)}, "original_size is given; only models of the SDXL family"),
         ({"crop": (0, 0)}, "crop is given; only models of the SDXL family"),
         ({"target_size": (32, 32)}, "target_size is given; only models of the SDXL family"),
@@ -469,7 +469,7 @@ def test_what_does_not_fit_is_a_sentence(sd1: Pipeline, fields: dict[str, Any], 
 
 def test_more_steps_than_the_model_has_levels(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sd1.scheduler_config, "num_train_timesteps", 10)
-    with pytest.raises(RequestError, match="steps is 20, more than its spacing"):
+    with pytest.raises(RequestError, match="steps is 20, but this spacing has fewer"):
         sd1.resolve(LEMON.replace(steps=20))
 
 

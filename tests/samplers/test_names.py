@@ -270,7 +270,7 @@ def test_a_name_near_nothing_lists_them_all() -> None:
 
 def test_a_spacing_that_a_solver_cannot_use() -> None:
     for name in ("dpm_adaptive", "DPM adaptive"):
-        with pytest.raises(RequestError, match=r"spacing is 'karras', of which .* has no use: it chooses its own"):
+        with pytest.raises(RequestError, match=r"spacing is 'karras', but .* chooses its own noise levels"):
             resolve(name, SD1, "karras")
 
 

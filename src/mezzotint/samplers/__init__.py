@@ -1,4 +1,4 @@
-"""Samplers: every name (`names`), diffusers' classes, and A1111's and ComfyUI's presets. No torch here."""
+"""Sampler names and their meaning: our own, diffusers' classes, and the presets of A1111 and ComfyUI. No torch here."""
 
 from mezzotint.samplers.names import (
     A1111_SCHEDULES,

@@ -1,7 +1,7 @@
-"""diffusers' scheduler classes, each as the solver, spacing and options that it is. No torch here.
+"""The scheduler classes of diffusers, as combinations of a solver, a spacing and their options. No torch here.
 
-`from_config(scheduler, config)` is that class's `from_config(the model's scheduler_config.json)`: a key missing from
-the file takes the default of the class that *runs*, not of the class that the file names.
+`from_config(scheduler, config)` corresponds to diffusers' `Class.from_config(scheduler_config)`: a key missing from the
+file takes the default of the class that runs, not of the class that the file names.
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ Counts = Literal["diffusers", "a1111", "a1111 timesteps", "a1111 unipc", "comfyu
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a run goes from noise to picture.
+    """How a run gets from noise to a picture.
 
-    name: as asked for, or our name of the model's own. solver, options: into SOLVERS. spacing, spacing_options: into
-    SPACINGS. start: the first x is noise * sigma ("sigma") or noise * sqrt(sigma^2 + 1) ("vp"). timestep: the kind that
-    the Denoiser is told. noise: of the steps, fresh draws or a Brownian path (asked at midpoints too). rescale_final:
-    divide the last x by sqrt(1 + sigma_last^2) before decoding. schedule: the training schedule, as the class that runs
-    reads it from the model's file. steps, guidance_scale: what it is made for, where the request does not say.
-    guidance_divisor: what the request's guidance_scale is divided by. counts: by whose rule a run from a picture counts
-    its steps (run/resolve.py).
+    Attributes:
+        name: The name that was requested, or our name of the model's own sampler.
+        solver: A key of `diffusion.solvers.SOLVERS`.
+        spacing: A key of `diffusion.spacing.SPACINGS`.
+        options: Keyword arguments of the solver.
+        spacing_options: Keyword arguments of the spacing.
+        start: Scale of the starting noise: "sigma", or "vp" for sqrt(sigma^2 + 1).
+        timestep: How the denoiser converts noise levels to timesteps.
+        noise: Noise of the steps: "seeded" draws, or a "brownian" path, which "brownian midpoints" also evaluates
+            halfway.
+        rescale_final: Whether to divide the final latents by sqrt(1 + sigma_last^2) before decoding.
+        schedule: The training schedule of the model, as the class that runs reads it.
+        steps: Default number of steps, if the sampler has one.
+        guidance_scale: Default guidance scale, if the sampler has one.
+        guidance_divisor: The requested guidance scale is divided by this.
+        counts: Whose rule determines the number of steps of an image-to-image run (run/resolve.py).
     """
 
     name: str
@@ -54,14 +63,27 @@ class Sampler:
 class Scheduler:
     """A scheduler class of diffusers, under our name.
 
-    key: our name, or the class where that name is another's. name: the class, "" where diffusers has none; the solver
-    is then set up as EulerDiscreteScheduler is. defaults: those keys of its configuration that matter here, with the
-    class's own values; keys that it does not list are ignored by it, as in diffusers. flags: what our name says on top.
-    options: which key is which option of the solver. values: of a key, as the solver has them, where they differ.
-    fixed: more options. (A word may stand for a function of the schedule.) solver: where it is not the key. scaled: it
-    works in the variance-preserving coordinate, as all but k-diffusion's offspring do. points, last: of its spacings,
-    where no key decides. kinds: the timestep that the network is told under a spacing in sigma, where it is not
-    interpolated. choices: the values that a key may have. spacing: where the class has only one.
+    Attributes:
+        key: Our name, or the class name where several classes share a solver.
+        name: The class; "" if diffusers has none, and the solver is configured like EulerDiscreteScheduler.
+        defaults: The configuration keys that are used, with the defaults of the class. Other keys are ignored, as in
+            diffusers.
+        flags: Keys that our name sets.
+        options: Configuration keys that are options of the solver, with the names of the options.
+        values: Values of these options, by key, where they differ from the configuration's.
+        fixed: Further options. A string may name a function of `Schedule.bind_options`.
+        solver: The solver, if it is not `key`.
+        scaled: Whether it works in the variance-preserving coordinate, as all classes do that do not come from
+            k-diffusion.
+        points: The `points` option of its spacings.
+        last: The `last` option of its spacings, unless a key determines it.
+        kinds: How noise levels are converted to timesteps under a spacing in sigma, where they are not interpolated.
+        choices: The supported values of a key.
+        noise: See `Sampler`.
+        spacing: The spacing, if the class has only one.
+        spacing_options: Options of that spacing.
+        steps: Default number of steps.
+        guidance_scale: Default guidance scale.
     """
 
     key: str
@@ -84,7 +106,7 @@ class Scheduler:
     guidance_scale: float | None = None
 
 
-# ---- their configurations: the keys that matter, with the defaults of the classes -------------------------------
+# ---- configurations: the keys that are used, with the defaults of the classes ----------------------------------------
 
 _BETAS = {
     "num_train_timesteps": 1000,
@@ -150,7 +172,7 @@ _EDM = {
 _ORDER_OPTIONS = {name: name for name in ("solver_type", "lower_order_final")} | {"solver_order": "order"}
 _DPM_OPTIONS = {**_ORDER_OPTIONS, "algorithm_type": "algorithm", "euler_at_final": "euler_at_final"}
 _MIDPOINT_OR_HEUN = {"solver_type": ("midpoint", "heun")}
-# diffusers' multistep classes tell the network whole timesteps, which they get in two ways
+# diffusers' multistep classes pass integer timesteps to the network, rounded in two ways
 _WHOLE = {"karras": "rounded", "lu": "rounded", "exponential": "truncated", "beta": "truncated"}
 _MULTISTEP: dict[str, Any] = {"scaled": True, "points": "n+1", "kinds": _WHOLE}
 _DISTILLED: dict[str, Any] = {"scaled": True, "spacing": "trailing", "steps": 4, "guidance_scale": 1.0}
@@ -301,11 +323,11 @@ SCHEDULERS = (
     ),
 )
 
-# By our name and by class; a class that is several of our names is the first.
+# By our name and by class name; a class with several of our names means the first.
 CLASSES = {scheduler.name: scheduler for scheduler in reversed(SCHEDULERS)} | {s.key: s for s in SCHEDULERS}
 del CLASSES[""]
 
-# Keys of which only these values run here. `clip_sample` is not among them: latents are never clipped.
+# Keys with their supported values. `clip_sample` is not among them: latents are never clipped.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
@@ -322,21 +344,27 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "solver_p": (None,),
 }
 
-# The keys that ask for a spacing in sigma, in diffusers' order of precedence.
+# Keys that select a spacing in sigma, in diffusers' order of precedence.
 USES = {
     "use_karras_sigmas": "karras",
     "use_lu_lambdas": "lu",
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
 }
-# A file may have been written for another class: where a type is that class's, this one takes its own default.
+# A file may have been written for another class; a class uses its own default for another class's type.
 TYPES = ("dpmsolver++", "dpmsolver", "deis", "midpoint", "heun", "logrho", "bh1", "bh2")
 
 
 def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | None = None) -> Sampler:
-    """diffusers' `scheduler.from_config(config)`; `spacing` replaces the file's choice of spacing.
+    """Return the sampler of diffusers' `scheduler.from_config(config)`.
 
-    Raises RequestError for a key whose value does not run here.
+    Args:
+        scheduler: The class that runs.
+        config: The model's scheduler_config.json.
+        spacing: Replaces the spacing that the configuration selects.
+
+    Raises:
+        RequestError: If the value of a key is not supported.
     """
     flags = {key: config.get(key, default) for key, default in scheduler.defaults.items()} | dict(scheduler.flags)
     if spacing not in (None, _spacing(scheduler, flags)):
@@ -353,7 +381,7 @@ def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | 
                 f"the sampler {scheduler.key} with {key} = {flags[key]!r} ({source}) is not supported; {key} may be "
                 f"{' or '.join(repr(value) for value in supported)}, or choose another sampler"
             )
-    spaced = flags.get("timestep_spacing", "linspace")
+    timestep_spacing = flags.get("timestep_spacing", "linspace")
     chosen = _spacing(scheduler, flags)
     offset = flags.get("steps_offset", 0)
     last: str = scheduler.last
@@ -369,7 +397,7 @@ def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | 
     elif "sigma_data" in flags:
         spacing_options = {"rho": flags["rho"]} if chosen == "karras" else {}
     elif chosen in USES.values():
-        spacing_options = {"range": "table" if scheduler.points == "n+1" else spaced, "offset": offset}
+        spacing_options = {"range": "table" if scheduler.points == "n+1" else timestep_spacing, "offset": offset}
         spacing_options |= {key: flags[key] for key in ("sigma_min", "sigma_max") if flags.get(key)}
     else:
         spacing_options = {
@@ -377,7 +405,7 @@ def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | 
             "linspace": {"points": scheduler.points, "round": scheduler.scaled},
             "trailing": {},
         }[chosen]
-    schedule = schedule_of(config, flags, float32=scheduler.noise != "seeded")
+    schedule = read_schedule_config(config, flags, float32=scheduler.noise != "seeded")
     in_timesteps = chosen in SUPPORTED["timestep_spacing"]
     continuous = flags.get("timestep_type") == "continuous" and schedule.prediction_type == "v_prediction"
     sampler = Sampler(
@@ -386,7 +414,7 @@ def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | 
         spacing=chosen,
         options=_options(scheduler, flags),
         spacing_options={"last": last, **spacing_options},
-        start="vp" if scheduler.scaled or "sigma_data" in flags or spaced == "leading" else "sigma",
+        start="vp" if scheduler.scaled or "sigma_data" in flags or timestep_spacing == "leading" else "sigma",
         timestep="edm" if continuous else "linear" if in_timesteps else scheduler.kinds.get(chosen, "interpolated"),
         noise=scheduler.noise,
         rescale_final=scheduler.scaled,
@@ -394,18 +422,18 @@ def from_config(scheduler: Scheduler, config: Mapping[str, Any], spacing: str | 
         steps=scheduler.steps,
         guidance_scale=scheduler.guidance_scale,
     )
-    return respaced(sampler, spacing)
+    return with_spacing(sampler, spacing)
 
 
 def _spacing(scheduler: Scheduler, flags: Mapping[str, Any]) -> str:
-    """The spacing that the flags ask for."""
+    """Return the spacing that the flags select."""
     asked = [name for flag, name in USES.items() if flags.get(flag)]
     only = scheduler.spacing or flags.get("sigma_schedule")
     return str(only or (asked[0] if asked else flags.get("timestep_spacing", "linspace")))
 
 
 def _options(scheduler: Scheduler, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that are the solver's."""
+    """Return the solver's options among the flags."""
     options = dict(scheduler.fixed)
     for key, option in scheduler.options.items():
         options[option] = scheduler.values[key][flags[key]] if key in scheduler.values else flags[key]
@@ -413,33 +441,43 @@ def _options(scheduler: Scheduler, flags: Mapping[str, Any]) -> dict[str, Any]:
         stochastic = options["algorithm"].startswith("sde-")
         options |= {"algorithm": options["algorithm"].removeprefix("sde-"), "eta": float(stochastic)}
         if stochastic and options["order"] == 3 and "euler_at_final" in options:
-            options["curvature"] = -1.0  # the sign that diffusers has wrong
+            options["curvature"] = -1.0  # reproduces diffusers' sign error
     return options
 
 
-def respaced(sampler: Sampler, spacing: str | None) -> Sampler:
-    """The sampler with another spacing, which keeps only how the run ends. None changes nothing.
+def with_spacing(sampler: Sampler, spacing: str | None) -> Sampler:
+    """Return the sampler with another spacing; None changes nothing.
 
-    Raises RequestError for a solver that has no use for it.
+    Only the options that determine how the run ends are kept.
+
+    Raises:
+        RequestError: If the solver does not use a spacing.
     """
     if spacing in (None, sampler.spacing):
         return sampler
     if sampler.solver == "dpm_adaptive":
         raise RequestError(
-            f"spacing is {spacing!r}, of which {sampler.name} has no use: it chooses its own noise levels by the error "
-            "that it measures; leave spacing out"
+            f"spacing is {spacing!r}, but {sampler.name} chooses its own noise levels; leave spacing out"
         )
     options = {key: value for key, value in sampler.spacing_options.items() if key in ("last", "points", "calls")}
     timestep = sampler.timestep if sampler.timestep in ("nearest", "edm") else "interpolated"
     return replace(sampler, spacing=spacing, spacing_options=options, timestep=timestep)
 
 
-def schedule_of(
+def read_schedule_config(
     config: Mapping[str, Any], flags: Mapping[str, Any] | None = None, float32: bool = False
 ) -> ScheduleConfig:
-    """The training schedule in a scheduler_config.json, as a class with these flags reads it.
+    """Return the training schedule of a scheduler_config.json.
 
-    A model with EDM's preconditioning keeps it whatever class runs. Raises RequestError where it does not run here.
+    A model with EDM's preconditioning keeps it, whichever class runs.
+
+    Args:
+        config: The model's scheduler_config.json.
+        flags: The configuration with the defaults of the class that runs.
+        float32: Whether to compute the table in float32, as diffusers does.
+
+    Raises:
+        RequestError: If the schedule is not supported.
     """
     read = {**(config if flags is None else flags), "float32_table": float32}
     if str(config.get("_class_name", "")).startswith("EDM"):

@@ -1,9 +1,8 @@
-"""The names of samplers, in every dialect, and what each means: solver, spacing, and their options. No torch here.
+"""The names of samplers in every dialect, and their meaning: a solver, a spacing and their options. No torch here.
 
-`resolve(name, scheduler_config)` answers with a `Sampler`, which holds all that a run needs to know. Our own names and
-the class names of diffusers mean that class's `from_config(the model's scheduler_config.json)`; they are in
-diffusers_classes.py. The names of A1111 ("DPM++ 2M Karras", with its capitals) and ComfyUI ("dpmpp_2m karras", sampler
-and scheduler) mean what those programs do; they are in presets.py. Differences between the programs are values in
+`resolve(name, scheduler_config)` returns a `Sampler`. Our own names and the class names of diffusers mean that class's
+`from_config(scheduler_config)` (diffusers_classes.py). The names of A1111 ("DPM++ 2M Karras") and ComfyUI ("dpmpp_2m
+karras", sampler and scheduler) mean what those programs do (presets.py). Differences between the programs are values in
 tables, never code in a solver.
 """
 
@@ -22,8 +21,8 @@ from mezzotint.samplers.diffusers_classes import (
     Sampler,
     Start,
     from_config,
-    respaced,
-    schedule_of,
+    read_schedule_config,
+    with_spacing,
 )
 from mezzotint.samplers.presets import (
     A1111_SAMPLERS,
@@ -54,8 +53,14 @@ __all__ = [
 
 
 class Solver(NamedTuple):
-    """What a solver is, for the table: its order of convergence, model calls a step, whether it adds noise, its use;
-    and whether it is a CFG++ one, which always asks for the unconditional estimate.
+    """Properties of a solver, for the table of samplers.
+
+    Attributes:
+        order: Order of convergence.
+        calls: Calls of the model in a step.
+        stochastic: Whether it adds noise.
+        good_for: What to use it for.
+        cfg_pp: Whether it is a CFG++ solver, which always needs the unconditional estimate.
     """
 
     order: int
@@ -65,7 +70,7 @@ class Solver(NamedTuple):
     cfg_pp: bool = False
 
 
-# The order is that of a run as it is begun: multistep methods start with one first order step, and stay below it.
+# The order is that of a whole run: a multistep method starts with a first-order step, which limits it to 2.
 SOLVERS = {
     "ddpm": Solver(1, 1, True, "what the model was trained to undo; many steps"),
     "ddim": Solver(1, 1, False, "the baseline; with eta above 0 it adds noise"),
@@ -108,7 +113,7 @@ SOLVERS = {
     "gradient_estimation_cfg_pp": Solver(1, 1, False, "as euler_cfg_pp, fewer steps", True),
 }
 
-# For models distilled to a few steps: (our name, keys over the model's own, steps, guidance_scale).
+# For models distilled to a few steps: (our name, configuration keys to replace, steps, guidance_scale).
 FEW_STEPS: dict[str, tuple[str, dict[str, Any], int, float]] = {
     "turbo": ("euler_a", {"timestep_spacing": "trailing"}, 4, 1.0),
     "lightning": ("euler", {"timestep_spacing": "trailing"}, 4, 1.0),
@@ -144,11 +149,18 @@ def resolve(
     family: str = "",
     pipeline: str = "",
 ) -> Sampler:
-    """What `name` means for a model with this scheduler_config.json; None is the class that the file names.
+    """Return the sampler that a name means for a model.
 
-    `spacing` replaces only the spacing. family: of the model, for the levels of Align Your Steps. pipeline: its class
-    in diffusers. Raises RequestError for unknown names, with the nearest ones, for a flag in the file that is not
-    supported and for a spacing that the solver cannot use.
+    Args:
+        name: A name in any dialect; None is the class that scheduler_config.json names.
+        scheduler_config: The model's scheduler_config.json.
+        spacing: Replaces only the spacing.
+        family: The model's family, for the levels of Align Your Steps.
+        pipeline: The model's pipeline class in diffusers.
+
+    Raises:
+        RequestError: If the name is unknown (the message suggests the nearest ones), if a value in the file is not
+            supported, or if the solver cannot use the spacing.
     """
     if spacing is not None and spacing not in SPACINGS:
         raise RequestError(f"spacing is {spacing!r}; {_nearest(spacing, SPACINGS, SPACINGS)}")
@@ -164,19 +176,19 @@ def resolve(
     if name in CLASSES:
         scheduler = CLASSES[name]
         if pipeline == "StableDiffusionPipeline" and ("steps_offset" in config or scheduler.name == own):
-            config["steps_offset"] = 1  # it corrects its own scheduler on loading, and what is made from that
+            config["steps_offset"] = 1  # that pipeline corrects its scheduler's configuration when it loads
         sampler = from_config(scheduler, config, spacing)
     elif name in FEW_STEPS:
         base, keys, steps, guidance_scale = FEW_STEPS[name]
         sampler = from_config(CLASSES[base], config | keys, spacing)
         sampler = replace(sampler, name=name, steps=steps, guidance_scale=guidance_scale)
     elif name in PRESETS:
-        sampler = respaced(replace(PRESETS[name], schedule=schedule_of(config)), spacing)
+        sampler = with_spacing(replace(PRESETS[name], schedule=read_schedule_config(config)), spacing)
     else:
         stem, _, schedule = name.rpartition(" ")
         sought = stem if schedule in COMFYUI_SCHEDULES and stem not in NAMES else name
         raise RequestError(f"sampler is {name!r}; {_nearest(sought, NAMES, tuple(SOLVERS))}")
-    if sampler.schedule.sigma_data is not None:  # EDM's network, whichever solver runs
+    if sampler.schedule.sigma_data is not None:  # a network with EDM's preconditioning
         sampler = replace(sampler, timestep="edm", rescale_final=False)
     if sampler.spacing == "ays" and family == "sdxl":
         sampler = replace(sampler, spacing_options={**sampler.spacing_options, "family": family})
@@ -184,13 +196,14 @@ def resolve(
 
 
 def _nearest(name: str, names: tuple[str, ...], ours: tuple[str, ...]) -> str:
+    """Return a suggestion of the nearest names."""
     close = {known.lower(): known for known in reversed(names)}
     found = [close[match] for match in difflib.get_close_matches(name.lower(), close, n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(ours)}"
 
 
 class Row(NamedTuple):
-    """A line of `mezzotint samplers`: our name, and the same in other programs (empty where there is none)."""
+    """A row of `mezzotint samplers`: our name and its equivalents in other programs (empty if there is none)."""
 
     name: str
     diffusers: str
@@ -206,18 +219,19 @@ class Row(NamedTuple):
 _A1111 = {name: preset.solver for name, preset in A1111_SAMPLERS.items()} | {
     name: sampler.solver for name, sampler in A1111_WITHOUT_SCHEDULE.items()
 }
-# a name of theirs that is ours of another solver means it together with a schedule only
+# a name that is also our name of another solver means ComfyUI's only together with a schedule
 _COMFYUI = {
     f"{name} {preset.schedule}" if name in SOLVERS and name != preset.solver else name: preset.solver
     for name, preset in COMFYUI_SAMPLERS.items()
 } | {name: name for name in COMFYUI_ENDS}
 
 
-def _called(solver: str, names: Mapping[str, str]) -> str:
+def _join_names(solver: str, names: Mapping[str, str]) -> str:
+    """Return the names of a solver, separated by commas."""
     return ", ".join(name for name, theirs in names.items() if theirs == solver)
 
 
 TABLE = tuple(
-    Row(name, CLASSES[name].name, _called(name, _A1111), _called(name, _COMFYUI), *solver)
+    Row(name, CLASSES[name].name, _join_names(name, _A1111), _join_names(name, _COMFYUI), *solver)
     for name, solver in SOLVERS.items()
 )

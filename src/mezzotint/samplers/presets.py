@@ -1,9 +1,9 @@
-"""What A1111 (with Forge) and ComfyUI mean by a sampler and a schedule, as tables. No torch here.
+"""The samplers and schedules of A1111 (with Forge) and ComfyUI, as tables. No torch here.
 
-Both run k-diffusion's solvers on the model's own table of levels, log sigma interpolated. A1111 starts from sigma *
-noise and tells the network fractional timesteps. ComfyUI starts from sqrt(sigma^2 + 1) * noise where the run begins at
-the top, and tells the network the nearest whole one. A name of theirs that is not here has no solver of ours that is
-mathematically the same.
+Both run k-diffusion's solvers on the model's table of noise levels, interpolated in log sigma. A1111 starts from
+sigma * noise and passes fractional timesteps to the network. ComfyUI starts from sqrt(sigma^2 + 1) * noise if the run
+begins at the highest level, and passes the nearest integer timestep. Names that are missing here have no equivalent
+among our solvers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from typing import Any, Literal
 
 from mezzotint.samplers.diffusers_classes import NoiseKind, Sampler
 
-Schedules = dict[str, tuple[str, dict[str, Any]]]  # their name: (spacing, its options)
+Schedules = dict[str, tuple[str, dict[str, Any]]]  # the program's name: (spacing, its options)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A sampler of theirs: the solver and what differs. schedule: where none is named, A1111's "Automatic". points:
-    "n+1" for those that space one level more and drop the lowest ("discard the penultimate sigma").
+    """A sampler of A1111 or ComfyUI.
+
+    Attributes:
+        solver: Our solver.
+        schedule: The default schedule, A1111's "Automatic".
+        options: Options of the solver.
+        points: "n+1" for samplers that space one more level and drop the lowest ("discard the penultimate sigma").
+        noise: See `Sampler`.
+        last: See `diffusion.spacing`.
     """
 
     solver: str
@@ -30,7 +37,7 @@ class Preset:
     last: float | str = "zero"
 
 
-_WHOLE_ORDER = {"lower_order_final": False}  # k-diffusion never takes the order back
+_WHOLE_ORDER = {"lower_order_final": False}  # k-diffusion never lowers the order
 _HEUN = {**_WHOLE_ORDER, "solver_type": "heun"}
 _EXP_HEUN: dict[str, Any] = {"nodes": (1.0,), "solver_type": "logrho"}
 
@@ -46,7 +53,7 @@ A1111_SCHEDULES: Schedules = {
     "Normal": ("normal", {}),
     "DDIM": ("ddim_uniform", {}),
     "Beta": ("beta", {}),
-    "Turbo": ("trailing", {}),  # Forge, as the next three
+    "Turbo": ("trailing", {}),  # Forge, like the next three
     "Align Your Steps 11": ("ays", {}),
     "Align Your Steps 32": ("ays", {"table": "32"}),
     "Align Your Steps GITS": ("ays", {"table": "gits"}),
@@ -65,14 +72,14 @@ A1111_SAMPLERS = {
     "DPM++ 2M SDE Heun": Preset("dpmpp_2m_sde", "Exponential", _HEUN, noise="brownian"),
     "DPM++ 3M SDE": Preset("dpmpp_3m_sde", "Exponential", _HEUN, points="n+1", noise="brownian"),
     "Restart": Preset("restart", "Karras", {"karras": True}),
-    "HeunPP2": Preset("heunpp2", "Uniform"),  # Forge, as the next four
+    "HeunPP2": Preset("heunpp2", "Uniform"),  # Forge, like the next four
     "DEIS": Preset("deis_tab", "Uniform"),
     "IPNDM": Preset("ipndm", "Uniform"),
     "IPNDM_V": Preset("ipndm_v", "Uniform"),
     "DDPM": Preset("ddpm", "Uniform"),
 }
-# These take no schedule. The first four are not k-diffusion's: they are variance-preserving, and end where their lowest
-# timestep is, with what noise is left.
+# These take no schedule. The first four do not come from k-diffusion: they are variance-preserving, and end at their
+# lowest timestep, with some noise left.
 _DDIM: dict[str, Any] = {
     "spacing": "ddim_uniform",
     "spacing_options": {"last": "own"},
@@ -152,32 +159,37 @@ COMFYUI_SAMPLERS = {
     "uni_pc": Preset("unipc", "normal", {"order": 3, "solver_type": "bh1"}, "n+1", last=0.001),
     "uni_pc_bh2": Preset("unipc", "normal", {"order": 3, "solver_type": "bh2"}, "n+1", last=0.001),
 }
-# theirs draw the Brownian path on the GPU; ours is the seed's wherever
+# ComfyUI draws these Brownian paths on the GPU; ours depend only on the seed
 COMFYUI_SAMPLERS |= {
     f"{name}_gpu": COMFYUI_SAMPLERS[name] for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 }
-# These take only the ends of the schedule, which under the four below are the table's. Name: options of its spacing.
+# These use only the ends of the schedule, which are the table's for the four below. Name: options of the spacing.
 COMFYUI_ENDS: dict[str, dict[str, Any]] = {"dpm_fast": {"calls": 3}, "dpm_adaptive": {}}
 _TO_THE_ENDS = ("normal", "karras", "exponential", "kl_optimal")
 
 
-def _scheduled(name: str, preset: Preset, schedule: tuple[str, dict[str, Any]], **more: Any) -> Sampler:
+def _make_sampler(name: str, preset: Preset, schedule: tuple[str, dict[str, Any]], **more: Any) -> Sampler:
+    """Return the sampler of a preset with a schedule."""
     spacing, options = schedule
     ends = {"points": preset.points, "last": preset.last, **options}
     return Sampler(name, preset.solver, spacing, preset.options, ends, noise=preset.noise, **more)
 
 
 def _presets() -> dict[str, Sampler]:
-    """By every spelling: "Euler a", "Euler a Automatic" and "Euler a Karras"; "euler_ancestral" and with " karras"."""
+    """Return the presets by every spelling.
+
+    That is "Euler a", "Euler a Automatic" and "Euler a Karras" for A1111, "euler_ancestral" and "euler_ancestral
+    karras" for ComfyUI.
+    """
     presets = dict(A1111_WITHOUT_SCHEDULE)
     for name, preset in A1111_SAMPLERS.items():
         automatic = A1111_SCHEDULES[preset.schedule]
-        for suffix, schedule in {"": automatic, " Automatic": automatic, **_suffixed(A1111_SCHEDULES)}.items():
-            presets[name + suffix] = _scheduled(name + suffix, preset, schedule, counts="a1111")
+        for suffix, schedule in {"": automatic, " Automatic": automatic, **_by_suffix(A1111_SCHEDULES)}.items():
+            presets[name + suffix] = _make_sampler(name + suffix, preset, schedule, counts="a1111")
     for name, preset in COMFYUI_SAMPLERS.items():
-        for suffix, schedule in {"": COMFYUI_SCHEDULES[preset.schedule], **_suffixed(COMFYUI_SCHEDULES)}.items():
+        for suffix, schedule in {"": COMFYUI_SCHEDULES[preset.schedule], **_by_suffix(COMFYUI_SCHEDULES)}.items():
             start = "sigma" if schedule[0] == "ddim_uniform" else "vp"
-            presets[name + suffix] = _scheduled(
+            presets[name + suffix] = _make_sampler(
                 name + suffix, preset, schedule, start=start, timestep="nearest", counts="comfyui"
             )
     for name, options in COMFYUI_ENDS.items():
@@ -189,7 +201,8 @@ def _presets() -> dict[str, Sampler]:
     return presets
 
 
-def _suffixed(schedules: Schedules) -> Schedules:
+def _by_suffix(schedules: Schedules) -> Schedules:
+    """Return the schedules by the suffix that a sampler's name takes."""
     return {f" {name}": schedule for name, schedule in schedules.items()}
 
 
