@@ -3,7 +3,6 @@
 from PIL import Image
 
 import mezzotint
-from mezzotint.image import save_png
 
 pipe = mezzotint.load()
 lemon = pipe("a small lemon on a blue background", seed=7)
@@ -21,5 +20,5 @@ for place in ((0, 0), (width, 0), (0, height), (width, height)):
     tiles.paste(tile, place)
 
 for name, image in {"lemon": lemon, "tangerine": tangerine, "whale": whale, "wide": wide, "tile": tile}.items():
-    save_png(image, f"{name}.png")
+    image.save(f"{name}.png")
 tiles.save("tiles.png")

@@ -21,7 +21,7 @@ from mezzotint.images.io import read_metadata
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WRITES = {
     "text_to_image": {"lemon.png"},
-    "batch_of_requests": {f"{colour}-{seed}.png" for colour in ("yellow", "green", "pink") for seed in (7, 8)},
+    "batch_of_requests": {f"{colour}-000{k}.png" for colour in ("yellow", "green", "pink") for k in (1, 2)},
     "watch_the_steps": {"steps.png"},
     "your_own_loop": {"by_hand.png"},
     "own_sampler": {"midpoint.png"},

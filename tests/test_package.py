@@ -11,21 +11,30 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import mezzotint
+from mezzotint.diffusion.solvers import Step
+from mezzotint.models.unet import Condition
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 PUBLIC = {
     "BudgetError",
     "CheckpointError",
     "MezzotintError",
+    "MissingExtraError",
     "Pipeline",
     "Placement",
     "Request",
     "RequestError",
     "Result",
+    "TrainingError",
+    "WriteError",
     "attention",
     "diffusion",
+    "image",
     "load",
     "plan",
     "prompt",
@@ -40,7 +49,37 @@ def python(code: str) -> str:
 def test_all_is_exact() -> None:
     assert set(mezzotint.__all__) == PUBLIC
     assert mezzotint.__all__ == sorted(mezzotint.__all__)
-    assert set(mezzotint._ROOMS) | set(mezzotint._MODULES) == PUBLIC, "each name has its room, and no other"
+    assert set(mezzotint._SOURCES) | set(mezzotint._MODULES) == PUBLIC, "each name has its module, and no other"
+
+
+def test_every_error_class_is_public() -> None:
+    classes = {name for name, value in vars(mezzotint.errors).items() if isinstance(value, type)}
+    assert classes <= PUBLIC
+    assert all(issubclass(getattr(mezzotint, name), mezzotint.MezzotintError) for name in classes)
+
+
+def test_dir_lists_the_public_names_before_they_are_imported() -> None:
+    assert python("import mezzotint; print(set(mezzotint.__all__) <= set(dir(mezzotint)))") == "True"
+    assert python("import mezzotint; print(mezzotint.image.save.__name__, mezzotint.attention.__name__)") == (
+        "save mezzotint.models.attention"
+    )
+
+
+def test_import_paths_that_the_documentation_shows() -> None:
+    code = """
+from mezzotint import attention, bulk
+from mezzotint.explain import explain
+from mezzotint.image import save_png
+print(callable(explain), callable(save_png), bulk.__name__, attention.__name__)
+"""
+    assert python(code) == "True True mezzotint.bulk mezzotint.models.attention"
+
+
+def test_a_step_and_a_condition_say_what_they_are() -> None:
+    x = torch.zeros(1, 4, 2, 2)
+    assert repr(Step(3, 1.23456, x, x)) == "Step(index=3, sigma=1.235, x: (1, 4, 2, 2) float32)"
+    condition = Condition(torch.zeros(2, 77, 8), pooled=torch.zeros(2, 6))
+    assert repr(condition) == "Condition(context: (2, 77, 8), pooled: (2, 6), float32 on cpu)"
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -110,9 +149,14 @@ def test_a_pipeline_has_the_names_that_others_are_written_against(sd1: mezzotint
     assert list(inspect.signature(mezzotint.load).parameters)[:3] == ["path_or_id", "device", "dtype"]
 
 
-def test_the_version_agrees() -> None:
-    assert importlib.metadata.version("mezzotint") == PROJECT["version"]
-    assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
+def test_the_version_has_one_source() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mezzotint.__version__)
+    assert "version" in PROJECT["dynamic"] and "version" not in PROJECT
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "mezzotint.__version__"}
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{mezzotint.__version__}] - " in changelog
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {mezzotint.__version__}\n" in cited
 
 
 def test_the_console_script_points_to_a_function() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
+import torch
+from PIL import Image
 
 from mezzotint.errors import RequestError
-from mezzotint.request import MAX_PROMPT, MAX_SEED, Request
+from mezzotint.images import io
+from mezzotint.request import MAX_PROMPT, MAX_SEED, Request, Result
 
 FULL: dict[str, Any] = {
     "prompt": "a lemon, 柠檬 🍋",
@@ -75,6 +80,63 @@ def test_a_full_request_survives_json() -> None:
     assert request.model_dump(exclude={"sigmas", "timesteps"}) == FULL
     assert Request.model_validate_json(request.model_dump_json()) == request
     assert hash(request) == hash(Request(**FULL))
+
+
+def test_the_prompt_may_be_the_one_positional_argument() -> None:
+    assert Request("a lemon", seed=7) == Request(prompt="a lemon", seed=7)
+    for wrong in (lambda: Request("a lemon", prompt="a whale"), lambda: Request("a lemon", "a whale")):
+        with pytest.raises(TypeError, match="prompt"):
+            wrong()
+    with pytest.raises(RequestError, match="steps is 0"):
+        Request("a lemon", steps=0)
+
+
+def test_a_repr_shows_the_fields_that_are_set() -> None:
+    assert repr(Request("a lemon", seed=7)) == str(Request("a lemon", seed=7)) == "Request(prompt='a lemon', seed=7)"
+    assert repr(Request("", count=1)) == "Request(prompt='')"
+    request = Request("", image=b"x" * 12_345, loras=["a.safetensors"])
+    assert repr(request) == "Request(prompt='', loras=(('a.safetensors', 1.0),), image=<12,345 bytes>)"
+    full = Request(**{**FULL, "mask": "mask.png"})
+    assert eval(repr(full)) == full
+
+
+# ---- Result ----------------------------------------------------------------------------------------------------------
+
+
+def result(*seeds: int) -> Result:
+    request = Request("a <lemon>", seed=seeds[0], count=len(seeds), width=16, height=8)
+    images = [io.Picture.from_image(Image.new("RGB", (16, 8), (seed, 0, 0))) for seed in seeds]
+    for image, seed in zip(images, seeds, strict=True):
+        image.info["parameters"] = f"seed {seed}"
+    return Result([*images], torch.zeros(len(seeds), 4, 1, 2), [*seeds], request, {"total": 3.25}, ("a notice",))
+
+
+def test_a_result_saves_one_picture_under_its_name(tmp_path: Path) -> None:
+    for name in ("x.png", "x.jpg", "x.webp"):
+        assert result(7).save(tmp_path / name) == [tmp_path / name]
+        assert io.read_metadata(tmp_path / name) == {"parameters": "seed 7"}
+    with pytest.raises(RequestError, match="must end in"):
+        result(7).save(tmp_path / "x.gif")
+
+
+def test_a_result_numbers_several_pictures(tmp_path: Path) -> None:
+    paths = result(7, 8).save(str(tmp_path / "x.png"))
+    assert paths == [tmp_path / "x-0001.png", tmp_path / "x-0002.png"]
+    assert [io.read_metadata(path)["parameters"] for path in paths] == ["seed 7", "seed 8"]
+
+
+def test_a_result_says_what_it_is() -> None:
+    assert repr(result(7)) == "<Result: 1 picture of 16x8, seed 7, 3.2 s, notices: a notice>"
+    assert repr(result(7, 8)).startswith("<Result: 2 pictures of 16x8, seeds 7 to 8, ")
+
+
+def test_a_result_shows_itself_in_a_notebook() -> None:
+    png = result(7)._repr_png_()
+    assert png is not None and Image.open(BytesIO(png)).size == (16, 8)
+    assert result(7, 8)._repr_png_() is None
+    page = result(7, 8)._repr_html_()
+    assert page.count('src="data:image/png;base64,') == 2 and "seed 8" in page
+    assert "&lt;lemon&gt;" in page and "<lemon>" not in page
 
 
 def test_none_is_the_models_own() -> None:
@@ -241,7 +303,7 @@ def test_levels_of_ones_own(levels: dict[str, Any]) -> None:
     assert Request.model_validate_json(request.model_dump_json()) == request
     with pytest.raises(RequestError, match=r"steps is 3 and .* has 2 steps; leave steps out"):
         Request(prompt="", steps=3, **levels)
-    with pytest.raises(RequestError, match="and spacing are given; each says which noise levels to visit, give one"):
+    with pytest.raises(RequestError, match="and spacing are given; each sets the noise levels, so give only one"):
         Request(prompt="", spacing="karras", **levels)
 
 

@@ -1,4 +1,4 @@
-"""`python -m mezzotint` is the command line."""
+"""Run the command line: `python -m mezzotint`."""
 
 from mezzotint.cli import main
 

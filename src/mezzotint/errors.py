@@ -1,8 +1,8 @@
-"""Every error that mezzotint raises on purpose: a sentence saying what was wrong, where, and what would be right."""
+"""The exceptions of mezzotint. Each message is a sentence that says what is wrong, where, and what would be right."""
 
 
 class MezzotintError(Exception):
-    """The family. `str(error)` is one sentence for a person; the command line prints it and exits with 2."""
+    """The base class. The command line prints the message and exits with code 2, unless a subclass says otherwise."""
 
 
 class RequestError(MezzotintError):
@@ -10,20 +10,20 @@ class RequestError(MezzotintError):
 
 
 class CheckpointError(MezzotintError):
-    """A model file or folder cannot be used: missing, damaged, foreign, or unsafe."""
+    """A model file or folder is missing, damaged, of an unknown kind, or unsafe to read."""
 
 
 class BudgetError(MezzotintError):
-    """The work does not fit the memory that it was given."""
+    """The work does not fit into the memory that it was given."""
 
 
 class MissingExtraError(MezzotintError):
-    """A feature needs a package that is not installed; the sentence says which extra brings it."""
+    """A feature needs a package that is not installed. The message names the extra that installs it."""
 
 
 class WriteError(MezzotintError):
-    """A finished picture cannot be written, as on a full disk: no fault of the request's. The exit code is 1."""
+    """A finished picture cannot be written, for example because the disk is full. The exit code is 1."""
 
 
 class TrainingError(MezzotintError):
-    """A run of training cannot go on, as when its loss is no number. The exit code is 1."""
+    """Training cannot continue, for example because the loss is not a number. The exit code is 1."""

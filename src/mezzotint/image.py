@@ -1,5 +1,5 @@
-"""Read and write pictures with their records."""
+"""Read and write pictures together with their records."""
 
-from mezzotint.images.io import from_pil, read_metadata, read_picture, save, save_png, to_pil
+from mezzotint.images.io import Picture, from_pil, read_metadata, read_picture, save, save_png, to_pil
 
-__all__ = ["from_pil", "read_metadata", "read_picture", "save", "save_png", "to_pil"]
+__all__ = ["Picture", "from_pil", "read_metadata", "read_picture", "save", "save_png", "to_pil"]

@@ -34,7 +34,7 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.images.init_image import Placed, fit
-from mezzotint.images.io import from_pil, to_pil
+from mezzotint.images.io import Picture, from_pil, to_pil
 from mezzotint.memory.planner import Budget, Plan
 from mezzotint.memory.planner import plan as planned
 from mezzotint.models.adapters import adapting
@@ -435,6 +435,7 @@ class Pipeline:
         images = self._decode(x, run.noted, run.request.seamless)
         if run.placed:
             images = [placed.finish(image) for placed, image in zip(run.placed, images, strict=True)]
+        images = [Picture.from_image(image) for image in images]  # whose save() keeps the record
         inputs = run.placed[0].digests if run.placed else {}
         for k, ((job, seed), image) in enumerate(zip(run.group, images, strict=True)):
             image.info.update(

@@ -1,9 +1,9 @@
-"""What is asked for, and what came of it. No torch here.
+"""Request, the record of what to generate, and Result, what was generated. Importing this does not import torch.
 
-A `Request` is one frozen, validated record; the Python call, the command line, a bulk file's row and a PNG's metadata
-are all this record. A field that is None means "the model's own", and `Pipeline.resolve` fills it in. Whatever is wrong
-with a request is a `RequestError` naming the field and what would be right; so each field's description is the end of
-the sentence "<field> is ...; it must be <description>".
+A `Request` is a frozen, validated record. The Python call, the command line, a row of a bulk file and the metadata of a
+picture are all this record. A field that is None takes the model's default, which `Pipeline.resolve` fills in. An
+invalid field raises a `RequestError` of the form "<field> is <value>; it must be <description>", where the description
+is the one of the field below.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import html
+import io
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import (
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-MAX_PROMPT = 100_000  # characters: hundreds of times what any text encoder's windows hold
+MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
 MAX_SIDE = 8192  # pixels
 MAX_COUNT = 10_000  # pictures
 MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
@@ -48,7 +51,7 @@ _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
 FLAGS = ("invert_mask", "fix_steps")
 DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
-_EXTENT = "(height, width), two whole numbers of pixels above 0, as SDXL was told of its training pictures"
+_EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]  # of a file, folder or hub repository
@@ -69,11 +72,19 @@ Scales = Annotated[tuple[Scale, ...], Field(min_length=1, max_length=1000)]
 
 
 class Request(BaseModel):
-    """One request for pictures. Image k of the `count` has seed `seed + k`, so it does not depend on its neighbours."""
+    """What to generate: one frozen, validated record with a field for every option.
+
+    `prompt` may be given as the one positional argument: `Request("a lemon", seed=7)`. A field that is None takes the
+    model's default. Picture k of the `count` has the seed `seed + k`, so it does not depend on the others.
+
+    Raises:
+        RequestError: If a field is unknown or its value is not allowed; the message says what would be right.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    prompt: Text = Field(description=_TEXT)
+    # kw_only=False is for type checkers, which derive the signature from the fields
+    prompt: Text = Field(kw_only=False, description=_TEXT)
     negative_prompt: Text | None = Field(default=None, description=_TEXT)
     prompt_syntax: str | None = Field(
         default=None, pattern="^(a1111|comfy|compel|plain)$", description="a1111, comfy, compel or plain"
@@ -81,7 +92,7 @@ class Request(BaseModel):
     emphasis: str | None = Field(
         default=None,
         pattern="^(original|no_norm|ignore)$",
-        description="original, no_norm or ignore, what a1111 makes of weights",
+        description="original, no_norm or ignore (how the a1111 syntax applies weights)",
     )
     embeddings: tuple[Name, ...] | None = Field(
         default=None,
@@ -91,16 +102,16 @@ class Request(BaseModel):
     loras: tuple[Lora, ...] | None = Field(
         default=None,
         max_length=100,
-        description="a list of at most 100 LoRAs: (a file, scale), or (a file, UNet's scale, text encoder's), and "
-        "after these two a dictionary of factors by block, such as unet.down_blocks.1; each from -100 to 100",
+        description="a list of at most 100 LoRAs: (file, scale) or (file, UNet scale, text encoder scale), each scale "
+        "from -100 to 100; a fourth element may give factors by block, such as {'unet.down_blocks.1': 0.5}",
     )
     lora_folder: Name | None = Field(
-        default=None, description="a folder with the files that <lora:name:0.8> in a prompt names"
+        default=None, description="a folder with the files that <lora:name:0.8> in a prompt refers to"
     )
     choices: str | None = Field(
         default=None,
         pattern="^(draw|keep)$",
-        description="draw (from the seed) or keep, what becomes of {this|that} in a comfy prompt",
+        description="draw (choose by the seed) or keep (as text), for {this|that} in a comfy prompt",
     )
     wildcards: Name | None = Field(
         default=None, description="a folder with the files of the __wildcards__ in a comfy prompt"
@@ -111,7 +122,7 @@ class Request(BaseModel):
     guidance_scale: Scale | Scales | None = Field(
         default=None,
         description="a number from 0 to 1000 (1: no guidance), or a list of 1 to 1000 such numbers, spread evenly "
-        "over the steps and linear in between",
+        "over the steps and interpolated linearly",
     )
     guidance_method: str | None = Field(
         default=None, pattern="^(cfg|apg|cfg_zero|perp_neg)$", description="cfg, apg, cfg_zero or perp_neg"
@@ -126,7 +137,7 @@ class Request(BaseModel):
         default=None,
         min_length=2,
         max_length=1001,
-        description="2 to 1001 falling noise levels from 0 to 1e6, the last one where the run stops",
+        description="2 to 1001 falling noise levels from 0 to 1e6; the run stops at the last one",
     )
     timesteps: tuple[Timestep, ...] | None = Field(
         default=None,
@@ -151,25 +162,25 @@ class Request(BaseModel):
     )
     guidance_interval: tuple[Sigma, Sigma] | None = Field(
         default=None,
-        description="two noise levels (low, high) in sigma with 0 <= low < high <= 1e6; guidance works where "
+        description="two noise levels (low, high) in sigma with 0 <= low < high <= 1e6; guidance is applied where "
         "low < sigma <= high (Kynkäänniemi et al. 2024)",
     )
     guidance_steps: tuple[Share, Share] | None = Field(
         default=None,
-        description="two fractions (start, stop) of the steps with 0 <= start < stop <= 1; guidance works from the one "
-        "to before the other",
+        description="two fractions (start, stop) of the steps with 0 <= start < stop <= 1; guidance is applied from "
+        "start until before stop",
     )
     apg_eta: float | None = Field(
-        default=None, ge=0.0, le=10.0, description="a number from 0 to 10 (1: as in classic guidance)"
+        default=None, ge=0.0, le=10.0, description="a number from 0 to 10 (1: as in classifier-free guidance)"
     )
     apg_momentum: float | None = Field(
-        default=None, gt=-1.0, lt=1.0, description="a number above -1 and below 1 (0: none; below 0 as a rule)"
+        default=None, gt=-1.0, lt=1.0, description="a number above -1 and below 1 (0: none; usually negative)"
     )
     apg_norm_threshold: float | None = Field(
-        default=None, ge=0.0, le=1e6, description="a length in latents from 0 (no limit) to 1e6"
+        default=None, ge=0.0, le=1e6, description="a norm in latent space from 0 (no limit) to 1e6"
     )
     cfg_zero_init_steps: int | None = Field(
-        default=None, ge=0, le=1000, description="a whole number from 0 to 1000 (first steps with an output of zero)"
+        default=None, ge=0, le=1000, description="a whole number from 0 to 1000 (first steps whose output is zero)"
     )
     perp_neg_scale: float | None = Field(
         default=None, ge=0.0, le=1000.0, description="a number from 0 to 1000 (weight of the negative prompt)"
@@ -178,77 +189,102 @@ class Request(BaseModel):
         default=None,
         ge=0.0,
         le=1000.0,
-        description="a guidance scale from 0 to 1000, to whose range of values the picture is held (thresholding)",
+        description="a guidance scale from 0 to 1000, whose range of values is not exceeded (dynamic thresholding)",
     )
     threshold_percentile: float | None = Field(
         default=None,
         ge=0.0,
         le=1.0,
-        description="a fraction from 0 to 1 of a channel's values, beyond which they are cut off",
+        description="a fraction from 0 to 1 of a channel's values; larger values are clipped",
     )
     noise: str | None = Field(
         default=None,
         pattern="^(seeded|philox)$",
-        description="seeded (CPU generators, as diffusers) or philox (what a CUDA GPU draws, as A1111)",
+        description="seeded (CPU generators, as in diffusers) or philox (the noise of a CUDA GPU, as in A1111)",
     )
     original_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
     crop: tuple[Offset, Offset] | None = Field(
         default=None,
-        description="(top, left), two whole numbers of pixels from 0, as SDXL was told of its training crops",
+        description="(top, left) in pixels, two whole numbers from 0 (SDXL's micro-conditioning)",
     )
     target_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
     image: Picture | None = Field(default=None, description=_PICTURE)
-    mask: Picture | None = Field(default=None, description=f"{_PICTURE}; white is what is drawn anew")
+    mask: Picture | None = Field(default=None, description=f"{_PICTURE}; white areas are inpainted")
     fix_steps: bool | None = Field(
         default=None,
         strict=True,
-        description="true or false: whether a run from a picture takes all of its steps (from a list that is longer by "
-        "1/strength), or the share `strength` of them",
+        description="true or false: whether a run from a picture takes all of its steps (of a schedule longer by "
+        "1/strength), or only the share `strength` of them",
     )
     strength: Share | None = Field(
-        default=None, description="a number from 0 to 1: the share of the steps that is run, so how much may change"
+        default=None, description="a number from 0 to 1: the share of the steps that is run, hence how much may change"
     )
     resize_mode: str | None = Field(
         default=None,
         pattern="^(resize|crop|fill)$",
-        description="resize (stretch), crop or fill, what is done with a picture of another shape",
+        description="resize (stretch), crop or fill (how an image of another shape is fitted)",
     )
     mask_blur: float | None = Field(default=None, ge=0.0, le=1000.0, description="a number of pixels from 0 to 1000")
     invert_mask: bool | None = Field(default=None, strict=True, description="true or false")
     masked_content: str | None = Field(
         default=None,
         pattern="^(original|fill|noise)$",
-        description="original, fill (the colours around) or noise, what lies under the mask at first",
+        description="original, fill (the surrounding colours) or noise (what the masked area starts from)",
     )
     only_masked: Padding | None = Field(
         default=None,
-        description=f"a whole number of pixels from 0 to {MAX_SIDE}, by which the masked part, drawn alone at the full "
-        "size, is padded",
+        description=f"a whole number of pixels from 0 to {MAX_SIDE}: the padding around the masked area, which is "
+        "inpainted alone at the full size",
     )
     outpaint: tuple[Extension, Extension, Extension, Extension] | None = Field(
         default=None,
         description=f"(left, top, right, bottom), multiples of 8 from 0 to {MAX_SIDE}: the pixels to add on each side",
     )
     hires: float | None = Field(
-        default=None, gt=1.0, le=8.0, description="a number above 1 and at most 8, the factor of the second pass's size"
+        default=None,
+        gt=1.0,
+        le=8.0,
+        description="a number above 1 and at most 8, the factor by which the second pass is larger",
     )
     hires_upscale: str | None = Field(
-        default=None, pattern="^(latent|pixels)$", description="latent or pixels, what is enlarged for the second pass"
+        default=None, pattern="^(latent|pixels)$", description="latent or pixels (what is enlarged for the second pass)"
     )
     hires_steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
     hires_strength: float | None = Field(default=None, gt=0.0, le=1.0, description="a number above 0 and at most 1")
     seamless: str | None = Field(
-        default=None, pattern="^(x|y|xy)$", description="x, y or xy, the directions in which the picture is to tile"
+        default=None, pattern="^(x|y|xy)$", description="x, y or xy, the directions in which the picture tiles"
     )
     variation_seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1"
     )
     variation_strength: Share | None = Field(
-        default=None, description="a number from 0 to 1: how far the noise turns to that of variation_seed"
+        default=None, description="a number from 0 to 1: how far the noise is turned towards that of variation_seed"
     )
     seed_size: tuple[Side, Side] | None = Field(
-        default=None, description=f"(width, height), each {_SIDE}: the size whose noise of this seed is in the middle"
+        default=None, description=f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"
     )
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, *prompt: str, **fields: Any) -> None:
+            if len(prompt) > 1:
+                raise TypeError(f"Request takes one positional argument, the prompt, and {len(prompt)} were given")
+            if prompt and "prompt" in fields:
+                raise TypeError("Request got the prompt twice: as the positional argument and by name")
+            super().__init__(**({"prompt": prompt[0]} if prompt else {}), **fields)
+
+        # as on pydantic's own __init__: validation sets the fields directly, without calling it
+        __init__.__pydantic_base_init__ = True
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the fields that differ from their defaults, without the bytes of pictures."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.is_required() or value != field.default:
+                yield name, _Bytes(value) if isinstance(value, bytes) else value
+
+    def __str__(self) -> str:
+        return repr(self)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -323,7 +359,7 @@ class Request(BaseModel):
     def _one_list_of_levels(self) -> Self:
         given = [name for name in ("sigmas", "timesteps", "spacing") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise RequestError(f"{' and '.join(given)} are given; each says which noise levels to visit, give one")
+            raise RequestError(f"{' and '.join(given)} are given; each sets the noise levels, so give only one of them")
         steps = len(self.sigmas) - 1 if self.sigmas else len(self.timesteps or ())
         if steps and self.steps not in (None, steps):
             raise RequestError(f"steps is {self.steps} and {given[0]} has {steps} steps; leave steps out")
@@ -347,32 +383,40 @@ class Request(BaseModel):
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
-        """A Request from JSON text; RequestError also where the text is not JSON."""
+        """Create a Request from JSON text.
+
+        Raises:
+            RequestError: If the text is not JSON, or a field is not allowed.
+        """
         try:
             return super().model_validate_json(json_data, **options)
         except ValidationError as error:
-            raise RequestError(f"the request is not JSON: {error.errors()[0]['msg']}") from None
+            raise RequestError(f"the request is not valid JSON: {error.errors()[0]['msg']}") from None
 
     @property
     def sources(self) -> dict[str, str | bytes]:
-        """The pictures that the run starts from, by field."""
+        """Return the pictures that the run starts from, by field name."""
         return {name: source for name in ("image", "mask") if (source := getattr(self, name)) is not None}
 
     def replace(self, **changes: Any) -> Self:
-        """The same request with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again."""
         return type(self)(**{**self.model_dump(), **changes})
 
 
 Job = tuple[Request, int]  # one picture: its request and its own seed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """What a request gave.
 
-    images: `count` pictures in order, each carrying its record in `image.info`. latents: (count, C, h, w) float32, what
-    diffusers returns for output_type="latent". seeds: one a picture. request: as it ran, with no None left that the
-    model has a value for. timings: seconds by stage. notices: what a person should be told, such as a mask resized.
+    Attributes:
+        images: `count` PIL pictures in order. Each carries its record in `image.info`, and `image.save` keeps it.
+        latents: Final latents (count, C, h, w), float32, as diffusers returns them for `output_type="latent"`.
+        seeds: The seed of each picture.
+        request: The request as it ran, with the model's defaults filled in.
+        timings: Seconds by stage.
+        notices: Remarks for the user, for example that a mask was resized.
     """
 
     images: list[Image.Image]
@@ -382,11 +426,78 @@ class Result:
     timings: dict[str, float]
     notices: tuple[str, ...] = ()
 
+    def save(self, path: str | PathLike[str]) -> list[Path]:
+        """Save the pictures with their records; an existing file is replaced.
+
+        Args:
+            path: A file name ending in .png, .jpg, .jpeg or .webp. One picture is saved under this name. Several are
+                numbered: "lemon.png" gives lemon-0001.png, lemon-0002.png and so on.
+
+        Returns:
+            The paths of the files, in the order of `images`.
+
+        Raises:
+            RequestError: If a file cannot be written, or the name has another ending.
+        """
+        from mezzotint.images.io import save
+
+        path = Path(path)
+        numbers = range(1, len(self.images) + 1)
+        paths = [path] if len(self.images) == 1 else [path.with_stem(f"{path.stem}-{n:04}") for n in numbers]
+        for image, file in zip(self.images, paths, strict=True):
+            save(image, file)
+        return paths
+
+    def __repr__(self) -> str:
+        count, seeds = len(self.images), sorted({self.seeds[0], self.seeds[-1]}) if self.seeds else []
+        sizes = " of {}x{}".format(*self.images[0].size) if self.images else ""
+        facts = [f"{count} {'picture' if count == 1 else 'pictures'}{sizes}"]
+        if seeds:
+            facts.append(f"seed{'s' if len(seeds) > 1 else ''} {' to '.join(map(str, seeds))}")
+        if "total" in self.timings:
+            facts.append(f"{self.timings['total']:.1f} s")
+        if self.notices:
+            facts.append(f"notices: {'; '.join(self.notices)}")
+        return f"<Result: {', '.join(facts)}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """Show a single picture in a notebook."""
+        return _png(self.images[0]) if len(self.images) == 1 else None
+
+    def _repr_html_(self) -> str:
+        """Show every picture with its seed in a notebook."""
+        figures = []
+        for image, seed in zip(self.images, self.seeds, strict=True):
+            data = base64.b64encode(_png(image)).decode()
+            title = html.escape(self.request.prompt[:300])
+            figures.append(
+                f'<figure style="display:inline-block;margin:0 8px 8px 0"><img src="data:image/png;base64,{data}" '
+                f'width="{image.width}" height="{image.height}" alt="{title}" title="{title}">'
+                f"<figcaption>seed {seed}</figcaption></figure>"
+            )
+        return f"<div>{''.join(figures)}</div>"
+
+
+class _Bytes:
+    """Stand in for bytes in a repr."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+
+    def __repr__(self) -> str:
+        return f"<{self.size:,} bytes>"
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
 
 def _sentence(error: ValidationError, data: Any) -> str:
-    """pydantic's findings as sentences: which field, what it is, what it must be."""
+    """Return pydantic's errors as sentences: which field, what it is, what it must be."""
     given: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
-    # a pair reports each of its halves: one sentence a field, and not a thousand of them
+    # one sentence a field, and at most five: pydantic reports both halves of a pair, and every item of a list
     findings = {finding["loc"][0] if finding["loc"] else None: finding["type"] for finding in error.errors()}
     sentences = []
     for name, kind in list(findings.items())[:5]:
@@ -404,7 +515,7 @@ def _sentence(error: ValidationError, data: Any) -> str:
 
 
 def _lora(entry: Any) -> Any:
-    """One of `loras`: a path alone has the scale 1, and factors by block are pairs."""
+    """Return an entry of `loras` as a tuple: a path alone has the scale 1, and factors by block become pairs."""
     if isinstance(entry, str | PathLike):
         entry = (entry, 1.0)
     if not isinstance(entry, list | tuple):
@@ -418,7 +529,7 @@ _quoter.maxstring = _quoter.maxother = _quoter.maxlong = 60
 
 
 def _from_uri(text: str) -> bytes:
-    """The bytes of a data: URI."""
+    """Decode a data: URI to bytes."""
     head, _, data = text.partition(",")
     try:
         if not head.endswith(";base64"):
@@ -429,10 +540,10 @@ def _from_uri(text: str) -> bytes:
 
 
 def _brief(value: Any) -> str:
-    """A value as an error may quote it: never megabytes of it."""
+    """Return a value as an error message quotes it, shortened."""
     if isinstance(value, str) and len(value) > 60:
         return f"{len(value):,} characters long"
     try:
         return _quoter.repr(value)
-    except ValueError:  # Python does not spell integers of over 4,300 digits
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "a number of thousands of digits"

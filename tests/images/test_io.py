@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mezzotint.errors import MezzotintError, RequestError
-from mezzotint.images.io import FORMATS, from_pil, read_metadata, read_picture, save, save_png, to_pil
+from mezzotint.images.io import FORMATS, Picture, from_pil, read_metadata, read_picture, save, save_png, to_pil
 from mezzotint.records.record import describe
 from mezzotint.request import MAX_PROMPT, Request
 
@@ -38,6 +39,32 @@ def picture(request: Request = REQUEST, seed: int = 9) -> Image.Image:
     image = Image.new("RGB", (16, 8), "yellow")
     image.info.update(describe(request, seed, MODEL, [(request, 9), (request, 10)], seed - 9, image=image))
     return image
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.PNG"])
+def test_a_pictures_own_save_keeps_the_record(tmp_path: Path, name: str) -> None:
+    drawn = Picture.from_image(picture())
+    drawn.save(tmp_path / name)
+    save(picture(), tmp_path / f"ours-{name}")
+    assert read_metadata(tmp_path / name) == read_metadata(tmp_path / f"ours-{name}")
+    with (tmp_path / "open").open("wb") as file:
+        drawn.save(file, "PNG", optimize=True)
+    assert read_metadata(tmp_path / "open") == read_metadata(tmp_path / f"ours-{name}")
+
+
+def test_a_picture_is_saved_as_pillow_would_but_for_its_record(tmp_path: Path) -> None:
+    drawn = Picture.from_image(picture())
+    assert drawn == Picture.from_image(picture()) and drawn.tobytes() == picture().tobytes()
+    drawn.save(tmp_path / "x.bmp")
+    drawn.save(tmp_path / "own.png", pnginfo=PngInfo())
+    drawn.copy().save(tmp_path / "copy.png")
+    assert read_metadata(tmp_path / "own.png") == read_metadata(tmp_path / "copy.png") == {}
+    assert pickle.loads(pickle.dumps(drawn)) == drawn
+    long = Picture.from_image(picture(REQUEST.replace(prompt="x" * MAX_PROMPT)))
+    with pytest.raises(RequestError, match=r"record is .* bytes long and a JPEG file holds at most 65,000"):
+        long.save(tmp_path / "long.jpg")
+    with pytest.raises(ValueError, match="unknown file extension"):
+        drawn.save(tmp_path / "x.unknown")
 
 
 def test_rounding_is_that_of_diffusers() -> None:
@@ -135,7 +162,7 @@ def test_other_programs_user_comments(tmp_path: Path, comment: bytes) -> None:
 
 def test_a_record_too_long_for_a_jpeg_gets_a_sentence(tmp_path: Path) -> None:
     image = picture(REQUEST.replace(prompt="🍋" * 40_000))
-    with pytest.raises(RequestError, match=r"65,000 of it; save it as .png or .webp"):
+    with pytest.raises(RequestError, match=r"65,000; save it as .png or .webp"):
         save(image, tmp_path / "x.jpg")
     assert not os.listdir(tmp_path)
     save(image, tmp_path / "x.webp")

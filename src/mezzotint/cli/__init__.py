@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from mezzotint import __version__
 from mezzotint.cli.again import again
 from mezzotint.cli.bulk import bulk
 from mezzotint.cli.draw import generate
@@ -81,9 +82,7 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"mezzotint {version('mezzotint')}")
+        typer.echo(f"mezzotint {__version__}")
         raise typer.Exit
 
 

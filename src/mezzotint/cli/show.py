@@ -95,11 +95,11 @@ def models(as_json: Json = False) -> None:
 def env(as_json: Json = False) -> None:
     """Say versions, devices and backends, to report a fault."""
     import platform
-    from importlib.metadata import version
 
     import torch
 
     from mezzotint.models.backends import available
+    from mezzotint.records.record import version
 
     facts: dict[str, Any] = {
         name: version(name) for name in ("mezzotint", "torch", "numpy", "pillow", "safetensors", "tokenizers")

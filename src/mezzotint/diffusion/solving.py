@@ -28,7 +28,7 @@ SolverType = Literal["midpoint", "heun", "logrho", "bh1", "bh2"]
 History = list[tuple[float, Tensor]]  # (level, estimate), newest first
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Step:
     """One step of a solver.
 
@@ -43,6 +43,10 @@ class Step:
     sigma: float
     x: Tensor
     denoised: Tensor
+
+    def __repr__(self) -> str:
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return f"Step(index={self.index}, sigma={self.sigma:.4g}, x: {tuple(self.x.shape)} {dtype})"
 
 
 def euler_step(x: Tensor, denoised: Tensor, ratio: float) -> Tensor:

@@ -236,8 +236,8 @@ def place(
             mask = fit(mask, image.size, resample=Image.Resampling.BILINEAR)
         mask = ImageOps.invert(mask) if invert_mask else mask
         if outpaint is None and mask.getbbox() is None:
-            side = "white" if invert_mask else "black"
-            raise RequestError(f"mask is {side} everywhere; it must have some of what is drawn anew, the other colour")
+            side, other = ("white", "black") if invert_mask else ("black", "white")
+            raise RequestError(f"mask is {side} everywhere; it must have {other} areas, which are inpainted")
     if mask is None and outpaint is None:
         return Placed(fit(image, size, resize_mode), digests=digests)
 

@@ -1,7 +1,7 @@
 """Pixels in and out, and pictures in files.
 
-Pixels are (B, 3, H, W) in [-1, 1], as the VAE has them. A picture carries its record (record.py) in `image.info` as
-two texts, which `save` writes into the file:
+Pixels are (B, 3, H, W) in [-1, 1], as the VAE has them. A picture carries its record (records/record.py) in
+`image.info` as two texts, which `save`, and `Picture.save`, write into the file:
 
                   `mezzotint`, JSON                    `parameters`, A1111's text
     PNG           text chunk                           text chunk
@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -76,34 +76,74 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: boo
     _write(image, Path(path), "PNG", overwrite)
 
 
-def encoded(image: Image.Image, format: str) -> bytes:
-    """The bytes of a file ("PNG", "JPEG" or "WEBP") of the picture with its record.
+class Picture(Image.Image):
+    """A PIL image whose `save` keeps its record in PNG, JPEG and WebP files.
 
-    Raises RequestError where the record is too long for a JPEG.
+    Pillow itself writes a record only where it is passed as `pnginfo` or `exif`. Copies and edited versions of a
+    picture (`copy`, `resize`, `crop`, ...) are plain PIL images, and Pillow saves those without it.
+    """
+
+    @classmethod
+    def from_image(cls, image: Image.Image) -> Picture:
+        """Return a Picture with the pixels and the info of a PIL image."""
+        picture = cls()
+        picture.__setstate__([image.info, image.mode, image.size, image.getpalette(), image.tobytes()])
+        return picture
+
+    def save(
+        self,
+        fp: str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes],
+        format: str | None = None,
+        **params: Any,
+    ) -> None:
+        """Save as `PIL.Image.Image.save` does, and add the record.
+
+        Args:
+            fp: A file name or an open file.
+            format: "PNG", "JPEG", ...; by default the one that the file name ends in.
+            **params: Options of Pillow's writer. An own `pnginfo` or `exif` replaces the record.
+
+        Raises:
+            RequestError: If the record is too long for a JPEG file.
+        """
+        name = os.fsdecode(fp) if isinstance(fp, str | bytes | os.PathLike) else str(getattr(fp, "name", ""))
+        kind = format.upper() if format else FORMATS.get(Path(name).suffix.lower(), "")
+        super().save(fp, format, **{**_record_options(self.info, kind), **params})
+
+
+def encoded(image: Image.Image, format: str) -> bytes:
+    """Return the bytes of a file ("PNG", "JPEG" or "WEBP") of the picture with its record.
+
+    Raises:
+        RequestError: If the record is too long for a JPEG file.
     """
     file = io.BytesIO()
-    texts = {chunk: image.info[chunk] for chunk in CHUNKS if isinstance(image.info.get(chunk), str)}
-    settings = dict(SETTINGS[format])
-    if format == "PNG":
-        settings["pnginfo"] = info = PngInfo()
-        for chunk, text in texts.items():
-            info.add_text(chunk, text)  # tEXt, or iTXt where Latin-1 does not spell it
-    else:
-        settings["exif"] = exif = _exif(texts)
-        if format == "JPEG" and len(exif) > MAX_EXIF:
-            raise RequestError(
-                f"the picture's record has {len(exif):,} bytes and a JPEG holds {MAX_EXIF:,} of it; save it as .png or "
-                ".webp"
-            )
     bare = image.copy()
     bare.info = {}  # Pillow writes some of what it finds there
-    bare.save(file, format=format, **settings)
+    bare.save(file, format=format, **SETTINGS[format], **_record_options(image.info, format))
     return file.getvalue()
 
 
+def _record_options(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
+    """Return what Pillow's writer of a format must be passed to keep the record."""
+    texts = {chunk: info[chunk] for chunk in CHUNKS if isinstance(info.get(chunk), str)}
+    if format == "PNG" and texts:
+        pnginfo = PngInfo()
+        for chunk, text in texts.items():
+            pnginfo.add_text(chunk, text)  # tEXt, or iTXt where Latin-1 does not spell it
+        return {"pnginfo": pnginfo}
+    if format in ("JPEG", "WEBP") and texts:
+        exif = _exif(texts)
+        if format == "JPEG" and len(exif) > MAX_EXIF:
+            raise RequestError(
+                f"the picture's record is {len(exif):,} bytes long and a JPEG file holds at most {MAX_EXIF:,}; save it "
+                "as .png or .webp"
+            )
+        return {"exif": exif}
+    return {}
+
+
 def _exif(texts: Mapping[str, str]) -> bytes:
-    if not texts:
-        return b""
     exif = Image.Exif()
     fields = exif.get_ifd(IFD.Exif)
     if "parameters" in texts:

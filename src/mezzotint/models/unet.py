@@ -32,13 +32,25 @@ from mezzotint.models.blocks import (
 from mezzotint.models.convolution import Conv2d
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Condition:
-    """What a batch of pictures shall show."""
+    """Encoded prompts, which the UNet is conditioned on.
 
-    context: Tensor  # (B, T, D) hidden states of the text encoders
-    pooled: Tensor | None = None  # (B, P) pooled text, for SDXL
-    time_ids: Tensor | None = None  # (B, 6) original height, width, crop top, left, target height, width, for SDXL
+    Attributes:
+        context: Hidden states of the text encoders, (B, T, D).
+        pooled: Pooled text embedding, (B, P); SDXL only.
+        time_ids: Original height and width, crop top and left, target height and width in pixels, (B, 6); SDXL only.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __repr__(self) -> str:
+        parts = {"context": self.context, "pooled": self.pooled, "time_ids": self.time_ids}
+        shapes = [f"{name}: {tuple(part.shape)}" for name, part in parts.items() if part is not None]
+        dtype = str(self.context.dtype).removeprefix("torch.")
+        return f"Condition({', '.join(shapes)}, {dtype} on {self.context.device})"
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """The same elsewhere. `time_ids` are numbers of pixels and keep their dtype: bfloat16 would round 1001."""

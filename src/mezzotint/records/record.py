@@ -18,6 +18,7 @@ from PIL import Image, ImageChops
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from mezzotint import __version__
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.placement import Placement
 from mezzotint.records import infotext
@@ -243,7 +244,9 @@ def _short(value: str | None) -> str:
 
 @functools.cache
 def version(name: str) -> str:
-    """Of an installed package."""
+    """Return the version of an installed package."""
+    if name == "mezzotint":
+        return __version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
