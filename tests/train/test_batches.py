@@ -24,8 +24,8 @@ from mezzotint.images.io import from_pil
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.models.vae import VAE
-from mezzotint.train import chance, latents
-from mezzotint.train.batches import Batch, Batches, DataOptions, prepared
+from mezzotint.train import keyed_rng, latents
+from mezzotint.train.batches import Batch, Batches, DataOptions, prepare_dataset
 from mezzotint.train.data import Dataset, open_data
 from mezzotint.train.latents import Latents, Texts, View
 
@@ -121,7 +121,7 @@ def test_a_batch_is_what_its_parts_say(dataset: Dataset, vae: VAE) -> None:
             view = View.of(examples[name].size, size)
             with torch.no_grad():
                 posterior = vae.encode(from_pil(view(examples[name].open())))
-            noise = torch.randn(posterior.mean.shape, generator=chance.generator(5, 1, name, "latents"))
+            noise = torch.randn(posterior.mean.shape, generator=keyed_rng.generator(5, 1, name, "latents"))
             expected = (posterior.mean + (0.5 * posterior.logvar).exp() * noise) * 0.5
             assert torch.equal(latent, expected[0])
             assert ids.tolist() == [*examples[name].size[::-1], view.top, view.left, *size[::-1]]
@@ -200,13 +200,13 @@ def test_prepared_leaves_the_vae_nothing_to_do(
 ) -> None:
     options, vae, counts = replace(OPTIONS, flip=True), tiny_vae(), list[int]()
     held, cached = Latents(vae), Latents(vae, tmp_path / "cache")
-    assert prepared(dataset, options, held, seen=counts.append) == dataset
+    assert prepare_dataset(dataset, options, held, seen=counts.append) == dataset
     assert counts == [1, 2, 3, 4, 5, 6]
-    prepared(dataset, options, cached)
+    prepare_dataset(dataset, options, cached)
     expected = list(Batches(dataset, options, held, seed=1).epoch(0))
     monkeypatch.setattr(VAE, "encode", unused)
     again = Latents(tiny_vae(), tmp_path / "cache")  # another process: the same weights have the same name
-    prepared(dataset, options, again)
+    prepare_dataset(dataset, options, again)
     for source in (held, cached, again):
         assert all(
             same(a, b) for a, b in zip(Batches(dataset, options, source, seed=1).epoch(0), expected, strict=True)
@@ -220,18 +220,18 @@ def test_a_picture_that_breaks_off(dataset: Dataset, vae: VAE, random_crop: bool
     path.write_bytes(path.read_bytes()[:-2000])
     dataset = open_data(dataset.path)  # its header is whole
     with pytest.raises(RequestError, match=r"wide\.png', which is cut off or broken"):
-        prepared(dataset, options, Latents(vae))
-    sound = prepared(dataset, options, Latents(vae), broken="skip")
+        prepare_dataset(dataset, options, Latents(vae))
+    sound = prepare_dataset(dataset, options, Latents(vae), broken="skip")
     assert len(sound) == 5 and "wide.png" in sound.skipped[0]
     alone = Dataset(dataset.path, tuple(e for e in dataset if e.id == "wide.png"))
     with pytest.raises(RequestError, match="has no picture that decodes; the first: the picture"):
-        prepared(alone, options, Latents(vae), broken="skip")
+        prepare_dataset(alone, options, Latents(vae), broken="skip")
 
 
 def test_a_random_crop_is_not_kept(dataset: Dataset, vae: VAE, tmp_path: Path) -> None:
     cache = Latents(vae, tmp_path / "cache")
     options = replace(OPTIONS, random_crop=True)
-    list(Batches(prepared(dataset, options, cache), options, cache, seed=0).epoch(0))
+    list(Batches(prepare_dataset(dataset, options, cache), options, cache, seed=0).epoch(0))
     assert not (tmp_path / "cache").exists()
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mezzotint import cli
 from mezzotint.train import checkpoints, finetune
-from mezzotint.train.learner import Learner
 from mezzotint.train.saving import KOHYA, PEFT
+from mezzotint.train.trainable import TrainableModel
 
 Said = Callable[..., tuple[int, str, str]]
 
@@ -106,21 +106,21 @@ def test_what_is_wrong_with_the_pictures(train: Said, folder: Path, tmp_path: Pa
 
 def test_a_loss_that_is_no_number(train: Said, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the third step: the checkpoint of the second is kept, and the same command goes on from it."""
-    losses, calls = Learner.losses, 0
+    losses, calls = TrainableModel.losses, 0
 
-    def bad(self: Learner, *arguments: Any) -> Tensor:
+    def bad(self: TrainableModel, *arguments: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return losses(self, *arguments) * (float("nan") if calls == 3 else 1.0)
 
-    monkeypatch.setattr(Learner, "losses", bad)
+    monkeypatch.setattr(TrainableModel, "losses", bad)
     code, out, err = train(str(folder))
     assert code == 1 and not out
     assert "step 3: the loss is no number, in the batch of" in sentence(err) and ".png" in sentence(err)
     assert "the last good checkpoint is run/checkpoint-00000002" in sentence(err)
     assert not (tmp_path / "run" / PEFT).exists()
     code, out, _ = train(str(folder))
-    found = checkpoints.newest(tmp_path / "run")
+    found = checkpoints.load_newest(tmp_path / "run")
     assert code == 0 and found and found[1]["step"] == 4
     assert all(tensor.isfinite().all() for tensor in found[1]["trained"].values())
 
@@ -142,7 +142,7 @@ def test_a_full_disk(train: Said, folder: Path, tmp_path: Path, monkeypatch: pyt
             patch.setattr("mezzotint.train.saving.write_whole", full)
         code, out, err = train(str(folder))
     assert code == 1 and not out and "No space left on device" in sentence(err)
-    found = checkpoints.newest(tmp_path / "run")
+    found = checkpoints.load_newest(tmp_path / "run")
     assert found and found[1]["step"] >= 2
     assert not [name for name in os.listdir(tmp_path / "run") if name.endswith((".new", ".part"))]
     assert train(str(folder))[0] == 0, "with room it goes on"

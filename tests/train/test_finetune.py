@@ -23,11 +23,11 @@ import mezzotint
 from mezzotint.diffusion.schedule import Schedule, zero_terminal_snr
 from mezzotint.errors import CheckpointError, MissingExtraError, RequestError, TrainingError, WriteError
 from mezzotint.pipeline import Pipeline
-from mezzotint.train import chance, checkpoints, finetune
-from mezzotint.train.finetune import Report, scale_at, validation_loss
-from mezzotint.train.learner import Learner, holding
+from mezzotint.train import checkpoints, finetune, keyed_rng
+from mezzotint.train.finetune import Report, lr_scale, validation_loss
 from mezzotint.train.recipe import DEFAULTS, Recipe, assignments
-from mezzotint.train.saving import drawing, save_kohya, save_model, save_peft, save_word
+from mezzotint.train.saving import inference_parts, save_embedding, save_kohya, save_model, save_peft
+from mezzotint.train.trainable import TrainableModel, swap_weights
 from mezzotint.weights import open_model
 
 WORDS = {"lora": "a lemon", "full": "a blue lemon", "textual-inversion": "a <new> lemon", "dreambooth": "a sks lemon"}
@@ -56,7 +56,7 @@ class Made:
             raise Died
         epoch, place = divmod(k, 3)
         ids = tuple(f"picture {place}.{j}" for j in range(2 if place < 2 else 1))
-        latents = torch.stack([torch.randn(4, 4, 4, generator=chance.generator(name)) for name in ids])
+        latents = torch.stack([torch.randn(4, 4, 4, generator=keyed_rng.generator(name)) for name in ids])
         if k == self.bad:
             latents = latents * float("nan")
         sizes = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]]).repeat(len(ids), 1)
@@ -81,15 +81,15 @@ def recipe_of(method: str = "lora", **fields: Any) -> Recipe:
     return Recipe.of(method, None, given | fields)
 
 
-def learner_of(model: Path, recipe: Recipe) -> Learner:
-    return Learner(open_model(model, dtype=torch.float32), recipe)
+def model_of(model: Path, recipe: Recipe) -> TrainableModel:
+    return TrainableModel(open_model(model, dtype=torch.float32), recipe)
 
 
-def run(model: Path, folder: Path, recipe: Recipe, stop: int | None = None, **more: Any) -> Learner:
-    learner = learner_of(model, recipe)
+def run(model: Path, folder: Path, recipe: Recipe, stop: int | None = None, **more: Any) -> TrainableModel:
+    trainable = model_of(model, recipe)
     caption = WORDS[recipe.method]
     prior = Made("a lemon") if recipe.method == "dreambooth" else None
-    return finetune.finetune(learner, Made(caption, stop=stop), folder, prior=prior, **more)
+    return finetune.finetune(trainable, Made(caption, stop=stop), folder, prior=prior, **more)
 
 
 def assert_equal(a: Any, b: Any) -> None:
@@ -110,7 +110,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 def state(folder: Path) -> Any:
-    found = checkpoints.newest(folder)
+    found = checkpoints.load_newest(folder)
     assert found
     return found[1]
 
@@ -167,10 +167,10 @@ def test_assignments() -> None:
 
 def test_the_rate() -> None:
     cosine = recipe_of(schedule="cosine", steps=110, warmup=10)
-    assert [scale_at(cosine, step) for step in (0, 9, 10, 60)] == [0.1, 1.0, 1.0, pytest.approx(0.5)]
-    assert scale_at(cosine, 109) == pytest.approx(0.0, abs=3e-4)
-    assert scale_at(recipe_of(schedule="linear", steps=10), 5) == 0.5
-    assert scale_at(recipe_of(steps=10), 9) == 1.0
+    assert [lr_scale(cosine, step) for step in (0, 9, 10, 60)] == [0.1, 1.0, 1.0, pytest.approx(0.5)]
+    assert lr_scale(cosine, 109) == pytest.approx(0.0, abs=3e-4)
+    assert lr_scale(recipe_of(schedule="linear", steps=10), 5) == 0.5
+    assert lr_scale(recipe_of(steps=10), 9) == 1.0
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -180,64 +180,64 @@ def test_the_rate() -> None:
 @pytest.mark.parametrize("min_snr", [None, 5.0])
 def test_the_loss_by_hand(sd1_folder: Path, kind: Any, min_snr: float | None) -> None:
     """In the variance-preserving coordinate of the papers: x_t = sqrt(a) x0 + sqrt(1 - a) eps."""
-    learner = learner_of(sd1_folder, recipe_of(prediction=kind, min_snr=min_snr))
+    model = model_of(sd1_folder, recipe_of(prediction=kind, min_snr=min_snr))
     batch = Made().at(4)
-    timesteps, noise = learner.chances(batch)
-    alpha = torch.tensor(learner.schedule.alphas_cumprod)[timesteps].float().view(-1, 1, 1, 1)
+    timesteps, noise = model.draw_noise(batch)
+    alpha = torch.tensor(model.schedule.alphas_cumprod)[timesteps].float().view(-1, 1, 1, 1)
     x = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * noise
     with torch.no_grad():
-        output = learner.unet(x, timesteps, learner.condition(batch.captions))
-        losses = learner.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
+        output = model.unet(x, timesteps, model.encode_captions(batch.captions))
+        losses = model.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
     target = noise if kind == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latents
     expected = (output - target).square().mean((1, 2, 3))
     if min_snr:
         snr = (alpha / (1 - alpha)).flatten()
         expected = expected * snr.clamp(max=min_snr) / (snr if kind == "epsilon" else snr + 1)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(learner(batch), expected.mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model(batch), expected.mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_chance_is_of_the_seed_the_epoch_and_the_picture_alone(sd1_folder: Path) -> None:
-    learner = learner_of(sd1_folder, recipe_of())
+    model = model_of(sd1_folder, recipe_of())
     batch = Made().at(0)
-    timesteps, noise = learner.chances(batch)
+    timesteps, noise = model.draw_noise(batch)
     turned = replace(batch, ids=batch.ids[::-1])
-    assert torch.equal(learner.chances(turned)[1], noise.flip(0)) and torch.equal(
-        learner.chances(turned)[0], timesteps.flip(0)
+    assert torch.equal(model.draw_noise(turned)[1], noise.flip(0)) and torch.equal(
+        model.draw_noise(turned)[0], timesteps.flip(0)
     )
-    later = learner.chances(replace(batch, epoch=1))[1]
-    other = learner_of(sd1_folder, recipe_of(seed=1)).chances(batch)[1]
+    later = model.draw_noise(replace(batch, epoch=1))[1]
+    other = model_of(sd1_folder, recipe_of(seed=1)).draw_noise(batch)[1]
     assert not torch.equal(later, noise) and not torch.equal(other, noise)
-    many = torch.stack([learner.chances(replace(batch, epoch=epoch))[0] for epoch in range(500)]).double()
+    many = torch.stack([model.draw_noise(replace(batch, epoch=epoch))[0] for epoch in range(500)]).double()
     assert abs(many.mean() - 499.5) < 30 and many.min() < 20 and many.max() > 979, "uniform over all timesteps"
 
 
 def test_noise_offset_is_one_number_a_channel(sd1_folder: Path) -> None:
     batch = Made().at(0)
-    bare = learner_of(sd1_folder, recipe_of()).chances(batch)[1]
-    offset = learner_of(sd1_folder, recipe_of(noise_offset=0.5)).chances(batch)[1] - bare
+    bare = model_of(sd1_folder, recipe_of()).draw_noise(batch)[1]
+    offset = model_of(sd1_folder, recipe_of(noise_offset=0.5)).draw_noise(batch)[1] - bare
     assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
     assert offset.std() > 0.2
 
 
 def test_zero_snr(sd1_folder: Path) -> None:
     with pytest.raises(RequestError, match="this model's is epsilon"):
-        learner_of(sd1_folder, recipe_of(zero_snr=True))
-    learner = learner_of(sd1_folder, recipe_of(zero_snr=True, prediction="v_prediction"))
-    plain = learner_of(sd1_folder, recipe_of()).schedule
-    assert learner.schedule.alphas_cumprod == pytest.approx(zero_terminal_snr(plain.alphas_cumprod))
-    assert drawing(learner).scheduler_config["rescale_betas_zero_snr"] is True
-    sampled = Pipeline(drawing(learner)).schedule
-    assert isinstance(sampled, Schedule) and sampled.sigma_max == learner.schedule.sigma_max
+        model_of(sd1_folder, recipe_of(zero_snr=True))
+    model = model_of(sd1_folder, recipe_of(zero_snr=True, prediction="v_prediction"))
+    plain = model_of(sd1_folder, recipe_of()).schedule
+    assert model.schedule.alphas_cumprod == pytest.approx(zero_terminal_snr(plain.alphas_cumprod))
+    assert inference_parts(model).scheduler_config["rescale_betas_zero_snr"] is True
+    sampled = Pipeline(inference_parts(model)).schedule
+    assert isinstance(sampled, Schedule) and sampled.sigma_max == model.schedule.sigma_max
 
 
 def test_dreambooth_adds_the_weighted_loss_of_the_class(sd1_folder: Path) -> None:
-    learner = learner_of(sd1_folder, recipe_of("dreambooth", prior_weight=0.25))
+    model = model_of(sd1_folder, recipe_of("dreambooth", prior_weight=0.25))
     own, prior = Made("a sks lemon").at(0), Made("a lemon").at(0)
-    chances = learner.chances(prior, at="prior")
-    lost = learner.losses(prior.latents, prior.captions, prior.time_ids, *chances).mean()
-    torch.testing.assert_close(learner(own, prior), learner(own) + 0.25 * lost)
-    assert not torch.equal(chances[1], learner.chances(prior)[1])
+    draws = model.draw_noise(prior, at="prior")
+    lost = model.losses(prior.latents, prior.captions, prior.time_ids, *draws).mean()
+    torch.testing.assert_close(model(own, prior), model(own) + 0.25 * lost)
+    assert not torch.equal(draws[1], model.draw_noise(prior)[1])
 
 
 # ---- what learns -------------------------------------------------------------------------------------------------
@@ -245,21 +245,21 @@ def test_dreambooth_adds_the_weighted_loss_of_the_class(sd1_folder: Path) -> Non
 
 def test_a_lora_begins_as_the_model_and_learns_alone(sd1_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(text_encoder=True, convolutions=True, lr=2e-2, steps=8)
-    learner = learner_of(sd1_folder, recipe)
+    model = model_of(sd1_folder, recipe)
     before = open_model(sd1_folder, dtype=torch.float32)
-    for name, tensor in drawing(learner).unet.state_dict().items():
+    for name, tensor in inference_parts(model).unet.state_dict().items():
         assert torch.equal(tensor, before.unet.state_dict()[name])
-    assert all(".lora_" in name for name in learner.trained())
-    assert any(name.startswith("text_encoder.") for name in learner.trained())
-    assert any("conv1" in name for name in learner.trained())
-    learns, whole = learner.counts()
+    assert all(".lora_" in name for name in model.trainable_parameters())
+    assert any(name.startswith("text_encoder.") for name in model.trainable_parameters())
+    assert any("conv1" in name for name in model.trainable_parameters())
+    learns, whole = model.count_parameters()
     networks = [before.unet, *before.text_encoders]
     assert whole == sum(p.numel() for network in networks for p in network.parameters())
-    assert learns == sum(p.numel() for p in learner.trained().values())
-    first = validation_loss(learner, Made())
-    finetune.finetune(learner, Made(), tmp_path)
-    assert validation_loss(learner, Made()) < 0.95 * first
-    after = drawing(learner)
+    assert learns == sum(p.numel() for p in model.trainable_parameters().values())
+    first = validation_loss(model, Made())
+    finetune.finetune(model, Made(), tmp_path)
+    assert validation_loss(model, Made()) < 0.95 * first
+    after = inference_parts(model)
     changed = {
         name
         for name, tensor in after.unet.state_dict().items()
@@ -275,41 +275,41 @@ def test_a_lora_begins_as_the_model_and_learns_alone(sd1_folder: Path, tmp_path:
 
 def test_the_learner_is_the_model_that_draws(sd1_folder: Path, tmp_path: Path) -> None:
     """The network with peft's layers in it and the one whose weights have the change added agree."""
-    learner = run(sd1_folder, tmp_path, recipe_of(text_encoder=True, convolutions=True, alpha=4))
-    parts = drawing(learner)
+    model = run(sd1_folder, tmp_path, recipe_of(text_encoder=True, convolutions=True, alpha=4))
+    parts = inference_parts(model)
     batch = Made().at(0)
-    timesteps, noise = learner.chances(batch)
+    timesteps, noise = model.draw_noise(batch)
     with torch.no_grad():
-        condition = learner.condition(batch.captions)
+        condition = model.encode_captions(batch.captions)
         direct = Pipeline(parts).encode("a lemon").context
         torch.testing.assert_close(condition.context[:1], direct, rtol=1e-4, atol=1e-4)
-        out, merged = learner.unet(noise, timesteps, condition), parts.unet(noise, timesteps, condition)
+        out, merged = model.unet(noise, timesteps, condition), parts.unet(noise, timesteps, condition)
     torch.testing.assert_close(out, merged, rtol=1e-3, atol=1e-3)
 
 
 def test_a_word_learns_alone(sd1_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of("textual-inversion", start="lemon", vectors=2, steps=6, lr=5e-2)
-    learner = learner_of(sd1_folder, recipe)
-    table = learner.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight.clone()
-    (lemon,) = learner.tokenizers[0].encode("lemon")
-    assert torch.equal(learner.vectors[0], table[[lemon, lemon]]), "it begins as the word that was named"
-    assert [*learner.trained()] == ["vectors.0"]
-    first = validation_loss(learner, Made("a <new> lemon"))
-    finetune.finetune(learner, Made("a <new> lemon"), tmp_path)
-    assert validation_loss(learner, Made("a <new> lemon")) < first
-    assert torch.equal(learner.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight, table)
-    path = save_word(learner, tmp_path / "new.safetensors")
+    model = model_of(sd1_folder, recipe)
+    table = model.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight.clone()
+    (lemon,) = model.tokenizers[0].encode("lemon")
+    assert torch.equal(model.vectors[0], table[[lemon, lemon]]), "it begins as the word that was named"
+    assert [*model.trainable_parameters()] == ["vectors.0"]
+    first = validation_loss(model, Made("a <new> lemon"))
+    finetune.finetune(model, Made("a <new> lemon"), tmp_path)
+    assert validation_loss(model, Made("a <new> lemon")) < first
+    assert torch.equal(model.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight, table)
+    path = save_embedding(model, tmp_path / "new.safetensors")
     assert load_file(path).keys() == {"<new>"}
     pipe = mezzotint.load(sd1_folder, device="cpu")
     drawn = pipe.encode("a <new> lemon", mezzotint.Request(prompt="", embeddings=(str(path),), prompt_syntax="plain"))
-    torch.testing.assert_close(drawn.context, learner.condition(["a <new> lemon"]).context.detach())
+    torch.testing.assert_close(drawn.context, model.encode_captions(["a <new> lemon"]).context.detach())
 
 
 def test_sdxl(sdxl: mezzotint.Pipeline, tmp_path: Path) -> None:
     parts = copy.deepcopy(sdxl.parts)
-    learner = Learner(parts, recipe_of(text_encoder=True, steps=2))
-    finetune.finetune(learner, Made(), tmp_path)
-    keys = load_file(save_kohya(learner, tmp_path / "k.safetensors", 2)).keys()
+    model = TrainableModel(parts, recipe_of(text_encoder=True, steps=2))
+    finetune.finetune(model, Made(), tmp_path)
+    keys = load_file(save_kohya(model, tmp_path / "k.safetensors", 2)).keys()
     assert {key.split("_")[1] for key in keys} == {"unet", "te1", "te2"}
 
 
@@ -317,18 +317,18 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(sd1_folder: Path
     full = recipe_of("full", ema=0.0)
     expected = run(sd1_folder, tmp_path / "a", full)
     again = run(sd1_folder, tmp_path / "b", recipe_of("full", ema=0.0, checkpointing=True))
-    assert_equal(dict(again.trained()), dict(expected.trained()))
+    assert_equal(dict(again.trainable_parameters()), dict(expected.trainable_parameters()))
 
 
 @pytest.mark.parametrize("optimiser", ["adafactor", "adamw8bit"])
 def test_other_optimisers(sd1_folder: Path, tmp_path: Path, optimiser: str) -> None:
     recipe = recipe_of(optimiser=optimiser, steps=4)
     try:
-        learner = run(sd1_folder, tmp_path, recipe)
+        model = run(sd1_folder, tmp_path, recipe)
     except MissingExtraError as error:
         assert optimiser == "adamw8bit" and "pip install bitsandbytes" in str(error)
     else:
-        moved = [p for name, p in learner.trained().items() if "lora_B" in name]
+        moved = [p for name, p in model.trainable_parameters().items() if "lora_B" in name]
         assert all(p.abs().max() > 0 for p in moved)
 
 
@@ -355,7 +355,7 @@ def test_a_run_that_died_resumes_bit_for_bit(
         with pytest.raises(Died):
             run(sd1_folder, tmp_path / "broken", recipe, stop)
     again = run(sd1_folder, tmp_path / "broken", recipe)
-    assert_equal(dict(again.trained()), dict(expected.trained()))
+    assert_equal(dict(again.trainable_parameters()), dict(expected.trainable_parameters()))
     assert_equal(state(tmp_path / "broken"), state(tmp_path / "unbroken"))
     logs = [
         [{**json.loads(line), "rate": 0} for line in (tmp_path / name / finetune.LOG).read_text().splitlines()]
@@ -379,55 +379,58 @@ def test_another_recipe_does_not_go_on_from_it(sd1_folder: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"another run \(lr: 0\.01 and 0\.001; rank: 8 and 4\)"):
         run(sd1_folder, tmp_path, recipe_of(rank=4, lr=1e-3))
     longer = run(sd1_folder, tmp_path, recipe_of(steps=4))
-    assert_equal(dict(longer.trained()), dict(run(sd1_folder, tmp_path / "b", recipe_of(steps=4)).trained()))
+    assert_equal(
+        dict(longer.trainable_parameters()),
+        dict(run(sd1_folder, tmp_path / "b", recipe_of(steps=4)).trainable_parameters()),
+    )
 
 
 def test_a_loss_that_is_no_number_stops_and_spoils_nothing(sd1_folder: Path, tmp_path: Path) -> None:
-    recipe, learner = recipe_of(), learner_of(sd1_folder, recipe_of())
+    recipe, model = recipe_of(), model_of(sd1_folder, recipe_of())
     with pytest.raises(TrainingError, match=r"step 4: the loss is no number.*picture 0\.0, .*checkpoint-00000002"):
-        finetune.finetune(learner, Made(bad=6), tmp_path)
+        finetune.finetune(model, Made(bad=6), tmp_path)
     assert state(tmp_path)["step"] == 2
-    assert all(p.isfinite().all() for p in run(sd1_folder, tmp_path, recipe).trained().values())
+    assert all(p.isfinite().all() for p in run(sd1_folder, tmp_path, recipe).trainable_parameters().values())
 
 
 def test_the_averages_come_back(sd1_folder: Path, tmp_path: Path) -> None:
-    learner = run(sd1_folder, tmp_path, recipe_of(ema=0.9))
+    model = run(sd1_folder, tmp_path, recipe_of(ema=0.9))
     saved = state(tmp_path)
-    assert_equal({name: p.detach() for name, p in learner.trained().items()}, saved["averages"])
+    assert_equal({name: p.detach() for name, p in model.trainable_parameters().items()}, saved["averages"])
     assert not torch.equal(
         *(
             saved[kind]["unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.default.weight"]
             for kind in ("averages", "trained")
         )
     )
-    with holding(learner, saved["trained"]):
-        assert_equal({name: p.detach() for name, p in learner.trained().items()}, saved["trained"])
-    assert_equal({name: p.detach() for name, p in learner.trained().items()}, saved["averages"])
+    with swap_weights(model, saved["trained"]):
+        assert_equal({name: p.detach() for name, p in model.trainable_parameters().items()}, saved["trained"])
+    assert_equal({name: p.detach() for name, p in model.trainable_parameters().items()}, saved["averages"])
 
 
 def test_validation_and_samples(sd1_folder: Path, tmp_path: Path) -> None:
     seen: list[Report] = []
     drawn: list[int] = []
     recipe = recipe_of(validate_every=2, validation="y", sample_every=4, sample_prompts=["a lemon"], ema=0.5)
-    learner = learner_of(sd1_folder, recipe)
+    model = model_of(sd1_folder, recipe)
     finetune.finetune(
-        learner, Made(), tmp_path, held=Made(), on_step=seen.append, on_sample=lambda _, step: drawn.append(step)
+        model, Made(), tmp_path, held=Made(), on_step=seen.append, on_sample=lambda _, step: drawn.append(step)
     )
     assert [report.validation is not None for report in seen] == [False, True, False, True, False]
     assert drawn == [4]
     bare = run(sd1_folder, tmp_path / "bare", recipe_of(ema=0.5))
-    assert_equal(dict(bare.trained()), dict(learner.trained())), "looking changes nothing"
-    assert validation_loss(learner, Made()) == validation_loss(learner, Made()), "the same noise each time"
+    assert_equal(dict(bare.trainable_parameters()), dict(model.trainable_parameters())), "looking changes nothing"
+    assert validation_loss(model, Made()) == validation_loss(model, Made()), "the same noise each time"
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path) is None
+    assert checkpoints.load_newest(tmp_path) is None
     for step in (1, 2, 3):
         checkpoints.save(tmp_path, step, {"step": step}, keep=2)
-    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000002"]
+    assert [path.name for path in checkpoints.list_all(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000002"]
     newest = tmp_path / "checkpoint-00000003" / checkpoints.STATE
     newest.write_bytes(newest.read_bytes()[:-1])
     assert state(tmp_path) == {"step": 2}
@@ -435,10 +438,10 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     assert state(tmp_path) == {"step": 2}
     checkpoints.save(tmp_path, 3, {"step": 3}, keep=2)
     assert state(tmp_path) == {"step": 3}, "the damaged one was made again"
-    for path in checkpoints.found(tmp_path):
+    for path in checkpoints.list_all(tmp_path):
         (path / checkpoints.RECORD).write_text("{")
-    with pytest.raises(CheckpointError, match="2 checkpoints and none is whole"):
-        checkpoints.newest(tmp_path)
+    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
+        checkpoints.load_newest(tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,15 +460,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
 # ---- what is saved -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save", [save_peft, lambda learner, path, dtype: save_kohya(learner, path, 5, dtype)])
+@pytest.mark.parametrize("save", [save_peft, lambda model, path, dtype: save_kohya(model, path, 5, dtype)])
 def test_diffusers_draws_with_the_lora_as_the_learner_does(
-    sd1_folder: Path, tmp_path: Path, save: Callable[[Learner, Path, torch.dtype], Path]
+    sd1_folder: Path, tmp_path: Path, save: Callable[[TrainableModel, Path, torch.dtype], Path]
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
     fields = {"text_encoder": True, "alpha": 4, "lr": 5e-2, "convolutions": True}
-    learner = run(sd1_folder, tmp_path / "run", recipe_of(**fields))
-    path = save(learner, tmp_path / "lora.safetensors", torch.float32)
+    model = run(sd1_folder, tmp_path / "run", recipe_of(**fields))
+    path = save(model, tmp_path / "lora.safetensors", torch.float32)
     reference = StableDiffusionPipeline.from_pretrained(sd1_folder, safety_checker=None, local_files_only=True)
     reference.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 32, "width": 32}
@@ -476,15 +479,19 @@ def test_diffusers_draws_with_the_lora_as_the_learner_does(
     bare = drawn()
     reference.load_lora_weights(path.parent, weight_name=path.name)
     theirs = drawn()
-    ours = Pipeline(drawing(learner)).generate(mezzotint.Request(prompt="a lemon", seed=3, width=32, height=32)).latents
+    ours = (
+        Pipeline(inference_parts(model))
+        .generate(mezzotint.Request(prompt="a lemon", seed=3, width=32, height=32))
+        .latents
+    )
     scale = theirs.abs().max()
     assert (theirs - bare).abs().max() > 0.05 * scale, "the LoRA shows"
     assert (ours - theirs).abs().max() < 1e-3 * scale
 
 
 def test_a_kohya_file_tells_of_its_training(sd1_folder: Path, tmp_path: Path) -> None:
-    learner = learner_of(sd1_folder, recipe_of(rank=4, alpha=2, text_encoder=True))
-    path = save_kohya(learner, tmp_path / "hat.safetensors", 5)
+    model = model_of(sd1_folder, recipe_of(rank=4, alpha=2, text_encoder=True))
+    path = save_kohya(model, tmp_path / "hat.safetensors", 5)
     with safe_open(path, "pt") as file:
         facts = file.metadata()
         keys = set(file.keys())
@@ -496,8 +503,8 @@ def test_a_kohya_file_tells_of_its_training(sd1_folder: Path, tmp_path: Path) ->
 
 
 def test_a_whole_model_is_saved(sd1_folder: Path, tmp_path: Path) -> None:
-    learner = run(sd1_folder, tmp_path, recipe_of("full", text_encoder=True, steps=2))
-    (folder,) = save_model(learner, tmp_path / "model", torch.float32)
+    model = run(sd1_folder, tmp_path, recipe_of("full", text_encoder=True, steps=2))
+    (folder,) = save_model(model, tmp_path / "model", torch.float32)
     loaded = open_model(folder)
-    assert_equal(dict(loaded.unet.state_dict()), dict(drawing(learner).unet.state_dict()))
-    assert_equal(dict(loaded.text_encoders[0].state_dict()), dict(drawing(learner).text_encoders[0].state_dict()))
+    assert_equal(dict(loaded.unet.state_dict()), dict(inference_parts(model).unet.state_dict()))
+    assert_equal(dict(loaded.text_encoders[0].state_dict()), dict(inference_parts(model).text_encoders[0].state_dict()))

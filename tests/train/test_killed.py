@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from test_finetune import assert_equal, recipe_of, run, state
 
-from mezzotint.train import chance, finetune
+from mezzotint.train import finetune, keyed_rng
 
 
 def whole_run(model: Path, folder: Path) -> None:
@@ -45,7 +45,7 @@ def killed_runs(model: Path, folder: Path, kills: int) -> None:
     while len(steps) < kills:
         place = folder / str(len(steps))
         process = begun(model, place)
-        process.join(lasted * chance.uniform("kill", tries))
+        process.join(lasted * keyed_rng.uniform("kill", tries))
         process.kill()
         process.join()
         tries += 1

@@ -21,10 +21,10 @@ from mezzotint.train import budget
 from mezzotint.train.batches import Batch
 from mezzotint.train.budget import TrainingPlan, aside, fitted
 from mezzotint.train.finetune import pieces
-from mezzotint.train.learner import Learner
 from mezzotint.train.recipe import Recipe
 from mezzotint.train.run import run
 from mezzotint.train.saving import KOHYA
+from mezzotint.train.trainable import TrainableModel
 from mezzotint.weights import open_model
 
 BASE = 500 * 2**20
@@ -111,8 +111,8 @@ def test_other_ways_to_train_are_foreseen(sd1_folder: Path, base: None, method: 
 
 def test_what_a_step_is_made_of(sd1_folder: Path, base: None) -> None:
     plain = plan_of(sd1_folder, "20GiB", "full", batch=4)
-    learner = Learner(open_model(sd1_folder, dtype=torch.float32), recipe_of(sd1_folder, "full"))
-    learns, _ = learner.counts()
+    model = TrainableModel(open_model(sd1_folder, dtype=torch.float32), recipe_of(sd1_folder, "full"))
+    learns, _ = model.count_parameters()
     assert plain.parts["optimiser"] == 8 * learns and plain.parts["averages"] == 4 * learns
     assert plain.parts["gradients and activations"] > 4 * learns
     again = plan_of(sd1_folder, "20GiB", "full", batch=4, checkpointing=True)
@@ -130,8 +130,8 @@ def test_networks_wait_in_their_files_where_no_step_needs_them(sd1_folder: Path)
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_pieces_of_a_batch_have_its_gradient(sd1_folder: Path, at_once: int) -> None:
     recipe = recipe_of(sd1_folder, "dreambooth", change="lora", prompt="a sks", prior_weight=0.5)
-    learner = Learner(open_model(sd1_folder, dtype=torch.float32), recipe)
-    for name, parameter in learner.trained().items():
+    model = TrainableModel(open_model(sd1_folder, dtype=torch.float32), recipe)
+    for name, parameter in model.trainable_parameters().items():
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
 
     def batch(name: str, count: int) -> Batch:
@@ -139,13 +139,13 @@ def test_pieces_of_a_batch_have_its_gradient(sd1_folder: Path, at_once: int) -> 
         return Batch(0, tuple(f"{name}{k}" for k in range(count)), ("a lemon",) * count, latents, torch.zeros(count, 6))
 
     whole, prior = batch("a", 4), batch("b", 2)
-    expected = torch.autograd.grad(learner(whole, prior), [*learner.trained().values()])
+    expected = torch.autograd.grad(model(whole, prior), [*model.trainable_parameters().values()])
     cut = list(pieces(whole, prior, at_once))
     assert max(len(piece.ids) for piece in (*[c[0] for c in cut], *[c[1] for c in cut]) if piece) <= at_once
     total = [torch.zeros_like(gradient) for gradient in expected]
     for piece in cut:
         for sum_, gradient in zip(
-            total, torch.autograd.grad(learner(*piece), [*learner.trained().values()]), strict=True
+            total, torch.autograd.grad(model(*piece), [*model.trainable_parameters().values()]), strict=True
         ):
             sum_ += gradient
     for sum_, gradient in zip(total, expected, strict=True):

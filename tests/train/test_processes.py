@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_finetune import Made, learner_of, recipe_of, state
+from test_finetune import Made, model_of, recipe_of, state
 
 from mezzotint.errors import RequestError
 from mezzotint.train import finetune, sharding
-from mezzotint.train.saving import save_learnt
+from mezzotint.train.saving import save_results
 from mezzotint.weights import open_model
 
 pytestmark = pytest.mark.timeout(900)  # each of the launched processes imports everything anew
@@ -35,15 +35,15 @@ def whole_run(model: Path, folder: Path, accumulate: int, steps: int, method: st
         method, steps=steps, save_every=3, ema=0.9, log_every=1, accumulate=accumulate, lr=1e-3, validation="y",
         validate_every=2, sample_every=2, sample_prompts=["a lemon"], **more,
     )  # fmt: skip
-    learner = learner_of(model, recipe)
-    accelerator = finetune.accelerated(find_unused=recipe.text_encoder)
+    trainable = model_of(model, recipe)
+    accelerator = finetune.make_accelerator(find_unused=recipe.text_encoder)
     seen: list[int] = []
     finetune.finetune(
-        learner, Made(), folder, held=Made(), accelerator=accelerator, on_sample=lambda _, step: seen.append(step)
+        trainable, Made(), folder, held=Made(), accelerator=accelerator, on_sample=lambda _, step: seen.append(step)
     )
     if accelerator.is_main_process:
         assert seen
-        save_learnt(learner, folder, steps, torch.float32)
+        save_results(trainable, folder, steps, torch.float32)
 
 
 def launched(how: str, *arguments: object) -> None:
@@ -85,13 +85,13 @@ def test_fsdp_is_one_process_too_and_goes_on(sd1_folder: Path, tmp_path: Path) -
 def test_fsdp_is_refused_where_little_learns(sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for method, fields, sentence in (
-        ("lora", {}, "FSDP is for full"),
+        ("lora", {}, "FSDP supports only full"),
         ("full", {"optimiser": "adafactor"}, "with FSDP it must be adamw"),
-        ("full", {"text_encoder": True}, "text_encoder is True; with FSDP it must be left out"),
+        ("full", {"text_encoder": True}, "text_encoder is True; with FSDP it must not be set"),
     ):
         with pytest.raises(RequestError, match=sentence):
-            learner = learner_of(sd1_folder, recipe_of(method, **fields))
-            sharding.shard(learner, torch.device("cpu"))
+            model = model_of(sd1_folder, recipe_of(method, **fields))
+            sharding.shard(model, torch.device("cpu"))
 
 
 if __name__ == "__main__":

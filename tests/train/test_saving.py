@@ -26,9 +26,9 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.pipeline import Pipeline
-from mezzotint.train.learner import Learner
 from mezzotint.train.recipe import Recipe
-from mezzotint.train.saving import check_saves, drawing, save_kohya, save_model, save_peft, save_word
+from mezzotint.train.saving import check_saving, inference_parts, save_embedding, save_kohya, save_model, save_peft
+from mezzotint.train.trainable import TrainableModel
 from mezzotint.weights import Parts, open_model
 from mezzotint.weights.save_single import check_single, save_single
 from mezzotint.weights.single import default_scheduler, tokenizer_of
@@ -162,8 +162,8 @@ def assert_close(a: Tensor, b: Tensor) -> None:
 
 
 def test_a_folder_and_a_file_hold_the_same_bits(parts: Parts, tmp_path: Path) -> None:
-    learner = Learner(replace(parts), full(layout="both"))
-    folder, file = save_model(learner, tmp_path / "model", torch.float32)
+    model = TrainableModel(replace(parts), full(layout="both"))
+    folder, file = save_model(model, tmp_path / "model", torch.float32)
     assert (folder.name, file.name) == ("model", "model.safetensors")
     assert_same(open_model(folder), parts)
     assert_same(open_model(file), parts)
@@ -172,8 +172,8 @@ def test_a_folder_and_a_file_hold_the_same_bits(parts: Parts, tmp_path: Path) ->
 
 
 def test_diffusers_draws_the_same_from_folder_and_file(parts: Parts, tmp_path: Path) -> None:
-    learner = Learner(replace(parts), full(layout="both"))
-    folder, file = save_model(learner, tmp_path / "model", torch.float32)
+    model = TrainableModel(replace(parts), full(layout="both"))
+    folder, file = save_model(model, tmp_path / "model", torch.float32)
     ours, kind = latents(parts), diffusers_class(parts.family)
     options = {} if parts.family == "sdxl" else {"safety_checker": None}
     assert_close(theirs(kind.from_pretrained(folder, local_files_only=True, **options)), ours)
@@ -205,23 +205,23 @@ def test_what_a_single_file_cannot_say_is_refused(change: dict[str, Any], senten
 
 
 def test_a_model_with_its_own_words_is_refused_before_training(sd1: mezzotint.Pipeline) -> None:
-    assert check_saves(full(), sd1.parts) == []
+    assert check_saving(full(), sd1.parts) == []
     with pytest.raises(RequestError, match=r"layout is 'both': .*its tokenizer is not CLIP's.*layout = \"folder\""):
-        check_saves(full(layout="both"), replace(sd1.parts, unet=parts_of("sd1").unet, vae=parts_of("sd1").vae))
+        check_saving(full(layout="both"), replace(sd1.parts, unet=parts_of("sd1").unet, vae=parts_of("sd1").vae))
     trailing = {**parts_of("sd1").scheduler_config, "beta_end": 0.02}
     with pytest.raises(RequestError, match="its noise schedule is not the family's"):
-        check_saves(full(layout="file"), replace(parts_of("sd1"), scheduler_config=trailing))
+        check_saving(full(layout="file"), replace(parts_of("sd1"), scheduler_config=trailing))
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    learner = Learner(parts_of("sd1"), full(layout="file"))
+    model = TrainableModel(parts_of("sd1"), full(layout="file"))
     (tmp_path / "model.safetensors").write_bytes(b"the last one")
     monkeypatch.setattr("mezzotint.weights.save_single.save_file", full_disk)
     with pytest.raises(WriteError, match=r"model\.safetensors cannot be written: No space left on device"):
-        save_model(learner, tmp_path / "model")
+        save_model(model, tmp_path / "model")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.safetensors", b"the last one")]
 
 
@@ -230,17 +230,17 @@ def test_the_few_step_lora_goes_with_the_model_while_it_fits(sd1_folder: Path, t
     parts.settings["few_step"] = FEW_STEP
     few = mezzotint.weights.model_plan.FewStep.model_validate(FEW_STEP)
     parts.few_step, parts.source = few, tmp_path
-    (told,) = check_saves(full(), parts)
+    (told,) = check_saving(full(), parts)
     assert "is not there" in told
     (tmp_path / "lcm.safetensors").write_bytes(b"a LoRA")
-    (told,) = check_saves(full(), parts)
+    (told,) = check_saving(full(), parts)
     assert "goes with the model as it is" in told
-    (told,) = check_saves(full(prediction="v_prediction"), parts)
+    (told,) = check_saving(full(prediction="v_prediction"), parts)
     assert "does not go with the model" in told
-    (folder,) = save_model(Learner(parts, full()), tmp_path / "a")
+    (folder,) = save_model(TrainableModel(parts, full()), tmp_path / "a")
     assert (folder / "lcm.safetensors").read_bytes() == b"a LoRA"
     assert open_model(folder).few_step == few
-    (folder,) = save_model(Learner(open_model(sd1_folder), full(prediction="v_prediction")), tmp_path / "b")
+    (folder,) = save_model(TrainableModel(open_model(sd1_folder), full(prediction="v_prediction")), tmp_path / "b")
     assert "few_step" not in json.loads((folder / "mezzotint.json").read_text())
 
 
@@ -248,17 +248,17 @@ def test_the_few_step_lora_goes_with_the_model_while_it_fits(sd1_folder: Path, t
 
 
 @pytest.fixture(scope="module")
-def lora() -> Learner:
+def lora() -> TrainableModel:
     """SDXL with a LoRA in UNet and text encoders, as if it had learnt."""
     with torch.random.fork_rng():
         fields = {"data": "x", "rank": 4, "alpha": 2.0, "text_encoder": True, "convolutions": True}
-        learner = Learner(parts_of("sdxl"), Recipe.of("lora", None, fields))
-        for parameter in learner.trained().values():
+        model = TrainableModel(parts_of("sdxl"), Recipe.of("lora", None, fields))
+        for parameter in model.trainable_parameters().values():
             nn.init.normal_(parameter, std=0.1)
-        return learner
+        return model
 
 
-def test_sdxl_in_kohyas_names(lora: Learner, tmp_path: Path) -> None:
+def test_sdxl_in_kohyas_names(lora: TrainableModel, tmp_path: Path) -> None:
     keys = {key.partition(".")[0] for key in load_file(save_kohya(lora, tmp_path / "k.safetensors", 5))}
     unet = {key.removeprefix("lora_unet_") for key in keys if key.startswith("lora_unet_")}
     assert {
@@ -276,17 +276,17 @@ def test_sdxl_in_kohyas_names(lora: Learner, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", ["kohya", "peft"])
-def test_sdxls_lora_is_read_by_us_and_by_diffusers(save: str, lora: Learner, tmp_path: Path) -> None:
+def test_sdxls_lora_is_read_by_us_and_by_diffusers(save: str, lora: TrainableModel, tmp_path: Path) -> None:
     path = tmp_path / f"{save}.safetensors"
     if save == "kohya":
         save_kohya(lora, path, 5, torch.float32)
     else:
         save_peft(lora, path, torch.float32)
-    learnt, bare = latents(drawing(lora)), parts_of("sdxl")
+    learnt, bare = latents(inference_parts(lora)), parts_of("sdxl")
     before = latents(bare)
     assert (learnt - before).abs().max() > 0.05 * before.abs().max(), "the LoRA shows"
     assert_close(latents(bare, loras=(str(path),)), learnt)
-    (folder,) = save_model(Learner(parts_of("sdxl"), full()), tmp_path / "model", torch.float32)
+    (folder,) = save_model(TrainableModel(parts_of("sdxl"), full()), tmp_path / "model", torch.float32)
     pipe = diffusers_class("sdxl").from_pretrained(folder, local_files_only=True)
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
     assert_close(theirs(pipe), learnt)
@@ -299,14 +299,14 @@ def test_sdxls_lora_is_read_by_us_and_by_diffusers(save: str, lora: Learner, tmp
 def test_a_word_is_read_by_us_and_by_diffusers(family: str, tmp_path: Path) -> None:
     fields = {"data": "x", "token": "<hat>", "start": "cat", "vectors": 2}
     eos = 49407  # with SDXL's own 2 transformers pools at the highest id, which is then an added word's
-    learner = Learner(parts_of(family, eos), Recipe.of("textual-inversion", None, fields))
-    for vectors in learner.vectors:
+    model = TrainableModel(parts_of(family, eos), Recipe.of("textual-inversion", None, fields))
+    for vectors in model.vectors:
         nn.init.normal_(vectors)
-    path = save_word(learner, tmp_path / "hat.safetensors")
+    path = save_embedding(model, tmp_path / "hat.safetensors")
     bare = parts_of(family, eos)
     ours = latents(bare, prompt="a <hat> lemon", embeddings=(str(path),), prompt_syntax="plain")
     assert (ours - latents(bare)).abs().max() > 0.01 * ours.abs().max(), "the word shows"
-    (folder,) = save_model(Learner(bare, full()), tmp_path / "model", torch.float32)
+    (folder,) = save_model(TrainableModel(bare, full()), tmp_path / "model", torch.float32)
     options = {} if family == "sdxl" else {"safety_checker": None}
     pipe = diffusers_class(family).from_pretrained(folder, local_files_only=True, **options)
     if family == "sdxl":
@@ -352,7 +352,7 @@ def test_the_command_learns_a_word(sd1_folder: Path, tmp_path: Path) -> None:
 
 def test_the_command_saves_sdxl_whole(tmp_path: Path) -> None:
     before = parts_of("sdxl")
-    (model,) = save_model(Learner(before, full()), tmp_path / "before", torch.float32)
+    (model,) = save_model(TrainableModel(before, full()), tmp_path / "before", torch.float32)
     out = train("full", model, tmp_path, "--set", "layout=both", "--set", "prompt=a lemon")
     after, file = open_model(out / "model"), open_model(out / "model.safetensors")
     assert_same(file, after)

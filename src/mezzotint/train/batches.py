@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import RequestError
-from mezzotint.train import chance
-from mezzotint.train.buckets import Size, batches_of, bucket_sizes, nearest
-from mezzotint.train.data import Broken, Dataset, Example
+from mezzotint.train import keyed_rng
+from mezzotint.train.buckets import Size, bucket_sizes, epoch_batches, nearest_bucket
+from mezzotint.train.data import BrokenPolicy, Dataset, Example
 from mezzotint.train.latents import Latents, View
 
 
@@ -69,7 +69,7 @@ class Batches:
     """Of a dataset, by this seed; its length is that of an epoch, the same for all."""
 
     def __init__(self, dataset: Dataset, options: DataOptions, latents: Latents, seed: int) -> None:
-        """dataset: sound (`prepared`)."""
+        """dataset: sound (`prepare_dataset`)."""
         self.options, self.latents, self.seed = options, latents, seed
         self.examples = [example for example in dataset for _ in range(options.repeats)]
         numbers = [number for _ in dataset for number in range(options.repeats)]
@@ -77,7 +77,7 @@ class Batches:
         sizes = options.sizes()
         self.buckets: dict[Size, list[int]] = {}
         for place, example in enumerate(self.examples):
-            self.buckets.setdefault(nearest(example.size, sizes), []).append(place)
+            self.buckets.setdefault(nearest_bucket(example.size, sizes), []).append(place)
         self.sizes = {place: size for size, places in self.buckets.items() for place in places}
         self._places = lru_cache(maxsize=2)(self._places_of)
 
@@ -93,14 +93,14 @@ class Batches:
         return (self._batch(epoch, places) for places in self._places(epoch))
 
     def _places_of(self, epoch: int) -> list[tuple[int, ...]]:
-        return batches_of(self.buckets, self.ids, self.options.batch, self.seed, epoch)
+        return epoch_batches(self.buckets, self.ids, self.options.batch, self.seed, epoch)
 
     def _batch(self, epoch: int, places: tuple[int, ...]) -> Batch:
         latents, ids = [], tuple(self.ids[place] for place in places)
         views = [self._view(epoch, place) for place in places]
         for place, view in zip(places, views, strict=True):
             posterior = self.latents.posterior(self.examples[place], view, keep=not self.options.random_crop)
-            generator = chance.generator(self.seed, epoch, self.ids[place], "latents")
+            generator = keyed_rng.generator(self.seed, epoch, self.ids[place], "latents")
             latents.append(self.latents.sample(posterior, generator))
         numbers = [
             (*self.examples[place].size[::-1], view.top, view.left, *view.size[::-1])
@@ -111,7 +111,7 @@ class Batches:
 
     def _view(self, epoch: int, place: int) -> View:
         def drawn(what: str) -> float:
-            return chance.uniform(self.seed, epoch, self.ids[place], what)
+            return keyed_rng.uniform(self.seed, epoch, self.ids[place], what)
 
         flip = self.options.flip and drawn("flip") < 0.5
         cut = (drawn("across"), drawn("down")) if self.options.random_crop else None
@@ -119,22 +119,22 @@ class Batches:
 
     def _caption(self, epoch: int, place: int) -> str:
         key = self.seed, epoch, self.ids[place]
-        if chance.uniform(*key, "caption dropout") < self.options.caption_dropout:
+        if keyed_rng.uniform(*key, "caption dropout") < self.options.caption_dropout:
             return ""
         caption = self.examples[place].caption
         if not self.options.shuffle_tags:
             return caption
         tags = [tag.strip() for tag in caption.split(",")]
         kept, rest = tags[: self.options.keep_tags], tags[self.options.keep_tags :]
-        order = sorted(range(len(rest)), key=lambda i: chance.number(*key, "tag", i))
+        order = sorted(range(len(rest)), key=lambda i: keyed_rng.integer(*key, "tag", i))
         return ", ".join([*kept, *(rest[i] for i in order)])
 
 
-def prepared(
+def prepare_dataset(
     dataset: Dataset,
     options: DataOptions,
     latents: Latents,
-    broken: Broken = "stop",
+    broken: BrokenPolicy = "stop",
     seen: Callable[[int], None] = lambda count: None,
 ) -> Dataset:
     """The dataset without what does not decode: every picture is opened once, and encoded if it is cut the same way
@@ -152,7 +152,7 @@ def prepared(
                 example.open()
             else:
                 for flip in (False, True) if options.flip else (False,):
-                    latents.posterior(example, View.of(example.size, nearest(example.size, sizes), flip))
+                    latents.posterior(example, View.of(example.size, nearest_bucket(example.size, sizes), flip))
         except RequestError as error:
             if broken == "stop":
                 raise

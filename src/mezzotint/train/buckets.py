@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mezzotint.errors import RequestError
-from mezzotint.train import chance
+from mezzotint.train import keyed_rng
 
 Size = tuple[int, int]
 
@@ -31,7 +31,7 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     return sorted(found)
 
 
-def nearest(size: Size, sizes: Sequence[Size]) -> Size:
+def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
     """The bucket of the most similar shape, by the ratio of the two; of equal ones the largest."""
 
     def apart(bucket: Size) -> tuple[float, int]:
@@ -40,7 +40,7 @@ def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=apart)
 
 
-def batches_of(
+def epoch_batches(
     buckets: Mapping[Size, Sequence[int]], ids: Sequence[str], batch_size: int, seed: int, epoch: int
 ) -> list[tuple[int, ...]]:
     """An epoch: batches of places in `ids`, each place once and no batch of two buckets.
@@ -50,6 +50,6 @@ def batches_of(
     """
     batches = []
     for members in buckets.values():
-        order = sorted(members, key=lambda place: chance.number(seed, epoch, ids[place], "order"))
+        order = sorted(members, key=lambda place: keyed_rng.integer(seed, epoch, ids[place], "order"))
         batches += [tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
-    return sorted(batches, key=lambda batch: chance.number(seed, epoch, ids[batch[0]], "batch"))
+    return sorted(batches, key=lambda batch: keyed_rng.integer(seed, epoch, ids[batch[0]], "batch"))

@@ -2,7 +2,7 @@
 
     fitted(recipe, sizes, device)   ->  TrainingPlan, or BudgetError with the least that would do
 
-What a step holds between its two passes is walked through, not guessed: the learner is built on the meta device, where
+What a step holds between its two passes is walked through, not guessed: the model is built on the meta device, where
 tensors have shapes and no memory, takes one step there, and every tensor is counted from the operation that makes it
 until nothing names it any more. To that come, by their numbers, the weights, the gradients, the optimiser's moments and
 the averages; and what the process takes before (memory/footprint.py has those terms).
@@ -41,8 +41,8 @@ from mezzotint.placement import Placement, bytes_of, size
 from mezzotint.request import Request
 from mezzotint.train.buckets import Size
 from mezzotint.train.latents import Texts
-from mezzotint.train.learner import ENCODERS, Learner
 from mezzotint.train.recipe import Recipe
+from mezzotint.train.trainable import ENCODERS, TrainableModel
 from mezzotint.weights.checkpoint import Parts
 
 MOMENTS = {"adamw": 8, "adafactor": 0, "adamw8bit": 2}  # bytes of each number that learns; adafactor's are a row's
@@ -177,10 +177,10 @@ class _Run:
         if recipe.tensorboard and importlib.util.find_spec("tensorboard"):
             importlib.import_module("torch.utils.tensorboard")  # what the run will import is to be there, and measured
         self.walk = lru_cache(maxsize=None)(self._walk)
-        self.learner = lru_cache(maxsize=None)(self._learner)
-        learner = self.learner(False)
-        trained = learner.trained()
-        self.change = learner.change
+        self.trainable = lru_cache(maxsize=None)(self._build_trainable)
+        trainable = self.trainable(False)
+        trained = trainable.trainable_parameters()
+        self.change = trainable.change
         self.numbers = sum(p.numel() for p in trained.values())
         self.largest = max(p.numel() for p in trained.values())
         self.texts_learn = self.change == "word" or any(name.startswith(ENCODERS) for name in trained)
@@ -294,7 +294,7 @@ class _Run:
 
     # ---- a step without memory ---------------------------------------------------------------------------------------
 
-    def _learner(self, held: bool) -> Learner:
+    def _build_trainable(self, held: bool) -> TrainableModel:
         """It, on the meta device."""
         found = self.model.found
         networks: dict[str, Any] = {part.name: part.network().to(self.model.dtype) for part in found.parts}
@@ -309,44 +309,44 @@ class _Run:
             dict(found.scheduler_config), found.model_index, found.settings, found.path, found.files,
         )  # fmt: skip
         with torch.device("meta"):
-            learner = Learner(parts, self.recipe).to(self.model.dtype)  # in bfloat16 autocast makes it so
+            trainable = TrainableModel(parts, self.recipe).to(self.model.dtype)  # in bfloat16 autocast makes it so
         context = sum(encoder.config.hidden_size for encoder in encoders)
         window, pooled = encoders[0].config.max_position_embeddings, encoders[-1].config.projection_dim
-        learner.texts = cast(
+        trainable.texts = cast(
             Texts,
             lambda captions, keep: Condition(
                 torch.empty(len(captions), window, context), torch.empty(len(captions), pooled)
             ),
         )
-        return learner
+        return trainable
 
     def _walk(self, again: bool, at_once: int, held: bool) -> int:
         """Bytes of the tensors of a step at most, the gradients among them: of the largest bucket."""
-        learner = self.learner(held)
+        trainable = self.trainable(held)
         width, height = max(self.buckets, key=lambda one: one[0] * one[1])
         scale = self.model.vae.downscale
         shape = at_once, self.model.vae.latent_channels, height // scale, width // scale
-        networks = [learner.unet, *learner.text_encoders.values()] if again else []
+        networks = [trainable.unet, *trainable.text_encoders.values()] if again else []
         twice = self.recipe.accumulate * self.recipe.batch > at_once
         with torch.device("meta"), torch.random.fork_rng(devices=[]), backend(_Fused()):
-            learner.zero_grad(set_to_none=True)
-            with _Counting(learner) as counting:
+            trainable.zero_grad(set_to_none=True)
+            with _Counting(trainable) as counting:
                 for _ in range(1 + twice):
-                    self._step(learner, shape, networks)
-            learner.zero_grad(set_to_none=True)
+                    self._step(trainable, shape, networks)
+            trainable.zero_grad(set_to_none=True)
         # in sixteen bits the gradients are float32's all the same, and autocast has its copies of what learns
         most: int = counting.most + (4 * self.numbers if self.itemsize == 2 else 0)
         return most
 
-    def _step(self, learner: Learner, shape: tuple[int, ...], again: list[nn.Module]) -> None:
+    def _step(self, trainable: TrainableModel, shape: tuple[int, ...], again: list[nn.Module]) -> None:
         caption = f"a {self.recipe.token}" if self.change == "word" else ""
         with ExitStack() as stack:
             for network in again:
                 stack.enter_context(checkpointing(network))
             total = torch.zeros(())
             for _ in range(2 if self.recipe.class_prompt and self.recipe.method == "dreambooth" else 1):
-                chances = torch.zeros(shape[0], dtype=torch.long), torch.zeros(shape)
-                losses = learner.losses(torch.zeros(shape), [caption] * shape[0], torch.zeros(shape[0], 6), *chances)
+                draws = torch.zeros(shape[0], dtype=torch.long), torch.zeros(shape)
+                losses = trainable.losses(torch.zeros(shape), [caption] * shape[0], torch.zeros(shape[0], 6), *draws)
                 total = total + losses.mean()
             torch.autograd.backward(total)
 
@@ -372,10 +372,10 @@ class _Fused(Backend):
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that are made inside, while they are there."""
 
-    def __init__(self, learner: nn.Module) -> None:
+    def __init__(self, trainable: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
-        self._sizes = {t.untyped_storage()._cdata: 0 for t in (*learner.parameters(), *learner.buffers())}
+        self._sizes = {t.untyped_storage()._cdata: 0 for t in (*trainable.parameters(), *trainable.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

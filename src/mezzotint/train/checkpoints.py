@@ -1,8 +1,8 @@
-"""Checkpoints of a run: folders checkpoint-00000250, each whole or not there.
+"""Checkpoints of a training run: folders named checkpoint-00000250, each complete or absent.
 
-One is written into a new folder, synced to the disk, and then named; only after that older ones go, so that a kill at
-any moment leaves at least one that is whole. `checkpoint.json` holds the state's hash: what a disk or a half-done copy
-has damaged is passed over, and the newest whole one is found.
+A checkpoint is written to a temporary folder, synced to the disk and then renamed; only afterwards are older ones
+deleted, so a kill at any moment leaves at least one complete checkpoint. `checkpoint.json` holds the state's SHA-256: a
+checkpoint damaged by a failing disk or an incomplete copy is skipped in favour of the newest intact one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ STATE, RECORD = "state.pt", "checkpoint.json"
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write the state (tensors, numbers, texts, and lists and dicts of these) at this step; the last `keep` stay.
+    """Write a checkpoint and delete all but the newest `keep`.
 
-    Raises WriteError where the disk is full or refuses; then the older ones are all there.
+    Args:
+        folder: the run's folder.
+        step: number of steps done.
+        state: tensors, numbers and strings, in nested lists and dicts.
+        keep: number of checkpoints to keep, this one included.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        WriteError: if the checkpoint cannot be written; the older ones are then all still there.
     """
     new, target = folder / f".checkpoint-{step:08}.new", folder / f"checkpoint-{step:08}"
     try:
@@ -45,40 +55,44 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
             record.flush()
             os.fsync(record.fileno())
         _sync(new)
-        shutil.rmtree(target, ignore_errors=True)  # of this step, from before: damaged, or it would have been resumed
+        shutil.rmtree(target, ignore_errors=True)  # an existing one of this step is damaged: it was not resumed from
         new.rename(target)
         _sync(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         shutil.rmtree(new, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:200]
         raise WriteError(f"the checkpoint of step {step} cannot be written in {folder}: {reason}") from error
-    for old in found(folder)[keep:]:
+    for old in list_all(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def found(folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or damaged, the newest first."""
+def list_all(folder: Path) -> list[Path]:
+    """Return a run's checkpoints, intact or damaged, newest first."""
     return sorted((path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)), reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest that is whole, and its state on the CPU; None where a run is to begin.
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Load the newest intact checkpoint.
 
-    Raises CheckpointError where there are some and all are damaged: to begin anew would overwrite them.
+    Returns:
+        Its folder and its state on the CPU; None if there are no checkpoints.
+
+    Raises:
+        CheckpointError: if there are checkpoints and all are damaged: a new run would overwrite them.
     """
-    paths = found(folder)
+    paths = list_all(folder)
     for path in paths:
         state = _read(path)
         if state is not None:
             return path, state
     if paths:
-        raise CheckpointError(f"{folder} has {len(paths)} checkpoints and none is whole; delete them to begin anew")
+        raise CheckpointError(f"all {len(paths)} checkpoints in {folder} are damaged; delete them to start again")
     return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The state, or None where the folder is not what `save` left."""
+    """Return the state, or None if the folder is damaged."""
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         with (path / STATE).open("rb") as file:
@@ -92,7 +106,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _sync(folder: Path) -> None:
-    """A folder's names, where the system can."""
+    """Sync a folder's entries to the disk, where the system supports it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -29,7 +29,7 @@ from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.images import init_image
 from mezzotint.request import MAX_PROMPT
 
-Broken = Literal["stop", "skip"]
+BrokenPolicy = Literal["stop", "skip"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 TEXTS = ("text", "caption", "prompt")  # what a column or field with the caption may be called
 METADATA = "metadata.jsonl"
@@ -82,7 +82,7 @@ class Dataset(Sequence[Example]):
 Found = Example | str  # or what is wrong with it
 
 
-def open_data(path: str | os.PathLike[str], broken: Broken = "stop", caption: str | None = None) -> Dataset:
+def open_data(path: str | os.PathLike[str], broken: BrokenPolicy = "stop", caption: str | None = None) -> Dataset:
     """The pictures of a folder or file, in any of the four layouts. Every picture's file is read once, none decoded.
 
     broken: whether what cannot be used (a file that is no picture, a picture without a caption, a caption without a

@@ -1,6 +1,6 @@
 """One loop for LoRA, full fine-tuning, DreamBooth and textual inversion, on accelerate: one CPU, one GPU or several.
 
-    learner = finetune(Learner(parts, recipe), batches, folder)
+    model = finetune(TrainableModel(parts, recipe), batches, folder)
 
 A step is a function of the recipe, the pictures and the step's number: process p of P takes the micro-batches
 (step * accumulate + k) * P + p of the unending run. So a run that was killed goes on from its newest checkpoint bit for
@@ -24,9 +24,9 @@ from torch import Tensor
 from mezzotint.errors import CheckpointError, MissingExtraError, TrainingError, WriteError
 from mezzotint.images.io import write_whole
 from mezzotint.models.checkpointing import checkpointing
-from mezzotint.train import chance, checkpoints, sharding
-from mezzotint.train.learner import Batch, Learner, holding
+from mezzotint.train import checkpoints, keyed_rng, sharding
 from mezzotint.train.recipe import Recipe
+from mezzotint.train.trainable import Batch, TrainableModel, swap_weights
 
 LOG, RECIPE = "log.jsonl", "recipe.toml"
 LEVELS = 4  # timesteps at which the validation loss is taken
@@ -60,11 +60,11 @@ class Report:
 
 
 OnStep = Callable[[Report], None]
-OnSample = Callable[[Learner, int], None]
+OnSample = Callable[[TrainableModel, int], None]
 
 
 def finetune(
-    learner: Learner,
+    model: TrainableModel,
     batches: Batches,
     folder: Path,
     *,
@@ -74,39 +74,39 @@ def finetune(
     on_sample: OnSample | None = None,
     accelerator: Any = None,
     at_once: int | None = None,
-) -> Learner:
-    """Train by the learner's recipe; it comes back holding what was learnt, the averages where the recipe has `ema`.
+) -> TrainableModel:
+    """Train by the model's recipe; it comes back holding what was learnt, the averages where the recipe has `ema`.
 
     folder: the run's own, with its checkpoints, from the newest of which it goes on, recipe.toml and log.jsonl. prior:
     what must not be forgotten. held: for the validation loss. on_step is called after each step; what it raises ends
-    the run, after a checkpoint if it is KeyboardInterrupt. on_sample(learner, step) draws. accelerator: accelerate's,
+    the run, after a checkpoint if it is KeyboardInterrupt. on_sample(model, step) draws. accelerator: accelerate's,
     else one for this process. at_once: pictures that go through the network together; a larger batch is cut into
     pieces, whose gradients add up to its own. Raises TrainingError for a loss that is no number, CheckpointError,
     WriteError.
     """
-    recipe = learner.recipe
-    accelerator = accelerator or accelerated("cpu")
-    learner.to(accelerator.device)
-    split = sharding.asked()
+    recipe = model.recipe
+    accelerator = accelerator or make_accelerator("cpu")
+    model.to(accelerator.device)
+    split = sharding.is_requested()
     if split:
-        sharding.shard(learner, accelerator.device)
-    parameters = learner.trained()
-    optimiser = optimiser_of(learner)
+        sharding.shard(model, accelerator.device)
+    parameters = model.trainable_parameters()
+    optimiser = make_optimiser(model)
     averages = {name: p.detach().clone() for name, p in parameters.items()} if recipe.ema else {}
     together = recipe.accumulate * accelerator.num_processes
-    start = _resume(folder, learner, optimiser, averages, together)
+    start = _resume(folder, model, optimiser, averages, together)
     if accelerator.is_main_process:
         _begin(folder, recipe, start)
-    model: Any = learner
+    wrapped: Any = model
     if not split:
-        model, optimiser = accelerator.prepare(learner, optimiser)
-    rates = [group["lr"] for group in _groups(learner)]
+        wrapped, optimiser = accelerator.prepare(model, optimiser)
+    rates = [group["lr"] for group in _groups(model)]
 
     def save(step: int) -> None:
         state = {
-            "trained": {name: sharding.whole(p.detach()).cpu() for name, p in parameters.items()},
-            "averages": {name: sharding.whole(average).cpu() for name, average in averages.items()},
-            "optimiser": sharding.whole(optimiser.state_dict()),
+            "trained": {name: sharding.full_tensors(p.detach()).cpu() for name, p in parameters.items()},
+            "averages": {name: sharding.full_tensors(average).cpu() for name, average in averages.items()},
+            "optimiser": sharding.full_tensors(optimiser.state_dict()),
             "recipe": recipe.model_dump_json(),
             "together": together,
             "step": step,
@@ -115,7 +115,7 @@ def finetune(
             checkpoints.save(folder, step, state, recipe.keep)
         accelerator.wait_for_everyone()
 
-    with _prepared(learner, accelerator.device):
+    with _prepared(model, accelerator.device):
         clock, pictures = time.monotonic(), 0
         for step in range(start, recipe.steps):
             optimiser.zero_grad(set_to_none=True)
@@ -124,20 +124,20 @@ def finetune(
                 number = (step * recipe.accumulate + k) * accelerator.num_processes + accelerator.process_index
                 batch = batches.at(number)
                 ids.append(tuple(batch.ids))
-                torch.manual_seed(chance.number(recipe.seed, number, "dropout"))
+                torch.manual_seed(keyed_rng.integer(recipe.seed, number, "dropout"))
                 cut = list(pieces(batch, None if prior is None else prior.at(number), at_once))
                 for place, piece in enumerate(cut, 1):
                     last = k + 1 == recipe.accumulate and place == len(cut)
-                    with nullcontext() if last else sharding.apart(learner) if split else accelerator.no_sync(model):
+                    with nullcontext() if last else sharding.no_sync(model) if split else accelerator.no_sync(wrapped):
                         with _cast(recipe, accelerator.device):
-                            part = model(*piece) / recipe.accumulate
+                            part = wrapped(*piece) / recipe.accumulate
                         accelerator.backward(part)
                     loss += part.detach().float()
             norm = accelerator.clip_grad_norm_(list(parameters.values()), recipe.clip or math.inf)
-            mean_loss, norm = float(accelerator.reduce(loss, "mean")), float(sharding.whole(norm))
+            mean_loss, norm = float(accelerator.reduce(loss, "mean")), float(sharding.full_tensors(norm))
             if not (math.isfinite(mean_loss) and math.isfinite(norm)):
                 raise TrainingError(_no_number(folder, step, mean_loss, loss, ids, accelerator))
-            scale = scale_at(recipe, step)
+            scale = lr_scale(recipe, step)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
             optimiser.step()
@@ -150,12 +150,12 @@ def finetune(
                 save(done)
             validation = None
             if held is not None and recipe.validate_every and done % recipe.validate_every == 0:
-                with holding(learner, averages):
-                    validation = validation_loss(learner, held)
+                with swap_weights(model, averages):
+                    validation = validation_loss(model, held)
             if on_sample and recipe.sample_every and done % recipe.sample_every == 0:
-                with holding(learner, averages), sharding.gathered(learner):
+                with swap_weights(model, averages), sharding.gather_parameters(model):
                     if accelerator.is_main_process:
-                        on_sample(learner, done)
+                        on_sample(model, done)
                 accelerator.wait_for_everyone()
             pictures += sum(map(len, ids)) * accelerator.num_processes
             rate = pictures / max(time.monotonic() - clock, 1e-9)
@@ -173,15 +173,15 @@ def finetune(
     with torch.no_grad():
         for name, average in averages.items():
             parameters[name].copy_(average)
-    sharding.make_whole(learner)
-    return learner
+    sharding.unshard(model)
+    return model
 
 
 def pieces(
     batch: Batch, prior: Batch | None, at_once: int | None
 ) -> Iterator[tuple[Batch | None, Batch | None, tuple[float, float]]]:
     """A batch, and what must not be forgotten, cut into pieces of at most so many pictures, with each piece's shares of
-    the two: what Learner.forward makes of them adds up to what it makes of the whole."""
+    the two: what TrainableModel.forward makes of them adds up to what it makes of the whole."""
     wholes = (batch, prior)
     count = max(-(-len(one.ids) // (at_once or len(one.ids))) for one in wholes if one is not None)
     for k in range(count):
@@ -203,7 +203,7 @@ def _piece(batch: Any, part: slice) -> Batch:
     return made
 
 
-def accelerated(device: str | torch.device | None = None, find_unused: bool = False) -> Any:
+def make_accelerator(device: str | torch.device | None = None, find_unused: bool = False) -> Any:
     """accelerate's Accelerator, on the CPU where that is asked for or there is nothing else: not told so, it would take
     each of several processes for the only one. Raises MissingExtraError."""
     try:
@@ -215,9 +215,9 @@ def accelerated(device: str | torch.device | None = None, find_unused: bool = Fa
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
-def optimiser_of(learner: Learner) -> torch.optim.Optimizer:
+def make_optimiser(model: TrainableModel) -> torch.optim.Optimizer:
     """The recipe's optimiser over what learns. Raises MissingExtraError for one that is not installed."""
-    recipe, groups = learner.recipe, _groups(learner)
+    recipe, groups = model.recipe, _groups(model)
     if recipe.optimiser == "adafactor":
         return torch.optim.Adafactor(groups, weight_decay=recipe.weight_decay)
     if recipe.optimiser == "adamw8bit":
@@ -232,7 +232,7 @@ def optimiser_of(learner: Learner) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
 
 
-def scale_at(recipe: Recipe, step: int) -> float:
+def lr_scale(recipe: Recipe, step: int) -> float:
     """The fraction of the learning rate at a step: a straight rise over `warmup`, then the schedule's."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
@@ -241,23 +241,23 @@ def scale_at(recipe: Recipe, step: int) -> float:
 
 
 @torch.no_grad()
-def validation_loss(learner: Learner, held: Batches) -> float:
+def validation_loss(model: TrainableModel, held: Batches) -> float:
     """The mean loss of pictures held out, each at the same few timesteps and noise whenever it is asked for."""
     total, count = 0.0, 0
     for k in range(len(held)):
         batch = held.at(k)
         for level in range(LEVELS):
-            at = (2 * level + 1) * learner.schedule.num_train_timesteps // (2 * LEVELS)
-            _, noise = learner.chances(batch, at=f"validation {level}")
+            at = (2 * level + 1) * model.schedule.num_train_timesteps // (2 * LEVELS)
+            _, noise = model.draw_noise(batch, at=f"validation {level}")
             timesteps = torch.full((len(batch.ids),), at)
-            losses = learner.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
+            losses = model.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
             total, count = total + float(losses.sum()), count + len(losses)
     return total / count
 
 
-def _groups(learner: Learner) -> list[dict[str, Any]]:
+def _groups(model: TrainableModel) -> list[dict[str, Any]]:
     """The UNet's parameters (and words) and the text encoders', each with its rate."""
-    recipe, trained = learner.recipe, learner.trained()
+    recipe, trained = model.recipe, model.trainable_parameters()
     text = [p for name, p in trained.items() if name.startswith("text_encoder")]
     rest = [p for name, p in trained.items() if not name.startswith("text_encoder")]
     groups = [{"params": rest, "lr": recipe.lr}, {"params": text, "lr": recipe.text_lr or recipe.lr}]
@@ -265,15 +265,15 @@ def _groups(learner: Learner) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _prepared(learner: Learner, device: torch.device) -> Iterator[None]:
+def _prepared(model: TrainableModel, device: torch.device) -> Iterator[None]:
     """Gradient checkpointing where the recipe asks for it; the caller's random numbers stay his."""
     devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        if learner.recipe.checkpointing:
-            stack.enter_context(checkpointing(learner.unet))
-            for name, encoder in learner.text_encoders.items():
-                if learner.vectors or any(key.startswith(f"{name}.") for key in learner.trained()):
+        if model.recipe.checkpointing:
+            stack.enter_context(checkpointing(model.unet))
+            for name, encoder in model.text_encoders.items():
+                if model.vectors or any(key.startswith(f"{name}.") for key in model.trainable_parameters()):
                     stack.enter_context(checkpointing(encoder))
         yield
 
@@ -283,16 +283,16 @@ def _cast(recipe: Recipe, device: torch.device) -> Any:
 
 
 def _resume(
-    folder: Path, learner: Learner, optimiser: torch.optim.Optimizer, averages: dict[str, Tensor], together: int
+    folder: Path, model: TrainableModel, optimiser: torch.optim.Optimizer, averages: dict[str, Tensor], together: int
 ) -> int:
     """Put the newest checkpoint's state in place; the steps that are done. Raises CheckpointError."""
-    found = checkpoints.newest(folder)
+    found = checkpoints.load_newest(folder)
     if found is None:
         return 0
     path, state = found
     try:
         before = Recipe.model_validate_json(state["recipe"])
-        if differences := before.differences(learner.recipe):
+        if differences := before.differences(model.recipe):
             raise CheckpointError(
                 f"{path} is of another run ({'; '.join(differences[:5])}); the same recipe goes on from it, and "
                 "another one needs another folder"
@@ -301,13 +301,13 @@ def _resume(
             raise CheckpointError(
                 f"{path} was made with {state['together']} batches a step (accumulate times processes), not {together}"
             )
-        parameters = learner.trained()
+        parameters = model.trainable_parameters()
         with torch.no_grad():
             for values, targets in ((state["trained"], parameters), (state["averages"], averages)):
                 if values.keys() != targets.keys():
                     raise KeyError("names")
                 for name, value in values.items():
-                    targets[name].copy_(sharding.like(value, targets[name]))
+                    targets[name].copy_(sharding.shard_like(value, targets[name]))
         optimiser.load_state_dict(_split(state["optimiser"], optimiser))
         return int(state["step"])
     except (KeyError, ValueError, RuntimeError) as error:
@@ -320,7 +320,7 @@ def _split(state: dict[str, Any], optimiser: torch.optim.Optimizer) -> dict[str,
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     moments = {
         number: {
-            name: sharding.like(value, parameters[number])
+            name: sharding.shard_like(value, parameters[number])
             if isinstance(value, Tensor) and value.shape == parameters[number].shape
             else value
             for name, value in values.items()
@@ -365,7 +365,7 @@ def _no_number(folder: Path, step: int, mean: float, loss: Tensor, ids: list[tup
     own = [", ".join(name for batch in ids for name in batch)]
     bad = own if math.isfinite(mean) or not math.isfinite(float(loss)) else []
     names = gather_object(bad) if accelerator.num_processes > 1 else bad
-    paths = checkpoints.found(folder)
+    paths = checkpoints.list_all(folder)
     kept = f"the last good checkpoint is {paths[0]}" if paths else "there is no checkpoint yet"
     what = "the gradient" if math.isfinite(mean) else "the loss"
     return (

@@ -1,6 +1,4 @@
-"""A training run from its recipe: model and pictures are opened, what DreamBooth must not forget is drawn, the learner
-trained, and what it has learnt written into the run's folder.
-"""
+"""Run a training recipe: open the model and the data, draw DreamBooth's class pictures, train, write the results."""
 
 from __future__ import annotations
 
@@ -23,15 +21,15 @@ from mezzotint.pipeline import Pipeline
 from mezzotint.placement import Placement
 from mezzotint.request import Request
 from mezzotint.train import checkpoints
-from mezzotint.train.batches import Batches, DataOptions, prepared
-from mezzotint.train.buckets import nearest
+from mezzotint.train.batches import Batches, DataOptions, prepare_dataset
+from mezzotint.train.buckets import nearest_bucket
 from mezzotint.train.budget import TrainingPlan, aside, fitted
 from mezzotint.train.data import Dataset, open_data
-from mezzotint.train.finetune import OnStep, Report, accelerated, finetune
+from mezzotint.train.finetune import OnStep, Report, finetune, make_accelerator
 from mezzotint.train.latents import Latents, Texts
-from mezzotint.train.learner import Learner
 from mezzotint.train.recipe import Recipe
-from mezzotint.train.saving import check_saves, drawing, save_learnt, save_word
+from mezzotint.train.saving import check_saving, inference_parts, save_embedding, save_results
+from mezzotint.train.trainable import TrainableModel
 from mezzotint.weights.checkpoint import open_model
 from mezzotint.weights.hub import BUNDLED
 
@@ -52,7 +50,7 @@ def run(
     CheckpointError, MissingExtraError, WriteError, TrainingError.
     """
     word = recipe.method == "textual-inversion"
-    accelerator = accelerated(device, find_unused=recipe.text_encoder or word)
+    accelerator = make_accelerator(device, find_unused=recipe.text_encoder or word)
     tell: Say = say if accelerator.is_main_process else lambda line: None
     cache = Path(recipe.cache) if recipe.cache else folder / "cache"
     caption = recipe.prompt or (f"a picture of {recipe.token}" if word else None)
@@ -77,7 +75,7 @@ def run(
         placement={**placements, "unet": Placement(weights="offload")} if late else placements,
     )
     tell(recipe.toml())
-    for line in check_saves(recipe, parts) if _whole(recipe) else ():
+    for line in check_saving(recipe, parts) if _whole(recipe) else ():
         tell(line)
     parts.vae.eval().requires_grad_(False)
     latents = Latents(parts.vae, cache, plan.measures.vae if plan else "whole")
@@ -86,7 +84,7 @@ def run(
         options = DataOptions(**{field.name: getattr(recipe, field.name) for field in fields(DataOptions)})
         options = replace(options, **changes)
         with accelerator.main_process_first(), turn(parts.vae.encoder):
-            sound = prepared(pictures, options, latents, recipe.broken)
+            sound = prepare_dataset(pictures, options, latents, recipe.broken)
         for line in sound.skipped:
             tell(f"Passed over: {line}")
         return Batches(sound, options, latents, recipe.seed)
@@ -106,9 +104,9 @@ def run(
                 texts([caption])
     if late:
         parts = replace(parts, unet=_unet(model, placements.get("unet", Placement())))
-    learner = Learner(parts, recipe)
-    learner.texts = texts
-    learns, whole = learner.counts()
+    trainable = TrainableModel(parts, recipe)
+    trainable.texts = texts
+    learns, whole = trainable.count_parameters()
     fewer = f", {whole / learns:,.0f} times fewer" if whole > 2 * learns else ""
     tell(f"{learns:,} parameters learn; the model's own are {whole:,}{fewer}. {len(own.ids):,} pictures an epoch, "
          f"{len(own):,} batches")  # fmt: skip
@@ -122,7 +120,7 @@ def run(
             on_step(report)
 
     finetune(
-        learner,
+        trainable,
         own,
         folder,
         prior=prior,
@@ -134,17 +132,17 @@ def run(
     )
     if board:
         board.close()
-    made = save_learnt(learner, folder, recipe.steps) if accelerator.is_main_process else []
+    made = save_results(trainable, folder, recipe.steps) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
     return made
 
 
-def draw_samples(learner: Learner, folder: Path, step: int) -> None:
-    """The recipe's sample prompts, drawn by the learner as it is: folder/step-00000100-0.png and so on."""
-    recipe, embeddings = learner.recipe, None
-    if learner.change == "word":
-        embeddings = (str(save_word(learner, folder / f"{recipe.token.strip('<>')}.safetensors")),)
-    pipe = Pipeline(drawing(learner))
+def draw_samples(model: TrainableModel, folder: Path, step: int) -> None:
+    """The recipe's sample prompts, drawn by the model as it is: folder/step-00000100-0.png and so on."""
+    recipe, embeddings = model.recipe, None
+    if model.change == "word":
+        embeddings = (str(save_embedding(model, folder / f"{recipe.token.strip('<>')}.safetensors")),)
+    pipe = Pipeline(inference_parts(model))
     for number, text in enumerate(recipe.sample_prompts):
         request = Request(prompt=text, seed=recipe.sample_seed + number, embeddings=embeddings)
         image = pipe.generate(request).images[0]
@@ -166,9 +164,9 @@ def _planned(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None], t
     buckets = DataOptions(
         resolution=recipe.resolution or 0, buckets=recipe.buckets, bucket_step=recipe.bucket_step
     ).sizes()
-    used = {nearest(size, buckets) for size in sizes}
+    used = {nearest_bucket(size, buckets) for size in sizes}
     if recipe.class_prompt:
-        used.add(nearest((1, 1), buckets))
+        used.add(nearest_bucket((1, 1), buckets))
     made = fitted(recipe, model, sizes, sorted(used))
     tell(made.table())
     made.keep()
@@ -192,7 +190,7 @@ def _board(folder: Path, recipe: Recipe) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    found = checkpoints.found(folder)
+    found = checkpoints.list_all(folder)
     begun = int(found[0].name.rpartition("-")[2]) if found else 0
     return SummaryWriter(str(folder / "tensorboard"), purge_step=begun + 1)
 

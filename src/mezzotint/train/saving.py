@@ -1,5 +1,5 @@
 """What training has made, as files: a LoRA as peft and diffusers write it and as kohya does, a whole model as a folder,
-or a file of the original layout, a learnt word as learned_embeds.safetensors. And the learner as a model that draws.
+or a file of the original layout, a learnt word as learned_embeds.safetensors. And the model as a model that draws.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mezzotint.errors import CheckpointError, RequestError, WriteError
 from mezzotint.images.io import write_whole
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
-from mezzotint.train.learner import ENCODERS, TEXT_TARGETS, Learner, pairs, plain
 from mezzotint.train.recipe import Recipe
+from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, pairs, plain
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.keys import Levels, renamed, unet_table
 from mezzotint.weights.save import save_folder
@@ -30,29 +30,29 @@ PEFT, KOHYA, WORD, MODEL = "pytorch_lora_weights.safetensors", "kohya.safetensor
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's ss_base_model_version
 
 
-def save_learnt(learner: Learner, folder: Path, step: int, dtype: torch.dtype = torch.float16) -> list[Path]:
+def save_results(model: TrainableModel, folder: Path, step: int, dtype: torch.dtype = torch.float16) -> list[Path]:
     """Everything that a run has to show, in its folder; the paths. Raises WriteError."""
-    if learner.change == "lora":
-        return [save_peft(learner, folder / PEFT, dtype), save_kohya(learner, folder / KOHYA, step, dtype)]
-    if learner.change == "word":
-        return [save_word(learner, folder / WORD.format(learner.recipe.token.strip("<>")))]
-    return save_model(learner, folder / MODEL, dtype)
+    if model.change == "lora":
+        return [save_peft(model, folder / PEFT, dtype), save_kohya(model, folder / KOHYA, step, dtype)]
+    if model.change == "word":
+        return [save_embedding(model, folder / WORD.format(model.recipe.token.strip("<>")))]
+    return save_model(model, folder / MODEL, dtype)
 
 
-def save_peft(learner: Learner, path: Path, dtype: torch.dtype = torch.float16) -> Path:
+def save_peft(model: TrainableModel, path: Path, dtype: torch.dtype = torch.float16) -> Path:
     """The LoRA as `pipe.load_lora_weights` of diffusers reads it, its rank and alpha in the header. Raises WriteError.
 
     unet.<layer>.lora_A.weight (rank, inputs, ...), .lora_B.weight (outputs, rank, ...); text_encoder.<layer>...
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
-    for name, network in learner.networks.items():
+    for name, network in model.networks.items():
         changes = pairs(network)
         for layer, (down, up) in changes.items():
             tensors[f"{name}.{layer}.lora_A.weight"] = _placed(down, dtype)
             tensors[f"{name}.{layer}.lora_B.weight"] = _placed(up, dtype)
         if changes:
-            fields = {"peft_type": "LORA", "r": learner.recipe.rank, "lora_alpha": _alpha(learner.recipe)}
+            fields = {"peft_type": "LORA", "r": model.recipe.rank, "lora_alpha": _alpha(model.recipe)}
             configs |= {f"{name}.{key}": value for key, value in fields.items()}
             # ends of names: transformers 5 and older ones do not agree on how a text encoder's begin
             configs[f"{name}.target_modules"] = sorted(TEXT_TARGETS if name in ENCODERS else changes)
@@ -60,18 +60,18 @@ def save_peft(learner: Learner, path: Path, dtype: torch.dtype = torch.float16) 
     return _written(path, tensors, metadata)
 
 
-def save_kohya(learner: Learner, path: Path, step: int, dtype: torch.dtype = torch.float16) -> Path:
+def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype = torch.float16) -> Path:
     """The LoRA as kohya's sd-scripts write it, with the facts of its training as ss_* strings. Raises WriteError.
 
     lora_unet_<layer, its dots underscores>.lora_down.weight, .lora_up.weight, .alpha; lora_te_... of the text encoder,
     lora_te1_ and lora_te2_ where there are two. As kohya's, SDXL's UNet has the original names (input_blocks_4_1_...).
     """
-    recipe, family = learner.recipe, learner.parts.family
-    original = _original(learner.unet) if family == "sdxl" else {}
-    alone = len(learner.text_encoders) == 1
+    recipe, family = model.recipe, model.parts.family
+    original = _original(model.unet) if family == "sdxl" else {}
+    alone = len(model.text_encoders) == 1
     prefixes = {"unet": "unet", "text_encoder": "te" if alone else "te1", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
-    for name, network in learner.networks.items():
+    for name, network in model.networks.items():
         for layer, (down, up) in pairs(network).items():
             spelled = original.get(layer, layer) if name == "unet" else layer
             key = f"lora_{prefixes[name]}_{spelled.replace('.', '_')}"
@@ -84,7 +84,7 @@ def save_kohya(learner: Learner, path: Path, step: int, dtype: torch.dtype = tor
         "ss_network_alpha": _alpha(recipe),
         "ss_base_model_version": BASES[family],
         "ss_v2": family == "sd2",
-        "ss_sd_model_name": learner.parts.source.name,
+        "ss_sd_model_name": model.parts.source.name,
         "ss_learning_rate": recipe.lr,
         "ss_unet_lr": recipe.lr,
         "ss_text_encoder_lr": (recipe.text_lr or recipe.lr) if recipe.text_encoder else None,
@@ -112,22 +112,22 @@ def save_kohya(learner: Learner, path: Path, step: int, dtype: torch.dtype = tor
     return _written(path, tensors, {"format": "pt"} | {key: str(value) for key, value in facts.items()})
 
 
-def save_word(learner: Learner, path: Path) -> Path:
+def save_embedding(model: TrainableModel, path: Path) -> Path:
     """The learnt vectors, float32: one key, the token, as diffusers does; clip_l and clip_g where there are two."""
-    keys = [learner.recipe.token] if len(learner.vectors) == 1 else ["clip_l", "clip_g"]
-    tensors = {key: _placed(vectors, torch.float32) for key, vectors in zip(keys, learner.vectors, strict=True)}
+    keys = [model.recipe.token] if len(model.vectors) == 1 else ["clip_l", "clip_g"]
+    tensors = {key: _placed(vectors, torch.float32) for key, vectors in zip(keys, model.vectors, strict=True)}
     return _written(path, tensors, {"format": "pt"})
 
 
-def save_model(learner: Learner, path: Path, dtype: torch.dtype = torch.float16) -> list[Path]:
+def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.float16) -> list[Path]:
     """The whole model as the recipe's `layout` says: a diffusers folder at `path`, a file of the original layout beside
-    it, or both. Raises WriteError, and what `check_saves` raises."""
-    check_saves(learner.recipe, learner.parts)
-    parts, layout = drawing(learner), learner.recipe.layout
+    it, or both. Raises WriteError, and what `check_saving` raises."""
+    check_saving(model.recipe, model.parts)
+    parts, layout = inference_parts(model), model.recipe.layout
     made = []
     try:
         if layout != "file":
-            _save_folder(path, parts, _carried(learner.recipe, learner.parts), dtype)
+            _save_folder(path, parts, _carried(model.recipe, model.parts), dtype)
             made.append(path)
         if layout != "folder":
             made.append(path.with_suffix(".safetensors"))
@@ -137,7 +137,7 @@ def save_model(learner: Learner, path: Path, dtype: torch.dtype = torch.float16)
     return made
 
 
-def check_saves(recipe: Recipe, parts: Parts) -> list[str]:
+def check_saving(recipe: Recipe, parts: Parts) -> list[str]:
     """Sentences on what will not be saved as it was; before a run rather than after it.
 
     Raises RequestError for a model that a single file would not be read as.
@@ -193,20 +193,20 @@ def _save_folder(folder: Path, parts: Parts, few_step: Path | None, dtype: torch
             raise WriteError(f"{folder / few_step.name} cannot be written: {error.strerror}") from error
 
 
-def drawing(learner: Learner) -> Parts:
+def inference_parts(model: TrainableModel) -> Parts:
     """The model as it is now, in networks of its own, for a Pipeline."""
     with torch.device("meta"):
-        unet = UNet(learner.unet.config)
-        encoders = [CLIPTextModel(encoder.config) for encoder in learner.text_encoders.values()]
-    unet.load_state_dict(plain(learner.unet), assign=True)
-    for encoder, own in zip(encoders, learner.text_encoders.values(), strict=True):
+        unet = UNet(model.unet.config)
+        encoders = [CLIPTextModel(encoder.config) for encoder in model.text_encoders.values()]
+    unet.load_state_dict(plain(model.unet), assign=True)
+    for encoder, own in zip(encoders, model.text_encoders.values(), strict=True):
         encoder.load_state_dict(plain(own), assign=True)
     return replace(
-        learner.parts,
+        model.parts,
         unet=unet,
         text_encoders=encoders,
         few_step=None,
-        scheduler_config=_scheduled(learner.recipe, learner.parts),
+        scheduler_config=_scheduled(model.recipe, model.parts),
     )
 
 

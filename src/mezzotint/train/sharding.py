@@ -1,8 +1,8 @@
-"""FSDP (Zhao et al. 2023; torch's fully_shard): what learns, its gradients, averages and moments split over the
-processes, where `accelerate launch --use_fsdp` asks for it. The UNet is whole only while it computes.
+"""FSDP (Zhao et al. 2023; torch's fully_shard) for full fine-tuning under `accelerate launch --use_fsdp`.
 
-Of the launcher's options only that it is asked for counts. So it is the same on GPUs and, over gloo, on CPUs, where
-accelerate's own FSDP does nothing and says nothing.
+The UNet's parameters, gradients, averages and optimiser moments are split over the processes; the UNet is whole only
+while it computes. Of the launcher's FSDP options only --use_fsdp itself is read, so sharding works the same on GPUs and
+over gloo on CPUs, where accelerate's own FSDP silently does nothing.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.errors import RequestError
-from mezzotint.train.learner import Learner
+from mezzotint.train.trainable import TrainableModel
 
 
-def asked() -> bool:
-    """Whether the launcher was told to."""
+def is_requested() -> bool:
+    """Return whether the launcher was started with --use_fsdp."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def shard(learner: Learner, device: torch.device) -> None:
-    """Split the UNet, which lies on `device` whole and alike in every process.
+def shard(model: TrainableModel, device: torch.device) -> None:
+    """Shard the UNet, which must be whole and identical on `device` in every process.
 
-    Raises RequestError for what cannot be split, or what the processes would not do equally often: a text encoder runs
-    once a caption, and a budget of memory cuts batches, of which some are shorter.
+    Raises:
+        RequestError: for a recipe that FSDP does not support. A trained text encoder runs once per caption, and a
+            memory budget splits batches of unequal length: both would make processes synchronise unequally often.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    recipe = learner.recipe
-    if learner.change != "full":
-        raise RequestError("FSDP is for full, whose weights all learn; start this without --use_fsdp, with --multi_gpu")
+    recipe = model.recipe
+    if model.change != "full":
+        raise RequestError("FSDP supports only full fine-tuning; start this run with --multi_gpu instead of --use_fsdp")
     if recipe.optimiser != "adamw":
         raise RequestError(f"optimiser is {recipe.optimiser!r}; with FSDP it must be adamw")
     for name in ("text_encoder", "memory"):
         if getattr(recipe, name):
-            raise RequestError(f"{name} is {getattr(recipe, name)!r}; with FSDP it must be left out")
+            raise RequestError(f"{name} is {getattr(recipe, name)!r}; with FSDP it must not be set")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for parameter in learner.unet.parameters():
-        parameter.data = parameter.data.contiguous()  # it splits no channels_last weights
-    # One unit, since a UNet's forward projects all blocks' keys and times before they run. Split again after each
-    # forward: else one without a backward (validation) would leave whole weights that no step reaches.
-    fully_shard(learner.unet, mesh=mesh, reshard_after_forward=True)
+    for parameter in model.unet.parameters():
+        parameter.data = parameter.data.contiguous()  # fully_shard does not accept channels_last weights
+    # One unit, since the UNet projects all blocks' keys and times before they run. Resharded after each forward:
+    # otherwise a forward without backward (validation) would leave whole weights that no optimiser step updates.
+    fully_shard(model.unet, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager
-def apart(learner: Learner) -> Iterator[None]:
-    """Gradients are added up inside, and not yet among the processes."""
-    unet: Any = learner.unet
+def no_sync(model: TrainableModel) -> Iterator[None]:
+    """Accumulate gradients inside without reducing them over the processes."""
+    unet: Any = model.unet
     unet.set_requires_gradient_sync(False)
     try:
         yield
@@ -61,41 +62,41 @@ def apart(learner: Learner) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(learner: Learner) -> Iterator[None]:
-    """Inside, what learns is whole in every process, to be drawn with and saved. All processes must come here."""
-    split = make_whole(learner)
+def gather_parameters(model: TrainableModel) -> Iterator[None]:
+    """Give every process whole parameters inside, for sampling and saving. A collective: all processes must enter."""
+    sharded = unshard(model)
     try:
         yield
     finally:
-        for module, name, parameter in split:
+        for module, name, parameter in sharded:
             module._parameters[name] = parameter
 
 
-def make_whole(learner: Learner) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Put whole parameters in the place of split ones, which come back with where they were."""
-    split = []
-    for module in learner.modules():
+def unshard(model: TrainableModel) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Replace sharded parameters by whole ones. Return (module, name, sharded parameter) of each."""
+    sharded = []
+    for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and hasattr(parameter, "full_tensor"):
-                split.append((module, name, parameter))
-                module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
-    return split
+                sharded.append((module, name, parameter))
+                module._parameters[name] = nn.Parameter(full_tensors(parameter), requires_grad=parameter.requires_grad)
+    return sharded
 
 
-def whole(value: Any) -> Any:
-    """A tensor's parts from all processes put together, and so in lists and dicts. All processes must come here."""
+def full_tensors(value: Any) -> Any:
+    """Gather sharded tensors, also in nested lists and dicts. A collective: all processes must call it."""
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
+        return {key: full_tensors(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(whole, value))
+        return type(value)(map(full_tensors, value))
     return value.detach().full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `target` is split."""
+def shard_like(value: Tensor, target: Tensor) -> Tensor:
+    """Return this process's shard of a whole tensor, if `target` is sharded; otherwise the tensor itself."""
     if not hasattr(target, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    split: Any = target
-    return distribute_tensor(value.to(split.device), split.device_mesh, split.placements)
+    sharded: Any = target
+    return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)

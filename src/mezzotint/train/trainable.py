@@ -26,7 +26,7 @@ from mezzotint.errors import RequestError
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import Held
 from mezzotint.models.unet import Condition, UNet
-from mezzotint.train.chance import generator
+from mezzotint.train.keyed_rng import generator
 from mezzotint.train.latents import Texts
 from mezzotint.train.recipe import Recipe
 from mezzotint.weights.checkpoint import Parts
@@ -51,7 +51,7 @@ class Batch(Protocol):
     def time_ids(self) -> Tensor: ...
 
 
-class Learner(nn.Module):
+class TrainableModel(nn.Module):
     """The networks of a model, of which some parameters learn: forward(batch) -> loss, a scalar.
 
     `text_encoder` (and `text_encoder_2`), `unet`, and `vectors`, one (n, width) for each text encoder, where a word is
@@ -85,7 +85,7 @@ class Learner(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # a LoRA's down begins at random
             {"lora": self._low_rank, "full": self._whole, "word": self._word}[self.change]()
-        for parameter in self.trained().values():
+        for parameter in self.trainable_parameters().values():
             parameter.data = parameter.data.float()  # steps are too small for sixteen bits
 
     @property
@@ -106,15 +106,17 @@ class Learner(nn.Module):
         """Those that a LoRA may change, by the names that its files use."""
         return {"unet": self.unet, **self.text_encoders}
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What learns, by name, in module order."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def counts(self) -> tuple[int, int]:
+    def count_parameters(self) -> tuple[int, int]:
         """Numbers that learn, and those of the networks (UNet and text encoders) without what was added."""
         added = sum(p.numel() for n, p in self.named_parameters() if ".lora_" in n or n.startswith("vectors."))
         held = sum(module.held.shape.numel() for module in self.modules() if isinstance(module, Held))
-        return sum(p.numel() for p in self.trained().values()), sum(p.numel() for p in self.parameters()) + held - added
+        return sum(p.numel() for p in self.trainable_parameters().values()), sum(
+            p.numel() for p in self.parameters()
+        ) + held - added
 
     def forward(
         self, batch: Batch | None, prior: Batch | None = None, shares: tuple[float, float] = (1.0, 1.0)
@@ -126,7 +128,7 @@ class Learner(nn.Module):
             loss = loss + 0.0 * vectors.sum()  # where every caption was dropped there is still a gradient
         for one, at, weight in ((batch, "train", shares[0]), (prior, "prior", shares[1] * self.recipe.prior_weight)):
             if one is not None:
-                losses = self.losses(one.latents, one.captions, one.time_ids, *self.chances(one, at=at))
+                losses = self.losses(one.latents, one.captions, one.time_ids, *self.draw_noise(one, at=at))
                 loss = loss + weight * losses.mean()
         return loss
 
@@ -140,11 +142,11 @@ class Learner(nn.Module):
         sigma = levels.to(device)[timesteps].view(-1, 1, 1, 1)
         sample = (x0 + sigma * noise) / (sigma.square() + self.prediction.sigma_data**2).sqrt()
         sample = sample.to(self.unet.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
-        output = self.unet(sample, timesteps, self.condition(captions, time_ids)).float()
+        output = self.unet(sample, timesteps, self.encode_captions(captions, time_ids)).float()
         error: Tensor = (output - self.prediction.target(x0, noise, sigma)).square().mean((1, 2, 3))
         return error * self._weights(sigma.flatten())
 
-    def chances(self, batch: Batch, *, at: str = "train") -> tuple[Tensor, Tensor]:
+    def draw_noise(self, batch: Batch, *, at: str = "train") -> tuple[Tensor, Tensor]:
         """Timesteps (B,) and noise like the latents of a batch: each picture's own, of this epoch; `at` tells runs
         apart that must not share them."""
         timesteps, noises = [], []
@@ -157,7 +159,7 @@ class Learner(nn.Module):
             noises.append(noise)
         return torch.stack(timesteps), torch.stack(noises)
 
-    def condition(self, captions: Sequence[str], time_ids: Tensor | None = None) -> Condition:
+    def encode_captions(self, captions: Sequence[str], time_ids: Tensor | None = None) -> Condition:
         """What a batch's captions are to the UNet; of frozen text encoders it is kept."""
         learns = any(p.requires_grad for encoder in self.text_encoders.values() for p in encoder.parameters())
         weight = self.unet.conv_in.weight
@@ -229,9 +231,9 @@ class Learner(nn.Module):
 
 
 @contextmanager
-def holding(learner: Learner, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The learner with other values (by name, such as their averages) while inside."""
-    parameters = learner.trained()
+def swap_weights(model: TrainableModel, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other values (by name, such as their averages) while inside."""
+    parameters = model.trainable_parameters()
     before = {name: parameters[name].detach().clone() for name in values}
     with torch.no_grad():
         for name, value in values.items():
