@@ -440,7 +440,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     assert state(tmp_path) == {"step": 3}, "the damaged one was made again"
     for path in checkpoints.list_all(tmp_path):
         (path / checkpoints.RECORD).write_text("{")
-    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
         checkpoints.load_newest(tmp_path)
 
 
