@@ -88,7 +88,7 @@ def test_the_loop_by_hand_is_the_pipelines(empty: Path) -> None:
 
 def noise(pipe: mezzotint.Pipeline, request: mezzotint.Request) -> torch.Tensor:
     """The pipeline starts diffusers' DPM++ 2M from noise * sqrt(sigma^2 + 1), the example from noise * sigma."""
-    sigma = pipe.resolver.sigmas(pipe.resolve(request))[0]
+    sigma = pipe.plan(request).sigmas[0]
     drawn = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(7))
     return drawn * sigma / (sigma**2 + 1) ** 0.5
 

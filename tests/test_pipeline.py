@@ -116,13 +116,12 @@ def test_resolve_fills_every_none_and_changes_nothing_twice(
         request = Request(prompt="a lemon", sampler=name, spacing=spacing)
         resolved = sd1.resolve(request)
         left = {field for field, value in resolved.model_dump().items() if value is None}
-        solver = SOLVERS[sd1.resolver.sampler(resolved).solver]
+        solver = SOLVERS[sd1.plan(resolved).sampler.solver]
         assert left == OPEN | ONLY_XL | (set() if "eta" in inspect.signature(solver).parameters else {"eta"})
         assert sd1.resolve(resolved) == resolved
         # the same run, not only the same record: naming the spacing that was meant changes no noise level
-        assert sd1.resolver.sampler(resolved) == replace(
-            sd1.resolver.sampler(request), name=sd1.resolver.sampler(resolved).name
-        )
+        again = sd1.plan(resolved).sampler
+        assert again == replace(sd1.plan(request).sampler, name=again.name)
 
 
 def test_resolve_for_sdxl(sdxl: Pipeline) -> None:
@@ -402,7 +401,7 @@ def test_a_negative_prompt_of_another_length(pipe: str, request: pytest.FixtureR
 def test_no_negative_prompt_is_zeros_for_sdxl(sdxl: Pipeline) -> None:
     zeros, empty = (sdxl.generate(LEMON.replace(negative_prompt=words)).latents for words in (None, ""))
     assert error(zeros, empty) > 1e-3
-    ((_, conditional),), ((_, unconditional),) = sdxl.wording.conditions([sdxl.resolve(LEMON)])[0]
+    ((_, conditional),), ((_, unconditional),) = sdxl._prompts.encode_batch([sdxl.plan(LEMON)])
     assert not unconditional.context.any() and unconditional.pooled is not None and not unconditional.pooled.any()
     assert torch.equal(conditional.time_ids, unconditional.time_ids)  # type: ignore[arg-type]
 

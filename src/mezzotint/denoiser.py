@@ -30,8 +30,8 @@ class Denoiser:
     told of a level between two of the table: the timestep "interpolated" in log sigma, or the "nearest" there, or log
     sigma / 4 for EDM's ("edm", Karras et al. 2022 table 1); or, as diffusers does on the run's own `levels` (on all,
     where none are given), "linear" in sigma, "rounded" or "truncated". What a solver asks for in between is
-    interpolated. beside (B, C', h, w): what an inpainting network is given beside x at each call, the mask and the
-    latents of the masked picture. split: the network is given one condition at a time.
+    interpolated. inpaint_channels (B, C', h, w): what an inpainting network is given beside x at each call,
+    the mask and the latents of the masked picture. split: the network is given one condition at a time.
     """
 
     def __init__(
@@ -42,13 +42,15 @@ class Denoiser:
         conditions: Sequence[Condition | Timeline],
         timestep: TimestepKind = "interpolated",
         levels: Sequence[float] | None = None,
-        beside: Tensor | None = None,
+        inpaint_channels: Tensor | None = None,
         split: bool = False,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
         self.levels, self.split = levels, split
-        self.beside = None if beside is None else beside.to(parameter.device, parameter.dtype)
+        self.inpaint_channels = (
+            None if inpaint_channels is None else inpaint_channels.to(parameter.device, parameter.dtype)
+        )
         self.dtype = parameter.dtype
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
         self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # placed, each made once
@@ -66,7 +68,7 @@ class Denoiser:
         """
         conditions = self.conditions(sigma)[:count]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
-        sample = sample if self.beside is None else torch.cat([sample, self.beside], dim=1)
+        sample = sample if self.inpaint_channels is None else torch.cat([sample, self.inpaint_channels], dim=1)
         outputs: dict[int, Tensor] = {}
         calls = [k if self.split else c.context.shape[1] for k, c in enumerate(conditions)]
         for call in dict.fromkeys(calls):

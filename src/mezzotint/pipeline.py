@@ -9,11 +9,10 @@ needs travels in the run, so two threads may share one.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,38 +21,37 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.conditioning.encode import Encoded
-from mezzotint.denoiser import Denoiser
 from mezzotint.devices import best_device, device_of, dtype_of
-from mezzotint.diffusion.guidance import METHODS, guided
-from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
-from mezzotint.diffusion.prediction import Prediction
-from mezzotint.diffusion.schedule import Schedule
-from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
+from mezzotint.diffusion.noise import SeededNoise
+from mezzotint.diffusion.solvers import SOLVERS, Step
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.images.init_image import Placed, fit
 from mezzotint.images.io import Picture, from_pil, to_pil
 from mezzotint.memory.planner import Budget, Plan
 from mezzotint.memory.planner import plan as planned
 from mezzotint.models.adapters import adapting
-from mezzotint.models.offload import turn
+from mezzotint.models.offload import Held, shape_of, turn
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
 from mezzotint.records.record import describe
 from mezzotint.request import Job, Request, Result
-from mezzotint.run.execute import Placing
-from mezzotint.run.initial import Run, start
-from mezzotint.run.nan_guard import checked, watched_outputs
-from mezzotint.run.prompts import Wording
-from mezzotint.run.resolve import Resolver, options_of, place
-from mezzotint.samplers.names import Sampler
+from mezzotint.run.execute import Executor
+from mezzotint.run.initial import Run, Start, start
+from mezzotint.run.loras import named_loras
+from mezzotint.run.model_info import ModelInfo
+from mezzotint.run.nan_guard import require_finite
+from mezzotint.run.plan import RunFiles, RunPlan, plan_run
+from mezzotint.run.prompts import PromptEncoder
+from mezzotint.run.solve import guide, step_noise, unet_outputs
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.lora import Adapters
 from mezzotint.weights.low_rank import merged, read_lora
 
+Requests = Sequence[Request] | list[str] | list[Request | str]
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
 
@@ -95,29 +93,52 @@ class Pipeline:
     """A loaded model. `unet`, `vae`, `text_encoders`, `tokenizers` and `schedule` are the parts, plain modules."""
 
     def __init__(self, parts: Parts, placement: Placement | None = None, budget: Budget | None = None) -> None:
-        """placement: the one that `parts` were opened with. budget: what a request may not pass."""
-        self.parts, self.budget = parts, budget
-        self.placing = Placing(placement or Placement(), one=budget is not None)
+        """Wrap opened parts.
+
+        Args:
+            parts: The networks and what belongs to them.
+            placement: The placement that `parts` were opened with.
+            budget: What a request may not exceed.
+        """
+        self.parts, self._budget = parts, budget
+        self._executor = Executor(placement or Placement(), one=budget is not None)
         self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
-        self.resolver = Resolver(parts, dict(parts.scheduler_config))
-        self.adapters = Adapters(self.unet, self.text_encoders)
-        self.wording = Wording(self.tokenizers, self.text_encoders, self.resolver, self.adapters)
-        self.schedule = Schedule.from_config(self.resolver.sampler(Request(prompt="")).schedule)
-        if self.dtype == torch.float16 and parts.family == "sdxl" and self.vae.config.force_upcast:
+        self._info = ModelInfo.of(parts, self.unet.config, self.vae.config, self.device.type)
+        self._adapters = Adapters(self.unet, self.text_encoders)
+        self._prompts = PromptEncoder(self.tokenizers, self.text_encoders, self._adapters)
+        widths = [encoder.config.hidden_size for encoder in self.text_encoders]
+        self._files = RunFiles(self._adapters, widths)
+        self.schedule = plan_run(self._info, Request(prompt="")).schedule
+        if self.dtype == torch.float16 and self._info.is_sdxl and self._info.force_upcast:
             self.vae.float()  # its activations pass float16's range
         self.unet.fuse_projections()
         self._changed: dict[str, UNet] = {}  # by LoRA, made on their first use
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        millions = sum(map(_count_parameters, (self.unet, self.vae, *self.text_encoders))) / 1e6
+        return f"Pipeline({self.name!r}, {self.parts.family}, {dtype} on {self.device}, {millions:,.1f}M parameters)"
+
+    @property
+    def name(self) -> str:
+        """Name of the model's file or folder."""
+        return self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name
+
     @property
     def scheduler_config(self) -> dict[str, Any]:
         """The model's scheduler_config.json; another may be put in its place."""
-        return self.resolver.scheduler_config
+        return self._info.scheduler_config
 
     @scheduler_config.setter
     def scheduler_config(self, config: dict[str, Any]) -> None:
-        self.resolver.scheduler_config = config
+        self._info = replace(self._info, scheduler_config=config)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that a LoRA may change, by the names that its file has for them."""
+        return self._adapters.networks
 
     @property
     def device(self) -> torch.device:
@@ -132,20 +153,33 @@ class Pipeline:
     @property
     def placement(self) -> Placement:
         """Where its weights are and how its work is cut."""
-        return self.placing.placement
+        return self._executor.placement
 
     def __call__(self, prompt: str, **fields: Any) -> Image.Image:
         """One picture; `fields` are those of a Request."""
         return self.generate(Request(prompt=prompt, **fields)).images[0]
 
-    def resolve(self, request: Request) -> Request:
-        """The request with the model's own values where it has None. Raises RequestError where it does not fit."""
-        return self.resolver.resolve(request)
+    def plan(self, request: Request | str) -> RunPlan:
+        """Plan the run of a request: its values, noise levels, parsed prompts, LoRAs and embeddings.
+
+        Raises:
+            RequestError: If the request does not fit the model.
+            CheckpointError: If a LoRA or an embedding is missing, damaged or another model's.
+        """
+        return plan_run(self._info, _as_request(request), self._files)
+
+    def resolve(self, request: Request | str) -> Request:
+        """Return the request with the model's own values where it has None; no file that it names is opened.
+
+        Raises:
+            RequestError: If the request does not fit the model.
+        """
+        return plan_run(self._info, _as_request(request)).request
 
     @overload
     def generate(
         self,
-        request: Request,
+        request: Request | str,
         latents: Tensor | None = ...,
         *,
         on_step: OnStep | None = ...,
@@ -154,7 +188,7 @@ class Pipeline:
     @overload
     def generate(
         self,
-        request: Sequence[Request],
+        request: Requests,
         latents: Tensor | None = ...,
         *,
         on_step: OnStep | None = ...,
@@ -163,85 +197,110 @@ class Pipeline:
 
     def generate(
         self,
-        request: Request | Sequence[Request],
+        request: Request | str | Requests,
         latents: Tensor | None = None,
         *,
         on_step: OnStep | None = None,
         on_image: OnImage | None = None,
     ) -> Result | list[Result]:
-        """Draw a request, or several, of which neighbours that differ only in words and seeds share a batch.
+        """Generate the pictures of a request, or of several.
 
-        latents: (pictures, C, h, w) unit-variance starting noise, instead of drawn. on_step(done, total) is called
-        after each step, on_image(index, picture) when a picture is finished; what they raise ends the run.
+        Neighbours in a list that differ only in words and seeds share a batch.
+
+        Args:
+            request: A request, or a prompt; or a list of them.
+            latents: Unit-variance starting noise of shape (pictures, C, h, w), instead of drawn noise.
+            on_step: Called after each step with (steps done, steps in all). What it raises ends the run.
+            on_image: Called with (index, picture) when a picture is finished. What it raises ends the run.
+
+        Returns:
+            A Result, or one for each request of a list.
+
+        Raises:
+            RequestError: If a request does not fit the model, or `latents` the requests.
+            BudgetError: If one picture at a time takes more memory than the pipeline was loaded for.
         """
-        with self.placing.alone():
-            return self._generate(request, latents, on_step, on_image)
+        one = isinstance(request, Request | str)
+        requests = [request] if isinstance(request, Request | str) else request
+        with self._executor.alone():
+            results = self._generate([self.plan(each) for each in requests], latents, on_step, on_image)
+        return results[0] if one else results
 
     def _generate(
-        self,
-        request: Request | Sequence[Request],
-        latents: Tensor | None,
-        on_step: OnStep | None,
-        on_image: OnImage | None,
-    ) -> Result | list[Result]:
-        requests = [self.resolve(r) for r in ([request] if isinstance(request, Request) else request)]
-        pictures = sum(r.count for r in requests)
-        if self.budget:
-            requests = [self.budget.fitted(r, self.placing.now, pictures) for r in requests]
-        groups = self._groups(requests)
+        self, plans: list[RunPlan], latents: Tensor | None, on_step: OnStep | None, on_image: OnImage | None
+    ) -> list[Result]:
+        """Run the batches of these plans and sort their pictures into Results."""
+        pictures = sum(plan.request.count for plan in plans)
+        if self._budget:
+            plans = [self._budget.fitted(plan, self._executor.now, pictures) for plan in plans]
+        batches = self._batches(plans)
         if latents is not None and latents.shape[:1] != (pictures,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
-        stepped = _counted(on_step, sum(self._length(group[0][0]) for group in groups))
+        report = _report_steps(on_step, sum(batch[0][0].steps for batch in batches))
         images: list[Image.Image] = []
         finals: list[Tensor] = []
         notices: list[tuple[str, ...]] = []  # one a picture
         timings = {"denoise": 0.0, "decode": 0.0}
-        for group in groups:
-            begun = time.perf_counter()
-            run = self._run(group, None if latents is None else latents[len(images) : len(images) + len(group)])
-            x = self._solved(run, stepped)
+        for batch in batches:
+            begin = time.perf_counter()
+            run = _make_run(batch, None if latents is None else latents[len(images) : len(images) + len(batch)])
+            x = self._solve(run, report)
             finals += x.unbind()
             middle = time.perf_counter()
-            for image in self._finished(run, x):
+            for image in self._finish(run, x):
                 images.append(image)
                 if on_image:
                     on_image(len(images) - 1, image)
-            notices += [(*run.notices, *self.wording.uncovered(run.request))] * len(group)
-            timings["denoise"] += middle - begun
+            notices += [(*run.notices, *run.plan.notices)] * len(batch)
+            timings["denoise"] += middle - begin
             timings["decode"] += time.perf_counter() - middle
         results: list[Result] = []
         first = 0
-        for r in requests:
-            part = slice(first, first + r.count)
-            seeds = [r.seed + k for k in range(r.count)]  # type: ignore[operator]
-            results.append(Result(images[part], torch.stack(finals[part]), seeds, r, timings, notices[first]))
-            first += r.count
-        return results[0] if isinstance(request, Request) else results
+        for request in (plan.request for plan in plans):
+            part = slice(first, first + request.count)
+            results.append(
+                Result(images[part], torch.stack(finals[part]), _seeds(request), request, timings, notices[first])
+            )
+            first += request.count
+        return results
 
     def draw(self, group: Sequence[Job], on_step: OnStep | None = None) -> list[Image.Image]:
-        """The pictures of one batch, whatever `batch` their requests say: (request, the picture's own seed) of each.
+        """Draw the pictures of one batch, whatever `batch` their requests say.
 
-        The requests differ in words and seeds alone, as those that `generate` puts together do.
+        Args:
+            group: The request and the seed of each picture. The requests differ in words and seeds alone, as those
+                that `generate` puts together do.
+            on_step: As in `generate`.
         """
-        with self.placing.alone():
-            run = self._run([(self._affordable(r, len(group)), seed) for r, seed in group])
-            return self._finished(run, self._solved(run, _counted(on_step, self._length(run.request))))
+        with self._executor.alone():
+            plans: list[tuple[Request, RunPlan]] = []
+            for request, _ in group:
+                known = next((plan for other, plan in plans if other == request), None)
+                plans.append((request, known or self._affordable(request, len(group))))
+            run = _make_run([(plan, seed) for (_, plan), (_, seed) in zip(plans, group, strict=True)])
+            return self._finish(run, self._solve(run, _report_steps(on_step, run.plan.steps)))
 
-    def stream(self, request: Request, latents: Tensor | None = None) -> Iterator[Step]:
-        """The steps of a request, all its pictures in one batch: Step.index, .sigma, .x, .denoised (count, C, h, w).
+    def stream(self, request: Request | str, latents: Tensor | None = None) -> Iterator[Step]:
+        """Generate a request step by step, all its pictures in one batch.
 
-        With hires those of the second pass follow, larger.
+        Args:
+            request: A request, or a prompt.
+            latents: As in `generate`.
+
+        Returns:
+            An iterator of the steps; Step.x and Step.denoised are of shape (count, C, h, w). With hires those of the
+            second pass follow, larger.
         """
-        request = self._affordable(request, request.count)
-        jobs = [(request, request.seed + k) for k in range(request.count)]  # type: ignore[operator]
-        return self._steps(self._run(jobs, latents))
+        plan = self._affordable(_as_request(request))
+        return self._steps(_make_run([(plan, seed) for seed in _seeds(plan.request)], latents))
 
-    def unet_for(self, request: Request) -> UNet:
-        """The UNet that draws this request: with its change merged where the sampler is the few-step form's.
+    def unet_for(self, plan: RunPlan) -> UNet:
+        """Return the UNet that a plan runs: with its change merged where that is the model's few-step form.
 
-        Raises CheckpointError where the change is missing or of another UNet.
+        Raises:
+            CheckpointError: If the change is missing or another UNet's.
         """
-        few_step = self.resolver.few_step(self.resolver.sampler(request))
+        few_step = plan.few_step
         if few_step is None:
             return self.unet
         if few_step.lora not in self._changed:  # two threads at once make the same one twice
@@ -258,153 +317,112 @@ class Pipeline:
 
         The picture is that of the same `loras` in a request, up to rounding, and faster. No run may be under way.
         """
-        self.adapters.merge(self.wording.loras(Request(prompt="", loras=loras)))
+        self._adapters.merge(named_loras(Request(prompt="", loras=loras)))
         self._reweighted()
 
     def unmerge(self) -> None:
         """Put the weights back that were there before `merge`, bit for bit."""
-        self.adapters.unmerge()
+        self._adapters.unmerge()
         self._reweighted()
 
     def _reweighted(self) -> None:
         self._changed.clear()
         self.unet.fuse_projections()
 
-    def _affordable(self, request: Request, batch: int) -> Request:
-        """The request, resolved. Raises BudgetError where `batch` such pictures at once take more than is allowed."""
-        request = self.resolve(request)
-        if self.budget:
-            self.budget.check(request.replace(count=batch, batch=batch), self.placing.now)
-        return request
+    def spare_memory(self, plan: RunPlan) -> int | None:
+        """Return the bytes that a run of this plan leaves of the budget, guidance in one batch; None without one."""
+        if self._budget is None:
+            return None
+        return self._budget.spare(plan, self._executor.now.model_copy(update={"guidance": "batched"}))
 
-    def _run(self, group: Sequence[Job], latents: Tensor | None = None) -> Run:
-        """A batch with its pictures opened."""
-        placed = place(group[0][0])
-        return Run(group, latents, [placed] * len(group) if placed else ())
+    def _affordable(self, request: Request, batch: int | None = None) -> RunPlan:
+        """Plan a request. Raises BudgetError where `batch` such pictures (all) at once exceed the budget."""
+        plan = self.plan(request)
+        if self._budget:
+            batch = batch or plan.request.count
+            self._budget.check(plan.with_batch(batch, count=batch), self._executor.now)
+        return plan
 
-    def _length(self, request: Request) -> int:
-        """The steps of a run, both passes."""
-        passes = [request, *([self.resolver.second_pass(request)] if request.hires else [])]
-        return sum(len(self.resolver.sigmas(r)) - 1 for r in passes)
+    def _batches(self, plans: Sequence[RunPlan]) -> list[list[tuple[RunPlan, int]]]:
+        """Return pictures in order, cut where the batch is full or plans differ in more than words and seed.
 
-    def _steps(self, run: Run) -> Iterator[Step]:
-        """One batch from where it starts to its last x; with hires, and on from its larger form."""
-        for last in self._pass(run):
-            yield last
-        if run.request.hires:
-            for step in self._pass(self._second(run, self._final(run, last))):
-                yield replace(step, index=last.index + 1 + step.index)
+        Prompts of different lengths, or of other parts, do not share a batch: a neighbour's length would change the
+        picture.
+        """
+        batches: list[list[tuple[RunPlan, int]]] = []
+        last: tuple[Any, ...] | None = None
+        for plan in plans:
+            r = plan.request
+            alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
+            shape = self._prompts.batch_shape(plan)
+            for seed in _seeds(r):
+                if (alike, shape) != last or len(batches[-1]) == r.batch:
+                    batches.append([])
+                batches[-1].append((plan, seed))
+                last = alike, shape
+        return batches
 
-    def _solved(self, run: Run, stepped: Callable[[], None]) -> Tensor:
-        """The last x of a batch as the VAE takes it; `stepped` is called after each step."""
+    def _solve(self, run: Run, report: Callable[[], None]) -> Tensor:
+        """Return the last x of a batch as the VAE takes it; `report` is called after each step."""
         for step in self._steps(run):
             last = step
-            stepped()
-        return self._final(run, last)
+            report()
+        return last.x / _last_plan(run.plan).final_scale(last.sigma)
 
-    def _second(self, run: Run, x: Tensor) -> Run:
-        """The second pass of hires-fix, on the first one's final latents: the run of their larger form."""
-        group = [(self.resolver.second_pass(request), seed) for request, seed in run.group]
-        before = self.resolver.counted(run.request)
-        _, height, width = self.resolver.latent_shape(group[0][0])
+    def _steps(self, run: Run) -> Iterator[Step]:
+        """Run one batch to its last x; with hires, then the second pass on its larger form."""
+        for last in self._pass(run):
+            yield last
+        if run.plan.second_pass:
+            second = self._second_run(run, run.plan.second_pass, last.x / run.plan.final_scale(last.sigma))
+            for step in self._pass(second):
+                yield replace(step, index=last.index + 1 + step.index)
+
+    def _second_run(self, run: Run, plan: RunPlan, x: Tensor) -> Run:
+        """Return hires-fix's second pass on the first one's final latents."""
+        plans = [each.second_pass or plan for each in run.plans]
+        pictures: list[Placed | Tensor]
         if run.request.hires_upscale == "latent":
-            larger = F.interpolate(x.float(), (height, width), mode="bilinear")
-            return Run(group, pictures=[*larger[:, None]], noted=run.noted, before=before)
-        size = group[0][0].width or 0, group[0][0].height or 0
-        images = self._decode(x, run.noted, run.request.seamless)
-        return Run(group, pictures=[Placed(fit(image, size)) for image in images], noted=run.noted, before=before)
+            pictures = [*F.interpolate(x.float(), plan.latent_shape[1:], mode="bilinear")[:, None]]
+        else:
+            size = plan.request.width or 0, plan.request.height or 0
+            images = self._decode(x, run.upcast_parts, run.request.seamless)
+            pictures = [Placed(fit(image, size)) for image in images]
+        return Run(plans, run.seeds, pictures=pictures, upcast_parts=run.upcast_parts)
 
     def _pass(self, run: Run) -> Iterator[Step]:
-        """One pass of a batch along its noise levels."""
-        request, noted = run.request, run.noted
-        sampler, sigmas = self.resolver.sampler(request), self.resolver.sigmas(request)
-        noise = SeededNoise(run.seeds, self.resolver.latent_shape(request), self.device, request.noise or "seeded")
-        schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
-        options = schedule.bind_options(sampler.options)
-        if "calls" in sampler.spacing_options and request.spacing:
-            # three an interval, less in the last ones, which every run has
-            cut = len(self.resolver.all_sigmas(request)) - len(sigmas)
-            options |= {"calls": max((request.steps or 1) - 3 * cut, 1)}
-        options |= {} if request.eta is None else {"eta": request.eta}
-        if request.strength is not None and "total_steps" in inspect.signature(SOLVERS[sampler.solver]).parameters:
-            options |= {"total_steps": len(self.resolver.all_sigmas(request)) - 1}
-        given = request.guidance_scale or 0.0
-        scales = given if isinstance(given, tuple) else (given,)
-        unet = self.unet_for(request)
-        changes = self.adapters.changes(self.wording.loras(request))
-        with self.placing.computing(request.seamless), adapting({"unet": unet}, changes):
-            pure = math.sqrt(sigmas[0] ** 2 + 1.0) if sampler.start == "vp" else sigmas[0]
-            encode = partial(self.placing.encode, self.vae, noted=noted)
-            begun = start(run, self.vae, encode, noise, sigmas[0], pure, self.unet.config.in_channels)
-            conditions, weights = self.wording.conditions([job for job, _ in run.group], noted, run.before)
-            kind, split = sampler.timestep, self.placing.now.guidance == "split"
-            outputs = watched_outputs(
-                unet,
-                lambda unet: Denoiser(unet, schedule, prediction, conditions, kind, sigmas, begun.beside, split),
-                noted,
-            )
-            method = request.guidance_method or "cfg"
-            own = {option.name: getattr(request, name) for name, option in options_of(method).items()}
-            denoise = guided(
-                outputs,
-                prediction,
-                tuple(scale / sampler.guidance_divisor for scale in scales),
-                request.guidance_rescale or 0.0,
-                request.guidance_interval,
-                request.guidance_steps,
-                sigmas,
-                METHODS[method](**own),
-                weights,
-                mimic_scale=request.mimic_scale,
-                threshold_percentile=request.threshold_percentile or 0.0,
-            )
-        solver = SOLVERS[sampler.solver](
-            begun.wrap(denoise), begun.x, sigmas, self._fresh(run, noise, sampler), **options
+        """Run one pass of a batch along its noise levels: encode, start, solve."""
+        plan, unet = run.plan, self.unet_for(run.plan)
+        changes = self._adapters.changes(plan.scaled_adapters)
+        noise = SeededNoise(run.seeds, plan.latent_shape, self.device, plan.request.noise or "seeded")
+
+        @contextmanager
+        def computing() -> Iterator[None]:
+            with self._executor.computing(plan.request.seamless), adapting({"unet": unet}, changes):
+                yield
+
+        with computing():
+            begin = self._start(run, noise)
+            conditions = self._prompts.encode_batch(run.plans, run.upcast_parts)
+            split = self._executor.now.guidance == "split"
+            denoise = begin.wrap(guide(plan, unet_outputs(run, unet, conditions, begin, split)))
+        solver = SOLVERS[plan.sampler.solver](
+            denoise, begin.x, plan.sigmas, step_noise(run, noise), **plan.solver_options
         )
         with turn(unet):
             while True:
-                with self.placing.computing(request.seamless), adapting({"unet": unet}, changes):
+                with computing():
                     step = next(solver, None)
                     if step is None:
                         return
-                    if step.sigma == sigmas[-1]:
-                        step = replace(step, x=begun.kept(step.x, self._shrink(sampler, step.sigma)))
-                yield checked(step)
+                    if step.sigma == plan.sigmas[-1]:
+                        step = replace(step, x=begin.kept(step.x, plan.final_scale(step.sigma)))
+                yield require_finite(step)
 
-    def _fresh(self, run: Run, noise: SeededNoise, sampler: Sampler) -> Noise:
-        """The noise of the steps."""
-        if sampler.noise == "seeded":
-            return noise
-        # of the whole list of levels, as diffusers: the path does not depend on where a run from a picture begins
-        levels = self.resolver.all_sigmas(run.request)
-        return BrownianNoise(
-            run.seeds, noise.shape, levels, self.device, midpoints=sampler.noise == "brownian midpoints"
-        )
-
-    def _final(self, run: Run, last: Step) -> Tensor:
-        """The last step's x as the VAE takes it."""
-        return last.x / self._shrink(self.resolver.sampler(run.request), last.sigma)
-
-    def _shrink(self, sampler: Sampler, sigma: float) -> float:
-        """What a final x at this level is divided by before the VAE."""
-        return math.sqrt(1.0 + sigma**2) if sampler.rescale_final else 1.0
-
-    def _groups(self, requests: Sequence[Request]) -> list[list[Job]]:
-        """Pictures in order, cut where the batch is full or the next request differs in more than words and seed.
-
-        Prompts of different lengths, or of other parts, do not meet: a neighbour's length would change the picture.
-        """
-        groups: list[list[Job]] = []
-        last: tuple[Any, ...] | None = None
-        for r in requests:
-            alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
-            shapes = self.wording.shapes(r)
-            for k in range(r.count):
-                if (alike, shapes) != last or len(groups[-1]) == r.batch:
-                    groups.append([])
-                groups[-1].append((r, r.seed + k))  # type: ignore[operator]
-                last = alike, shapes
-        return groups
+    def _start(self, run: Run, noise: SeededNoise) -> Start:
+        """Return where a run starts: from noise, or from its picture under noise."""
+        plan, encode = run.plan, partial(self._executor.encode, self.vae, upcast_parts=run.upcast_parts)
+        return start(run, self.vae, encode, noise, plan.sigmas[0], plan.noise_scale, plan.model.unet_channels)
 
     def encode(self, prompt: str, request: Request | None = None) -> Condition:
         """What a prompt means to the UNet: context (1, T, D) float32, and for SDXL pooled (1, P).
@@ -418,35 +436,37 @@ class Pipeline:
         """The whole meaning of a prompt: for each part (AND) its weight and its timeline of (last step that it holds
         for, Condition of batch 1). `request` says the syntax, the steps, clip_skip, emphasis and embeddings.
         """
-        request = self.resolve(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
-        with self.placing.computing():
-            return [part.copy() for part in self.wording.parts(request, request.prompt)]
+        plan = self.plan(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
+        with self._executor.computing():
+            return [part.copy() for part in self._prompts.encode_prompt(plan, plan.positive)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) as a run leaves them -> B pictures."""
         return self._decode(latents, [])
 
-    def _decode(self, latents: Tensor, noted: list[str], joined: str | None = None) -> list[Image.Image]:
-        with self.placing.computing(joined):
-            return to_pil(self.placing.decode(self.vae, self.vae.unscale(latents.to(self.device)), noted))
+    def _decode(self, latents: Tensor, upcast_parts: list[str], seamless: str | None = None) -> list[Image.Image]:
+        """Decode latents; `seamless` says which of the pictures' sides join."""
+        with self._executor.computing(seamless):
+            z = self.vae.unscale(latents.to(self.device))
+            return to_pil(self._executor.decode(self.vae, z, upcast_parts))
 
-    def _finished(self, run: Run, x: Tensor) -> list[Image.Image]:
-        """The pictures of a batch, put into what they were drawn on, each with its record."""
-        images = self._decode(x, run.noted, run.request.seamless)
+    def _finish(self, run: Run, x: Tensor) -> list[Image.Image]:
+        """Return the pictures of a batch, put into what they were drawn on, each with its record."""
+        images = self._decode(x, run.upcast_parts, run.request.seamless)
         if run.placed:
             images = [placed.finish(image) for placed, image in zip(run.placed, images, strict=True)]
         images = [Picture.from_image(image) for image in images]  # whose save() keeps the record
         inputs = run.placed[0].digests if run.placed else {}
-        for k, ((job, seed), image) in enumerate(zip(run.group, images, strict=True)):
+        for k, (plan, seed, image) in enumerate(zip(run.plans, run.seeds, images, strict=True)):
             image.info.update(
                 describe(
-                    job,
+                    plan.request,
                     seed,
-                    self._facts(job),
+                    self._facts(plan),
                     run.group,
                     k,
                     image=image,
-                    float32=run.noted,
+                    float32=run.upcast_parts,
                     latents=None if run.latents is None else run.latents[k],
                     inputs=inputs,
                 )
@@ -458,37 +478,64 @@ class Pipeline:
         side = self.vae.config.downscale
         if image.width % side or image.height % side:
             raise RequestError(f"the picture is {image.width}x{image.height}; both must be multiples of {side}")
-        with self.placing.computing():
-            return self.vae.scale(self.placing.encode(self.vae, from_pil(image).to(self.device), []).mean).float()
+        with self._executor.computing():
+            return self.vae.scale(self._executor.encode(self.vae, from_pil(image).to(self.device), []).mean).float()
 
-    def _facts(self, request: Request) -> dict[str, Any]:
-        """What the same bits depend on, beside the request."""
-        few_step = self.resolver.few_step(self.resolver.sampler(request))
-        where_there_is = {
-            "placement": self.placing.now.changes(),
-            "lora": few_step and few_step.lora,
-            "embeddings": self.wording.used(request),
-            "loras": self.adapters.digests(self.wording.loras(request)),
-            "merged": self.adapters.merged_digests(),
+    def _facts(self, plan: RunPlan) -> dict[str, Any]:
+        """Return what the same bits depend on, beside the request."""
+        optional = {
+            "placement": self._executor.now.changes(),
+            "lora": plan.few_step and plan.few_step.lora,
+            "embeddings": plan.embedding_digests,
+            "loras": plan.lora_digests,
+            "merged": self._adapters.merged_digests(),
         }
         return {
-            "name": self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name,
+            "name": self.name,
             "family": self.parts.family,
             "files": self.parts.identity,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            **{name: value for name, value in where_there_is.items() if value},
+            **{name: value for name, value in optional.items() if value},
         }
 
 
-def _counted(on_step: OnStep | None, total: int) -> Callable[[], None]:
-    """Tells on_step how many steps are done each time that it is called."""
+def _count_parameters(network: nn.Module) -> int:
+    """Return the number of a network's parameters, wherever they are kept."""
+    held = sum(shape_of(module).numel() for module in network.modules() if isinstance(module, Held))
+    return held + sum(parameter.numel() for parameter in network.parameters())
+
+
+def _as_request(request: Request | str) -> Request:
+    """Return the request, or that of a prompt."""
+    return Request(prompt=request) if isinstance(request, str) else request
+
+
+def _seeds(request: Request) -> list[int]:
+    """Return the seed of each picture of a resolved request."""
+    return [(request.seed or 0) + k for k in range(request.count)]
+
+
+def _make_run(batch: Sequence[tuple[RunPlan, int]], latents: Tensor | None = None) -> Run:
+    """Return a batch of (plan, seed) with what its pictures are drawn on."""
+    init_image = batch[0][0].init_image
+    plans, seeds = [plan for plan, _ in batch], [seed for _, seed in batch]
+    return Run(plans, seeds, latents, [init_image] * len(batch) if init_image else ())
+
+
+def _last_plan(plan: RunPlan) -> RunPlan:
+    """Return the plan of the last pass."""
+    return plan.second_pass or plan
+
+
+def _report_steps(on_step: OnStep | None, total: int) -> Callable[[], None]:
+    """Return a function that tells `on_step` how many steps are done each time it is called."""
     count = itertools.count(1)
 
-    def stepped() -> None:
+    def report() -> None:
         done = next(count)
         if on_step:
             on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
 
-    return stepped
+    return report

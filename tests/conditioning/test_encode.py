@@ -298,7 +298,8 @@ def test_two_threads_with_their_own_embeddings(sd1: Pipeline, tmp_path: Path) ->
 
 def by_hand(pipe: Pipeline, at: Any, weights: Sequence[float] = (1.0,), negative: str = "") -> Tensor:
     """RUN with the conditions switched by hand: `at(step)` gives the prompts of a step. Euler calls once a step."""
-    sampler, sigmas = pipe.resolver.sampler(RUN), pipe.resolver.sigmas(pipe.resolve(RUN))
+    plan = pipe.plan(RUN)
+    sampler, sigmas = plan.sampler, plan.sigmas
     step = -1
 
     def outputs(x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
@@ -415,7 +416,7 @@ def test_lengths_of_prompt_and_negative_may_differ(sd1: Pipeline) -> None:
     """Each is looked at by itself: the same as repeating the shorter one, which changes no attention."""
     long = "blue " * 100
     whole, short = sd1.encode(long), sd1.encode("a lemon")
-    sigmas = sd1.resolver.sigmas(sd1.resolve(RUN))
+    sigmas = sd1.plan(RUN).sigmas
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * sigmas[0]
     with torch.inference_mode():
         apart = Denoiser(sd1.unet, sd1.schedule, EPSILON, [whole, short]).outputs(x, sigmas[0])

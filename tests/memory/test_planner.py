@@ -129,11 +129,11 @@ def test_a_plan_is_itself(model: Model) -> None:
 
 def test_a_pipeline_keeps_its_budget() -> None:
     pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
-    assert isinstance(pipe.budget, Budget)
+    assert isinstance(pipe._budget, Budget)
     with pytest.raises(mezzotint.BudgetError, match="this request takes"):
         pipe.generate(Request(prompt="a", width=2048, height=2048))
     larger = Request(prompt="a", width=640, height=640)
-    pipe.budget.check(larger, pipe.placement)
+    pipe._budget.check(larger, pipe.placement)
     with mezzotint.attention.backend("math"), pytest.raises(mezzotint.BudgetError, match="this request takes"):
         pipe.generate(larger)
     assert pipe("a lemon", steps=1, seed=1).size == (128, 128)
@@ -141,16 +141,17 @@ def test_a_pipeline_keeps_its_budget() -> None:
 
 def test_a_batch_is_made_smaller_where_that_makes_it_fit(model: Model) -> None:
     """As the plan does, so that what was planned for is drawn: of one request, and of several that share a batch."""
-    request = model.resolver.resolve(LARGE.replace(count=4, batch=4))
+    run = model.plan(LARGE.replace(count=4, batch=4))
+    request = run.request
     made = plan(model, int(plan(model, "40GiB", request).peak.most * 0.6), request)
     budget, way, smaller = made.budget, made.placement, made.request.batch
     assert smaller in (1, 2)
-    assert budget.fitted(request, way, 4).batch == smaller
-    one = request.replace(count=1)
-    assert budget.fitted(one, way, 4).batch == smaller, "its neighbours fill the batch"
-    assert budget.fitted(one, way, 1) == one, "nobody else is in it"
+    assert budget.fitted(run, way, 4).request.batch == smaller
+    one = run.with_batch(4, 1)
+    assert budget.fitted(one, way, 4).request.batch == smaller, "its neighbours fill the batch"
+    assert budget.fitted(one, way, 1) is one, "nobody else is in it"
     with pytest.raises(mezzotint.BudgetError, match="this request takes"):
-        budget.fitted(request.replace(width=4096, height=4096), way, 4)
+        budget.fitted(model.plan(request.replace(width=4096, height=4096)), way, 4)
 
 
 def test_requests_that_share_a_batch_are_planned_together(model: Model) -> None:
@@ -247,9 +248,8 @@ def test_maps_of_an_explanation_count() -> None:
     pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
     request = Request(prompt="a lemon", steps=2, width=64, height=64)
     assert explain(pipe, request).steps == ((0, 1),)
-    assert pipe.budget
-    pipe.budget = replace(
-        pipe.budget, limit=pipe.budget.limit - pipe.budget.spare(pipe.resolve(request), pipe.placement)
-    )
+    budget = pipe._budget
+    assert budget
+    pipe._budget = replace(budget, limit=budget.limit - budget.spare(pipe.plan(request), pipe.placement))
     with pytest.raises(mezzotint.BudgetError, match="load the model with more memory"):
         explain(pipe, request)

@@ -33,6 +33,7 @@ from mezzotint.models.offload import Held, Offloaded
 from mezzotint.placement import LEAST, Placement
 from mezzotint.records.record import changes, read
 from mezzotint.run.execute import possible
+from mezzotint.run.plan import RunPlan
 from mezzotint.weights import save_folder
 from mezzotint.weights.low_rank import Changed, merged, read_lora, save_lora
 
@@ -442,20 +443,20 @@ def test_a_budget_is_asked_before_anything_is_drawn(sd1_folder: Path) -> None:
     class Budget:
         asked: ClassVar[list[tuple[int | None, int]]] = []
 
-        def check(self, request: Request, _: Placement) -> None:
-            self.asked.append((request.batch, request.count))
+        def check(self, plan: RunPlan, _: Placement) -> None:
+            self.asked.append((plan.request.batch, plan.request.count))
             raise BudgetError("too much")
 
-        def fitted(self, request: Request, placement: Placement, pictures: int) -> Request:
+        def fitted(self, plan: RunPlan, placement: Placement, pictures: int) -> RunPlan:
             if pictures == 3:
-                self.check(request, placement)
+                self.check(plan, placement)
             assert pictures == 6
-            return request.replace(batch=1)
+            return plan.with_batch(1)
 
     with pytest.raises(RequestError, match="placement and memory are both given"):
         mezzotint.load(sd1_folder, device="cpu", placement=Placement(), memory="4GiB")
     pipe = load(sd1_folder)
-    pipe.budget = Budget()  # type: ignore[assignment]
+    pipe._budget = Budget()  # type: ignore[assignment]
     jobs = [(LEMON, 7), (LEMON, 8), (LEMON, 9), (LEMON, 10)]
     for draw in (lambda: pipe.generate(LEMON), lambda: pipe.stream(LEMON), lambda: pipe.draw(jobs)):
         with pytest.raises(BudgetError):

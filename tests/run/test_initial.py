@@ -144,7 +144,7 @@ def test_noise_under_the_mask_is_the_runs_own(sd1: Pipeline) -> None:
     hook = sd1.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1]))
     next(sd1.stream(request))
     hook.remove()
-    sigma = sd1.resolver.sigmas(request)[0]
+    sigma = sd1.plan(request).sigmas[0]
     generator = torch.Generator().manual_seed(7)
     _, noise = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
     expected = (1.0 + sigma) * noise / (sigma**2 + 1.0) ** 0.5
@@ -256,25 +256,24 @@ def test_each_program_counts_the_steps_from_a_picture_in_its_way(
 ) -> None:
     """setup_img2img_steps and sample_img2img of A1111, KSampler.set_steps of ComfyUI."""
     request = RUN.replace(image=photograph(), sampler=sampler, steps=20, strength=strength, fix_steps=fixed)
-    request = sd1.resolve(request)
-    levels = sd1.resolver.all_sigmas(request)
-    assert len(levels) == whole + 1 and sd1.resolver.sigmas(request) == levels[-left - 1 :]
+    plan = sd1.plan(request)
+    assert len(plan.all_sigmas) == whole + 1 and plan.sigmas == plan.all_sigmas[-left - 1 :]
 
 
 @pytest.mark.parametrize(("sampler", "left"), [("euler", 15), ("Euler", 20), ("DDIM", 18), ("euler_ancestral", 20)])
 def test_each_program_counts_the_steps_of_the_second_pass_in_its_way(sd1: Pipeline, sampler: str, left: int) -> None:
     """A1111 gives sample_img2img the steps, which then are fixed."""
-    request = sd1.resolve(RUN.replace(sampler=sampler, hires=1.5, hires_steps=20, hires_strength=0.75))
-    second = sd1.resolver.second_pass(request)
-    assert len(sd1.resolver.sigmas(second)) == left + 1 and sd1.resolver.counted(second) == 20
+    second = sd1.plan(RUN.replace(sampler=sampler, hires=1.5, hires_steps=20, hires_strength=0.75)).second_pass
+    assert second and len(second.sigmas) == left + 1 and second.schedule_steps == 20
 
 
 def test_hires_by_latents(sd1: Pipeline) -> None:
     """By hand: the first pass's latents, bilinear, under the noise that the seed gives at the larger size."""
-    request = sd1.resolve(RUN.replace(hires=2.0, hires_strength=0.5))
-    second = sd1.resolver.second_pass(request)
-    sigmas = sd1.resolver.sigmas(second)
-    assert len(sigmas) - 1 == 3 and (second.width, second.height) == (64, 64)
+    request = RUN.replace(hires=2.0, hires_strength=0.5)
+    second = sd1.plan(request).second_pass
+    assert second
+    sigmas = second.sigmas
+    assert len(sigmas) - 1 == 3 and (second.request.width, second.request.height) == (64, 64)
     larger = torch.nn.functional.interpolate(sd1.generate(RUN).latents, (8, 8), mode="bilinear")
     seen: list[Tensor] = []
     hook = sd1.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1]))
@@ -288,7 +287,8 @@ def test_hires_by_latents(sd1: Pipeline) -> None:
 
 def test_hires_of_sdxl_is_told_its_size(sdxl: Pipeline) -> None:
     resolved = sdxl.resolve(Request(prompt="a lemon", hires=2.0, width=40, height=24, steps=4))
-    assert resolved.target_size == (24, 40) and sdxl.resolver.second_pass(resolved).target_size == (48, 80)
+    second = sdxl.plan(resolved).second_pass
+    assert resolved.target_size == (24, 40) and second and second.request.target_size == (48, 80)
     assert sdxl.generate(resolved).images[0].size == (80, 48)
 
 

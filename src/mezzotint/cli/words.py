@@ -36,7 +36,7 @@ def tokens(
         embeddings=tuple(embedding) if embedding else None,
     )
 
-    from mezzotint.conditioning.encode import plan_of
+    from mezzotint.conditioning.encode import parse_prompt
     from mezzotint.run.resolve import STEPS
     from mezzotint.weights.checkpoint import read_tokenizers
     from mezzotint.weights.embeddings import Library
@@ -44,7 +44,7 @@ def tokens(
 
     tokenizers, widths, settings = read_tokenizers(model or BUNDLED)
     steps = steps or int(settings.get("steps", STEPS))
-    plan = plan_of(request, request.prompt, steps, negative)
+    plan = parse_prompt(request, request.prompt, steps, negative=negative)
     library = Library(request.embeddings or (), widths)
     record: dict[str, Any] = {
         "syntax": plan.syntax,

@@ -241,16 +241,25 @@ class Reader:
         return hidden.float(), pooled.float()
 
 
-def plan_of(request: Request, text: str, steps: int, negative: bool, before: int | None = None) -> Plan:
-    """What a prompt of this request says. before: of a second pass, the steps of the first. Raises RequestError where
-    it has signs and yet says nothing.
+def parse_prompt(request: Request, text: str, steps: int, *, negative: bool, base_steps: int | None = None) -> Plan:
+    """Parse a prompt of this request.
+
+    Args:
+        request: Says the prompt's syntax.
+        text: The prompt or the negative prompt.
+        steps: Steps of the run, by which the prompt may change.
+        negative: Whether it is the negative prompt.
+        base_steps: Of a second pass, the steps of the first.
+
+    Raises:
+        RequestError: If the text is wrong, or is all signs and no words.
     """
-    planned = prompt.plan(text, request.prompt_syntax or "a1111", steps, negative=negative, base_steps=before)
-    clauses = [clause for part in planned.parts for variant in part.variants for clause in variant.clauses]
-    said = any(span.text.strip() for clause in clauses for span in clause.spans)
-    if text.strip() and not (said or planned.networks or negative):
+    plan = prompt.plan(text, request.prompt_syntax or "a1111", steps, negative=negative, base_steps=base_steps)
+    clauses = [clause for part in plan.parts for variant in part.variants for clause in variant.clauses]
+    has_words = any(span.text.strip() for clause in clauses for span in clause.spans)
+    if text.strip() and not (has_words or plan.networks or negative):
         raise RequestError(f"the prompt {text[:60]!r} resolves to nothing; it must have words, or be empty")
-    return planned
+    return plan
 
 
 class Cache:

@@ -120,6 +120,13 @@ def perp_neg(*, scale: float = 1.0) -> Method:
 
 
 METHODS: dict[str, Callable[..., Method]] = {"cfg": cfg, "apg": apg, "cfg_zero": cfg_zero, "perp_neg": perp_neg}
+# The options of each and their defaults; as a field of a Request "apg_eta", and so on.
+METHOD_OPTIONS: dict[str, dict[str, float]] = {
+    "cfg": {},
+    "apg": {"eta": 0.0, "momentum": -0.5, "norm_threshold": 15.0},
+    "cfg_zero": {"init_steps": 1},
+    "perp_neg": {"scale": 1.0},
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mezzotint.conditioning.chunks import Embeddings, chunked
-from mezzotint.conditioning.encode import plan_of
 from mezzotint.errors import BudgetError, RequestError
 from mezzotint.models.attention import probabilities, recording
 from mezzotint.models.blocks import Attention
@@ -164,25 +163,25 @@ def explain(
     more, only every second, third ... step is kept; a pipeline with a budget may leave them less. Raises BudgetError
     where a single step is too much, and RequestError where the prompt has no words.
     """
-    request = pipe.resolve(request)
-    steps = len(pipe.resolver.sigmas(request)) - 1
-    planned = plan_of(request, request.prompt, pipe.resolver.counted(request), negative=False)
-    tokens, words, places = _read(planned, pipe.tokenizers[0], pipe.wording.library(request))
+    plan = pipe.plan(request)
+    request, steps = plan.request, len(plan.sigmas) - 1
+    tokens, words, places = _read(plan.positive, pipe.tokenizers[0], plan.embeddings)
     if not words:
         raise RequestError(f"prompt is {request.prompt[:60]!r}, which has no words; there is nothing to explain")
     side = pipe.vae.config.downscale
-    layers = _layers(pipe.unet_for(request), ((request.height or 0) // side, (request.width or 0) // side))
+    layers = _layers(pipe.unet_for(plan), ((request.height or 0) // side, (request.width or 0) // side))
     if not layers:
         raise RequestError("this model's UNet has no cross-attention; it looks at no word")
     grids = dict(layers.values())
     step_bytes = 4 * request.count * len(tokens) * sum(h * w for h, w in grids.values())
-    if pipe.budget:
-        placement = pipe.placing.now.model_copy(update={"guidance": "batched"})
-        limit = min(limit, pipe.budget.spare(request, placement) - _scores(pipe, request, grids))
+    spare = pipe.spare_memory(plan)
+    if spare is not None:
+        limit = min(limit, spare - _scores(pipe, request, grids))
     if step_bytes > limit:
+        remedy = "raise the limit" if spare is None else "load the model with more memory"
         raise BudgetError(
             f"the maps of one step take {step_bytes:,} bytes and the limit is {max(limit, 0):,}; draw fewer pictures "
-            f"at once, or smaller ones, or {'load the model with more memory' if pipe.budget else 'raise the limit'}"
+            f"at once, or smaller ones, or {remedy}"
         )
     every = math.ceil(steps / (limit // step_bytes))
     recorder = _Recorder(grids, len(tokens), places, request, every)

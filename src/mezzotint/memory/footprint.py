@@ -26,12 +26,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
-from mezzotint import prompt, samplers
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.memory import system
@@ -40,8 +38,9 @@ from mezzotint.models.sizes import Working
 from mezzotint.models.vae_sizes import Half
 from mezzotint.placement import LEAST, Placement
 from mezzotint.request import Request
-from mezzotint.run.resolve import Resolver
-from mezzotint.weights.checkpoint import Parts, look_through
+from mezzotint.run.model_info import ModelInfo
+from mezzotint.run.plan import RunPlan, plan_run
+from mezzotint.weights.checkpoint import look_through
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_plan import Part
@@ -157,21 +156,13 @@ class Model:
         return [part.config for part in self.found.parts if isinstance(part.config, CLIPConfig)]
 
     @cached_property
-    def resolver(self) -> Resolver:
-        """What the model makes of a request."""
-        networks = {
-            name: SimpleNamespace(config=config, parameters=lambda: iter([SimpleNamespace(device=self.device)]))
-            for name, config in (("unet", self.unet), ("vae", self.vae))
-        }
-        found = self.found
-        parts = SimpleNamespace(
-            **networks,
-            family=found.family,
-            settings=found.settings,
-            model_index=found.model_index,
-            few_step=found.few_step,
-        )
-        return Resolver(cast(Parts, parts), dict(found.scheduler_config))
+    def info(self) -> ModelInfo:
+        """What a run plan needs to know of the model."""
+        return ModelInfo.of(self.found, self.unet, self.vae, self.device.type)
+
+    def plan(self, request: Request) -> RunPlan:
+        """Plan the run of a request, from configurations alone. Raises RequestError where it does not fit the model."""
+        return plan_run(self.info, request)
 
 
 @dataclass(frozen=True)
@@ -195,7 +186,7 @@ class Peak:
 
 def predict(
     model: Model,
-    request: Request,
+    request: Request | RunPlan,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     *,
     base: int | None = None,
@@ -205,14 +196,15 @@ def predict(
 
     Raises RequestError where the request does not fit the model.
     """
-    return _Run(model, model.resolver.resolve(request), placement, base).peak()
+    plan = request if isinstance(request, RunPlan) else model.plan(request)
+    return _Run(model, plan, placement, base).peak()
 
 
 class _Run:
     """One request, resolved, under one placement."""
 
-    def __init__(self, model: Model, request: Request, placement: Placement, base: int | None) -> None:
-        self.model, self.request, self.placement = model, request, placement
+    def __init__(self, model: Model, plan: RunPlan, placement: Placement, base: int | None) -> None:
+        self.model, self.plan, self.request, self.placement = model, plan, plan.request, placement
         self.itemsize = model.dtype.itemsize
         self.cpu = model.device.type == "cpu"
         own = placement.storage
@@ -240,15 +232,16 @@ class _Run:
 
     def peak(self) -> Peak:
         """All stages; with hires both passes."""
-        request, stages = self.request, {"load": self.load(), "encode": self.encode()}
-        passes = [request, *([self.model.resolver.second_pass(request)] if request.hires else [])]
-        for one in passes:
+        first, stages = self.plan, {"load": self.load(), "encode": self.encode()}
+        passes = [first, *([first.second_pass] if first.second_pass else [])]
+        for plan in passes:
+            one = plan.request
             pictures = min(one.count, one.batch or 1)
-            if one.image is not None or (one is not request and request.hires_upscale == "pixels"):
+            if one.image is not None or (plan is not first and first.request.hires_upscale == "pixels"):
                 stages["image"] = max(stages.get("image", 0), self.vae(one, 1, "encode"))
-            stages["step"] = max(stages.get("step", 0), self.step(one, pictures))
+            stages["step"] = max(stages.get("step", 0), self.step(plan, pictures))
             stages["decode"] = max(stages.get("decode", 0), self.vae(one, pictures, "decode"))
-        stages["png"] = self.always + 4 * self.pixels(passes[-1]) * 3
+        stages["png"] = self.always + 4 * self.pixels(passes[-1].request) * 3
         return Peak(stages, self.most, self.work, self.moved)
 
     def adapters(self) -> int:
@@ -256,7 +249,7 @@ class _Run:
         that is made whole each time (any but a LoRA's and a LoCon's) three times the largest weight.
         """
         total, made = 0, 0
-        for name, *_ in self.request.loras or ():
+        for name, _ in self.plan.loras:
             place = Path(name)
             files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))[:1]
             for path in files:
@@ -303,25 +296,24 @@ class _Run:
             there = max(there, self.model.weights["text"].largest * (4 + KEPT_AS[self.storage]))
         return self.always + there
 
-    def step(self, request: Request, pictures: int) -> int:
+    def step(self, plan: RunPlan, pictures: int) -> int:
         """A step: the UNet, the run's keys and values, the latents of a multistep solver."""
         tokens = self.model.encoders[0].max_position_embeddings * self.windows()
-        channels, height, width = self.model.resolver.latent_shape(request)
-        conditions = self.conditions()
+        channels, height, width = plan.latent_shape
+        conditions = self.plan.condition_count
         split = self.placement.guidance == "split"
         ledger = sizes.unet(
             self.model.unet, pictures * (1 if split else conditions), height, width, tokens, self.working
         )
-        groups = math.ceil(request.count / pictures)
-        calls = (len(self.model.resolver.sigmas(request)) - 1) * groups * (conditions if split else 1)
+        groups = math.ceil(plan.request.count / pictures)
+        calls = (len(plan.sigmas) - 1) * groups * (conditions if split else 1)
         self.work += calls * ledger.work
         self.uses("unet", calls)
         self.moved += self.model.weights["unet"].large * self.itemsize * (calls - calls // conditions if split else 0)
         self.most = max(self.most, ledger.peak)
         run = sizes.keys_values(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize * self.variants()
         run += 16 * pictures * channels * height * width * 4
-        few = self.model.resolver.few_step(self.model.resolver.sampler(request))
-        merged = self.kept("unet") if few and self.placement.weights == "resident" else 0
+        merged = self.kept("unet") if plan.few_step and self.placement.weights == "resident" else 0
         return self.always + self.there("unet") + merged + run + ledger.peak
 
     def vae(self, request: Request, pictures: int, half: Half) -> int:
@@ -355,20 +347,8 @@ class _Run:
 
     def variants(self) -> int:
         """How many things the prompts say in the course of the run, one after another: keys and values of all stay."""
-        request, texts = self.request, ((self.request.prompt, False), (self.request.negative_prompt or "", True))
-        steps = self.model.resolver.counted(request)
-        plans = [prompt.plan(text, request.prompt_syntax or "a1111", steps, negative=no) for text, no in texts]
-        parts = [part for plan in plans for part in plan.parts]
-        return len({tuple(part.at(step).text for part in parts) for step in range(steps)})
-
-    def conditions(self) -> int:
-        """How many the UNet is given at a time."""
-        request = self.request
-        parts = len(prompt.plan(request.prompt, request.prompt_syntax or "a1111", request.steps or 1).parts)
-        given = request.guidance_scale or 0.0
-        highest = max(given) if isinstance(given, tuple) else given
-        guided = highest > 1.0 or parts > 1 or samplers.SOLVERS[self.model.resolver.sampler(request).solver].cfg_pp
-        return parts + guided + (guided and request.guidance_method == "perp_neg")
+        parts = [*self.plan.positive.parts, *self.plan.negative.parts]
+        return len({tuple(part.at(step).text for part in parts) for step in range(self.plan.schedule_steps)})
 
 
 def _tokens(text: str) -> int:

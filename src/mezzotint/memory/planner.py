@@ -24,6 +24,7 @@ from mezzotint.memory import system
 from mezzotint.memory.footprint import MOVED, Model, Peak, predict
 from mezzotint.placement import Placement, bytes_of, size
 from mezzotint.request import MAX_COUNT, Request
+from mezzotint.run.plan import RunPlan
 
 SAFETY = 1.03  # what is predicted may be so much too low
 AUTO = 0.9  # of what is free
@@ -52,11 +53,11 @@ class Budget:
     limit: int
     base: int
 
-    def spare(self, request: Request, placement: Placement) -> int:
+    def spare(self, request: Request | RunPlan, placement: Placement) -> int:
         """Bytes that are left beside drawing the request so; below 0 where it takes more."""
         return int(self.limit - predict(self.model, request, placement, base=self.base).most * SAFETY)
 
-    def check(self, request: Request, placement: Placement) -> None:
+    def check(self, request: Request | RunPlan, placement: Placement) -> None:
         """Raises BudgetError where drawing the request so would take more."""
         peak = predict(self.model, request, placement, base=self.base)
         if peak.most * SAFETY > self.limit:
@@ -66,19 +67,20 @@ class Budget:
                 f"{size(self.limit)}; ask for less, or load it with memory for this request"
             )
 
-    def fitted(self, request: Request, placement: Placement, pictures: int) -> Request:
-        """The request, resolved, its batch halved until it fits, as `plan` does; `pictures` like it may share one.
+    def fitted(self, run: RunPlan, placement: Placement, pictures: int) -> RunPlan:
+        """Return the plan of a run with its batch halved until it fits; `pictures` like it may share one.
 
         Raises BudgetError where one picture at a time takes more.
         """
+        request = run.request
         batch = request.batch or 1
         try:
-            self.check(request.replace(count=max(request.count, min(batch, pictures))), placement)
+            self.check(run.with_batch(batch, max(request.count, min(batch, pictures))), placement)
         except BudgetError:
             if batch == 1:
                 raise
-            return self.fitted(request.replace(batch=batch // 2), placement, pictures)
-        return request
+            return self.fitted(run.with_batch(batch // 2), placement, pictures)
+        return run
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,10 @@ def plan(
     base = system.resident() if model.device.type == "cpu" else 0
     limit = _free(model, base) if memory == "auto" else bytes_of(memory)
     asked = [request] if isinstance(request, Request) else list(request or [Request(prompt="")])
-    requests = tuple(model.resolver.resolve(one) for one in asked)
-    unlike = _unlike(requests)
-    asked_batch = max(min(r.batch or 1, r.count) for r in unlike)
+    runs = [model.plan(one) for one in asked]
+    requests = tuple(run.request for run in runs)
+    unlike = _unlike(runs)
+    asked_batch = max(min(run.request.batch or 1, run.request.count) for run in unlike)
     batches = [asked_batch]
     if isinstance(request, Request):
         batches = sorted({max(asked_batch >> shift, 1) for shift in range(14)}, reverse=True)
@@ -270,23 +273,24 @@ def _ways(model: Model, rank: int) -> Iterator[Placement]:
         yield Placement.of(weights=weights, storage=storage, guidance=guidance, vae=vae)
 
 
-def _peak(model: Model, requests: Sequence[Request], placement: Placement, batch: int, base: int) -> Peak:
+def _peak(model: Model, runs: Sequence[RunPlan], placement: Placement, batch: int, base: int) -> Peak:
     """Of all of them: stage by stage the largest, and the work of the longest."""
-    peaks = [predict(model, r.replace(batch=min(r.batch or 1, batch)), placement, base=base) for r in requests]
+    peaks = [predict(model, run.with_batch(min(run.request.batch or 1, batch)), placement, base=base) for run in runs]
     stages = {stage: max(peak.stages.get(stage, 0) for peak in peaks) for peak in peaks for stage in peak.stages}
     longest = max(peaks, key=_cost)
     return Peak(stages, max(peak.working for peak in peaks), longest.work, longest.moved)
 
 
-def _unlike(requests: Sequence[Request]) -> list[Request]:
+def _unlike(runs: Sequence[RunPlan]) -> list[RunPlan]:
     """One of each kind, where they differ in nothing that takes memory, with the pictures of all, which may share a
     batch; of their prompts the longest.
     """
-    kinds: dict[Any, Request] = {}
-    for one in sorted(requests, key=lambda r: len(r.prompt)):
+    kinds: dict[Any, RunPlan] = {}
+    for run in sorted(runs, key=lambda run: len(run.request.prompt)):
+        one = run.request
         kind = one.replace(prompt="", seed=0, negative_prompt=one.negative_prompt and "", count=1)
-        before = kinds[kind].count if kind in kinds else 0
-        kinds[kind] = one.replace(count=min(before + one.count, MAX_COUNT))
+        before = kinds[kind].request.count if kind in kinds else 0
+        kinds[kind] = run.with_batch(one.batch or 1, min(before + one.count, MAX_COUNT))
     return list(kinds.values())
 
 

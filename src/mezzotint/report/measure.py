@@ -124,8 +124,8 @@ def measure(
     model, depends, noise = _model(pipe, settings)
 
     def job(name: str, prompt: str, sampler: str, steps: int, depends: str) -> _Job:
-        request = pipe.resolve(settings.request(prompt, sampler, steps))
-        solver = samplers.resolve(request.sampler, pipe.scheduler_config, request.spacing).solver
+        run_plan = pipe.plan(settings.request(prompt, sampler, steps))
+        request, solver = run_plan.request, run_plan.sampler.solver
         asked = request.model_dump_json(exclude_defaults=True)  # a field that comes later changes no key
         row: Row = {"key": hashlib.sha256(f"{depends}\n{asked}".encode()).hexdigest()[:16]}
         row |= {"sampler": name, "steps": steps, "prompt": prompt, "solver": solver}
@@ -222,7 +222,7 @@ def _measure(
         nonlocal calls
         calls += 1
 
-    hook = pipe.unet_for(job.request).register_forward_hook(count)
+    hook = pipe.unet_for(pipe.plan(job.request)).register_forward_hook(count)
     start = time.perf_counter()
     try:
         result = pipe.generate(job.request, latents=noise, on_step=on_step)

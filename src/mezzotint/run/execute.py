@@ -20,7 +20,7 @@ from mezzotint.models.offload import turn
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.models.vae_modes import decode, encode
 from mezzotint.placement import Placement
-from mezzotint.run.nan_guard import watched
+from mezzotint.run.nan_guard import with_fp32_fallback
 
 
 def possible(placement: Placement, device: torch.device, dtype: str | None) -> Placement:
@@ -38,7 +38,7 @@ def possible(placement: Placement, device: torch.device, dtype: str | None) -> P
     return placement.model_copy(update=changes)
 
 
-class Placing:
+class Executor:
     """Of one pipeline."""
 
     def __init__(self, placement: Placement, one: bool = False) -> None:
@@ -78,20 +78,20 @@ class Placing:
         with self.alone(), torch.inference_mode(), attention, seamless(joined):
             yield
 
-    def decode(self, vae: VAE, z: Tensor, noted: list[str]) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]. noted: of nan_guard.py."""
+    def decode(self, vae: VAE, z: Tensor, upcast_parts: list[str]) -> Tensor:
+        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]. upcast_parts: of nan_guard.py."""
 
         def run(vae: VAE) -> Tensor:
             with turn(vae.decoder):
                 return decode(vae, z.to(vae.decoder.conv_in.weight.dtype), self.placement.vae)
 
-        return watched("vae", vae, run, lambda x: [x], noted)
+        return with_fp32_fallback("vae", vae, run, lambda x: [x], upcast_parts)
 
-    def encode(self, vae: VAE, pixels: Tensor, noted: list[str]) -> Posterior:
+    def encode(self, vae: VAE, pixels: Tensor, upcast_parts: list[str]) -> Posterior:
         """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
 
         def run(vae: VAE) -> Posterior:
             with turn(vae.encoder):
                 return encode(vae, pixels.to(vae.encoder.conv_in.weight.dtype), self.placement.vae)
 
-        return watched("vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar], noted)
+        return with_fp32_fallback("vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar], upcast_parts)

@@ -23,34 +23,43 @@ from mezzotint.images.init_image import Placed
 from mezzotint.images.io import from_pil
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.request import Job, Request
+from mezzotint.run.plan import RunPlan
 
 Encode = Callable[[Tensor], Posterior]  # of pixels (1, 3, H, W) in [-1, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One batch on its way, and all that it needs: the requests differ in words and seeds alone.
+    """One batch of pictures in the making; their plans differ in words and seeds alone.
 
-    latents: (pictures, C, h, w) the noise to start from, where it is given. pictures: what is drawn on, one a job, or
-    none; latents of it as they are. noted: gets the parts that had to run again in float32. before: of a second pass,
-    the steps by which the first one's prompt changed.
+    Attributes:
+        plans: The plan of each picture.
+        seeds: The seed of each picture.
+        latents: Starting noise (pictures, C, h, w) where it is given instead of drawn.
+        pictures: What each picture is drawn on, if anything; latents as they are.
+        upcast_parts: Gets the names of networks that had to run in float32.
     """
 
-    group: Sequence[Job]
+    plans: Sequence[RunPlan]
+    seeds: Sequence[int]
     latents: Tensor | None = None
     pictures: Sequence[Placed | Tensor] = ()
-    noted: list[str] = field(default_factory=list)
-    before: int | None = None
+    upcast_parts: list[str] = field(default_factory=list)
+
+    @property
+    def plan(self) -> RunPlan:
+        """The first one, for all in which they agree."""
+        return self.plans[0]
 
     @property
     def request(self) -> Request:
-        """The first one, for all in which they agree."""
-        return self.group[0][0]
+        """The first plan's request."""
+        return self.plan.request
 
     @property
-    def seeds(self) -> list[int]:
-        """One a picture."""
-        return [seed for _, seed in self.group]
+    def group(self) -> list[Job]:
+        """The request and the seed of each picture."""
+        return [(plan.request, seed) for plan, seed in zip(self.plans, self.seeds, strict=True)]
 
     @property
     def placed(self) -> list[Placed]:
@@ -65,13 +74,14 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """x (B, C, h, w): at the run's first level. beside (B, C', h, w): what an inpainting network is given beside it.
+    """x (B, C, h, w): at the run's first level. inpaint_channels (B, C', h, w): what an inpainting
+    network is given beside it.
 
     keep, x0, noise: of `Blend`, where a part of the picture is kept in the loop; `skip_above` as there.
     """
 
     x: Tensor
-    beside: Tensor | None = None
+    inpaint_channels: Tensor | None = None
     keep: Tensor | None = None
     x0: Tensor | None = None
     noise: Tensor | None = None
@@ -112,12 +122,12 @@ def start(run: Run, vae: VAE, encode: Encode, noise: SeededNoise, sigma: float, 
     elif known := [picture for picture in run.pictures if isinstance(picture, Tensor)]:
         x0 = torch.cat(known)
     drawn = _first(run, noise, side)
-    beside = None
+    inpaint_channels = None
     if inpaints:
         grey = torch.zeros(1, 3, noise.shape[1] * side, noise.shape[2] * side)
         shown = [grey] if mask is None else [_pixels(p, hidden=True) for p in unlike(placed)]
         masked = _sampled(shown, () if mask is None else placed, vae, encode, noise)
-        beside = torch.cat([torch.ones_like(masked[:, :1]) if mask is None else mask, masked], dim=1)
+        inpaint_channels = torch.cat([torch.ones_like(masked[:, :1]) if mask is None else mask, masked], dim=1)
     elif mask is not None:
         noise.draw()
     if x0 is None or from_noise:
@@ -126,14 +136,14 @@ def start(run: Run, vae: VAE, encode: Encode, noise: SeededNoise, sigma: float, 
         below = x0 if mask is None or request.masked_content != "noise" else x0 * (1.0 - mask) + drawn * mask
         x, skip_above = below + sigma * drawn, float("inf")
     if mask is None or inpaints:
-        return Start(x, beside)
+        return Start(x, inpaint_channels)
     return Start(x, None, 1.0 - mask, x0, drawn, skip_above)
 
 
 def _first(run: Run, noise: SeededNoise, side: int) -> Tensor:
     """The noise that the run starts from, (B, C, h, w) float32: given, or its own, or a variation of that."""
     if run.latents is not None:
-        given, right = tuple(run.latents.shape), (len(run.group), *noise.shape)
+        given, right = tuple(run.latents.shape), (len(run.plans), *noise.shape)
         if given != right:
             raise RequestError(f"latents has the shape {given}; it must be {right}")
         return run.latents.to(noise.device, torch.float32)
@@ -145,7 +155,7 @@ def _first(run: Run, noise: SeededNoise, side: int) -> Tensor:
     shape, kind = (channels, height, width), request.noise or "seeded"
     varied = own if shape == noise.shape else SeededNoise(run.seeds, shape, noise.device, kind).draw()
     if request.variation_strength:
-        others = [job.variation_seed or 0 for job, _ in run.group]
+        others = [plan.request.variation_seed or 0 for plan in run.plans]
         varied = slerp(varied, SeededNoise(others, shape, noise.device, kind).draw(), request.variation_strength)
     return varied if shape == noise.shape else paste_center(own, varied)
 

@@ -2,7 +2,7 @@
 
 float16 ends at 65504, and activations of some networks do not: they become infinite, then NaN, and the picture black.
 A part that gave such values is run again with a float32 copy of its network, made for this run alone, and its name is
-noted for the picture's record. What is no number in float32 either is an error, never a picture.
+upcast_parts for the picture's record. What is no number in float32 either is an error, never a picture.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def in_float32(network: Network) -> Network:
     return copy
 
 
-def watched(
+def with_fp32_fallback(
     name: str,
     network: Network,
     run: Callable[[Network], Made],
     tensors: Callable[[Made], Iterable[Tensor]],
-    noted: list[str],
+    upcast_parts: list[str],
 ) -> Made:
     """What `run` makes with the network; where its tensors are not finite, what it makes with a float32 copy of it.
 
-    noted: gets the name of the part where it ran again. Raises MezzotintError where float32 does not help.
+    upcast_parts: gets the name of the part where it ran again. Raises MezzotintError where float32 does not help.
     """
     made = run(network)
     if finite(tensors(made)):
@@ -58,14 +58,14 @@ def watched(
     made = run(in_float32(network))
     if not finite(tensors(made)):
         raise MezzotintError(_sentence(name))
-    noted.append(name)
+    upcast_parts.append(name)
     return made
 
 
-def watched_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], noted: list[str]) -> Outputs:
+def guard_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], upcast_parts: list[str]) -> Outputs:
     """A denoiser's outputs, looked at after each call; from the first that is not finite on, a float32 UNet's.
 
-    denoiser: makes one of a UNet. noted: gets "unet". Raises MezzotintError where float32 does not help.
+    denoiser: makes one of a UNet. upcast_parts: gets "unet". Raises MezzotintError where float32 does not help.
     """
     current = denoiser(unet)
 
@@ -83,14 +83,14 @@ def watched_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], noted: lis
             current = denoiser(in_float32(unet))
             found = current.outputs(x, sigma, count)
             if finite(found):
-                noted.append("unet")
+                upcast_parts.append("unet")
                 return found
         raise MezzotintError(f"{_sentence('unet')} (at sigma {sigma:.4g})")
 
     return outputs
 
 
-def checked(step: Step) -> Step:
+def require_finite(step: Step) -> Step:
     """The step. Raises MezzotintError where the solver made something that is no number of what were numbers."""
     if not finite([step.x, step.denoised]):
         raise MezzotintError(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from mezzotint.config import ScheduleConfig
 from mezzotint.errors import RequestError
+from mezzotint.samplers.solvers import SOLVERS
 
 Start = Literal["sigma", "vp"]
 TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm"]
@@ -40,7 +41,7 @@ class Sampler:
         steps: Default number of steps, if the sampler has one.
         guidance_scale: Default guidance scale, if the sampler has one.
         guidance_divisor: The requested guidance scale is divided by this.
-        counts: Whose rule determines the number of steps of an image-to-image run (run/resolve.py).
+        counts: Whose rule determines the number of steps of an image-to-image run (run/levels.py).
     """
 
     name: str
@@ -455,7 +456,7 @@ def with_spacing(sampler: Sampler, spacing: str | None) -> Sampler:
     """
     if spacing in (None, sampler.spacing):
         return sampler
-    if sampler.solver == "dpm_adaptive":
+    if SOLVERS[sampler.solver].own_levels:
         raise RequestError(
             f"spacing is {spacing!r}, but {sampler.name} chooses its own noise levels; leave spacing out"
         )

@@ -33,6 +33,7 @@ from mezzotint.samplers.presets import (
     COMFYUI_SCHEDULES,
     PRESETS,
 )
+from mezzotint.samplers.solvers import SOLVERS
 
 __all__ = [
     "A1111_SCHEDULES",
@@ -51,67 +52,6 @@ __all__ = [
     "resolve",
 ]
 
-
-class Solver(NamedTuple):
-    """Properties of a solver, for the table of samplers.
-
-    Attributes:
-        order: Order of convergence.
-        calls: Calls of the model in a step.
-        stochastic: Whether it adds noise.
-        good_for: What to use it for.
-        cfg_pp: Whether it is a CFG++ solver, which always needs the unconditional estimate.
-    """
-
-    order: int
-    calls: int
-    stochastic: bool
-    good_for: str
-    cfg_pp: bool = False
-
-
-# The order is that of a whole run: a multistep method starts with a first-order step, which limits it to 2.
-SOLVERS = {
-    "ddpm": Solver(1, 1, True, "what the model was trained to undo; many steps"),
-    "ddim": Solver(1, 1, False, "the baseline; with eta above 0 it adds noise"),
-    "pndm": Solver(2, 1, False, "Stable Diffusion 1's own; one call more in all"),
-    "lms": Solver(2, 1, False, "the first multistep; from 25 steps"),
-    "euler": Solver(1, 1, False, "simple and robust; turbo and lightning models"),
-    "euler_a": Solver(1, 1, True, "varied pictures that keep changing with the steps"),
-    "heun": Solver(2, 2, False, "exact, at twice the calls"),
-    "heunpp2": Solver(1, 3, False, "Forge's and ComfyUI's pictures; heun is more exact"),
-    "dpm2": Solver(2, 2, False, "as heun, from DPM-Solver"),
-    "dpm2_a": Solver(1, 2, True, "as euler_a, finer steps"),
-    "dpmpp_2s": Solver(2, 1, False, "second order without memory; strong guidance"),
-    "dpmpp_2s_a": Solver(1, 2, True, "as euler_a, finer steps"),
-    "dpmpp_sde": Solver(1, 2, True, "rich detail in few steps, at twice the calls"),
-    "seeds_2": Solver(1, 2, True, "as dpmpp_sde, one noise path"),
-    "seeds_3": Solver(1, 3, True, "as seeds_2, finer steps"),
-    "dpmpp_2m": Solver(2, 1, False, "the first to try: 15 to 25 steps"),
-    "dpmpp_2m_sde": Solver(1, 1, True, "detail of noise, from 25 steps"),
-    "dpmpp_3m": Solver(2, 1, False, "as dpmpp_2m, without guidance or with many steps"),
-    "dpmpp_3m_sde": Solver(1, 1, True, "as dpmpp_2m_sde, from 30 steps"),
-    "deis": Solver(2, 1, False, "as dpmpp_2m, interpolates the noise"),
-    "deis_tab": Solver(2, 1, False, "as deis, interpolates in time; Forge's and ComfyUI's"),
-    "unipc": Solver(2, 1, False, "few steps, 5 to 15"),
-    "sa_solver": Solver(1, 1, True, "noise in the middle of the run only"),
-    "ipndm": Solver(2, 1, False, "as lms, cheap weights; even spacings"),
-    "ipndm_v": Solver(2, 1, False, "as ipndm, any spacing"),
-    "res_multistep": Solver(2, 1, False, "as dpmpp_2m, exact weights"),
-    "gradient_estimation": Solver(1, 1, False, "euler that looks ahead; few steps"),
-    "er_sde": Solver(1, 1, True, "noise tuned for pictures, from 20 steps"),
-    "dpm_fast": Solver(3, 1, False, "steps counts calls; few of them"),
-    "dpm_adaptive": Solver(3, 3, False, "chooses its own steps by the error it measures"),
-    "restart": Solver(2, 2, True, "goes back up and repairs; from 36 steps"),
-    "lcm": Solver(1, 1, True, "LCM and LCM-LoRA models, 2 to 8 steps, no guidance"),
-    "tcd": Solver(1, 1, False, "TCD-LoRA models, 2 to 8 steps; eta adds noise"),
-    "euler_cfg_pp": Solver(1, 1, False, "low guidance, 0.5 to 2, without oversaturation", True),
-    "euler_a_cfg_pp": Solver(1, 1, True, "as euler_cfg_pp, varied", True),
-    "dpmpp_2s_a_cfg_pp": Solver(1, 2, True, "as euler_a_cfg_pp, finer steps", True),
-    "dpmpp_2m_cfg_pp": Solver(2, 1, False, "as euler_cfg_pp, fewer steps", True),
-    "res_multistep_cfg_pp": Solver(2, 1, False, "as dpmpp_2m_cfg_pp", True),
-    "gradient_estimation_cfg_pp": Solver(1, 1, False, "as euler_cfg_pp, fewer steps", True),
-}
 
 # For models distilled to a few steps: (our name, configuration keys to replace, steps, guidance_scale).
 FEW_STEPS: dict[str, tuple[str, dict[str, Any], int, float]] = {
@@ -232,6 +172,16 @@ def _join_names(solver: str, names: Mapping[str, str]) -> str:
 
 
 TABLE = tuple(
-    Row(name, CLASSES[name].name, _join_names(name, _A1111), _join_names(name, _COMFYUI), *solver)
+    Row(
+        name,
+        CLASSES[name].name,
+        _join_names(name, _A1111),
+        _join_names(name, _COMFYUI),
+        solver.order,
+        solver.calls,
+        solver.stochastic,
+        solver.good_for,
+        solver.cfg_pp,
+    )
     for name, solver in SOLVERS.items()
 )

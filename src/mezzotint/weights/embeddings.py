@@ -24,6 +24,7 @@ from torch import Tensor
 from mezzotint.errors import CheckpointError
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource
+from mezzotint.weights.listing import list_files
 from mezzotint.weights.model_plan import listed
 
 SUFFIXES = (".pt", ".bin", ".safetensors")
@@ -104,11 +105,11 @@ def read_embeddings(path: Path) -> list[Embedding]:
         stat = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return _read(path, stat.st_mtime_ns, stat.st_size)
+    return _read(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-@lru_cache(maxsize=256)
-def _read(path: Path, _changed: int, _size: int) -> list[Embedding]:
+@lru_cache(maxsize=4096)
+def _read(path: Path, _changed: int, _size: int, _inode: int) -> list[Embedding]:
     file = TensorFile(path)
     bundled: dict[str, dict[str, Tensor]] = {}
     for match in filter(None, map(BUNDLED.fullmatch, file.entries)):
@@ -158,7 +159,7 @@ def _chosen(name: str, listing: Iterable[str]) -> list[str]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = _best(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    files = _best(list_files(path, SUFFIXES))
     if not files:
         raise CheckpointError(f"{path} is a folder without .safetensors, .bin or .pt files: it holds no embedding")
     return [path / file for file in files]

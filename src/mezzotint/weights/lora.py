@@ -350,7 +350,7 @@ class Adapters:
         self.networks: dict[str, nn.Module] = {"unet": unet, **dict(zip(names, text_encoders, strict=False))}
         self.merged: tuple[tuple[str, Scale], ...] = ()
         self._undo: Merged | None = None
-        self._read: dict[tuple[Path, int, int], Adapter] = {}
+        self._read: dict[tuple[Path, int, int, int], Adapter] = {}
         self._places: dict[str, Path] = {}
         self._table: dict[str, str] | None = None
         self._lock = threading.Lock()
@@ -365,27 +365,23 @@ class Adapters:
             stat = path.stat()
         except OSError as error:
             raise CheckpointError(f"the LoRA {name[:200]!r} cannot be read: {error.strerror}") from None
-        key = path, stat.st_mtime_ns, stat.st_size
+        key = path, stat.st_mtime_ns, stat.st_size, stat.st_ino
         with self._lock:
             if key not in self._read:
                 self._table = self._table or stems(self.networks)
                 self._read[key] = read_adapter(path, self.networks, self._table)
             return self._read[key]
 
-    def changes(self, loras: Named) -> Changes:
+    def changes(self, adapters: Sequence[tuple[Adapter, Scale]]) -> Changes:
         """What these do to each layer, on the layers' device; those with a scale of 0 are left out."""
         found: dict[str, list[tuple[LayerChange, float]]] = {}
-        for name, scale in loras:
-            for layer, change in self.read(name).changes.items():
+        for adapter, scale in adapters:
+            for layer, change in adapter.changes.items():
                 if amount := scale.of(layer):
                     network = self.networks[layer.partition(".")[0]]
                     place = next(network.parameters())
                     found.setdefault(layer, []).append((change.to(place.device, place.dtype), amount))
         return found
-
-    def digests(self, loras: Named) -> dict[str, str]:
-        """File -> SHA-256."""
-        return {name: self.read(name).digest for name, _ in loras}
 
     def merged_digests(self) -> dict[str, str]:
         """File and how much of it -> SHA-256, of those that are part of the weights."""
@@ -393,7 +389,7 @@ class Adapters:
 
     def merge(self, loras: Named) -> None:
         """Make them part of the weights, in the place of those that are. No run may be under way."""
-        changes = self.changes(loras)
+        changes = self.changes([(self.read(name), scale) for name, scale in loras])
         self.unmerge()
         self._undo, self.merged = merge(self.networks, changes), tuple(loras)
 

@@ -1,0 +1,66 @@
+"""The noise levels of a run: the sampler's whole list, and the part of it that a run from a picture takes."""
+
+from __future__ import annotations
+
+from mezzotint.diffusion.schedule import Schedule
+from mezzotint.diffusion.spacing import SPACINGS, from_timesteps
+from mezzotint.errors import RequestError
+from mezzotint.request import Request
+from mezzotint.samplers import Sampler
+
+# A1111 rounds strength * steps to t_enc and then runs this many steps more
+STEP_OFFSET = {"a1111": 1, "a1111 timesteps": -1, "a1111 unipc": 0}
+
+
+def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[float]:
+    """Return the noise levels of a resolved request that starts from noise alone."""
+    if request.sigmas:
+        return list(request.sigmas)
+    if request.timesteps:
+        return from_timesteps(schedule, request.timesteps, last=sampler.spacing_options.get("last", "zero"))
+    steps = request.steps or 1
+    if request.fix_steps and request.strength:
+        steps = int(steps / _cap_strength(sampler, request.strength))
+    return SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
+
+
+def run_sigmas(request: Request, sampler: Sampler, levels: list[float]) -> list[float]:
+    """Return the levels that the run takes: all of them or, from a picture, the last ones.
+
+    Raises:
+        RequestError: If `strength` leaves no step.
+    """
+    if request.strength is None:
+        return levels
+    steps = len(levels) - 1
+    left = min(_steps_left(request, sampler, steps), steps)
+    if left < 1:
+        raise RequestError(
+            f"strength is {request.strength}, which of {steps} steps leaves none; it must be at least 1/{steps}, "
+            "or the steps more"
+        )
+    return levels[steps - left :]
+
+
+def schedule_steps(request: Request, sampler: Sampler, levels: list[float]) -> int:
+    """Return the number of steps by which the prompt changes: all, though a run from a picture skips the first."""
+    return len(levels) - 1 if _has_own_list(request, sampler) else request.steps or 1
+
+
+def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
+    """Return how many of a list's `steps` a run from a picture takes."""
+    own = _has_own_list(request, sampler)
+    fixed = bool(request.fix_steps) and not own
+    steps = steps if own else request.steps or 1
+    left = steps if fixed else int(steps * _cap_strength(sampler, request.strength or 0.0))
+    return left + STEP_OFFSET[sampler.counts] - fixed if sampler.counts in STEP_OFFSET else left
+
+
+def _has_own_list(request: Request, sampler: Sampler) -> bool:
+    """Return whether the list of levels may be longer or shorter than the request's steps."""
+    return bool(request.sigmas or request.timesteps or "calls" in sampler.spacing_options)
+
+
+def _cap_strength(sampler: Sampler, strength: float) -> float:
+    """Return the strength as the sampler's program computes with it."""
+    return min(strength, 0.999) if sampler.counts.startswith("a1111") else strength

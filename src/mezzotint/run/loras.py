@@ -1,0 +1,74 @@
+"""The LoRA files that a request names: in `loras`, and by name in its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from mezzotint.errors import RequestError
+from mezzotint.prompt import Network
+from mezzotint.request import Request
+from mezzotint.weights.listing import list_files
+from mezzotint.weights.lora import Scale
+from mezzotint.weights.model_plan import listed
+
+MAX_LORA_SCALE = 100
+SUFFIXES = (".safetensors", ".pt", ".bin")
+
+
+def named_loras(request: Request, networks: Sequence[Network] = ()) -> tuple[tuple[str, Scale], ...]:
+    """Return the LoRA files of a request, each with its scale: `loras`, then those that its prompt names.
+
+    Args:
+        request: A request; only `loras` and `lora_folder` are read.
+        networks: What the parsed prompt names, as `<lora:name:scale>`.
+
+    Raises:
+        RequestError: If the prompt names a file that `lora_folder` lacks, or gives it a wrong scale.
+    """
+    found = [(entry[0], _scale(*entry[1:])) for entry in request.loras or ()]
+    wanted = [network for network in networks if network.kind == "lora"]
+    if request.lora_folder and networks:
+        files = lora_files(request.lora_folder)
+        found += [_find(network, files) for network in wanted]
+    return tuple(found)
+
+
+def lora_files(folder: str) -> dict[str, str]:
+    """Return name, in lower case -> path of the LoRA files in a folder and in those below it.
+
+    Raises:
+        RequestError: If there is no such folder.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise RequestError(f"lora_folder is {folder[:200]!r}, which is no folder that is here")
+    files = list_files(root, SUFFIXES)
+    return {name.rpartition("/")[2].rpartition(".")[0].lower(): f"{root}/{name}" for name in reversed(files)}
+
+
+def _scale(unet: float, text: float | None = None, blocks: tuple[tuple[str, float], ...] = ()) -> Scale:
+    """Return an entry of `loras` as a Scale."""
+    return Scale(unet, unet if text is None else text, blocks)
+
+
+def _find(network: Network, files: dict[str, str]) -> tuple[str, Scale]:
+    """Return the file that `<lora:name:text scale:UNet scale>`, or te= and unet=, names, as A1111 reads it."""
+    if network.name.lower() not in files:
+        near = get_close_matches(network.name.lower(), files, 1)
+        raise RequestError(
+            f"prompt names the LoRA {network.name[:100]!r}, of which lora_folder has no file; "
+            + (f"the nearest is {near[0]}" if near else f"it has {listed(sorted(files)) or 'none'}")
+        )
+    try:
+        text = float(network.options.get("te", network.args[0] if network.args else 1.0))
+        unet = float(network.options.get("unet", network.args[1] if len(network.args) > 1 else text))
+        if not max(abs(unet), abs(text)) <= MAX_LORA_SCALE:
+            raise ValueError
+    except ValueError:
+        raise RequestError(
+            f"prompt has the LoRA {network.name[:100]!r} with a scale that is no number from -{MAX_LORA_SCALE} to "
+            f"{MAX_LORA_SCALE}"
+        ) from None
+    return files[network.name.lower()], Scale(unet, text)

@@ -1,0 +1,76 @@
+"""What a run plan needs to know of a model: its configurations and defaults, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mezzotint.config import UNetConfig, VAEConfig
+from mezzotint.weights.keys import Family
+from mezzotint.weights.model_plan import FewStep
+
+
+class ModelFacts(Protocol):
+    """What a loaded model (`Parts`) and one whose files were only looked through have in common."""
+
+    family: Family
+    settings: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    model_index: dict[str, Any]
+    few_step: FewStep | None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as far as planning a run depends on it.
+
+    Attributes:
+        family: "sd1", "sd2" or "sdxl".
+        native_size: Side, in pixels, of the pictures that the model was trained on.
+        settings: The model's own defaults, from mezzotint.json.
+        scheduler_config: The model's scheduler_config.json.
+        pipeline_class: Class name in model_index.json, "" where there is none.
+        unet_channels: Input channels of the UNet.
+        latent_channels: Channels of the VAE's latents.
+        downscale: Pixels along one side of a latent's cell.
+        force_upcast: Whether the VAE overflows float16.
+        empty_prompt: What an absent negative prompt means: "" or None, which is a context of zeros.
+        few_step: The model's few-step form, if it has one.
+        device_type: "cpu", "cuda", ...: decides the default batch.
+    """
+
+    family: Family
+    native_size: int
+    settings: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    pipeline_class: str
+    unet_channels: int
+    latent_channels: int
+    downscale: int
+    force_upcast: bool
+    empty_prompt: str | None
+    few_step: FewStep | None
+    device_type: str
+
+    @classmethod
+    def of(cls, facts: ModelFacts, unet: UNetConfig, vae: VAEConfig, device_type: str) -> ModelInfo:
+        """Collect the facts of a model, loaded or not."""
+        return cls(
+            family=facts.family,
+            native_size=(unet.sample_size or 64) * vae.downscale,
+            settings=facts.settings,
+            scheduler_config=dict(facts.scheduler_config),
+            pipeline_class=str(facts.model_index.get("_class_name", "")),
+            unet_channels=unet.in_channels,
+            latent_channels=vae.latent_channels,
+            downscale=vae.downscale,
+            force_upcast=vae.force_upcast,
+            empty_prompt=None if facts.model_index.get("force_zeros_for_empty_prompt") else "",
+            few_step=facts.few_step,
+            device_type=device_type,
+        )
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the model is conditioned on sizes and crops."""
+        return self.family == "sdxl"

@@ -1,0 +1,307 @@
+"""The plan of a run: all that follows from a request and a model's configurations, worked out once.
+
+    plan = plan_run(ModelInfo.of(...), request)
+
+What draws the request, and what predicts its memory, read the plan's fields; nothing resolves a sampler, parses a
+prompt or lists a folder a second time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from mezzotint import samplers
+from mezzotint.conditioning.encode import parse_prompt
+from mezzotint.diffusion.guidance import METHOD_OPTIONS
+from mezzotint.diffusion.prediction import Prediction
+from mezzotint.diffusion.schedule import Schedule
+from mezzotint.errors import RequestError
+from mezzotint.images import init_image
+from mezzotint.prompt import Plan as PromptPlan
+from mezzotint.request import MAX_SIDE, Request
+from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
+from mezzotint.run.loras import named_loras
+from mezzotint.run.model_info import ModelInfo
+from mezzotint.run.resolve import expand_choices, few_step_of, resolve_request
+from mezzotint.samplers import SOLVERS, Sampler
+from mezzotint.weights.embeddings import Library
+from mezzotint.weights.lora import Adapter, Adapters, Scale
+from mezzotint.weights.model_plan import FewStep
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Reads the files that requests name, for one model.
+
+    Attributes:
+        adapters: Reads LoRA files, once as long as they do not change.
+        widths: Hidden size of each text encoder.
+    """
+
+    adapters: Adapters
+    widths: Sequence[int]
+
+    def read_loras(self, loras: Sequence[tuple[str, Scale]]) -> tuple[Adapter, ...]:
+        """Read LoRA files."""
+        return tuple(self.adapters.read(name) for name, _ in loras)
+
+    def read_embeddings(self, sources: Sequence[str]) -> Library:
+        """Read textual inversions from files, folders or hub ids."""
+        return Library(sources, self.widths)
+
+
+@dataclass(frozen=True, eq=False)
+class RunPlan:
+    """What one request means for one model.
+
+    Attributes:
+        model: The model that it was planned for.
+        request: The request with every value resolved.
+        sampler: Solver, spacing and their options.
+        schedule: The training schedule as this sampler reads it.
+        prediction: What the UNet's output is.
+        sigmas: The run's falling noise levels, n + 1 for n steps.
+        all_sigmas: The sampler's whole list, of which a run from a picture takes the last ones.
+        schedule_steps: Number of steps by which the prompts change.
+        latent_shape: (C, h, w) of one picture's latents.
+        positive: The parsed prompt.
+        negative: The parsed negative prompt; that of "" where it is None.
+        loras: Each LoRA file of the request and its scale.
+        adapters: The same files, read; empty for a plan made from configurations alone.
+        embeddings: The textual inversions that the prompts may name; likewise.
+        few_step: The model's few-step form, if this run draws with it.
+        second_pass: Hires-fix's second pass, or None.
+        base_steps: Of a second pass, `schedule_steps` of the first.
+    """
+
+    model: ModelInfo
+    request: Request
+    sampler: Sampler
+    schedule: Schedule
+    prediction: Prediction
+    sigmas: list[float]
+    all_sigmas: list[float]
+    schedule_steps: int
+    latent_shape: tuple[int, int, int]
+    positive: PromptPlan
+    negative: PromptPlan
+    loras: tuple[tuple[str, Scale], ...]
+    adapters: tuple[Adapter, ...]
+    embeddings: Library
+    few_step: FewStep | None
+    second_pass: RunPlan | None
+    base_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of solver steps, both passes."""
+        return len(self.sigmas) - 1 + (self.second_pass.steps if self.second_pass else 0)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each part of the prompt; one of 1.0 unless it is joined with AND."""
+        return tuple(part.weight for part in self.positive.parts)
+
+    @property
+    def guides(self) -> bool:
+        """Whether any step needs the unconditional output: CFG++ always does, and so does a sum of AND's parts."""
+        summed = abs(sum(self.weights) - 1.0) > 1e-6
+        return max(self.guidance_scales) > 1.0 or summed or SOLVERS[self.sampler.solver].cfg_pp
+
+    @property
+    def condition_count(self) -> int:
+        """Most conditions that the UNet is given at once: the prompt's parts, the unconditional, the negative."""
+        return len(self.positive.parts) + self.guides + (self.guides and self.uses_empty_prompt)
+
+    @property
+    def uses_empty_prompt(self) -> bool:
+        """Whether guidance compares with the empty prompt beside the negative one (Perp-Neg)."""
+        return self.request.guidance_method == "perp_neg"
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """The guidance scale, or those that are spread over the run."""
+        given = self.request.guidance_scale or 0.0
+        return tuple(
+            scale / self.sampler.guidance_divisor for scale in (given if isinstance(given, tuple) else (given,))
+        )
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options of the guidance method."""
+        method = self.request.guidance_method or "cfg"
+        return {option: getattr(self.request, f"{method}_{option}") for option in METHOD_OPTIONS[method]}
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """The options of the solver."""
+        request, solver = self.request, SOLVERS[self.sampler.solver]
+        options = self.schedule.bind_options(self.sampler.options)
+        if "calls" in self.sampler.spacing_options and request.spacing:
+            # three an interval, fewer in the last ones, which every run has
+            skipped = len(self.all_sigmas) - len(self.sigmas)
+            options["calls"] = max((request.steps or 1) - 3 * skipped, 1)
+        if request.eta is not None:
+            options["eta"] = request.eta
+        if request.strength is not None and "total_steps" in solver.options:
+            options["total_steps"] = len(self.all_sigmas) - 1
+        return options
+
+    @property
+    def noise_scale(self) -> float:
+        """What unit noise is multiplied by where the run starts from noise alone."""
+        return math.sqrt(self.sigmas[0] ** 2 + 1.0) if self.sampler.start == "vp" else self.sigmas[0]
+
+    def final_scale(self, sigma: float) -> float:
+        """Return what the last x, at this level, is divided by before the VAE."""
+        return math.sqrt(1.0 + sigma**2) if self.sampler.rescale_final else 1.0
+
+    @property
+    def scaled_adapters(self) -> list[tuple[Adapter, Scale]]:
+        """The LoRAs that were read, with how much of each."""
+        return [(adapter, scale) for adapter, (_, scale) in zip(self.adapters, self.loras, strict=True)]
+
+    @property
+    def lora_digests(self) -> dict[str, str]:
+        """LoRA file -> its SHA-256."""
+        return {name: adapter.digest for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
+
+    @property
+    def embedding_digests(self) -> dict[str, str]:
+        """Trigger -> SHA-256 of the embeddings that the prompts may name."""
+        words = f"{self.request.prompt} {self.request.negative_prompt}".lower()
+        return {name: digest for name, digest in self.embeddings.digests.items() if name in words}
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """A sentence on each LoRA of which a part matches nothing in the model."""
+        covered = {name: adapter.coverage for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
+        return tuple(f"{name}: {found}" for name, found in covered.items() if found.unmatched)
+
+    @cached_property
+    def empty(self) -> PromptPlan:
+        """The empty prompt, parsed."""
+        return parse_prompt(self.request, "", self.schedule_steps, negative=True, base_steps=self.base_steps)
+
+    @cached_property
+    def init_image(self) -> init_image.Placed | None:
+        """The picture that the run starts from, opened and fitted to its size; None where it starts from noise."""
+        return _open_image(self.request)
+
+    def with_batch(self, batch: int, count: int | None = None) -> RunPlan:
+        """Return the plan for another batch, and another number of pictures."""
+        changes = {"batch": batch} if count is None else {"batch": batch, "count": count}
+        second = self.second_pass and self.second_pass.with_batch(batch, count)
+        return replace(self, request=self.request.replace(**changes), second_pass=second)
+
+
+def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) -> RunPlan:
+    """Plan the run of a request.
+
+    Args:
+        model: The model that is to draw it.
+        request: The request; None means the model's own value.
+        files: Reads the LoRAs and embeddings that it names; without it they are named and not opened.
+
+    Raises:
+        RequestError: If the request does not fit the model.
+        CheckpointError: If a LoRA or an embedding is missing, damaged or another model's.
+    """
+    sampler = samplers.resolve(
+        request.sampler, model.scheduler_config, request.spacing, family=model.family, pipeline=model.pipeline_class
+    )
+    resolved = resolve_request(model, request, sampler)
+    schedule = Schedule.from_config(sampler.schedule)
+    levels = all_sigmas(resolved, sampler, schedule)
+    sigmas = run_sigmas(resolved, sampler, levels)  # raises where the steps do not fit
+    resolved = expand_choices(resolved)
+    steps = schedule_steps(resolved, sampler, levels)
+    positive, negative = _parse_prompts(resolved, steps)
+    loras = named_loras(resolved, positive.networks)
+    adapters = files.read_loras(loras) if files else ()
+    bundled = [name for adapter, (name, _) in zip(adapters, loras, strict=False) if adapter.coverage.bundled]
+    plan = RunPlan(
+        model=model,
+        request=resolved,
+        sampler=sampler,
+        schedule=schedule,
+        prediction=Prediction.from_config(sampler.schedule),
+        sigmas=sigmas,
+        all_sigmas=levels,
+        schedule_steps=steps,
+        latent_shape=_latent_shape(model, resolved),
+        positive=positive,
+        negative=negative,
+        loras=loras,
+        adapters=adapters,
+        embeddings=files.read_embeddings([*(resolved.embeddings or ()), *bundled]) if files else Library((), ()),
+        few_step=few_step_of(model, sampler),
+        second_pass=None,
+    )
+    return replace(plan, second_pass=_plan_second(plan)) if resolved.hires else plan
+
+
+def _plan_second(first: RunPlan) -> RunPlan:
+    """Return the plan of hires-fix's second pass, which draws on the first one's picture, enlarged."""
+    request = _second_request(first.model, first.request)
+    levels = all_sigmas(request, first.sampler, first.schedule)
+    steps = schedule_steps(request, first.sampler, levels)
+    positive, negative = _parse_prompts(request, steps, first.schedule_steps)
+    return replace(
+        first,
+        request=request,
+        sigmas=run_sigmas(request, first.sampler, levels),
+        all_sigmas=levels,
+        schedule_steps=steps,
+        latent_shape=_latent_shape(first.model, request),
+        positive=positive,
+        negative=negative,
+        base_steps=first.schedule_steps,
+    )
+
+
+def _second_request(model: ModelInfo, request: Request) -> Request:
+    """Return the request of the second pass."""
+    assert request.width and request.height and request.hires
+    side = model.downscale
+    width, height = (int(number * request.hires) // side * side for number in (request.width, request.height))
+    if max(width, height) > MAX_SIDE:
+        raise RequestError(f"hires is {request.hires}, which makes {width}x{height}; at most {MAX_SIDE} is possible")
+    changes: dict[str, Any] = {"width": width, "height": height, "strength": request.hires_strength}
+    if request.hires_steps and not request.sigmas and not request.timesteps:
+        changes["steps"] = request.hires_steps
+    for name in ("original_size", "target_size"):
+        if getattr(request, name) == (request.height, request.width):
+            changes[name] = (height, width)
+    return request.replace(hires=None, variation_strength=None, seed_size=None, **changes)
+
+
+def _parse_prompts(request: Request, steps: int, base_steps: int | None = None) -> tuple[PromptPlan, PromptPlan]:
+    """Return the parsed prompt and negative prompt."""
+    positive = parse_prompt(request, request.prompt, steps, negative=False, base_steps=base_steps)
+    return positive, parse_prompt(request, request.negative_prompt or "", steps, negative=True, base_steps=base_steps)
+
+
+def _latent_shape(model: ModelInfo, request: Request) -> tuple[int, int, int]:
+    """Return (C, h, w) of the latents."""
+    side = model.downscale
+    if not request.height or not request.width or request.height % side or request.width % side:
+        raise RequestError(f"the size is {request.width}x{request.height}; both must be multiples of {side}")
+    return model.latent_channels, request.height // side, request.width // side
+
+
+def _open_image(request: Request) -> init_image.Placed | None:
+    """Return the picture that a resolved request starts from."""
+    if request.image is None:
+        return None
+    assert request.width and request.height
+    options = {
+        name: value
+        for name in ("resize_mode", "mask_blur", "invert_mask", "masked_content", "only_masked", "outpaint")
+        if (value := getattr(request, name)) is not None
+    }
+    return init_image.place(request.sources, (request.width, request.height), **options)

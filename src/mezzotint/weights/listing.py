@@ -1,0 +1,29 @@
+"""The files below a folder, listed quickly: no file is opened or asked for its status."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
+    """Return the paths, relative to `folder`, of the files with these suffixes in it and in the folders below it.
+
+    They are sorted folder by folder. Links to folders are not followed, and what cannot be read is left out.
+    """
+    found: list[str] = []
+    pending = [""]
+    while pending:
+        place = pending.pop()
+        try:
+            with os.scandir(folder / place) as entries:
+                for entry in entries:
+                    name = f"{place}/{entry.name}" if place else entry.name
+                    if name.endswith(tuple(suffixes)) and entry.is_file():
+                        found.append(name)
+                    elif entry.is_dir(follow_symlinks=False):
+                        pending.append(name)
+        except OSError:
+            continue
+    return sorted(found, key=lambda name: name.split("/"))
