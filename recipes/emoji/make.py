@@ -34,7 +34,7 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.train.scratch.diffusion import TextToLatents, diffusion_losses
 from mezzotint.train.scratch.distill import distill
-from mezzotint.train.scratch.loop import Losses, Plan, train
+from mezzotint.train.scratch.stage import Losses, Stage, train
 from mezzotint.train.scratch.text import TextToMean, text_losses
 from mezzotint.train.scratch.vae import vae_losses
 from mezzotint.weights import Parts, open_model, save_folder
@@ -80,12 +80,12 @@ FEW_STEP: dict[str, Any] = {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0,
 SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "steps": 20, "guidance_scale": 3.0, "few_step": FEW_STEP}
 RANK = 32  # of the few-step change
 
-PLANS = {
-    "vae": Plan(steps=15_000, batch=16, lr=3e-3, warmup=50, decay=4_000, ema=0.99),
-    "text": Plan(steps=4_000, batch=64, lr=3e-3, warmup=20, decay=3_000, ema=0.99),
-    "diffusion": Plan(steps=24_000, batch=64, lr=2e-3, warmup=50, decay=10_000, save_every=100),
-    "decoder": Plan(steps=10_000, batch=16, lr=2e-3, warmup=50, decay=6_000),
-    "distill": Plan(steps=4_000, batch=32, lr=4e-3, warmup=10, decay=1_600, ema=0.98, save_every=32),
+TRAINED_STAGES = {
+    "vae": Stage(steps=15_000, batch=16, lr=3e-3, warmup=50, decay=4_000, ema=0.99),
+    "text": Stage(steps=4_000, batch=64, lr=3e-3, warmup=20, decay=3_000, ema=0.99),
+    "diffusion": Stage(steps=24_000, batch=64, lr=2e-3, warmup=50, decay=10_000, save_every=100),
+    "decoder": Stage(steps=10_000, batch=16, lr=2e-3, warmup=50, decay=6_000),
+    "distill": Stage(steps=4_000, batch=32, lr=4e-3, warmup=10, decay=1_600, ema=0.98, save_every=32),
 }
 
 
@@ -117,12 +117,13 @@ def crop_losses(vae: VAE, scenes: Scenes, batch: int) -> Callable[[int, torch.Ge
     return losses
 
 
-def train_vae(work: Path, plan: Plan, device: str) -> VAE:
+def train_vae(work: Path, stage: Stage, device: str) -> VAE:
     """The whole VAE, then its scaling factor, which makes latents unit variance."""
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG).to(device)
     scenes = Scenes(VAE_SCENES, device)
-    train(vae, crop_losses(vae, scenes, plan.batch), plan, work / "vae", plain=("conv_in", "conv_out", "quant_conv"))
+    losses = crop_losses(vae, scenes, stage.batch)
+    train(vae, losses, stage, work / "vae", adamw_only=("conv_in", "conv_out", "quant_conv"))
     vae.eval().requires_grad_(False)
     with torch.inference_mode():
         spread = vae.encode(scenes.batch(range(256))[0]).mean.std().item()
@@ -130,11 +131,11 @@ def train_vae(work: Path, plan: Plan, device: str) -> VAE:
     return vae
 
 
-def train_decoder(work: Path, vae: VAE, plan: Plan, device: str) -> None:
+def train_decoder(work: Path, vae: VAE, stage: Stage, device: str) -> None:
     """The decoder alone, in place: latents, and all that was trained on them, stay as they are."""
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
-    losses = crop_losses(vae, Scenes(DECODER_SCENES, device), plan.batch)
-    train(decoder, losses, plan, work / "decoder", plain=("conv_in", "conv_out", "1.weight"))
+    losses = crop_losses(vae, Scenes(DECODER_SCENES, device), stage.batch)
+    train(decoder, losses, stage, work / "decoder", adamw_only=("conv_in", "conv_out", "1.weight"))
     decoder.eval().requires_grad_(False)
 
 
@@ -167,21 +168,21 @@ def chosen_rows(rows: int, batch: int, step: int) -> Tensor:
     return order[place * batch : (place + 1) * batch]
 
 
-def train_text(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> CLIPTextModel:
+def train_text(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, stage: Stage) -> CLIPTextModel:
     """The text encoder alone, by what it foretells of the latents."""
     torch.manual_seed(0)
     model = TextToMean(CLIPTextModel(clip_config(tokenizer)), latents[0].numel()).to(latents.device)
 
     def losses(step: int, generator: torch.Generator) -> Losses:
-        rows = chosen_rows(len(latents), plan.batch, step).to(latents.device)
+        rows = chosen_rows(len(latents), stage.batch, step).to(latents.device)
         return text_losses(model, latents[rows], ids[rows])
 
-    train(model, losses, plan, work / "text", plain=("head",))
+    train(model, losses, stage, work / "text", adamw_only=("head",))
     return model.text_encoder
 
 
 def train_diffusion(
-    work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, plan: Plan, start: Parts | CLIPTextModel
+    work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, stage: Stage, start: Parts | CLIPTextModel
 ) -> TextToLatents:
     """Text encoder and UNet together: from a text encoder and no UNet, or from the weights of a whole model."""
     torch.manual_seed(0)
@@ -196,28 +197,28 @@ def train_diffusion(
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
 
     def losses(step: int, generator: torch.Generator) -> Losses:
-        rows = chosen_rows(len(latents), plan.batch, step).to(latents.device)
-        dropped = torch.rand(plan.batch, 1, generator=generator).to(latents.device) < EMPTY_SHARE
+        rows = chosen_rows(len(latents), stage.batch, step).to(latents.device)
+        dropped = torch.rand(stage.batch, 1, generator=generator).to(latents.device) < EMPTY_SHARE
         words = torch.where(dropped, empty, ids[rows])
         shuffled = step % 100 == 0
         return diffusion_losses(model, latents[rows], words, schedule, prediction, generator, with_shuffled=shuffled)
 
-    train(model, losses, plan, work / "diffusion", plain=("conv_in", "conv_out"))
+    train(model, losses, stage, work / "diffusion", adamw_only=("conv_in", "conv_out"))
     return model.eval().requires_grad_(False)
 
 
-def distill_few_step(work: Path, model: TextToLatents, ids: Tensor, tokenizer: Tokenizer, plan: Plan) -> Lora:
+def distill_few_step(work: Path, model: TextToLatents, ids: Tensor, tokenizer: Tokenizer, stage: Stage) -> Lora:
     """The change with which `lcm` draws in a few steps, without guidance."""
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
     side = SIDE // VAE_CONFIG.downscale
     shape = (VAE_CONFIG.latent_channels, side, side)
     options = {"guidance_scale": SETTINGS["guidance_scale"], "rank": RANK, "steps": FEW_STEP["steps"]}
-    return distill(model, ids, empty, SCHEDULER_CONFIG, plan, work / "distill", shape=shape, **options)
+    return distill(model, ids, empty, SCHEDULER_CONFIG, stage, work / "distill", shape=shape, **options)
 
 
-def shortened(plan: Plan, share: float) -> Plan:
-    """The first `share` of a plan, ending in a decay as long for it as the whole plan's."""
-    return replace(plan, steps=round(plan.steps * share), decay=max(1, round(plan.decay * share)))
+def shorten(stage: Stage, share: float) -> Stage:
+    """Return the first `share` of a stage, with a decay in the same proportion."""
+    return replace(stage, steps=round(stage.steps * share), decay=max(1, round(stage.decay * share)))
 
 
 def fast_in_bf16(device: str) -> bool:
@@ -232,8 +233,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps and of the cached scenes")
-    for stage, plan in PLANS.items():
-        parser.add_argument(f"--{stage}-steps", type=int, help=f"in place of {plan.steps} x share")
+    for name, stage in TRAINED_STAGES.items():
+        parser.add_argument(f"--{name}-steps", type=int, help=f"in place of {stage.steps} x share")
     parser.add_argument("--start", type=Path, help="a folder to go on from: its VAE is final, the rest learns on")
     options = parser.parse_args()
     with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=fast_in_bf16(options.device)):
@@ -244,23 +245,23 @@ def run(options: argparse.Namespace) -> None:
     """The stages that are asked for, in order; a finished one costs only the reading of its checkpoint."""
     work, device, stages = options.work, options.device, {*options.stages}
     work.mkdir(parents=True, exist_ok=True)
-    plans = {}
-    for stage, plan in PLANS.items():
-        steps = getattr(options, f"{stage}_steps")
-        plans[stage] = shortened(plan, options.share if steps is None else steps / plan.steps)
+    trained = {}
+    for name, stage in TRAINED_STAGES.items():
+        steps = getattr(options, f"{name}_steps")
+        trained[name] = shorten(stage, options.share if steps is None else steps / stage.steps)
     start = open_model(options.start, dtype=torch.float32, device=device) if options.start else None
     tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
-    vae = start.vae.requires_grad_(False) if start else train_vae(work, plans["vae"], device)
+    vae = start.vae.requires_grad_(False) if start else train_vae(work, trained["vae"], device)
     if stages & {"latents", "text", "diffusion", "distill", "save"}:
         latents, ids = cache_latents(work, vae, tokenizer, device, round(SCENES * options.share))
     if stages & {"text", "diffusion", "distill", "save"}:
-        begun = start or train_text(work, latents, ids, tokenizer, plans["text"])
+        encoder_or_parts = start or train_text(work, latents, ids, tokenizer, trained["text"])
     if stages & {"diffusion", "distill", "save"}:
-        model = train_diffusion(work, latents, ids, tokenizer, plans["diffusion"], begun)
+        model = train_diffusion(work, latents, ids, tokenizer, trained["diffusion"], encoder_or_parts)
     if stages & {"decoder", "save"}:
-        train_decoder(work, vae, plans["decoder"], device)
+        train_decoder(work, vae, trained["decoder"], device)
     if stages & {"distill", "save"}:
-        lora = distill_few_step(work, model, ids, tokenizer, plans["distill"])
+        lora = distill_few_step(work, model, ids, tokenizer, trained["distill"])
     if "save" not in stages:
         return
     save_folder(

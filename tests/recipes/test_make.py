@@ -60,8 +60,9 @@ class Recipe:
             "SCENES": 16,
             "PART": 16,
             "RANK": 2,
-            "PLANS": {
-                stage: replace(plan, steps=8, batch=4, save_every=2, log_every=1) for stage, plan in make.PLANS.items()
+            "TRAINED_STAGES": {
+                name: replace(stage, steps=8, batch=4, save_every=2, log_every=1)
+                for name, stage in make.TRAINED_STAGES.items()
             },
             "train": self.train,
         }.items():
@@ -69,14 +70,14 @@ class Recipe:
         monkeypatch.setattr(distill, "train", self.train)
         monkeypatch.setattr(distill, "POOL", 1)
 
-    def train(self, module: Any, losses: Callable[..., Any], plan: Any, folder: Path, **options: Any) -> Any:
+    def train(self, module: Any, losses: Callable[..., Any], stage: Any, folder: Path, **options: Any) -> Any:
         def noted(step: int, generator: torch.Generator) -> Any:
             if self.die_at == f"{folder.name} {step}":
                 raise Died
             self.ran.append(f"{folder.name} {step}")
             return losses(step, generator)
 
-        return self._train(module, noted, plan, folder, **(options | {"log": lambda line: None}))
+        return self._train(module, noted, stage, folder, **(options | {"log": lambda line: None}))
 
     def run(self, *arguments: str, die_at: str = "") -> dict[str, bytes]:
         """main(), as from the command line; the files that it wrote."""
@@ -175,15 +176,15 @@ def test_no_two_batches_of_an_epoch_share_a_picture(monkeypatch: pytest.MonkeyPa
         seen.append((latents[:, 0, 0, 0].int().tolist(), int((ids != 3).any(1).sum())))
         return {}
 
-    def only_losses(module: Any, losses: Callable[..., Any], plan: Any, folder: Path, **options: Any) -> None:
-        for step in range(plan.steps):
+    def only_losses(module: Any, losses: Callable[..., Any], stage: Any, folder: Path, **options: Any) -> None:
+        for step in range(stage.steps):
             losses(step, torch.Generator().manual_seed(step))
 
     monkeypatch.setattr(make, "diffusion_losses", record)
     monkeypatch.setattr(make, "train", only_losses)
     monkeypatch.setattr(make, "UNET_CONFIG", make.UNET_CONFIG.model_copy(update=SMALL_UNET))
     start = make.CLIPTextModel(make.clip_config(tokenizer))
-    model = make.train_diffusion(tmp_path, latents, ids, tokenizer, make.Plan(steps=250, batch=4), start)
+    model = make.train_diffusion(tmp_path, latents, ids, tokenizer, make.Stage(steps=250, batch=4), start)
     for name, weight in start.state_dict().items():
         assert torch.equal(model.text_encoder.state_dict()[name], weight), "it begins from the text stage's"
     epochs = [[row for rows, _ in seen[i : i + 5] for row in rows] for i in range(0, 250, 5)]

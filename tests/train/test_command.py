@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mezzotint import cli
-from mezzotint.train import checkpoints, finetune
+from mezzotint.train import checkpoints
+from mezzotint.train.loop import LOG
 from mezzotint.train.saving import KOHYA, PEFT
 from mezzotint.train.trainable import TrainableModel
 
@@ -73,7 +74,7 @@ def sentence(errors: str) -> str:
         (("--memory", "0"), "memory is '0'"),
         (("--set", 'memory="10EiB"'), "memory is '10EiB'"),
         (("--memory", "10MiB"), r"memory is 10.00 MiB, and this training takes at least \d+MiB"),
-        (("--set", 'targets=["nothing"]'), "targets nothing"),
+        (("--set", 'targets=["nothing"]'), "targets are nothing"),
     ],
 )
 def test_what_is_wrong_in_a_recipe(
@@ -116,7 +117,7 @@ def test_a_loss_that_is_no_number(train: Said, folder: Path, tmp_path: Path, mon
     monkeypatch.setattr(TrainableModel, "losses", bad)
     code, out, err = train(str(folder))
     assert code == 1 and not out
-    assert "step 3: the loss is no number, in the batch of" in sentence(err) and ".png" in sentence(err)
+    assert "step 3: the loss is not finite, in the batch of" in sentence(err) and ".png" in sentence(err)
     assert "the last good checkpoint is run/checkpoint-00000002" in sentence(err)
     assert not (tmp_path / "run" / PEFT).exists()
     code, out, _ = train(str(folder))
@@ -137,7 +138,12 @@ def test_a_full_disk(train: Said, folder: Path, tmp_path: Path, monkeypatch: pyt
         if where == "checkpoint":
             patch.setattr(checkpoints.torch, "save", full)
         elif where == "log":
-            patch.setattr(finetune.Report, "line", full)
+            real = Path.open
+
+            def no_room(path: Path, *mode: Any, **options: Any) -> Any:
+                return full() if path.name == LOG else real(path, *mode, **options)
+
+            patch.setattr(Path, "open", no_room)
         else:
             patch.setattr("mezzotint.train.saving.write_whole", full)
         code, out, err = train(str(folder))

@@ -23,7 +23,7 @@ import mezzotint
 from mezzotint.diffusion.schedule import Schedule, zero_terminal_snr
 from mezzotint.errors import CheckpointError, MissingExtraError, RequestError, TrainingError, WriteError
 from mezzotint.pipeline import Pipeline
-from mezzotint.train import checkpoints, finetune, keyed_rng
+from mezzotint.train import checkpoints, finetune, keyed_rng, loop
 from mezzotint.train.finetune import Report, lr_scale, validation_loss
 from mezzotint.train.recipe import DEFAULTS, Recipe, assignments
 from mezzotint.train.saving import inference_parts, save_embedding, save_kohya, save_model, save_peft
@@ -221,7 +221,7 @@ def test_noise_offset_is_one_number_a_channel(sd1_folder: Path) -> None:
 
 
 def test_zero_snr(sd1_folder: Path) -> None:
-    with pytest.raises(RequestError, match="this model's is epsilon"):
+    with pytest.raises(RequestError, match="this model's prediction is epsilon"):
         model_of(sd1_folder, recipe_of(zero_snr=True))
     model = model_of(sd1_folder, recipe_of(zero_snr=True, prediction="v_prediction"))
     plain = model_of(sd1_folder, recipe_of()).schedule
@@ -234,7 +234,7 @@ def test_zero_snr(sd1_folder: Path) -> None:
 def test_dreambooth_adds_the_weighted_loss_of_the_class(sd1_folder: Path) -> None:
     model = model_of(sd1_folder, recipe_of("dreambooth", prior_weight=0.25))
     own, prior = Made("a sks lemon").at(0), Made("a lemon").at(0)
-    draws = model.draw_noise(prior, at="prior")
+    draws = model.draw_noise(prior, purpose="prior")
     lost = model.losses(prior.latents, prior.captions, prior.time_ids, *draws).mean()
     torch.testing.assert_close(model(own, prior), model(own) + 0.25 * lost)
     assert not torch.equal(draws[1], model.draw_noise(prior)[1])
@@ -358,7 +358,7 @@ def test_a_run_that_died_resumes_bit_for_bit(
     assert_equal(dict(again.trainable_parameters()), dict(expected.trainable_parameters()))
     assert_equal(state(tmp_path / "broken"), state(tmp_path / "unbroken"))
     logs = [
-        [{**json.loads(line), "rate": 0} for line in (tmp_path / name / finetune.LOG).read_text().splitlines()]
+        [{**json.loads(line), "rate": 0} for line in (tmp_path / name / loop.LOG).read_text().splitlines()]
         for name in ("unbroken", "broken")
     ]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5]
@@ -387,7 +387,7 @@ def test_another_recipe_does_not_go_on_from_it(sd1_folder: Path, tmp_path: Path)
 
 def test_a_loss_that_is_no_number_stops_and_spoils_nothing(sd1_folder: Path, tmp_path: Path) -> None:
     recipe, model = recipe_of(), model_of(sd1_folder, recipe_of())
-    with pytest.raises(TrainingError, match=r"step 4: the loss is no number.*picture 0\.0, .*checkpoint-00000002"):
+    with pytest.raises(TrainingError, match=r"step 4: the loss is not finite.*picture 0\.0, .*checkpoint-00000002"):
         finetune.finetune(model, Made(bad=6), tmp_path)
     assert state(tmp_path)["step"] == 2
     assert all(p.isfinite().all() for p in run(sd1_folder, tmp_path, recipe).trainable_parameters().values())
@@ -414,7 +414,7 @@ def test_validation_and_samples(sd1_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(validate_every=2, validation="y", sample_every=4, sample_prompts=["a lemon"], ema=0.5)
     model = model_of(sd1_folder, recipe)
     finetune.finetune(
-        model, Made(), tmp_path, held=Made(), on_step=seen.append, on_sample=lambda _, step: drawn.append(step)
+        model, Made(), tmp_path, validation=Made(), on_step=seen.append, on_sample=lambda _, step: drawn.append(step)
     )
     assert [report.validation is not None for report in seen] == [False, True, False, True, False]
     assert drawn == [4]

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from test_finetune import assert_equal, recipe_of, run, state
 
-from mezzotint.train import finetune, keyed_rng
+from mezzotint.train import keyed_rng, loop
 
 
 def whole_run(model: Path, folder: Path) -> None:
@@ -50,7 +50,7 @@ def killed_runs(model: Path, folder: Path, kills: int) -> None:
         process.join()
         tries += 1
         if process.exitcode == -signal.SIGKILL:
-            log = place / finetune.LOG
+            log = place / loop.LOG
             steps.append(len(log.read_text().splitlines()) if log.exists() else 0)
             begun(model, place).join()
         else:

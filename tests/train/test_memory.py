@@ -20,7 +20,7 @@ from mezzotint.memory.footprint import Model
 from mezzotint.train import budget
 from mezzotint.train.batches import Batch
 from mezzotint.train.budget import TrainingPlan, aside, fitted
-from mezzotint.train.finetune import pieces
+from mezzotint.train.finetune import split_batch
 from mezzotint.train.recipe import Recipe
 from mezzotint.train.run import run
 from mezzotint.train.saving import KOHYA
@@ -140,7 +140,7 @@ def test_pieces_of_a_batch_have_its_gradient(sd1_folder: Path, at_once: int) -> 
 
     whole, prior = batch("a", 4), batch("b", 2)
     expected = torch.autograd.grad(model(whole, prior), [*model.trainable_parameters().values()])
-    cut = list(pieces(whole, prior, at_once))
+    cut = list(split_batch(whole, prior, at_once))
     assert max(len(piece.ids) for piece in (*[c[0] for c in cut], *[c[1] for c in cut]) if piece) <= at_once
     total = [torch.zeros_like(gradient) for gradient in expected]
     for piece in cut:

@@ -39,7 +39,12 @@ def whole_run(model: Path, folder: Path, accumulate: int, steps: int, method: st
     accelerator = finetune.make_accelerator(find_unused=recipe.text_encoder)
     seen: list[int] = []
     finetune.finetune(
-        trainable, Made(), folder, held=Made(), accelerator=accelerator, on_sample=lambda _, step: seen.append(step)
+        trainable,
+        Made(),
+        folder,
+        validation=Made(),
+        accelerator=accelerator,
+        on_sample=lambda _, step: seen.append(step),
     )
     if accelerator.is_main_process:
         assert seen

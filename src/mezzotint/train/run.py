@@ -114,7 +114,7 @@ def run(
 
     def stepped(report: Report) -> None:
         if board and report.step % recipe.log_every == 0:
-            for name, value in report.numbers().items():
+            for name, value in report.metrics().items():
                 board.add_scalar(name, value, report.step)
         if on_step:
             on_step(report)
@@ -124,7 +124,7 @@ def run(
         own,
         folder,
         prior=prior,
-        held=held,
+        validation=held,
         on_step=stepped,
         on_sample=lambda now, step: draw_samples(now, folder / "samples", step),
         accelerator=accelerator,

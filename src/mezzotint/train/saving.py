@@ -20,7 +20,7 @@ from mezzotint.images.io import write_whole
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe
-from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, pairs, plain
+from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, lora_pairs, merged_state_dict
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.keys import Levels, renamed, unet_table
 from mezzotint.weights.save import save_folder
@@ -47,7 +47,7 @@ def save_peft(model: TrainableModel, path: Path, dtype: torch.dtype = torch.floa
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for name, network in model.networks.items():
-        changes = pairs(network)
+        changes = lora_pairs(network)
         for layer, (down, up) in changes.items():
             tensors[f"{name}.{layer}.lora_A.weight"] = _placed(down, dtype)
             tensors[f"{name}.{layer}.lora_B.weight"] = _placed(up, dtype)
@@ -72,7 +72,7 @@ def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype 
     prefixes = {"unet": "unet", "text_encoder": "te" if alone else "te1", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
     for name, network in model.networks.items():
-        for layer, (down, up) in pairs(network).items():
+        for layer, (down, up) in lora_pairs(network).items():
             spelled = original.get(layer, layer) if name == "unet" else layer
             key = f"lora_{prefixes[name]}_{spelled.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"] = _placed(down, dtype)
@@ -198,9 +198,9 @@ def inference_parts(model: TrainableModel) -> Parts:
     with torch.device("meta"):
         unet = UNet(model.unet.config)
         encoders = [CLIPTextModel(encoder.config) for encoder in model.text_encoders.values()]
-    unet.load_state_dict(plain(model.unet), assign=True)
+    unet.load_state_dict(merged_state_dict(model.unet), assign=True)
     for encoder, own in zip(encoders, model.text_encoders.values(), strict=True):
-        encoder.load_state_dict(plain(own), assign=True)
+        encoder.load_state_dict(merged_state_dict(own), assign=True)
     return replace(
         model.parts,
         unet=unet,

@@ -1,11 +1,11 @@
-"""What learns in a fine-tuning run, and the loss that it learns from.
+"""The model in a fine-tuning run: which parameters are trained, and the loss.
 
-    x = x0 + sigma * noise        at a timestep of the model's schedule, uniform
+    x = x0 + sigma * noise        at a timestep of the model's schedule, drawn uniformly
     loss = w(sigma) * mean((network(x, timestep, caption) - target)^2)
 
-Target by diffusion/prediction.py (epsilon, v); w is 1, or Min-SNR's (Hang et al. 2023, eq. 8; for v over SNR + 1).
-Noise, its offset (Guttenberg 2023: a constant a channel, so that the mean of a picture can be learnt) and timesteps are
-functions of (seed, epoch, picture) and of nothing else.
+The target follows diffusion/prediction.py (epsilon or v). w is 1, or Min-SNR's (Hang et al. 2023, eq. 8; for v divided
+by SNR + 1). Noise, noise offset (Guttenberg 2023: one constant per channel, so that the model can learn a picture's
+mean) and timesteps are functions of (seed, epoch, picture) only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class Batch(Protocol):
-    """Pictures of one size in one epoch. latents (B, C, h, w) float32, scaled; time_ids (B, 6) for SDXL."""
+    """Pictures of one size. latents: (B, C, h, w), float32, scaled; time_ids: (B, 6), SDXL's micro-conditioning."""
 
     @property
     def epoch(self) -> int: ...
@@ -52,17 +52,22 @@ class Batch(Protocol):
 
 
 class TrainableModel(nn.Module):
-    """The networks of a model, of which some parameters learn: forward(batch) -> loss, a scalar.
+    """The networks of a model with the parameters that a recipe trains.
 
-    `text_encoder` (and `text_encoder_2`), `unet`, and `vectors`, one (n, width) for each text encoder, where a word is
-    learnt. Begins as the model is: a LoRA's up and so its change is 0.
+    Submodules: `unet`, `text_encoder` (for SDXL also `text_encoder_2`), and for textual inversion `vectors`, one
+    parameter (n, width) for each text encoder. A LoRA starts as no change.
     """
 
     def __init__(self, parts: Parts, recipe: Recipe, cache: Path | None = None) -> None:
-        """Freezes what does not learn and puts peft's layers into the networks, so `parts` are used up. cache: a folder
-        for what frozen text encoders make of captions.
+        """Freeze what is not trained and add LoRA layers or vectors. `parts` must not be used afterwards.
 
-        Raises RequestError where targets name no layer, or a start word is not one token.
+        Args:
+            parts: the model; its networks are changed in place.
+            recipe: what to train.
+            cache: folder for the embeddings of captions by frozen text encoders.
+
+        Raises:
+            RequestError: if the recipe's targets match no layer, or it does not fit the model's prediction type.
         """
         super().__init__()
         self.recipe, self.parts = recipe, parts
@@ -77,20 +82,22 @@ class TrainableModel(nn.Module):
         if recipe.zero_snr:
             config = config.model_copy(update={"rescale_betas_zero_snr": True})
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-            raise RequestError("zero_snr needs prediction v_prediction, and this model's is epsilon: of pure noise "
-                               "epsilon says nothing")  # fmt: skip
-        self.kind = config.prediction_type
+            raise RequestError(
+                "zero_snr is true and this model's prediction is epsilon, which cannot be learned at zero SNR; set "
+                "prediction to v_prediction"
+            )
+        self.prediction_type = config.prediction_type
         self.schedule, self.prediction = Schedule.from_config(config), Prediction.from_config(config)
         self.texts = Texts(parts.tokenizers, parts.text_encoders, cache)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)  # a LoRA's down begins at random
-            {"lora": self._low_rank, "full": self._whole, "word": self._word}[self.change]()
+            torch.manual_seed(recipe.seed)  # LoRA's down matrices start random
+            {"lora": self._add_lora, "full": self._unfreeze, "word": self._add_vectors}[self.change]()
         for parameter in self.trainable_parameters().values():
-            parameter.data = parameter.data.float()  # steps are too small for sixteen bits
+            parameter.data = parameter.data.float()  # updates are too small for 16 bits
 
     @property
     def change(self) -> str:
-        """What is trained: "lora", "full", or "word"."""
+        """What is trained: "lora", "full", or "word" (textual inversion)."""
         recipe = self.recipe
         if recipe.method == "dreambooth":
             return recipe.change
@@ -98,20 +105,20 @@ class TrainableModel(nn.Module):
 
     @property
     def text_encoders(self) -> dict[str, CLIPTextModel]:
-        """By name, in the model's order."""
+        """The text encoders by name, in the model's order."""
         return {name: cast(CLIPTextModel, getattr(self, name)) for name in ENCODERS if hasattr(self, name)}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Those that a LoRA may change, by the names that its files use."""
+        """The networks that a LoRA may change, by their names in its files."""
         return {"unet": self.unet, **self.text_encoders}
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What learns, by name, in module order."""
+        """Return the trained parameters by name, in module order."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def count_parameters(self) -> tuple[int, int]:
-        """Numbers that learn, and those of the networks (UNet and text encoders) without what was added."""
+        """Return the number of trained parameters, and that of the UNet and text encoders without added layers."""
         added = sum(p.numel() for n, p in self.named_parameters() if ".lora_" in n or n.startswith("vectors."))
         held = sum(module.held.shape.numel() for module in self.modules() if isinstance(module, Held))
         return sum(p.numel() for p in self.trainable_parameters().values()), sum(
@@ -121,21 +128,29 @@ class TrainableModel(nn.Module):
     def forward(
         self, batch: Batch | None, prior: Batch | None = None, shares: tuple[float, float] = (1.0, 1.0)
     ) -> Tensor:
-        """The mean loss of a batch's pictures, and of what must not be forgotten (Ruiz et al. 2022, eq. 2); where these
-        are pieces of batches, `shares` of the whole."""
+        """Return the mean loss of a batch plus the weighted loss of class pictures (Ruiz et al. 2022, eq. 2).
+
+        Args:
+            batch: pictures to learn; None for a part of a batch that has none.
+            prior: class pictures.
+            shares: of parts of batches, their shares of the whole.
+        """
         loss = torch.zeros((), device=self.unet.conv_in.weight.device)
         for vectors in self.vectors:
-            loss = loss + 0.0 * vectors.sum()  # where every caption was dropped there is still a gradient
-        for one, at, weight in ((batch, "train", shares[0]), (prior, "prior", shares[1] * self.recipe.prior_weight)):
+            loss = loss + 0.0 * vectors.sum()  # if all captions are dropped, the gradient is 0 and not None
+        for one, purpose, weight in (
+            (batch, "train", shares[0]),
+            (prior, "prior", shares[1] * self.recipe.prior_weight),
+        ):
             if one is not None:
-                losses = self.losses(one.latents, one.captions, one.time_ids, *self.draw_noise(one, at=at))
+                losses = self.losses(one.latents, one.captions, one.time_ids, *self.draw_noise(one, purpose=purpose))
                 loss = loss + weight * losses.mean()
         return loss
 
     def losses(
         self, latents: Tensor, captions: Sequence[str], time_ids: Tensor, timesteps: Tensor, noise: Tensor
     ) -> Tensor:
-        """Each picture's loss (B,). latents and noise (B, C, h, w), timesteps (B,), all float32 on any device."""
+        """Return each picture's loss (B,). latents and noise: (B, C, h, w), float32; timesteps: (B,); any device."""
         device = self.unet.conv_in.weight.device
         x0, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
         levels = torch.from_numpy(self.schedule.sigmas).float()
@@ -144,61 +159,60 @@ class TrainableModel(nn.Module):
         sample = sample.to(self.unet.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
         output = self.unet(sample, timesteps, self.encode_captions(captions, time_ids)).float()
         error: Tensor = (output - self.prediction.target(x0, noise, sigma)).square().mean((1, 2, 3))
-        return error * self._weights(sigma.flatten())
+        return error * self._loss_weights(sigma.flatten())
 
-    def draw_noise(self, batch: Batch, *, at: str = "train") -> tuple[Tensor, Tensor]:
-        """Timesteps (B,) and noise like the latents of a batch: each picture's own, of this epoch; `at` tells runs
-        apart that must not share them."""
+    def draw_noise(self, batch: Batch, *, purpose: str = "train") -> tuple[Tensor, Tensor]:
+        """Return timesteps (B,) and noise (B, C, h, w), drawn for each picture from (seed, epoch, picture, purpose)."""
         timesteps, noises = [], []
         for id, latents in zip(batch.ids, batch.latents, strict=True):
-            chance = generator(self.recipe.seed, batch.epoch, id, at)
-            timesteps.append(torch.randint(self.schedule.num_train_timesteps, (), generator=chance))
-            noise = torch.randn(latents.shape, generator=chance)
+            rng = generator(self.recipe.seed, batch.epoch, id, purpose)
+            timesteps.append(torch.randint(self.schedule.num_train_timesteps, (), generator=rng))
+            noise = torch.randn(latents.shape, generator=rng)
             if self.recipe.noise_offset:
-                noise = noise + self.recipe.noise_offset * torch.randn(len(latents), 1, 1, generator=chance)
+                noise = noise + self.recipe.noise_offset * torch.randn(len(latents), 1, 1, generator=rng)
             noises.append(noise)
         return torch.stack(timesteps), torch.stack(noises)
 
     def encode_captions(self, captions: Sequence[str], time_ids: Tensor | None = None) -> Condition:
-        """What a batch's captions are to the UNet; of frozen text encoders it is kept."""
-        learns = any(p.requires_grad for encoder in self.text_encoders.values() for p in encoder.parameters())
+        """Encode captions for the UNet. Embeddings by frozen text encoders are cached."""
+        trains_text = any(p.requires_grad for encoder in self.text_encoders.values() for p in encoder.parameters())
         weight = self.unet.conv_in.weight
         ids = time_ids if self.unet.config.addition_embed_type == "text_time" else None
-        if not learns and not self.vectors:
-            known = self.texts(captions, keep=not self.recipe.shuffle_tags)
-            return Condition(known.context, known.pooled, ids).to(weight.device, weight.dtype)
-        rows = [self._encoded(text) for text in captions]
+        if not trains_text and not self.vectors:
+            cached = self.texts(captions, keep=not self.recipe.shuffle_tags)
+            return Condition(cached.context, cached.pooled, ids).to(weight.device, weight.dtype)
+        rows = [self._encode(text) for text in captions]
         longest = max(row.context.shape[1] for row in rows)
-        context = torch.cat([_lengthened(row.context, longest) for row in rows])
+        context = torch.cat([_pad_context(row.context, longest) for row in rows])
         pooled = (
             torch.cat([row.pooled for row in rows if row.pooled is not None]) if rows[0].pooled is not None else None
         )
         return Condition(context, pooled, ids).to(weight.device, weight.dtype)
 
-    def _encoded(self, text: str) -> Condition:
-        """One caption as drawing reads it, its signs no syntax; a caption longer than a window has several."""
+    def _encode(self, text: str) -> Condition:
+        """Encode one caption as generation does with plain syntax; a long one takes several windows."""
         word = {self.recipe.token.strip("<>").lower(): tuple(self.vectors)} if self.vectors else {}
         reader = Reader(self.tokenizers, list(self.text_encoders.values()), embeddings=word)
         condition: Condition = reader.encode(prompt.plan(text, "plain"))[0].timeline[0][1]
         return condition
 
-    def _weights(self, sigma: Tensor) -> Tensor:
-        """Each picture's share in the loss (B,)."""
+    def _loss_weights(self, sigma: Tensor) -> Tensor:
+        """Return each picture's weight in the loss (B,)."""
         if self.recipe.min_snr is None:
             return torch.ones_like(sigma)
         snr = sigma**-2
         capped = snr.clamp(max=self.recipe.min_snr)
-        return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[self.kind]
+        return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[self.prediction_type]
 
-    def _low_rank(self) -> None:
+    def _add_lora(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         recipe = self.recipe
-        ends = [*recipe.targets, *(_convolutions(self.unet) if recipe.convolutions else ())]
-        wanted = {"unet": ends} | (
+        layers = [*recipe.targets, *(_conv_layers(self.unet) if recipe.convolutions else ())]
+        target_layers = {"unet": layers} | (
             {name: list(TEXT_TARGETS) for name in self.text_encoders} if recipe.text_encoder else {}
         )
-        for name, targets in wanted.items():
+        for name, targets in target_layers.items():
             config = LoraConfig(
                 r=recipe.rank,
                 lora_alpha=recipe.alpha or recipe.rank,  # type: ignore[arg-type]  # peft divides by the rank
@@ -209,21 +223,21 @@ class TrainableModel(nn.Module):
                 inject_adapter_in_model(config, self.networks[name], ADAPTER)
             except ValueError as error:
                 raise RequestError(
-                    f"targets {', '.join(targets)} are no layers of this model's {name}: {error}"
+                    f"targets are {', '.join(targets)}; they match no layers of this model's {name}: {error}"
                 ) from None
 
-    def _whole(self) -> None:
+    def _unfreeze(self) -> None:
         self.unet.requires_grad_(True)
         if self.recipe.text_encoder:
             for encoder in self.text_encoders.values():
                 encoder.requires_grad_(True)
 
-    def _word(self) -> None:
+    def _add_vectors(self) -> None:
         recipe = self.recipe
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
             table = encoder.text_model.embeddings.token_embedding.weight.detach().float()
             ids = tokenizer.encode(recipe.start)
-            if not ids:  # from nowhere in particular: the middle of all words
+            if not ids:  # no initial word: near the mean of all embeddings
                 rows = table.mean(0, keepdim=True) + 0.1 * table.std(0) * torch.randn(recipe.vectors, table.shape[1])
             else:
                 rows = table[[ids[k % len(ids)] for k in range(recipe.vectors)]]
@@ -232,7 +246,7 @@ class TrainableModel(nn.Module):
 
 @contextmanager
 def swap_weights(model: TrainableModel, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other values (by name, such as their averages) while inside."""
+    """Replace trained parameters by other values, such as their averages, inside the context."""
     parameters = model.trainable_parameters()
     before = {name: parameters[name].detach().clone() for name in values}
     with torch.no_grad():
@@ -246,9 +260,9 @@ def swap_weights(model: TrainableModel, values: Mapping[str, Tensor]) -> Iterato
                 parameters[name].copy_(value)
 
 
-def plain(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state under its own names, a LoRA's change added to the weights (in float32, rounded once)."""
-    changes = {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
+def merged_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's state dict with its LoRA merged into the weights (in float32, rounded once)."""
+    adapted = {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
     state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         if ".lora_" in name:
@@ -257,15 +271,15 @@ def plain(network: nn.Module) -> dict[str, Tensor]:
         if not base:
             state[name] = tensor.detach().clone()
         elif leaf == "weight":
-            delta = _delta(changes[layer])
+            delta = _lora_delta(adapted[layer])
             state[f"{layer}.weight"] = (tensor.float() + delta.to(tensor.device)).to(tensor.dtype).detach()
         else:
             state[f"{layer}.{leaf}"] = tensor.detach().clone()
     return state
 
 
-def pairs(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> (down, up) of a network's LoRA, float32."""
+def lora_pairs(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the (down, up) matrices of a network's LoRA by layer, float32."""
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -275,16 +289,16 @@ def pairs(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def _delta(layer: Any) -> Tensor:
+def _lora_delta(layer: Any) -> Tensor:
     down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     change = up.flatten(1).float() @ down.flatten(1).float()
     return cast(Tensor, layer.scaling[ADAPTER] * change).view(layer.get_base_layer().weight.shape)
 
 
-def _convolutions(unet: UNet) -> list[str]:
+def _conv_layers(unet: UNet) -> list[str]:
     return [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
 
 
-def _lengthened(context: Tensor, length: int) -> Tensor:
+def _pad_context(context: Tensor, length: int) -> Tensor:
     missing = length - context.shape[1]
     return torch.cat([context, context[:, -1:].expand(-1, missing, -1)], dim=1) if missing else context

@@ -19,7 +19,7 @@ from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.scratch import distill as stage
 from mezzotint.train.scratch.diffusion import TextToLatents
 from mezzotint.train.scratch.distill import LowRank, Teacher, distill, distill_losses, refined
-from mezzotint.train.scratch.loop import Plan
+from mezzotint.train.scratch.stage import Stage
 from mezzotint.weights.low_rank import Lora, layers, merged
 
 SCHEDULER = {
@@ -182,10 +182,10 @@ def run(folder: Path, steps: int = 6) -> tuple[Lora, list[str]]:
     """The stage on a random model: what it gives and what it logs."""
     torch.manual_seed(0)
     model = TextToLatents(CLIPTextModel(CLIP), UNet(UNET)).eval().requires_grad_(False)
-    plan = Plan(steps=steps, batch=8, lr=1e-2, warmup=1, decay=1, ema=0.5, save_every=2, log_every=1)
+    stage = Stage(steps=steps, batch=8, lr=1e-2, warmup=1, decay=1, ema=0.5, save_every=2, log_every=1)
     lines: list[str] = []
     lora = distill(
-        model, IDS, EMPTY, SCHEDULER, plan, folder, shape=(4, 4, 4), guidance_scale=3.0, rank=2, log=lines.append
+        model, IDS, EMPTY, SCHEDULER, stage, folder, shape=(4, 4, 4), guidance_scale=3.0, rank=2, log=lines.append
     )
     return lora, lines
 

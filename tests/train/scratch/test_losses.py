@@ -16,7 +16,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.train.scratch.diffusion import TextToLatents, diffusion_losses
-from mezzotint.train.scratch.loop import Losses
+from mezzotint.train.scratch.stage import Losses
 from mezzotint.train.scratch.text import TextToMean, text_losses
 from mezzotint.train.scratch.vae import KL_WEIGHT, gradients, vae_losses
 

@@ -10,7 +10,7 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import Condition, UNet
-from mezzotint.train.scratch.loop import Losses
+from mezzotint.train.scratch.stage import Losses
 
 
 class TextToLatents(nn.Module):

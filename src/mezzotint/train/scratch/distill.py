@@ -34,7 +34,7 @@ from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.scratch.diffusion import TextToLatents
-from mezzotint.train.scratch.loop import Losses, Plan, train
+from mezzotint.train.scratch.stage import Losses, Stage, train
 from mezzotint.weights.low_rank import Lora, changed, layers
 
 POOL = 8  # batches of trajectories drawn at once
@@ -129,7 +129,7 @@ def distill(
     ids: Tensor,
     empty: Tensor,
     scheduler_config: Mapping[str, Any],
-    plan: Plan,
+    stage: Stage,
     folder: Path,
     *,
     shape: tuple[int, int, int],
@@ -142,7 +142,7 @@ def distill(
 
     model: trained and frozen, float32. ids (N, T): windows of captions, on the model's device; empty (T,): that of the
     empty one. shape: (C, h, w) of the latents. The teacher draws a pool of captions at a time, each a function of the
-    plan's seed and the pool's number, so that a killed run goes on bit for bit. Raises as `train` does.
+    stage's seed and the pool's number, so that a killed run goes on bit for bit. Raises as `train` does.
     """
     sampler = samplers.resolve("lcm", scheduler_config)
     schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
@@ -151,28 +151,28 @@ def distill(
         unconditional, _ = model.text_encoder(empty[None])
     teacher = Teacher(model.unet, schedule, prediction, unconditional, guidance_scale)
     levels = torch.tensor(sigmas[:-1], device=ids.device)
-    size = POOL * plan.batch
+    size = POOL * stage.batch
 
     @lru_cache(maxsize=1)
     def drawn(pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + pool)
+        generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + pool)
         rows = torch.randint(len(ids), (size,), generator=generator).to(ids.device)
         noise = torch.randn((size, *shape), generator=generator).to(ids.device)
         order = torch.cat([torch.randperm(size * steps, generator=generator) for _ in range(VISITS)])
         with torch.no_grad():
             context, _ = model.text_encoder(ids[rows])
-        parts = zip(torch.split(context, plan.batch), torch.split(noise, plan.batch), strict=True)
+        parts = zip(torch.split(context, stage.batch), torch.split(noise, stage.batch), strict=True)
         x, ends = zip(*(teacher.trajectories(*part, sigmas, SUBSTEPS) for part in parts), strict=True)
         return torch.cat(x), torch.cat(ends), context, order
 
     def losses(step: int, generator: torch.Generator) -> Losses:
         pool, place = divmod(step, POOL * steps * VISITS)
         x, ends, context, order = drawn(pool)
-        chosen = order[place * plan.batch : (place + 1) * plan.batch].to(ids.device)
+        chosen = order[place * stage.batch : (place + 1) * stage.batch].to(ids.device)
         row, level = chosen // steps, chosen % steps
         return distill_losses(change, teacher, x[row, level], levels[level], ends[row], context[row])
 
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(stage.seed)
     change = LowRank(model.unet, rank)
-    train(change, losses, plan, folder, plain=("conv_in", "conv_out"), log=log)
+    train(change, losses, stage, folder, adamw_only=("conv_in", "conv_out"), log=log)
     return change.requires_grad_(False).lora()

@@ -1,4 +1,4 @@
-"""Muon for weight matrices and AdamW for the rest: fewer steps than AdamW alone, at small widths."""
+"""Muon for weight matrices and AdamW for the rest, which needs fewer steps than AdamW alone at small widths."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix to g (m, n): quintic Newton-Schulz, Jordan et al. 2024.
+    """Approximate the semi-orthogonal matrix nearest to g (m, n) by quintic Newton-Schulz (Jordan et al. 2024).
 
-    The iteration x <- (a + b x xT + c (x xT)^2) x is run on x xT alone, which is square and small, and its product of
-    factors is applied to x once: 2 to 3 times fewer operations for a convolution's long rows.
+    The iteration x <- (a + b x xT + c (x xT)^2) x is run on x xT alone, which is square and small, and the product of
+    its factors is applied to x once: 2 to 3 times fewer operations for a convolution's long rows.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0: singular values end in about [0.7, 1.2]
     x = g / (g.norm() + 1e-7)
@@ -31,11 +31,11 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for matrices and convolutions (seen as (out, in * kh * kw)).
+    """Momentum with orthogonalised updates, for matrices and convolutions, flattened to (out, in * kh * kw).
 
-    Jordan et al. 2024; scaled as in Liu et al. 2025 (arXiv 2502.16982), so that learning rate and weight decay are
-    AdamW's. torch.optim.Muon is not used because it computes in bf16, which is 9 to 30 times slower than float32 on a
-    CPU without AMX, and refuses convolutions.
+    Jordan et al. 2024, scaled as in Liu et al. 2025 (arXiv 2502.16982), so that AdamW's learning rate and weight decay
+    apply. torch.optim.Muon is not used because it computes in bf16, which is 9 to 30 times slower than float32 on a CPU
+    without AMX, and does not accept convolutions.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -56,36 +56,39 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.view_as(p), alpha=group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
 
-class Optimiser:
-    """One `step` and one state over both: matrices of hidden layers go to Muon, everything else to AdamW.
+class MuonAdamW:
+    """Muon for the weights of hidden layers and AdamW for the rest, behind the methods of one optimiser.
 
-    Embeddings, norms, biases and the layers named in `plain` (first and last ones) are AdamW's, as Jordan advises.
+    Embeddings, norms, biases and the layers named in `adamw_only` (the first and last) go to AdamW, as Jordan advises.
     """
 
-    def __init__(self, module: nn.Module, lr: float, plain: tuple[str, ...] = (), weight_decay: float = 0.01):
+    def __init__(self, module: nn.Module, lr: float, adamw_only: tuple[str, ...] = (), weight_decay: float = 0.01):
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, p in module.named_parameters():
-            hidden = p.ndim >= 2 and "embedding" not in name and not any(word in name for word in plain)
+            hidden = p.ndim >= 2 and "embedding" not in name and not any(word in name for word in adamw_only)
             (matrices if hidden else rest).append(p)
-        self.lr = lr
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
         ]
         if matrices:
             self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
 
-    def step(self, scale: float) -> None:
-        """One step at `scale` times the learning rate, and gradients cleared."""
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
         for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = self.lr * scale
             part.step()
-            part.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.train.scratch.loop import Losses
+from mezzotint.train.scratch.stage import Losses
 
 
 class TextToMean(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.models.vae import VAE
-from mezzotint.train.scratch.loop import Losses
+from mezzotint.train.scratch.stage import Losses
 
 KL_WEIGHT = 1e-3  # on the mean over latent elements: enough to keep latents near unit scale, too little to blur
 

@@ -1,6 +1,6 @@
-"""The training loop and its optimiser: exact across a kill, and what Muon does. A toy network throughout.
+"""A stage of training from scratch: exact across a kill, and what Muon does. A toy network throughout.
 
-Run as a script (`test_loop.py FOLDER`) this file trains the toy and is killed while it writes a checkpoint.
+Run as a script (`test_stage.py FOLDER`) this file trains the toy and is killed while it writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezzotint.errors import CheckpointError
-from mezzotint.train.scratch import loop
-from mezzotint.train.scratch.loop import Losses, Plan, train
-from mezzotint.train.scratch.optim import Muon, Optimiser, orthogonalise
+from mezzotint.errors import CheckpointError, TrainingError
+from mezzotint.train import checkpoints
+from mezzotint.train.loop import TrainingLoop
+from mezzotint.train.scratch.optim import Muon, MuonAdamW, orthogonalise
+from mezzotint.train.scratch.stage import Losses, Stage, train
 
-PLAN = Plan(steps=12, batch=8, lr=1e-2, warmup=3, decay=4, ema=0.9, save_every=4, log_every=3)
+STAGE = Stage(steps=12, batch=8, lr=1e-2, warmup=3, decay=4, ema=0.9, save_every=4, log_every=3)
 
 
 class Toy(nn.Module):
@@ -51,23 +52,25 @@ class Died(BaseException):
     """Stands for a kill: no `except Exception` catches it."""
 
 
-def run(folder: Path, plan: Plan = PLAN, die_at: int | None = None, module: Toy | None = None) -> Toy:
+def run(folder: Path, stage: Stage = STAGE, die_at: int | None = None, module: Toy | None = None) -> Toy:
     module = module or toy()
 
     def losses(step: int, generator: torch.Generator) -> Losses:
         if step == die_at:
             raise Died
-        x = torch.randn(plan.batch, 4, 6, 6, generator=generator)
-        ids = torch.randint(0, 5, (plan.batch,), generator=generator)
+        x = torch.randn(stage.batch, 4, 6, 6, generator=generator)
+        ids = torch.randint(0, 5, (stage.batch,), generator=generator)
         error = (module(x, ids) - x.mean((2, 3)) - ids[:, None] / 5).square().mean()
         return {"loss": error, "twice": 2 * error.detach()}
 
-    train(module, losses, plan, folder, plain=("linear",), log=lambda line: None)
+    train(module, losses, stage, folder, adamw_only=("linear",), log=lambda line: None)
     return module
 
 
 def state(folder: Path) -> Any:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    found = checkpoints.load_newest(folder)
+    assert found
+    return found[1]
 
 
 def assert_equal(a: Any, b: Any) -> None:
@@ -96,9 +99,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Any]:
 def test_the_state_holds_all_that_a_step_needs(unbroken: tuple[Toy, Any]) -> None:
     module, saved = unbroken
     assert saved["step"] == 12
-    assert saved["module"].keys() == module.state_dict().keys()
-    assert len(saved["averages"]) == len(list(module.parameters()))
-    kept = [len(part["state"]) for part in saved["optimiser"]]
+    assert saved["trained"].keys() == saved["averages"].keys() == module.state_dict().keys()
+    kept = [len(part["state"]) for part in saved["optimiser"]["parts"]]
     assert sum(kept) == len(saved["averages"]) and len(kept) == 2, "each parameter has its momentum, in AdamW or Muon"
 
 
@@ -122,50 +124,62 @@ def test_it_does_not_repeat_what_is_saved(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
     run(tmp_path)
-    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    (newest, _) = before = checkpoints.list_all(tmp_path)
+    written = (newest / checkpoints.STATE).stat().st_mtime_ns
     assert_equal(dict(run(tmp_path, die_at=12).state_dict()), dict(unbroken[0].state_dict()))
-    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+    assert checkpoints.list_all(tmp_path) == before
+    assert (newest / checkpoints.STATE).stat().st_mtime_ns == written
 
 
 def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
     """SIGKILL in a process of its own, half of the second checkpoint on the disk."""
     killed = subprocess.run([sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "checkpoint.partial").stat().st_size < (tmp_path / "checkpoint.pt").stat().st_size
+    first, half = (tmp_path / name / checkpoints.STATE for name in ("checkpoint-00000004", ".checkpoint-00000008.new"))
+    assert half.stat().st_size < first.stat().st_size
     assert state(tmp_path)["step"] == 4, "the first is whole"
     module = run(tmp_path)
     assert_equal(state(tmp_path), unbroken[1])
     assert_equal(dict(module.state_dict()), dict(unbroken[0].state_dict()))
-    assert not (tmp_path / "checkpoint.partial").exists()
+    assert not half.exists()
 
 
 def test_only_a_partial_checkpoint_is_none(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
-    (tmp_path / "checkpoint.partial").write_bytes(b"half")
+    partial = tmp_path / ".checkpoint-00000004.new"
+    partial.mkdir()
+    (partial / checkpoints.STATE).write_bytes(b"half")
     run(tmp_path)
     assert_equal(state(tmp_path), unbroken[1])
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "another model", "a key gone"])
-def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign"])
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, unbroken: tuple[Toy, Any], damage: str) -> None:
+    """The run resumes from the one before; if all are damaged, a sentence says so."""
     run(tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    if damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:3000])
-    elif damage == "foreign":
-        path.write_bytes(b"GIF89a" * 100)
-    elif damage == "another model":
-        torch.save(state(tmp_path) | {"module": nn.Linear(2, 2).state_dict()}, path)
-    else:
-        torch.save({"step": 3}, path)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged, or of another model \(.*\); delete it"):
+    for number, folder in enumerate(checkpoints.list_all(tmp_path)):
+        path = folder / checkpoints.STATE
+        path.write_bytes({"empty": b"", "cut": path.read_bytes()[:3000], "foreign": b"GIF89a" * 100}[damage])
+        if number == 0:
+            assert state(tmp_path)["step"] == 8
+            assert_equal(dict(run(tmp_path).state_dict()), dict(unbroken[0].state_dict()))
+    for folder in checkpoints.list_all(tmp_path):
+        (folder / checkpoints.STATE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged; delete them"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("foreign", ["another model", "a key gone"])
+def test_a_checkpoint_of_another_model_is_a_sentence(tmp_path: Path, foreign: str) -> None:
+    run(tmp_path)
+    saved = state(tmp_path) | {"trained": nn.Linear(2, 2).state_dict()} if foreign == "another model" else {"step": 3}
+    checkpoints.save(tmp_path, 13, saved)
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000013 is of another model \(.*\); use another folder"):
         run(tmp_path)
 
 
 def test_a_longer_run_goes_on_from_where_a_shorter_one_was(tmp_path: Path) -> None:
     """As long as the decay has not begun, more steps are the same run."""
-    short, long = Plan(steps=8, batch=8, decay=2, save_every=4), Plan(steps=16, batch=8, decay=2, save_every=4)
+    short, long = Stage(steps=8, batch=8, decay=2, save_every=4), Stage(steps=16, batch=8, decay=2, save_every=4)
     with pytest.raises(Died):
         run(tmp_path / "a", short, die_at=5)
     run(tmp_path / "a", long)
@@ -183,14 +197,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path
     def losses(step: int, generator: torch.Generator) -> Losses:
         return {"loss": weight.sum() * float("nan")}
 
-    with pytest.raises(FloatingPointError, match="step 4"):
-        train(module, losses, PLAN, tmp_path, plain=("linear",))
+    with pytest.raises(
+        TrainingError, match=r"step 5: the loss is not finite; the last good checkpoint is .*checkpoint-00000004"
+    ):
+        train(module, losses, STAGE, tmp_path, adamw_only=("linear",))
     assert_equal(state(tmp_path), saved)
 
 
 def test_it_learns_and_writes_down_how(tmp_path: Path) -> None:
     lines: list[str] = []
-    module, plan = toy(), Plan(steps=60, batch=16, lr=2e-2, warmup=5, decay=20, ema=0.9, log_every=20)
+    module, stage = toy(), Stage(steps=60, batch=16, lr=2e-2, warmup=5, decay=20, ema=0.9, log_every=20)
     x = torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(16) % 5
     aim = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))[ids]
@@ -198,7 +214,7 @@ def test_it_learns_and_writes_down_how(tmp_path: Path) -> None:
     def loss(step: int, generator: torch.Generator) -> Losses:
         return {"loss": (module(x, ids) - aim).square().mean()}
 
-    train(module, loss, plan, tmp_path, log=lines.append)
+    train(module, loss, stage, tmp_path, log=lines.append)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert logged == [json.loads(line) for line in lines]
     assert [line["step"] for line in logged] == [20, 40, 60]
@@ -207,8 +223,8 @@ def test_it_learns_and_writes_down_how(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    plan = Plan(steps=100, batch=1, warmup=10, decay=40)
-    scales = [plan.scale(step) for step in range(100)]
+    stage = Stage(steps=100, batch=1, warmup=10, decay=40)
+    scales = [stage.lr_scale(step) for step in range(100)]
     assert scales[0] == 0.1 and scales[9] == 1.0
     assert set(scales[9:61]) == {1.0}
     assert scales[61] < 1.0 and scales[99] == 1 / 40
@@ -217,10 +233,10 @@ def test_the_rate_rises_stays_and_falls() -> None:
 
 def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     module = run(tmp_path)
-    averages, last = state(tmp_path)["averages"], state(tmp_path)["module"]
-    for (name, parameter), average in zip(module.named_parameters(), averages, strict=True):
-        assert torch.equal(parameter, average), "what comes back are the averages"
-        assert not torch.equal(average, last[name])
+    averages, last = state(tmp_path)["averages"], state(tmp_path)["trained"]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, averages[name]), "what comes back are the averages"
+        assert not torch.equal(averages[name], last[name])
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------------
@@ -278,20 +294,28 @@ def test_a_step_of_muon_by_hand() -> None:
 
 def test_who_gets_which_optimiser() -> None:
     module = toy()
-    adam, muon = Optimiser(module, 1e-3, plain=("linear",)).parts
+    adam, muon = MuonAdamW(module, 1e-3, adamw_only=("linear",)).parts
     names = {id(p): name for name, p in module.named_parameters()}
     assert [names[id(p)] for p in muon.param_groups[0]["params"]] == ["conv.weight"]
     assert len(adam.param_groups[0]["params"]) == len(names) - 1
-    assert len(Optimiser(module, 1e-3, plain=("",)).parts) == 1, "an empty word is in every name: AdamW alone"
+    assert len(MuonAdamW(module, 1e-3, adamw_only=("",)).parts) == 1, "an empty word is in every name: AdamW alone"
 
 
-def test_a_step_clears_gradients_and_takes_the_scale() -> None:
+def test_a_step_takes_the_scale_and_the_gradients_go(tmp_path: Path) -> None:
     module = toy()
-    optimiser = Optimiser(module, 1e-3)
+    optimiser = MuonAdamW(module, 1e-3)
     before = [p.detach().clone() for p in module.parameters()]
-    module(torch.randn(2, 4, 3, 3), torch.tensor([0, 1])).sum().backward()
-    optimiser.step(0.0)
-    assert all(map(torch.equal, before, module.parameters())), "at scale 0 nothing moves"
+
+    def backward(step: int) -> Losses:
+        assert all(p.grad is None for p in module.parameters()), "each step begins without gradients"
+        loss = module(torch.randn(2, 4, 3, 3), torch.tensor([0, 1])).sum()
+        loss.backward()
+        return {"loss": loss}
+
+    loop = TrainingLoop(dict(module.named_parameters()), optimiser, tmp_path, STAGE, lambda step: float(step > 1))
+    for done in loop.run(backward):
+        still = [torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
+        assert all(still) if done.step <= 2 else not any(still), "at scale 0 nothing moves"
     assert all(p.grad is None for p in module.parameters())
 
 
@@ -308,7 +332,7 @@ def dies_writing(folder: Path) -> None:
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loop.torch.save = half  # type: ignore[attr-defined]
+    checkpoints.torch.save = half  # type: ignore[attr-defined]
     run(folder)
 
 
