@@ -99,7 +99,7 @@ def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The SD1-shaped model as save_folder writes it, float32; its settings: 4 steps, guidance 3."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     with torch.random.fork_rng():
-        tokenizer = Tokenizer.cut(["a lemon on a blue background"])
+        tokenizer = Tokenizer.subset(["a lemon on a blue background"])
         save_folder(
             folder,
             unet=tiny_unet(0),

@@ -455,7 +455,7 @@ def test_timings_are_seconds(sd1: Pipeline) -> None:
         ({"original_size": (32, 32)}, "original_size is given; only models of the SDXL family"),
         ({"crop": (0, 0)}, "crop is given; only models of the SDXL family"),
         ({"target_size": (32, 32)}, "target_size is given; only models of the SDXL family"),
-        ({"clip_skip": 3}, "has 3 layers: it can skip 0 to 2 of them, not 3"),
+        ({"clip_skip": 3}, "has 3 layers and can skip 0 to 2 of them, not 3"),
         ({"prompt": "\ud83c"}, "prompt is .*; it must be a text"),
         ({"promt": "a lemon"}, "no field 'promt'; the nearest is prompt"),
         ({"seed": 2**64 - 1, "count": 2}, "seed"),

@@ -250,7 +250,7 @@ def run(options: argparse.Namespace) -> None:
         steps = getattr(options, f"{name}_steps")
         trained[name] = shorten(stage, options.share if steps is None else steps / stage.steps)
     start = open_model(options.start, dtype=torch.float32, device=device) if options.start else None
-    tokenizer = Tokenizer.cut(caption_words(), max_length=WINDOW)
+    tokenizer = Tokenizer.subset(caption_words(), max_length=WINDOW)
     vae = start.vae.requires_grad_(False) if start else train_vae(work, trained["vae"], device)
     if stages & {"latents", "text", "diffusion", "distill", "save"}:
         latents, ids = cache_latents(work, vae, tokenizer, device, round(SCENES * options.share))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mezzotint.conditioning.encode import Encoded
+from mezzotint.conditioning.encode import EncodedPart
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Step
@@ -432,7 +432,7 @@ class Pipeline:
         """
         return self.encode_parts(prompt, request)[0].timeline[0][1]
 
-    def encode_parts(self, prompt: str, request: Request | None = None) -> list[Encoded]:
+    def encode_parts(self, prompt: str, request: Request | None = None) -> list[EncodedPart]:
         """The whole meaning of a prompt: for each part (AND) its weight and its timeline of (last step that it holds
         for, Condition of batch 1). `request` says the syntax, the steps, clip_skip, emphasis and embeddings.
         """

@@ -501,12 +501,12 @@ def test_tokens_are_shown_with_their_weights_and_where_chunks_end(run: Run, tmp_
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["()"], "resolves to nothing"),
+        (["()"], "has no words to encode"),
         (["(a:.)"], "weight '.'"),
         (["(a:1e308)", "--syntax", "comfy"], "weight 1e+308"),
         (["a", "--syntax", "perl"], "prompt_syntax is 'perl'; it must be a1111, comfy, compel or plain"),
         (["a", "--embedding", "nowhere.pt"], "'nowhere.pt' does not exist"),
-        (["a embedding:cat", "--syntax", "comfy"], "asks for embedding:cat; the embeddings given are none"),
+        (["a embedding:cat", "--syntax", "comfy"], "uses embedding:cat; the available embeddings are none"),
         (["a", "--model", "nowhere"], "'nowhere' does not exist"),
     ],
 )

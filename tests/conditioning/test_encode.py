@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mezzotint import Pipeline, Request, RequestError
-from mezzotint.conditioning.chunks import Chunk, chunked
-from mezzotint.conditioning.encode import Cache, Encoded, Reader, together, zeros_like
+from mezzotint.conditioning.chunks import Chunk, split_into_chunks
+from mezzotint.conditioning.encode import Conditioner, EncodedPart, EncodingCache, batch_timelines, zeros_like
 from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.guidance import guided
 from mezzotint.diffusion.noise import SeededNoise
@@ -47,7 +47,7 @@ def chunks(
     text: str, tokenizer: Tokenizer, syntax: str = "a1111", sizes: Mapping[str, int] | None = None
 ) -> list[Chunk]:
     embeddings = {name: [torch.zeros(count, 8)] for name, count in (sizes or {}).items()}
-    return chunked(plan(text, syntax).parts[0].variants[0].spans, syntax, tokenizer, embeddings)
+    return split_into_chunks(plan(text, syntax).parts[0].variants[0].spans, syntax, tokenizer, embeddings)
 
 
 def sizes(found: Sequence[Chunk]) -> list[int]:
@@ -85,7 +85,7 @@ def test_windows_are_encoded_apart_and_joined(sd1: Pipeline) -> None:
 @pytest.mark.parametrize(("tokens", "count"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3)])
 def test_a_window_holds_75_tokens(sd1: Pipeline, tokens: int, count: int, syntax: str) -> None:
     text = " ".join(["lemon"] * tokens)
-    assert Reader(sd1.tokenizers, sd1.text_encoders).shape(plan(text, syntax)) == ((1.0,), 77 * count)
+    assert Conditioner(sd1.tokenizers, sd1.text_encoders).shape(plan(text, syntax)) == ((1.0,), 77 * count)
     assert sd1.encode(text, Request(prompt="", prompt_syntax=syntax)).context.shape[1] == 77 * count
 
 
@@ -94,7 +94,7 @@ def test_sdxl_joins_two_encoders(sdxl: Pipeline) -> None:
     condition = sdxl.encode("a lemon")
     hidden = []
     for tokenizer, encoder in zip(sdxl.tokenizers, sdxl.text_encoders, strict=True):
-        hidden.append(encoder(window(tokenizer, tokenizer.encode("a lemon")), skip=1, normed=False))
+        hidden.append(encoder(window(tokenizer, tokenizer.encode("a lemon")), skip=1, final_norm=False))
     assert torch.equal(condition.context, torch.cat([hidden[0][0], hidden[1][0]], dim=-1))
     assert condition.pooled is not None and torch.equal(condition.pooled, hidden[1][1])
 
@@ -193,9 +193,9 @@ def test_every_token_knows_its_place_and_its_weight(clip: Tokenizer) -> None:
 
 
 def test_a_small_window_has_small_chunks() -> None:
-    tokenizer = Tokenizer.cut(["a lemon on a blue background"], max_length=20)
+    tokenizer = Tokenizer.subset(["a lemon on a blue background"], max_length=20)
     assert sizes(chunks("lemon " * 40, tokenizer)) == [18, 18, 4]
-    tiny = Tokenizer.cut(["lemon"], max_length=6)  # below ComfyUI's segments
+    tiny = Tokenizer.subset(["lemon"], max_length=6)  # below ComfyUI's segments
     assert sizes(chunks("(lemon lemon lemon lemon lemon:1.2)", tiny, "comfy")) == [4, 1]
 
 
@@ -238,12 +238,12 @@ def test_comfy_parts_a_large_embedding_as_it_does_any_segment(clip: Tokenizer) -
 
 
 def test_an_embedding_no_window_holds(clip: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="'cat' has 76 vectors; a window of this text encoder holds 75 tokens"):
+    with pytest.raises(RequestError, match="'cat' has 76 vectors; it must have at most 75"):
         chunks("cat", clip, "a1111", {"cat": 76})
 
 
 def test_comfy_misses_an_embedding(clip: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="asks for embedding:dog; the embeddings given are cat"):
+    with pytest.raises(RequestError, match="uses embedding:dog; the available embeddings are cat"):
         chunks("a embedding:dog", clip, "comfy", {"cat": 1})
     (chunk,) = chunks("(embedding:cat.pt, red:1.2)", clip, "comfy", {"cat": 2})
     assert [token.vector for token in chunk[:2]] == [("cat", 0), ("cat", 1)] and len(chunk) == 4
@@ -441,7 +441,7 @@ def test_parts_of_unequal_length_repeat_the_last_vector(sd1: Pipeline) -> None:
 
 def test_timelines_of_a_batch() -> None:
     a, b, c = (Condition(torch.full((1, 1, 1), float(k))) for k in range(3))
-    merged = together([[(3, a), (8, b)], [(5, c), (8, a)]])
+    merged = batch_timelines([[(3, a), (8, b)], [(5, c), (8, a)]])
     assert [(until, condition.context.flatten().tolist()) for until, condition in merged] == [
         (3, [0.0, 2.0]),
         (5, [1.0, 2.0]),
@@ -505,11 +505,11 @@ def test_an_encoder_that_is_trained_is_asked_again(sd1: Pipeline) -> None:
 def test_the_cache_is_bounded_and_keeps_what_was_used_last() -> None:
     made: list[str] = []
 
-    def make(name: str, floats: int) -> list[Encoded]:
+    def make(name: str, floats: int) -> list[EncodedPart]:
         made.append(name)
-        return [Encoded(1.0, [(1, Condition(torch.zeros(1, 1, floats)))])]
+        return [EncodedPart(1.0, [(1, Condition(torch.zeros(1, 1, floats)))])]
 
-    cache = Cache(limit=100)  # bytes
+    cache = EncodingCache(limit=100)  # bytes
     for name, floats in (
         ("a", 10),
         ("b", 10),
@@ -526,7 +526,7 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last() -> None:
 
 def test_threads_that_ask_at_once_encode_once() -> None:
     made: list[int] = []
-    cache, barrier = Cache(), threading.Barrier(4)
+    cache, barrier = EncodingCache(), threading.Barrier(4)
 
     def ask() -> None:
         barrier.wait()
@@ -546,7 +546,7 @@ def test_threads_that_ask_at_once_encode_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"prompt": "()"}, "resolves to nothing"),
+        ({"prompt": "()"}, "has no words to encode"),
         ({"prompt": "(a:1e308)", "prompt_syntax": "comfy"}, "weight"),
         (
             {"prompt": "a", "prompt_syntax": "comfy", "emphasis": "ignore"},

@@ -49,7 +49,7 @@ def test_pooled_is_the_last_layer_at_the_first_eos() -> None:
     model = tiny()
     hidden, pooled = model(IDS)
     torch.testing.assert_close(pooled, hidden[[0, 1], [3, 2]])
-    torch.testing.assert_close(model(IDS, skip=2, normed=False)[1], pooled)  # whatever is skipped
+    torch.testing.assert_close(model(IDS, skip=2, final_norm=False)[1], pooled)  # whatever is skipped
 
 
 def test_pooled_is_at_the_highest_id_in_old_configs() -> None:
@@ -78,12 +78,12 @@ def test_given_embeddings_replace_the_tokens() -> None:
 
 @pytest.mark.parametrize("skip", [-1, 3])
 def test_too_many_layers_skipped(skip: int) -> None:
-    with pytest.raises(RequestError, match=f"3 layers: it can skip 0 to 2 of them, not {skip}"):
+    with pytest.raises(RequestError, match=f"3 layers and can skip 0 to 2 of them, not {skip}"):
         tiny()(IDS, skip=skip)
 
 
 def test_too_many_tokens() -> None:
-    with pytest.raises(RequestError, match="8 tokens at a time, not 9"):
+    with pytest.raises(RequestError, match="takes at most 8 at a time"):
         tiny()(torch.zeros(1, 9, dtype=torch.long))
 
 

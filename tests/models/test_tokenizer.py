@@ -72,7 +72,7 @@ def test_no_such_token(clip: Tokenizer, id: int) -> None:
 
 
 def test_cut_splits_its_words_as_clip_does(clip: Tokenizer) -> None:
-    cut = Tokenizer.cut(CAPTIONS, max_length=24)
+    cut = Tokenizer.subset(CAPTIONS, max_length=24)
     for text in [*CAPTIONS, "a pink whale left of a lemon"]:
         assert [cut.token(id) for id in cut.encode(text)] == [clip.token(id) for id in clip.encode(text)]
     assert cut.decode(cut.encode("Zebra ÿ 字")) == "zebra ÿ 字"  # other words are there too, in smaller bits
@@ -80,7 +80,7 @@ def test_cut_splits_its_words_as_clip_does(clip: Tokenizer) -> None:
 
 
 def test_cut_holds_nothing_needless(clip: Tokenizer) -> None:
-    cut = Tokenizer.cut(["a lemon"])
+    cut = Tokenizer.subset(["a lemon"])
     assert sorted(cut.vocab, key=cut.vocab.__getitem__)[512:] == [
         "on</w>",
         "le",
@@ -90,18 +90,18 @@ def test_cut_holds_nothing_needless(clip: Tokenizer) -> None:
         END,
     ]
     assert (cut.bos, cut.eos, cut.pad) == (516, 517, 517)
-    larger = Tokenizer.cut(CAPTIONS)
+    larger = Tokenizer.subset(CAPTIONS)
     order = [clip.vocab[larger.token(id)] for id in range(len(larger.vocab))]
     assert order == sorted(order)  # CLIP's own order
 
 
 def test_cut_of_nothing_is_bytes() -> None:
-    assert len(Tokenizer.cut([]).vocab) == 514
+    assert len(Tokenizer.subset([]).vocab) == 514
 
 
 @pytest.mark.parametrize("gone", [(), ("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer_config.json",)])
 def test_save_and_read_again(tmp_path: Path, gone: tuple[str, ...]) -> None:
-    cut = Tokenizer.cut(CAPTIONS, max_length=24)
+    cut = Tokenizer.subset(CAPTIONS, max_length=24)
     cut.save(tmp_path / "new" / "tokenizer")
     for name in gone:
         (tmp_path / "new" / "tokenizer" / name).unlink()
@@ -114,14 +114,14 @@ def test_save_and_read_again(tmp_path: Path, gone: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("value", [None, 1e30])
 def test_no_window_length_means_77(tmp_path: Path, value: float | None) -> None:
-    Tokenizer.cut([]).save(tmp_path)
+    Tokenizer.subset([]).save(tmp_path)
     edit(tmp_path / "tokenizer_config.json", model_max_length=value)
     assert Tokenizer.from_folder(tmp_path).max_length == 77
 
 
 def bare(tmp_path: Path) -> Path:
     """A small folder of vocab.json and merges.txt only."""
-    Tokenizer.cut(CAPTIONS).save(tmp_path)
+    Tokenizer.subset(CAPTIONS).save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / name).unlink()
     return tmp_path
@@ -130,7 +130,7 @@ def bare(tmp_path: Path) -> Path:
 def test_windows_line_ends(tmp_path: Path) -> None:
     merges = bare(tmp_path) / "merges.txt"
     merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
-    assert Tokenizer.from_folder(tmp_path).vocab == Tokenizer.cut(CAPTIONS).vocab
+    assert Tokenizer.from_folder(tmp_path).vocab == Tokenizer.subset(CAPTIONS).vocab
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
@@ -169,7 +169,7 @@ def test_bad_files_are_named(tmp_path: Path, file: str, content: bytes, sentence
 def test_tokens_know_their_places() -> None:
     """In a text of several pieces too, and where a letter is several bytes."""
     clip, text = Tokenizer.clip(), "A red  lemon, ÉTÉ " * 5000
-    found = clip.encode_with_places(text)
+    found = clip.encode_with_offsets(text)
     assert [id for id, _, _ in found] == clip.encode(text)
     for id, start, end in found[:: len(found) // 100]:
         assert clip.decode([id]) == text[start:end].lower()

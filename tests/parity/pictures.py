@@ -82,7 +82,7 @@ def load(folder: Path, family: str) -> Pair:
 
 def build(place: Path) -> dict[str, Pair]:
     """One model of each family, in folders under `place`."""
-    tokenizer = Tokenizer.cut([PROMPT, NEGATIVE])
+    tokenizer = Tokenizer.subset([PROMPT, NEGATIVE])
     ids = {"vocab_size": len(tokenizer.vocab), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     loaded = {}
     for family in FAMILIES:

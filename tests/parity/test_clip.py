@@ -70,7 +70,7 @@ def test_same_numbers(name: str, length: int) -> None:
     norm = getattr(reference, "text_model", reference).final_layer_norm
     for skip in range(reference.config.num_hidden_layers):
         raw = expected.hidden_states[-1 - skip]
-        assert tiny.apart(encoder(ids, skip=skip, normed=False)[0], raw) < 1e-4
+        assert tiny.apart(encoder(ids, skip=skip, final_norm=False)[0], raw) < 1e-4
         assert tiny.apart(encoder(ids, skip=skip)[0], norm(raw)) < 1e-4
 
 

@@ -56,7 +56,7 @@ def test_the_gradient_of_every_parameter_is_transformers(projection: bool, skip:
     generator = torch.Generator().manual_seed(0)
     aim, pooled_aim = torch.randn(4, 13, tiny.WIDTH, generator=generator), torch.randn(4, 32, generator=generator)
 
-    hidden, pooled = ours(IDS, skip=skip, normed=not skip)
+    hidden, pooled = ours(IDS, skip=skip, final_norm=not skip)
     loss = (hidden - aim).square().mean()
     if projection:
         loss = loss + (pooled - pooled_aim).square().mean()

@@ -49,7 +49,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
 def nine(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A model made for inpainting: its UNet takes nine channels."""
     folder = tmp_path_factory.mktemp("inpainting")
-    tokenizer = Tokenizer.cut([PROMPT, NEGATIVE])
+    tokenizer = Tokenizer.subset([PROMPT, NEGATIVE])
     tokenizer.save(folder / "cut")
     config = tiny.SCHEDULER_CONFIGS["sd1"]
     ids = {"vocab_size": len(tokenizer.vocab), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

@@ -27,7 +27,7 @@ Words = Sequence[tuple[str, float]]  # (words, weight)
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     """SD1 and SDXL; with layer norms as a trained model has them, or the mean that A1111 restores would be 0."""
-    tokenizer = Tokenizer.cut([PROMPT])
+    tokenizer = Tokenizer.subset([PROMPT])
     ids = {"vocab_size": len(tokenizer.vocab), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     loaded = {}
     for family in FAMILIES:

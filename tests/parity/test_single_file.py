@@ -209,7 +209,7 @@ def test_outputs_equal_those_of_diffusers(tmp_path: Path) -> None:
     ids = torch.tensor([[49406, 320, 1125, 49407] + [0] * 73])
     with torch.no_grad():
         torch.testing.assert_close(parts.vae.decode(z), model.vae.decode(z).sample, rtol=1e-4, atol=1e-4)
-        hidden, pooled = parts.text_encoders[1](ids, skip=1, normed=False)
+        hidden, pooled = parts.text_encoders[1](ids, skip=1, final_norm=False)
         theirs = model.encoders[1](ids, output_hidden_states=True)
         torch.testing.assert_close(hidden, theirs.hidden_states[-2], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(pooled, theirs.text_embeds, rtol=1e-4, atol=1e-4)

@@ -132,7 +132,7 @@ def test_transformers_reads_what_save_wrote(pad: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gone", [(), ("tokenizer.json",), ("vocab.json", "merges.txt")])
 def test_transformers_reads_a_cut(gone: tuple[str, ...], tmp_path: Path) -> None:
-    cut = Tokenizer.cut(["a lemon left of a whale", "a blue café"], max_length=24)
+    cut = Tokenizer.subset(["a lemon left of a whale", "a blue café"], max_length=24)
     cut.save(tmp_path)
     for file in gone:
         (tmp_path / file).unlink()

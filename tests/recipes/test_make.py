@@ -147,7 +147,7 @@ def test_from_nothing_to_a_model_that_draws_and_the_same_after_kills(
 
 def test_the_configurations_fit_together() -> None:
     """The full sizes, on no memory: what section 6 of the design allows."""
-    tokenizer = Tokenizer.cut(words.caption_words(), max_length=make.WINDOW)
+    tokenizer = Tokenizer.subset(words.caption_words(), max_length=make.WINDOW)
     with torch.device("meta"):
         networks = make.CLIPTextModel(make.clip_config(tokenizer)), make.UNet(make.UNET_CONFIG), VAE(make.VAE_CONFIG)
     assert make.clip_config(tokenizer).hidden_size == make.UNET_CONFIG.cross_attention_dim
@@ -158,7 +158,7 @@ def test_the_configurations_fit_together() -> None:
 
 
 def test_every_caption_fits_the_window_uncut_and_in_whole_words() -> None:
-    tokenizer, whole = Tokenizer.cut(words.caption_words(), max_length=make.WINDOW), Tokenizer.clip()
+    tokenizer, whole = Tokenizer.subset(words.caption_words(), max_length=make.WINDOW), Tokenizer.clip()
     for caption in scenes.Scenes(make.LATENT_SCENES).specs(range(1_000))[0]:
         ids = tokenizer.encode(caption)
         assert len(ids) <= make.WINDOW - 2
@@ -167,7 +167,7 @@ def test_every_caption_fits_the_window_uncut_and_in_whole_words() -> None:
 
 def test_no_two_batches_of_an_epoch_share_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And guidance gets its share of empty captions."""
-    tokenizer = Tokenizer.cut(["a lemon"], max_length=8)
+    tokenizer = Tokenizer.subset(["a lemon"], max_length=8)
     latents = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 4, 2, 2)
     ids = torch.full((20, 8), 3)
     seen: list[tuple[list[int], int]] = []

@@ -339,7 +339,7 @@ def test_texts_of_another_encoder_or_tokenizer_have_other_names(sd1: mezzotint.P
         return context, len(list(tmp_path.rglob("*.safetensors")))
 
     (encoder,), (tokenizer,) = sd1.text_encoders, sd1.tokenizers
-    other = Tokenizer.cut(["a lemon on a blue background"], max_length=40)
+    other = Tokenizer.subset(["a lemon on a blue background"], max_length=40)
     assert kept(lambda: Texts([tokenizer], [encoder], tmp_path), keep=False)[1] == 0
     first, count = kept(lambda: Texts([tokenizer], [encoder], tmp_path))
     assert count == 1

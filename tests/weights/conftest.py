@@ -41,7 +41,7 @@ class Tiny:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The model, and the folder that save_folder wrote of it (float32, one file a part)."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.cut(["a lemon on a blue background"])
+    tokenizer = Tokenizer.subset(["a lemon on a blue background"])
     unet = UNet(
         UNetConfig(
             sample_size=8,

@@ -86,12 +86,12 @@ def _stretches(spoken: list[bool]) -> list[list[int]]:
 
 def _clause(clause: Clause, syntax: str, tokenizers: list[Tokenizer], library: Library) -> dict[str, Any]:
     """One text to encode: its weight, and the chunks of each text encoder."""
-    from mezzotint.conditioning.chunks import chunked
+    from mezzotint.conditioning.chunks import split_into_chunks
 
     encoders = []
     for k, tokenizer in enumerate(tokenizers):
         chunks = []
-        for chunk in chunked(clause.spans, syntax, tokenizer, library, k):
+        for chunk in split_into_chunks(clause.spans, syntax, tokenizer, library, k):
             rows = []
             for token in chunk:
                 word = f"<{token.vector[0]}>[{token.vector[1]}]" if token.vector else tokenizer.token(token.id)

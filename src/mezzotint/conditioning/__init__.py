@@ -1,1 +1,1 @@
-"""Prompts as the UNet sees them: tokens in chunks (`chunks`), encoded by the text encoders (`encode`)."""
+"""From a parsed prompt to the conditions of the UNet: chunks of tokens, text encoders, weights."""

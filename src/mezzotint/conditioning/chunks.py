@@ -1,15 +1,15 @@
-"""The spans of a prompt become chunks of tokens: what one window of a text encoder holds between BOS and EOS.
+"""Splits the spans of a prompt into chunks, the tokens that one window of a text encoder holds between BOS and EOS.
 
-Each dialect has its own way to break a text that is longer than a window (75 tokens, or the model's own window - 2):
+Each dialect splits a text that is longer than a window (75 tokens, or the model's own window - 2) in its own way:
 
 - a1111: at the end of the window, or after a comma at most 20 tokens before it; `BREAK` ends a chunk anywhere
-- comfy: at the end of the window, but a segment (text of one weight, or an embedding) below 8 tokens stays whole
-- compel: after the last sentence that fits, or else the last phrase, or else the last word
+- comfy: at the end of the window, but a segment (text of one weight, or an embedding) below 8 tokens is not split
+- compel: after the last sentence that fits, the last phrase or the last word
 - plain: at the end of the window
 
-Nothing is ever cut off. An embedding (textual inversion) stands where its trigger is written: `name`, `<name>` or
-`embedding:name`; in comfy a bare name is a word like any other, as there. Its vectors stay in one chunk, but for those
-of 8 and more in comfy, which ComfyUI parts like any long segment.
+Nothing is cut off. An embedding (textual inversion) is used where its trigger is written: `name`, `<name>` or
+`embedding:name`; in comfy a bare name is an ordinary word. The vectors of an embedding stay in one chunk, except for
+embeddings of 8 or more vectors in comfy, which are split like any long segment.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from mezzotint.errors import RequestError
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.prompt import Span
 
-BACKTRACK = 20  # tokens, A1111's default of comma_padding_backtrack
-WHOLE = 8  # tokens, ComfyUI's max_word_length: segments below it are not parted
-PLACEHOLDER = 0  # the id under a vector of an embedding, as in A1111: any but EOS
-PHRASES = (".</w>", ",</w>", ";</w>", ":</w>")
+COMMA_BACKTRACK = 20  # tokens, A1111's default of comma_padding_backtrack
+COMFY_MAX_WORD_LENGTH = 8  # tokens, ComfyUI's max_word_length: shorter segments are not split
+PLACEHOLDER_ID = 0  # token id in the place of an embedding's vector, as in A1111; any id but EOS
+PHRASE_ENDS = (".</w>", ",</w>", ";</w>", ":</w>")
 
 
 class Token(NamedTuple):
-    """One token of a chunk: text[start:end] of the prompt as it was written, in the span of that number.
+    """One token of a chunk.
 
-    vector: (trigger, row) where an embedding's row stands in for the token's own.
+    Attributes:
+        id: The token id.
+        weight: The weight of the span.
+        start: Where the token starts in the prompt as it was written.
+        end: Where it ends.
+        span: Number of the span that it belongs to.
+        vector: (trigger, row) of an embedding's vector that replaces the token's own.
     """
 
     id: int
@@ -44,52 +50,64 @@ class Token(NamedTuple):
 
 
 Chunk = tuple[Token, ...]
-Embeddings = Mapping[str, Sequence[Sized]]  # trigger -> for each text encoder its vectors
-Group = list[Token]  # what belongs together: a token, an embedding, or in comfy a segment; none at all is a BREAK
+Embeddings = Mapping[str, Sequence[Sized]]  # trigger -> its vectors for each text encoder
+Group = list[Token]  # tokens that stay together: one token, an embedding, or in comfy a segment; empty is a BREAK
 
 
-def chunked(
+def split_into_chunks(
     spans: Sequence[Span], syntax: str, tokenizer: Tokenizer, embeddings: Embeddings | None = None, encoder: int = 0
 ) -> list[Chunk]:
-    """The chunks of one text, at least one, each of at most window - 2 tokens, for the encoder of that number.
+    """Split a text into chunks of at most window - 2 tokens.
 
-    embeddings: trigger, in lower case and without <> -> for each encoder its vectors. Raises RequestError for an
-    embedding that no window can hold, and in comfy for one that the prompt asks for and that is not there.
+    Args:
+        spans: The weighted spans of the text.
+        syntax: The dialect.
+        tokenizer: The tokenizer of the text encoder.
+        embeddings: For each trigger (lower case, without <>), the vectors for each text encoder.
+        encoder: Number of the text encoder.
+
+    Returns:
+        The chunks, at least one.
+
+    Raises:
+        RequestError: If an embedding does not fit in a window or, in comfy, if the prompt names an unknown one.
     """
     embeddings = embeddings or {}
-    room = tokenizer.max_length - 2
+    capacity = tokenizer.max_length - 2
     groups = [
         group for k, span in enumerate(spans) for group in _groups(span, k, syntax, tokenizer, embeddings, encoder)
     ]
     for group in groups:
-        if group and group[0].vector and len(group) > room and syntax != "comfy":
+        if group and group[0].vector and len(group) > capacity and syntax != "comfy":
             raise RequestError(
-                f"the embedding {group[0].vector[0]!r} has {len(group)} vectors; a window of this text encoder holds "
-                f"{room} tokens"
+                f"the embedding {group[0].vector[0]!r} has {len(group)} vectors; it must have at most {capacity}, the "
+                "tokens that a window of this text encoder holds"
             )
     if syntax == "comfy":
-        return [tuple(chunk) for chunk in _comfy(groups, room)]
+        return [tuple(chunk) for chunk in _fill_comfy_chunks(groups, capacity)]
     if syntax == "compel":
-        return [tuple(chunk) for chunk in _compel([token for group in groups for token in group], room, tokenizer)]
+        tokens = [token for group in groups for token in group]
+        return [tuple(chunk) for chunk in _fill_compel_chunks(tokens, capacity, tokenizer)]
     comma = tokenizer.vocab.get(",</w>") if syntax == "a1111" else None
-    return [tuple(chunk) for chunk in _filled(groups, room, comma)]
+    return [tuple(chunk) for chunk in _fill_chunks(groups, capacity, comma)]
 
 
 def _groups(
     span: Span, number: int, syntax: str, tokenizer: Tokenizer, embeddings: Embeddings, encoder: int
 ) -> Iterator[Group]:
+    """Yield the groups of tokens of a span."""
     if syntax == "a1111" and span.is_break:
         yield []
         return
     for start, end, name in _pieces(span.text, syntax, embeddings):
         if name is not None:
-            place = span.where(start, end)
+            source_range = span.where(start, end)
             rows = range(len(embeddings[name][encoder]))
-            yield [Token(PLACEHOLDER, span.weight, *place, number, (name, row)) for row in rows]
+            yield [Token(PLACEHOLDER_ID, span.weight, *source_range, number, (name, row)) for row in rows]
             continue
         tokens = [
             Token(id, span.weight, *span.where(start + first, start + last), number)
-            for id, first, last in tokenizer.encode_with_places(span.text[start:end])
+            for id, first, last in tokenizer.encode_with_offsets(span.text[start:end])
         ]
         if syntax == "comfy":
             yield from [tokens] if tokens else []
@@ -98,17 +116,17 @@ def _groups(
 
 
 def _pieces(text: str, syntax: str, embeddings: Embeddings) -> Iterator[tuple[int, int, str | None]]:
-    """(start, end, trigger or None for words) of the pieces of a text."""
+    """Yield (start, end, trigger) of the pieces of a text; the trigger of ordinary words is None."""
     done = 0
     for match in _triggers(syntax, tuple(embeddings)).finditer(text):
         start, end = match.span()
         name = next(group for group in match.groups() if group is not None).lower()
-        if name not in embeddings:  # comfy's embedding:name, which may end in a comma or a file's suffix
+        if name not in embeddings:  # comfy's embedding:name, which may end in a comma or a file suffix
             end -= len(name) - len(name := name.rstrip(","))
             name = re.sub(r"\.(safetensors|pt|bin)$", "", name)
             if name not in embeddings:
-                there = ", ".join(sorted(embeddings)[:5]) or "none"
-                raise RequestError(f"the prompt asks for embedding:{name[:60]}; the embeddings given are {there}")
+                available = ", ".join(sorted(embeddings)[:5]) or "none"
+                raise RequestError(f"the prompt uses embedding:{name[:60]}; the available embeddings are {available}")
         if done < start:
             yield done, start, None
         yield start, end, name
@@ -119,25 +137,25 @@ def _pieces(text: str, syntax: str, embeddings: Embeddings) -> Iterator[tuple[in
 
 @functools.lru_cache(maxsize=64)
 def _triggers(syntax: str, names: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds what stands for an embedding; the name is in the one group that matched."""
+    """Return a pattern that finds embeddings; the name is the group that matched."""
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
     if syntax == "comfy":
         return re.compile(rf"<({known})>|(?<![^ \n])embedding:(\S+)", re.IGNORECASE)
-    # a name ends where a word would: `cat` is not in `cats`
+    # a name matches whole words only: not `cat` in `cats`
     return re.compile(rf"<({known})>|(?<![^\W_])(?:embedding:)?({known})(?![^\W_])", re.IGNORECASE)
 
 
-def _filled(groups: Sequence[Group], room: int, comma: int | None) -> Iterator[Group]:
-    """A1111's rule; without a comma's id the plain one."""
+def _fill_chunks(groups: Sequence[Group], capacity: int, comma: int | None) -> Iterator[Group]:
+    """Fill chunks by A1111's rule or, without the id of the comma, in plain order."""
     chunk: Group = []
     last_comma, count = None, 0
     for group in groups:
         if group and group[0].id == comma and group[0].vector is None:
             last_comma = len(chunk)
-        elif group and len(chunk) == room and last_comma is not None and room - last_comma <= BACKTRACK:
+        elif group and len(chunk) == capacity and last_comma is not None and capacity - last_comma <= COMMA_BACKTRACK:
             yield chunk[: last_comma + 1]
             chunk, last_comma, count = chunk[last_comma + 1 :], None, count + 1
-        if not group or len(chunk) + len(group) > room:
+        if not group or len(chunk) + len(group) > capacity:
             yield chunk
             chunk, last_comma, count = [], None, count + 1
         chunk = chunk + group
@@ -145,23 +163,25 @@ def _filled(groups: Sequence[Group], room: int, comma: int | None) -> Iterator[G
         yield chunk
 
 
-def _comfy(groups: Sequence[Group], room: int) -> Iterator[Group]:
+def _fill_comfy_chunks(groups: Sequence[Group], capacity: int) -> Iterator[Group]:
+    """Fill chunks by ComfyUI's rule."""
     chunk: Group = []
     for group in groups:
-        parted, rest = len(group) >= min(WHOLE, room + 1), group
-        while len(chunk) + len(rest) > room:
-            cut = room - len(chunk) if parted else 0
+        splittable, rest = len(group) >= min(COMFY_MAX_WORD_LENGTH, capacity + 1), group
+        while len(chunk) + len(rest) > capacity:
+            cut = capacity - len(chunk) if splittable else 0
             yield chunk + rest[:cut]
             chunk, rest = [], rest[cut:]
         chunk = chunk + rest
     yield chunk
 
 
-def _compel(tokens: Group, room: int, tokenizer: Tokenizer) -> Iterator[Group]:
+def _fill_compel_chunks(tokens: Group, capacity: int, tokenizer: Tokenizer) -> Iterator[Group]:
+    """Fill chunks by Compel's rule."""
     first = 0
-    while len(tokens) - first > room:
-        cut = _compel_cut([tokenizer.token(token.id) for token in tokens[first : first + room]]) + first
-        while (vector := tokens[cut].vector) and vector[1] > 0:  # to where the embedding begins
+    while len(tokens) - first > capacity:
+        cut = _compel_cut([tokenizer.token(token.id) for token in tokens[first : first + capacity]]) + first
+        while (vector := tokens[cut].vector) and vector[1] > 0:  # never split an embedding
             cut -= 1
         yield tokens[first:cut]
         first = cut
@@ -169,9 +189,9 @@ def _compel(tokens: Group, room: int, tokenizer: Tokenizer) -> Iterator[Group]:
 
 
 def _compel_cut(words: Sequence[str]) -> int:
-    """How many of the tokens of a full window to keep: to the end of its last sentence, phrase or word."""
+    """Return how many tokens of a full window to keep: up to its last sentence, phrase or word."""
     sentences, phrases, ends = (
-        [count for count, word in enumerate(words, 1) if ended(word)]
-        for ended in (PHRASES[:1].__contains__, PHRASES.__contains__, lambda word: word.endswith("</w>"))
+        [count for count, word in enumerate(words, 1) if is_end(word)]
+        for is_end in (PHRASE_ENDS[:1].__contains__, PHRASE_ENDS.__contains__, lambda word: word.endswith("</w>"))
     )
     return (sentences or phrases or ends or [len(words)])[-1]

@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mezzotint.conditioning.chunks import Embeddings, chunked
+from mezzotint.conditioning.chunks import Embeddings, split_into_chunks
 from mezzotint.errors import BudgetError, RequestError
 from mezzotint.models.attention import probabilities, recording
 from mezzotint.models.blocks import Attention
 from mezzotint.models.tokenizer import WORD_END, Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.pipeline import OnStep, Pipeline
-from mezzotint.prompt import Plan, Variant
+from mezzotint.prompt import PromptPlan, Variant
 from mezzotint.request import Request, Result
 
 LIMIT = 2**30  # bytes that the maps may take
@@ -204,7 +204,7 @@ def _scores(pipe: Pipeline, request: Request, grids: Grids) -> int:
 
 
 def _read(
-    planned: Plan, tokenizer: Tokenizer, embeddings: Embeddings
+    planned: PromptPlan, tokenizer: Tokenizer, embeddings: Embeddings
 ) -> tuple[tuple[Token, ...], tuple[Word, ...], list[Places]]:
     """The tokens of a prompt, the words that they are pieces of, and for each step where its tokens stand.
 
@@ -253,7 +253,7 @@ def _laid(
     """The tokens of one text and their positions in the context. Those of a blend's texts share their positions."""
     offset = 0
     for clause in variant.clauses:
-        chunks = chunked(clause.spans, syntax, tokenizer, embeddings)
+        chunks = split_into_chunks(clause.spans, syntax, tokenizer, embeddings)
         for k, chunk in enumerate(chunks):
             for place, token in enumerate(chunk, start=1):
                 name, row = token.vector or (tokenizer.token(token.id), None)

@@ -1,9 +1,10 @@
-"""CLIP's text encoder: ids (B, T) -> hidden states (B, T, D) and one pooled vector a text (B, P).
+"""CLIP's text encoder: token ids (B, T) -> hidden states (B, T, D) and a pooled vector for each text (B, P).
 
-SD1's ViT-L/14, SD2's OpenCLIP ViT-H/14 and SDXL's second, OpenCLIP ViT-bigG/14, are configurations of it. Attributes
-spell the keys of the hub's checkpoints (`text_model.encoder.layers.0.self_attn.q_proj.weight`), with the `text_model.`
-that transformers 5 drops. Weights start as CLIP's own did, so a model can be trained from nothing.
-Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+The encoders of SD 1 (ViT-L/14), SD 2 (OpenCLIP ViT-H/14) and SDXL (the second is OpenCLIP ViT-bigG/14) are
+configurations of it. Attributes spell the keys of the hub's checkpoints
+(`text_model.encoder.layers.0.self_attn.q_proj.weight`), with the `text_model.` that transformers 5 drops. Weights are
+initialized like CLIP's, so a model can be trained from scratch. See Radford et al. 2021, "Learning Transferable Visual
+Models From Natural Language Supervision".
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from mezzotint.config import CLIPConfig
 from mezzotint.errors import RequestError
 from mezzotint.models.attention import attention
 
-OLD_EOS = 2  # eos_token_id in configs older than transformers' pull request 24773; the EOS then is the highest id
+LEGACY_EOS = 2  # eos_token_id in configs older than transformers' pull request 24773; the EOS is then the highest id
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
+    """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -29,9 +31,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.G
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it: (B, T, dim) -> (B, T, dim).
+    """Causal multi-head self-attention, (B, T, dim) -> (B, T, dim).
 
-    A mask, additive (B, 1, T, T), takes the place of the causal one.
+    An additive mask (B, 1, T, T) replaces the causal one.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -43,6 +45,7 @@ class SelfAttention(nn.Module):
         self.out_proj = _linear(dim, dim, _residual_std(config))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the attention's output."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
         out = attention(q, k, v, mask=mask, is_causal=mask is None)  # (B, heads, T, d)
@@ -51,7 +54,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers and the activation: (B, T, dim) -> (B, T, dim)."""
+    """Two linear layers with the activation in between, (B, T, dim) -> (B, T, dim)."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -61,12 +64,13 @@ class MLP(nn.Module):
         self.fc2 = _linear(config.intermediate_size, dim, _residual_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers."""
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
         return y
 
 
 class EncoderLayer(nn.Module):
-    """Attention and MLP, each on normed tokens and added to them."""
+    """Pre-norm attention and MLP with residual connections."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -76,13 +80,14 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Apply the layer."""
         x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, T, dim)
         y: Tensor = x + self.mlp(self.layer_norm2(x))
         return y
 
 
 class Embeddings(nn.Module):
-    """A vector for each token and each position."""
+    """The sum of token and position embeddings."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -90,19 +95,20 @@ class Embeddings(nn.Module):
         self.position_embedding = _embedding(config.max_position_embeddings, config.hidden_size, 0.01)
 
     def forward(self, ids: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Embed ids (B, T), or add positions to given token embeddings (B, T, dim)."""
         positions = self.position_embedding.weight[: ids.shape[1]]  # (T, dim)
         return (self.token_embedding(ids) if inputs_embeds is None else inputs_embeds) + positions
 
 
 class Encoder(nn.Module):
-    """The layers, one after another."""
+    """The stack of layers."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """The input and the output of each layer, (B, T, dim) all."""
+        """Return the input and the output of each layer, each (B, T, dim)."""
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1], mask))
@@ -110,7 +116,7 @@ class Encoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """What the checkpoints call `text_model`: all but the projection of the pooled vector."""
+    """The part that checkpoints call `text_model`: everything except the projection of the pooled vector."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -120,7 +126,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """A CLIP text encoder, with the projection of its pooled vector where the config's architecture has one."""
+    """A CLIP text encoder, with a projection of the pooled vector if the configuration's architecture has one."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -136,51 +142,60 @@ class CLIPTextModel(nn.Module):
         ids: Tensor,
         *,
         skip: int = 0,
-        normed: bool = True,
+        final_norm: bool = True,
         inputs_embeds: Tensor | None = None,
-        seen: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Encode windows of ids (B, T), integers, T at most max_position_embeddings.
+        """Encode windows of token ids.
 
-        Returns the hidden states (B, T, hidden_size) after all layers but the last `skip`, through the final layer
-        norm if `normed` (SD; SDXL takes skip=1, normed=False), and the pooled vector: the last layer's at the first
-        EOS, normed, and projected if the model has a projection (B, projection_dim; else B, hidden_size).
-        `inputs_embeds` (B, T, hidden_size) replaces the tokens' own vectors; the ids still say where the EOS is. `seen`
-        (B, T), boolean, is False where no token may look; the first of each text must be True.
-        Raises RequestError if `skip` or T does not fit the model.
+        Args:
+            ids: Token ids (B, T); T is at most max_position_embeddings.
+            skip: Number of last layers to skip.
+            final_norm: Whether to apply the final layer norm to the hidden states (SD 1 and 2; SDXL uses skip=1 without
+                it).
+            inputs_embeds: Token embeddings (B, T, hidden_size) that replace the tokens' own; the ids determine the EOS.
+            attention_mask: Boolean (B, T), False for tokens that no token attends to; the first must be True.
+
+        Returns:
+            The hidden states (B, T, hidden_size), and the pooled vector: the last layer's at the first EOS, normalized,
+            and projected if the model has a projection (B, projection_dim; otherwise B, hidden_size).
+
+        Raises:
+            RequestError: If `skip` or T does not fit the model.
         """
         layers, window = self.config.num_hidden_layers, self.config.max_position_embeddings
         if not 0 <= skip < layers:
             raise RequestError(
-                f"The text encoder has {layers} layers: it can skip 0 to {layers - 1} of them, not {skip}."
+                f"this text encoder has {layers} layers and can skip 0 to {layers - 1} of them, not {skip}"
             )
         if ids.shape[1] > window:
-            raise RequestError(f"The text encoder takes {window} tokens at a time, not {ids.shape[1]}.")
+            raise RequestError(f"{ids.shape[1]} tokens were given; this text encoder takes at most {window} at a time")
         model = self.text_model
         x = model.embeddings(ids, inputs_embeds)
-        states = model.encoder(x, None if seen is None else _mask(seen, x.dtype))
+        states = model.encoder(x, None if attention_mask is None else _additive_mask(attention_mask, x.dtype))
         hidden = states[layers - skip]
         pooled = model.final_layer_norm(states[-1][torch.arange(len(ids), device=ids.device), self._eos(ids)])  # (B, D)
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
-        return model.final_layer_norm(hidden) if normed else hidden, pooled
+        return model.final_layer_norm(hidden) if final_norm else hidden, pooled
 
     def _eos(self, ids: Tensor) -> Tensor:
-        """Where the first EOS of each text stands, (B,)."""
+        """Return the position of the first EOS of each text, (B,)."""
         eos = self.config.eos_token_id
-        return (ids if eos is None or eos == OLD_EOS else (ids == eos).int()).argmax(-1)
+        return (ids if eos is None or eos == LEGACY_EOS else (ids == eos).int()).argmax(-1)
 
 
-def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive, (B, 1, T, T): each token may look at those of `seen` (B, T) that are not after it."""
-    before = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril()
-    allowed = before & seen[:, None, None, :]
-    return torch.zeros(allowed.shape, dtype=dtype, device=seen.device).masked_fill(~allowed, -torch.inf)
+def _additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an additive causal mask (B, 1, T, T) that also excludes tokens where attention_mask (B, T) is False."""
+    length, device = attention_mask.shape[1], attention_mask.device
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    allowed = causal & attention_mask[:, None, None, :]
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, -torch.inf)
 
 
 def _linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=bias)
-    _start(layer.weight, std)
+    _init_normal(layer.weight, std)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -188,15 +203,15 @@ def _linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Line
 
 def _embedding(count: int, dim: int, std: float) -> nn.Embedding:
     layer = nn.Embedding(count, dim, _weight=torch.empty(count, dim))
-    _start(layer.weight, std)
+    _init_normal(layer.weight, std)
     return layer
 
 
-def _start(weight: Tensor, std: float) -> None:
-    if not weight.is_meta:  # where normal_ would do nothing, and take seconds to import what it does it with
+def _init_normal(weight: Tensor, std: float) -> None:
+    if not weight.is_meta:  # on the meta device normal_ has no effect, but takes seconds to import its decompositions
         nn.init.normal_(weight, std=std)
 
 
 def _residual_std(config: CLIPConfig) -> float:
-    """Of the layers that add to the residual stream: the sum of all 2 x layers then keeps its variance."""
+    """Return the standard deviation of layers that add to the residual stream, which preserves its variance."""
     return float((config.hidden_size * 2 * config.num_hidden_layers) ** -0.5)

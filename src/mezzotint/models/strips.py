@@ -36,7 +36,7 @@ def decode_in_strips(vae: VAE, z: Tensor, strip: int = STRIP) -> Tensor:
 @torch.no_grad()
 def encode_in_strips(vae: VAE, pixels: Tensor, strip: int = STRIP) -> Posterior:
     """What `vae.encode` gives of pixels (B, 3, H, W) in [-1, 1]."""
-    return Posterior.of(torch.cat([_encoded(Strips(strip), vae, one) for one in torch.split(pixels, 1)]))
+    return Posterior.from_moments(torch.cat([_encoded(Strips(strip), vae, one) for one in torch.split(pixels, 1)]))
 
 
 def _decoded(way: Strips, vae: VAE, z: Tensor) -> Tensor:

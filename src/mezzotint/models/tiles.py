@@ -79,7 +79,7 @@ def encode_in_tiles(
         moments = way.convolved(encoder.conv_out, x, way.activation(encoder.conv_norm_out, x))
         return vae.quant_conv(moments)  # type: ignore[no-any-return]
 
-    return Posterior.of(torch.cat([encoded(one) for one in torch.split(pixels, 1)]))
+    return Posterior.from_moments(torch.cat([encoded(one) for one in torch.split(pixels, 1)]))
 
 
 def _tiled(layers: Tiled, x: Tensor, tile: int, overlap: int, cells: int, made: int, strip: int) -> Tensor:

@@ -104,7 +104,7 @@ class Tokenizer:
         return cls(_numbered(merges), merges, named=_like_the_hub(pad))
 
     @classmethod
-    def cut(cls, texts: Iterable[str], max_length: int = MAX_LENGTH) -> Self:
+    def subset(cls, texts: Iterable[str], max_length: int = MAX_LENGTH) -> Self:
         """The smallest cut of CLIP's tokenizer that splits the words of `texts` as the whole one does.
 
         It holds all 512 single bytes (inside a word and ending one), the merges that these words use, in CLIP's
@@ -151,7 +151,7 @@ class Tokenizer:
         """The ids of `text`, without BOS and EOS, however many. Raises RequestError for text that is not Unicode."""
         return [id for _, encoding in self._encodings(text) for id in encoding.ids]
 
-    def encode_with_places(self, text: str) -> list[tuple[int, int, int]]:
+    def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
         """(id, start, end) of each token: it stands for text[start:end]. Raises RequestError as `encode` does."""
         return [
             (id, first + start, first + end)

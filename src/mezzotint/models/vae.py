@@ -166,7 +166,7 @@ class Posterior:
     logvar: Tensor
 
     @classmethod
-    def of(cls, moments: Tensor) -> Posterior:
+    def from_moments(cls, moments: Tensor) -> Posterior:
         """The encoder's output (B, 2 * 4, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
@@ -192,7 +192,7 @@ class VAE(nn.Module):
 
     def encode(self, pixels: Tensor) -> Posterior:
         """pixels (B, 3, H, W) in [-1, 1], sides multiples of 8 -> the posterior of unscaled latents."""
-        return Posterior.of(self.quant_conv(self.encoder(pixels)))
+        return Posterior.from_moments(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] and not clamped."""

@@ -19,7 +19,7 @@ from mezzotint.prompt.pieces import (
     Clause,
     Network,
     Part,
-    Plan,
+    PromptPlan,
     Remark,
     Span,
     Traced,
@@ -32,7 +32,7 @@ __all__ = [
     "Clause",
     "Network",
     "Part",
-    "Plan",
+    "PromptPlan",
     "Remark",
     "Span",
     "Variant",
@@ -64,7 +64,7 @@ def plan(
     *,
     negative: bool = False,
     base_steps: int | None = None,
-) -> Plan:
+) -> PromptPlan:
     """The whole meaning of a prompt in a run of `steps` steps (1 or more).
 
     In a `negative` prompt A1111 reads neither networks nor AND: they are words there. `base_steps`, if this is a second
@@ -91,7 +91,7 @@ def plan(
     else:
         parts = (Part((Variant(steps, text, tuple(_clauses(text, syntax))),)),)
     _check_weights(parts)
-    return Plan(text, syntax, steps, left, parts, networks)
+    return PromptPlan(text, syntax, steps, left, parts, networks)
 
 
 def write(spans: Sequence[tuple[str, float]], syntax: str = "a1111") -> str:

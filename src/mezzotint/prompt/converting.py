@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mezzotint.prompt import a1111, comfy, compel
-from mezzotint.prompt.pieces import Clause, Network, Plan, Span, Variant, decimal
+from mezzotint.prompt.pieces import Clause, Network, PromptPlan, Span, Variant, decimal
 
 _NAMES = {"a1111": "A1111", "comfy": "ComfyUI", "compel": "Compel", "plain": "plain text"}
 
 
-def converted(plan: Plan, target: str) -> tuple[str, list[str]]:
+def converted(plan: PromptPlan, target: str) -> tuple[str, list[str]]:
     """The text in the target dialect, and what was lost."""
     name = _NAMES[target]
     lost: list[str] = []

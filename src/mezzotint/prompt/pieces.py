@@ -124,7 +124,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PromptPlan:
     """The whole meaning of a prompt."""
 
     source: str

@@ -21,7 +21,7 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.images import init_image
-from mezzotint.prompt import Plan as PromptPlan
+from mezzotint.prompt import PromptPlan
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras

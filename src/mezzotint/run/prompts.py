@@ -8,7 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mezzotint.conditioning.encode import Cache, Encoded, Reader, lengthened, together, zeros_like
+from mezzotint.conditioning.encode import (
+    Conditioner,
+    EncodedPart,
+    EncodingCache,
+    batch_timelines,
+    pad_contexts,
+    zeros_like,
+)
 from mezzotint.denoiser import Timeline
 from mezzotint.models.adapters import adapting, weights_version
 from mezzotint.models.attention import chosen
@@ -16,7 +23,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import turn
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
-from mezzotint.prompt import Plan as PromptPlan
+from mezzotint.prompt import PromptPlan
 from mezzotint.run.nan_guard import with_fp32_fallback
 from mezzotint.run.plan import RunPlan
 from mezzotint.weights.lora import Adapters
@@ -29,7 +36,7 @@ class PromptEncoder:
         self, tokenizers: Sequence[Tokenizer], text_encoders: Sequence[CLIPTextModel], adapters: Adapters
     ) -> None:
         self.tokenizers, self.text_encoders, self.adapters = tokenizers, text_encoders, adapters
-        self._cache = Cache()
+        self._cache = EncodingCache()
 
     def encode_batch(self, plans: Sequence[RunPlan], upcast_parts: list[str] | None = None) -> list[Timeline]:
         """Encode the prompts of the pictures of a batch.
@@ -51,7 +58,7 @@ class PromptEncoder:
         if plan.request.prompt_syntax == "compel":
             slots = self._pad_slots(plan, slots, upcast_parts)
         time_ids = _time_ids(plan)
-        return [together(slot, time_ids) for slot in slots]
+        return [batch_timelines(slot, time_ids) for slot in slots]
 
     def encode_prompt(
         self,
@@ -60,18 +67,20 @@ class PromptEncoder:
         *,
         clip_skip: bool = True,
         upcast_parts: list[str] | None = None,
-    ) -> list[Encoded]:
+    ) -> list[EncodedPart]:
         """Encode a prompt of this plan, or take it from the cache: a weight and a timeline for each of its parts."""
         request = plan.request
         skip = (request.clip_skip or 0) if clip_skip else 0
-        reader = Reader(self.tokenizers, self.text_encoders, skip, request.emphasis or "original", plan.embeddings)
+        conditioner = Conditioner(
+            self.tokenizers, self.text_encoders, skip, request.emphasis or "original", plan.embeddings
+        )
         # other implementations of attention give other last bits
-        key = (*reader.key(prompt), chosen(), *sorted(plan.embeddings.digests.items()), *self._weights_key(plan))
+        key = (*conditioner.key(prompt), chosen(), *sorted(plan.embeddings.digests.items()), *self._weights_key(plan))
 
-        def encode() -> list[Encoded]:
+        def encode() -> list[EncodedPart]:
             networks = {name: network for name, network in self.adapters.networks.items() if name != "unet"}
             with adapting(networks, self.adapters.changes(plan.scaled_adapters)):
-                return _encode_finite(reader, prompt)
+                return _encode_finite(conditioner, prompt)
 
         encoded = self._cache.get(key, encode)
         if upcast_parts is not None and any(part.float32 for part in encoded) and "text_encoder" not in upcast_parts:
@@ -80,8 +89,8 @@ class PromptEncoder:
 
     def batch_shape(self, plan: RunPlan) -> tuple[object, ...]:
         """Return what two plans' prompts must have in common to share a batch: their lengths and weights."""
-        reader = Reader(self.tokenizers, self.text_encoders, embeddings=plan.embeddings)
-        return reader.shape(plan.positive), reader.shape(plan.negative), plan.loras
+        conditioner = Conditioner(self.tokenizers, self.text_encoders, embeddings=plan.embeddings)
+        return conditioner.shape(plan.positive), conditioner.shape(plan.negative), plan.loras
 
     def _encode_negatives(
         self, rows: Sequence[RunPlan], positives: Sequence[Timeline], upcast_parts: list[str] | None
@@ -109,7 +118,7 @@ class PromptEncoder:
         """Pad all slots to the longest with the empty prompt, as Compel does."""
         positive = self.encode_prompt(plan, plan.empty, upcast_parts=upcast_parts)[0].timeline
         negative = self._encode_negative(plan, plan.empty, upcast_parts)
-        return lengthened(slots, [positive] * len(plan.weights) + [negative] * 2)
+        return pad_contexts(slots, [positive] * len(plan.weights) + [negative] * 2)
 
     def _weights_key(self, plan: RunPlan) -> list[object]:
         """Return what encoded prompts depend on in the weights: what is merged, and the LoRAs on text encoders."""
@@ -142,18 +151,18 @@ def _time_ids(plan: RunPlan) -> Tensor | None:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
-def _encode_finite(reader: Reader, prompt: PromptPlan) -> list[Encoded]:
+def _encode_finite(conditioner: Conditioner, prompt: PromptPlan) -> list[EncodedPart]:
     """Encode a prompt, in float32 where the encoders' own dtype overflows."""
 
-    def encode(encoders: torch.nn.ModuleList) -> list[Encoded]:
+    def encode(encoders: torch.nn.ModuleList) -> list[EncodedPart]:
         with turn(encoders):
-            return replace(reader, encoders=list(encoders)).encode(prompt)  # type: ignore[arg-type]
+            return replace(conditioner, encoders=list(encoders)).encode(prompt)  # type: ignore[arg-type]
 
-    def tensors(parts: list[Encoded]) -> list[Tensor]:
+    def tensors(parts: list[EncodedPart]) -> list[Tensor]:
         conditions: list[Condition] = [condition for part in parts for _, condition in part.timeline]
         return [tensor for c in conditions for tensor in (c.context, c.pooled) if tensor is not None]
 
     upcast_parts: list[str] = []
-    encoders = torch.nn.ModuleList(reader.encoders)
+    encoders = torch.nn.ModuleList(conditioner.encoders)
     encoded = with_fp32_fallback("text_encoder", encoders, encode, tensors, upcast_parts)
     return [replace(part, float32=True) for part in encoded] if upcast_parts else encoded

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mezzotint import prompt
-from mezzotint.conditioning.chunks import chunked
-from mezzotint.conditioning.encode import Reader, lengthened
+from mezzotint.conditioning.chunks import split_into_chunks
+from mezzotint.conditioning.encode import Conditioner, pad_contexts
 from mezzotint.errors import MezzotintError, WriteError
 from mezzotint.images.io import from_pil, write_whole
 from mezzotint.models.clip import CLIPTextModel
@@ -151,7 +151,7 @@ class Texts:
         folder: Path | None = None,
         clip_skip: int = 0,
     ) -> None:
-        self.reader = Reader(tokenizers, text_encoders, clip_skip)
+        self.conditioner = Conditioner(tokenizers, text_encoders, clip_skip)
         self.store = Store(folder and folder / "texts")
 
     def __call__(self, captions: Sequence[str], keep: bool = True) -> Condition:
@@ -161,29 +161,32 @@ class Texts:
         conditions = [self._condition(caption, keep) for caption in captions]
         if len({condition.context.shape[1] for condition in conditions}) > 1:
             slot = [[(0, condition)] for condition in conditions]
-            (rows,) = lengthened([slot], [[(0, self._condition("", keep))]])
+            (rows,) = pad_contexts([slot], [[(0, self._condition("", keep))]])
             conditions = [row[0][1] for row in rows]
         return Condition.cat(conditions)
 
     def _condition(self, caption: str, keep: bool) -> Condition:
         @torch.no_grad()
         def make() -> dict[str, Tensor]:
-            condition = self.reader.encode(planned)[0].timeline[0][1]
+            condition = self.conditioner.encode(planned)[0].timeline[0][1]
             tensors = {"context": condition.context, "pooled": condition.pooled}
             return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
 
         planned = prompt.plan(caption, "plain")
         if keep:
             spans = planned.parts[0].variants[0].spans
-            ids = [[[t.id for t in chunk] for chunk in chunked(spans, "plain", own)] for own in self.reader.tokenizers]
-            name = _name("texts", json.dumps(ids), str(self.reader.clip_skip), self._digest)
+            ids = [
+                [[t.id for t in chunk] for chunk in split_into_chunks(spans, "plain", own)]
+                for own in self.conditioner.tokenizers
+            ]
+            name = _name("texts", json.dumps(ids), str(self.conditioner.clip_skip), self._digest)
         tensors = self.store.get(name, make) if keep else make()
         return Condition(tensors["context"], tensors.get("pooled"))
 
     @cached_property
     def _digest(self) -> str:
-        windows = [[own.window([]), own.max_length] for own in self.reader.tokenizers]  # BOS, EOS, padding
-        return _name(json.dumps(windows), *(digest(encoder) for encoder in self.reader.encoders))
+        windows = [[own.window([]), own.max_length] for own in self.conditioner.tokenizers]  # BOS, EOS, padding
+        return _name(json.dumps(windows), *(digest(encoder) for encoder in self.conditioner.encoders))
 
 
 def digest(network: nn.Module) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint import prompt, samplers
-from mezzotint.conditioning.encode import Reader
+from mezzotint.conditioning.encode import Conditioner
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
@@ -192,8 +192,8 @@ class TrainableModel(nn.Module):
     def _encode(self, text: str) -> Condition:
         """Encode one caption as generation does with plain syntax; a long one takes several windows."""
         word = {self.recipe.token.strip("<>").lower(): tuple(self.vectors)} if self.vectors else {}
-        reader = Reader(self.tokenizers, list(self.text_encoders.values()), embeddings=word)
-        condition: Condition = reader.encode(prompt.plan(text, "plain"))[0].timeline[0][1]
+        conditioner = Conditioner(self.tokenizers, list(self.text_encoders.values()), embeddings=word)
+        condition: Condition = conditioner.encode(prompt.plan(text, "plain"))[0].timeline[0][1]
         return condition
 
     def _loss_weights(self, sigma: Tensor) -> Tensor:
