@@ -234,6 +234,13 @@ def test_noise_of_a_wrong_shape(sd1: Pipeline, shape: tuple[int, ...]) -> None:
 # ---- several requests ------------------------------------------------------------------------------------------------
 
 
+def test_the_default_batch_is_one_on_a_cpu_and_four_elsewhere(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sd1.resolve(LEMON).batch == 1
+    elsewhere = torch.nn.Parameter(torch.empty(1, device="meta"))
+    monkeypatch.setattr(sd1.unet, "parameters", lambda: iter([elsewhere]))
+    assert sd1.resolve(LEMON).batch == 4 and sd1.resolve(LEMON.replace(batch=2)).batch == 2
+
+
 def test_a_list_of_requests_shares_batches(sd1: Pipeline) -> None:
     request = LEMON.replace(batch=4)
     requests = [

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mezzotint
-from mezzotint.diffusion.guidance import METHODS, Method, dynamic_threshold, guided
+from mezzotint.diffusion.guidance import METHODS, Method, dynamic_threshold, guided, step_index
 from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, SAMPLE, V_PREDICTION, Prediction
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.errors import RequestError
@@ -508,3 +508,9 @@ def test_the_record_of_a_picture_draws_it_again(pipe: mezzotint.Pipeline) -> Non
     request = mezzotint.Request.model_validate(json.loads(image.info["mezzotint"])["request"])
     assert {name: getattr(request, name) for name in fields} == fields
     assert pipe.generate(request).images[0].tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(("relative", "step"), [(-5e-7, 2), (0.0, 2), (5e-7, 2), (5e-6, 1), (-5e-6, 2), (0.3, 1)])
+def test_a_level_is_met_to_within_float32s_rounding(relative: float, step: int) -> None:
+    """Solvers compute a step's first level again in float32; from further above it, the call is of the step before."""
+    assert step_index(SIGMAS[2] * (1.0 + relative), SIGMAS) == step

@@ -216,6 +216,19 @@ def test_inpainting(pairs: dict[str, Pair], nine: Pair, model: str, sampler: str
     assert (drawn.pixels[:, ~outside] != np.asarray(photograph())[~outside]).mean() > 0.5
 
 
+@pytest.mark.parametrize("model", ["sd1", "nine"])
+def test_a_mask_is_cut_at_the_same_grey(pairs: dict[str, Pair], nine: Pair, model: str) -> None:
+    """127 is kept and 128 is drawn. (Pixels are not compared: here a grey mask also mixes them with the original's.)"""
+    mask = Image.new("L", SIZE, 127)
+    mask.paste(128, (16, 24, 56, 72))
+    pair = nine if model == "nine" else pairs[model]
+    request = fields(sampler="euler", strength=1.0, mask=mask, width=SIZE[0], height=SIZE[1])
+    latents, _, _ = apart(ours(pair, request), theirs(pair, StableDiffusionInpaintPipeline, request))
+    assert latents < 1e-4
+    white = ours(pair, request | {"mask": mask.point([0] * 128 + [255] * 128)})
+    assert torch.equal(ours(pair, request).latents, white.latents)
+
+
 def test_a_mask_changes_the_picture(pairs: dict[str, Pair], nine: Pair) -> None:
     """Or the test above would show nothing: another mask gives other latents inside of both."""
     for pair in (pairs["sd1"], nine):

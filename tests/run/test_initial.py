@@ -208,6 +208,25 @@ def test_a_mask_that_falls_between_the_cells(sd1: Pipeline) -> None:
     assert changed[10:15, 10:15].mean() > 0.5 and not changed[np.asarray(speck) == 0].any()
 
 
+def test_the_middle_grey_of_a_mask_is_drawn(sd1: Pipeline) -> None:
+    """As in diffusers, a mask counts as white from 128 on."""
+    grey = MASKED.replace(masked_content="noise")
+    white = sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 255))).latents
+    assert torch.equal(sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 128))).latents, white)
+    with pytest.raises(RequestError, match="^mask is too small"):
+        sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 127)))
+
+
+def test_the_default_strengths_are_those_of_diffusers(sd1: Pipeline, sdxl: Pipeline) -> None:
+    request = RUN.replace(image=photograph())
+    assert sd1.resolve(request).strength == 0.8
+    assert sdxl.resolve(request).strength == 0.3
+    for pipe in (sd1, sdxl):
+        assert pipe.resolve(request.replace(mask=blot())).strength == 1.0
+        assert pipe.resolve(request.replace(outpaint=(8, 0, 0, 0))).strength == 1.0
+    assert sd1.resolve(RUN.replace(hires=2.0)).hires_strength == 0.7  # A1111's
+
+
 # ---- hires-fix -------------------------------------------------------------------------------------------------------
 
 
