@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -426,61 +425,82 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-# ---- killed from outside ---------------------------------------------------------------------------------------------
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+# Runs the command, and ends itself by SIGKILL just before something that is counted: the N-th call of any layer, or the
+# N-th time that it opens, renames or removes a file in its folder. So a kill hits however fast the processor is.
+DIES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from mezzotint import cli
+
+kind, number, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+left = number
+
+def count():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def watch(event, args):
+    if event in ("open", "os.rename", "os.remove", "os.link") and any(folder in str(arg) for arg in args):
+        count()
+
+if kind == "layer":
+    torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: count())
+else:
+    sys.addaudithook(watch)
+sys.argv = ["mezzotint", "bulk", *sys.argv[4:]]
+cli.main()
+"""
 
 
-def started(file: Path, folder: Path, *options: str) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "mezzotint", "bulk", str(file), "--out", str(folder), "--threads", "1", *options]
-    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def command_line(file: Path, folder: Path, *options: str) -> list[str]:
+    return [str(file), "--out", str(folder), "--threads", "1", *options]
 
 
 def finished(file: Path, folder: Path, *options: str) -> None:
-    process = started(file, folder, *options)
-    _, err = process.communicate(timeout=900)
-    assert process.returncode == 0, err.decode()
+    line = [sys.executable, "-m", "mezzotint", "bulk", *command_line(file, folder, *options)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def pictures(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.png")}
 
 
-def killed(file: Path, folder: Path, draw: random.Random, *options: str) -> bool:
-    """Starts the command and kills it: at some moment after it wrote a picture, or, one time of five, of its start.
-
-    Whether it was still running then. No picture may be torn.
-    """
+def killed(file: Path, folder: Path, kind: str, number: int, *options: str) -> None:
+    """Start the command and have it killed; no picture may be torn."""
     before = pictures(folder)
-    process = started(file, folder, *options)
-    if draw.random() < 0.8:
-        while process.poll() is None and pictures(folder) <= before:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0.0, 4.0 if "emoji" in folder.name else 0.05))
-    else:
-        time.sleep(draw.uniform(0.0, 4.0))
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    line = [sys.executable, "-c", DIES, kind, str(number), str(folder), *command_line(file, folder, *options)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     for name in pictures(folder) - before:
         with Image.open(folder / name) as image:
             image.load()
-    return running
 
 
-def check_kills(tmp_path: Path, name: str, rows: int, kills: int, finish: Callable[..., None], *options: str) -> None:
+def check_kills(
+    tmp_path: Path, name: str, rows: int, kills: int, layers: int, finish: Callable[..., None], *options: str
+) -> None:
+    """Kill the command so many times; layers: how many calls of a layer a killed one makes at most."""
     table = [{"prompt": f"a {('lemon', 'whale', 'cat')[k % 3]}", "batch": 1 + k // 4 % 3} for k in range(rows)]
     file = write(tmp_path / "p.jsonl", table)
     folder, whole, draw = tmp_path / f"{name} killed", tmp_path / f"{name} whole", random.Random(rows)
     folder.mkdir()
-    hits, left, inodes = 0, [], {}
-    for _ in range(kills):
-        hits += killed(file, folder, draw, *options)
+    left, inodes = [], dict[str, int]()
+    for k in range(kills):
+        kind = ("file", "layer")[k % 2]
+        killed(file, folder, kind, draw.randint(1 if k else 12, {"file": 30, "layer": layers}[kind]), *options)
         left.append(len(pictures(folder)))
         for path in folder.glob("*.png"):
             assert inodes.setdefault(path.name, path.stat().st_ino) == path.stat().st_ino, "drawn and written again"
+    print(f"pictures after each kill: {left}")
+    assert 0 < left[-1] < rows, "the kills fell in the middle"
     finish(file, folder, *options)
     finish(file, whole, *options)
-    print(f"{hits} of {kills} kills hit a running process; pictures after each: {left}")
-    assert hits == kills
     assert len(pictures(whole)) == rows
     assert files(folder) == files(whole)
 
@@ -494,13 +514,13 @@ def test_killed_three_times(tmp_path: Path, sd1_folder: Path, sd1: Pipeline) -> 
         run(file, folder, sd1, fields={"steps": "20"}, threads=1)
         torch.set_num_threads(before)
 
-    check_kills(tmp_path, "tiny", 20, 3, finish, "--model", str(sd1_folder), "--set", "steps=20")
+    check_kills(tmp_path, "tiny", 20, 3, 6000, finish, "--model", str(sd1_folder), "--set", "steps=20")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    check_kills(tmp_path, "emoji", 300, 20, finished, "--set", "steps=1")
+    check_kills(tmp_path, "emoji", 300, 20, 2000, finished, "--set", "steps=1")
 
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------

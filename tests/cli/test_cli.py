@@ -393,8 +393,7 @@ test_cli.cli.main()
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
     )
     os.close(theirs)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "x-0001.png").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (tmp_path / "x-0001.png").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     screen = b""
@@ -407,7 +406,7 @@ test_cli.cli.main()
             break
         screen += chunk
     os.close(ours)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate()
     assert (process.returncode, out) == (1, "")
     kept = sorted(os.listdir(tmp_path))
     assert 1 <= len(kept) < 1000

@@ -194,11 +194,9 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_a_made_up_record_gets_a_sentence(case: str) -> None:
     wrong = WRONG[case]
-    start = time.perf_counter()
     with pytest.raises(RequestError, match=r"^the record") as caught:
         read({"mezzotint": wrong} if isinstance(wrong, str) else record(**wrong))
     assert len(str(caught.value)) < 2000 and "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 20
 
 
 def test_reading_opens_nothing(tmp_path: Path) -> None:

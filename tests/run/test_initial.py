@@ -213,7 +213,7 @@ def test_the_middle_grey_of_a_mask_is_drawn(sd1: Pipeline) -> None:
     grey = MASKED.replace(masked_content="noise")
     white = sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 255))).latents
     assert torch.equal(sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 128))).latents, white)
-    with pytest.raises(RequestError, match="^mask is too small"):
+    with pytest.raises(RequestError, match=r"^mask is too small"):
         sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 127)))
 
 
