@@ -12,6 +12,9 @@ test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[scale]'
 	$(BIN)/python -m pytest -m slow
 
+docs: .venv/installed-all  ## the documentation, in build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 check: .venv/installed-all  ## lint, types, floor plan
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,8 +33,8 @@ bench: .venv/installed-all  ## the benchmarks; results go to benchmarks/results
 	touch $@
 
 .venv/installed-all: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,report,test,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,report,test,docs,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion  # an oracle; only one file of it is read
 	touch $@
 
-.PHONY: demo test test-slow check bench
+.PHONY: demo docs test test-slow check bench

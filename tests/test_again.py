@@ -398,7 +398,7 @@ def test_a_picture_of_a1111(run: Any, sd1: Pipeline, scene: Path) -> None:
     ran = run("theirs.jpg", "--out", "ours.png")
     assert ran.code == 2 and "the model 'sourMix_v2' (SHA-256 0123456789...)" in ran.err
     ran = run("theirs.jpg", "--model", "tiny", "--out", "ours.png")
-    assert ran.code == 0 and "not honoured: <lora:sour:0.8>" in ran.out and "which this one does not have" in ran.out
+    assert ran.code == 0 and "ignored: <lora:sour:0.8>" in ran.out and "which this one does not have" in ran.out
     found = read(read_metadata("ours.png"))
     assert found is not None
     made = found.request

@@ -293,10 +293,14 @@ def test_a_folder_belongs_to_one_file_and_its_settings(tmp_path: Path) -> None:
     model = FakePipeline()
     model.parts = SimpleNamespace(identity={"weights": "abd"})
     for arguments, options, sentence in [
-        ((other, folder), {}, "was begun with file"),
-        ((file, folder), {"threads": 1}, "begun with threads 2, which now is 1"),
-        ((file, folder), {"fields": {"steps": 2}}, "begun with fields steps null, which now is 2"),
-        ((file, folder, model), {}, 'begun with model weights "abc", which now is "abd"'),
+        ((other, folder), {}, r"^file is \".*\" and .* was started with \".*\"; use the same file, or another folder"),
+        (
+            (file, folder),
+            {"threads": 1},
+            "threads is 1 and .* was started with 2; use the same threads",
+        ),
+        ((file, folder), {"fields": {"steps": 2}}, "fields steps is 2 and .* was started with null"),
+        ((file, folder, model), {}, 'model weights is "abd" and .* was started with "abc"'),
     ]:
         with pytest.raises(RequestError, match=sentence):
             run(*arguments, **options)  # type: ignore[arg-type]
@@ -346,14 +350,14 @@ def test_what_the_command_says(command: Any, tmp_path: Path, monkeypatch: pytest
     assert record == {"folder": "out", "drawn": 7, "found": 0, "failed_rows": 0, "rows": 7, "threads": 1}
     assert command("p.jsonl", "--out", "out")[:2] == (
         0,
-        "Wrote 0 pictures into out, 7 were there (0 pictures a minute)\n",
+        "Wrote 0 pictures into out; 7 were there already (0 pictures a minute)\n",
     )
     write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"prompt": "refused"}])
     monkeypatch.setattr(sys.modules["mezzotint.cli.bulk"], "EVERY", 0.0)
     code, out, err = command("q.jsonl", "--out", "other", "--set", "count=2")
     assert code == 1 and out.startswith("Wrote 2 pictures into other (")
     assert "2 of 4 pictures, " in err and "pictures a minute, 0 min left" in err
-    assert err.endswith("1 of 2 rows failed; other/failures.jsonl says why\n")
+    assert err.endswith("1 of 2 rows failed; the reasons are in other/failures.jsonl\n")
 
 
 @pytest.mark.parametrize(
@@ -392,8 +396,8 @@ def test_a_full_disk_is_a_sentence_and_code_1(command: Any, tmp_path: Path, monk
     code, out, err = command("p.jsonl", "--out", "out")
     assert (code, out) == (1, "")
     assert err == (
-        "Error: '000001-0.png' cannot be written: No space left on device. What is finished is in out, and the same "
-        "command goes on from there\n"
+        "Error: '000001-0.png' cannot be written: No space left on device. Finished pictures are in out, and the same "
+        "command continues from there\n"
     )
 
 
@@ -419,7 +423,7 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
     finally:
         signal.signal(signal.SIGINT, handler)
     assert (code, out) == (1, "")
-    assert err == "Stopped; what is finished is in out, and the same command goes on from there\n"
+    assert err == "Stopped; finished pictures are in out, and the same command continues from there\n"
     assert len(pictures(tmp_path / "out")) == 3 and len(pipe.groups) == 2
     assert command("p.jsonl", "--out", "out")[0] == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")

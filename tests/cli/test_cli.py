@@ -195,9 +195,9 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}
 
 
-def test_a_network_in_the_prompt_is_said_to_be_left_out(run: Run, pipe: FakePipeline) -> None:
+def test_a_network_in_the_prompt_is_reported_as_ignored(run: Run, pipe: FakePipeline) -> None:
     ran = run("generate", "a <lora:style:0.8> lemon")
-    assert (ran.code, ran.err) == (0, "<lora:style:0.8> is left out: --lora-folder says where LoRAs are\n")
+    assert (ran.code, ran.err) == (0, "<lora:style:0.8> is ignored: give --lora-folder to load it\n")
 
 
 def test_levels_of_ones_own(run: Run, pipe: FakePipeline) -> None:
@@ -284,7 +284,7 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --steps many", "Invalid value for '--steps'"),
         ("x --guidance nan", "guidance_scale is nan; "),
         ("x --guidance 7,inf", "guidance_scale is (7.0, inf); "),
-        ("x --guidance much", "guidance_scale is 'much'; it must be a number, or several with commas"),
+        ("x --guidance much", "guidance_scale is 'much'; it must be a number, or several separated by commas"),
         ("x --guidance-method pag", "guidance_method is 'pag'; it must be cfg, apg, cfg_zero or perp_neg"),
         ("x --guidance-steps 0.8:0.2", "guidance_steps is (0.8, 0.2); "),
         ("x --guidance-steps 10", "guidance_steps is '10'; it must be START:STOP"),
@@ -292,7 +292,7 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --sampler eulr", "sampler is 'eulr'; did you mean "),
         ("x --spacing karas", "spacing is 'karas'; did you mean karras"),
         ("x --sigmas 1,2,0", "sigmas is (1.0, 2.0, 0.0); it must be 2 to 1001 falling noise levels"),
-        ("x --sigmas high", "sigmas is 'high'; it must be falling noise levels with commas"),
+        ("x --sigmas high", "sigmas is 'high'; it must be falling noise levels separated by commas"),
         ("x --timesteps 9,nan", "timesteps is (9.0, nan); it must be "),
         ("x --sigmas 2,1,0 --steps 3", "steps is 3 and sigmas has 2 steps"),
         ("x --seed -1", "seed is -1; "),
@@ -317,8 +317,8 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --out x.gif", "out is 'x.gif'; it must be a file name ending in .png, .jpg"),
         (f"x --out {'x' * 300}.png", "File name too long"),
         (f"x --out {'x' * 250}.png --count 2", "File name too long"),
-        ("", "prompt is missing"),
-        ("x --prompt y", "given twice"),
+        ("", "the prompt is missing; give it as in: mezzotint generate"),
+        ("x --prompt y", "the prompt is given twice, as PROMPT and with --prompt"),
         ("x --foo", "No such option: --foo"),
     ],
     ids=lambda text: text[:30],
@@ -366,7 +366,8 @@ def test_what_should_not_happen_is_one_line_and_code_1(
     ran = run("generate", "x")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == (
-        "Error: something went wrong that should not (ZeroDivisionError: two lines). MEZZOTINT_DEBUG=1 shows where.\n"
+        "Error: this is a bug in mezzotint (ZeroDivisionError: two lines). "
+        "Set MEZZOTINT_DEBUG=1 to see the traceback.\n"
     )
     monkeypatch.setenv("MEZZOTINT_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
@@ -450,6 +451,25 @@ def test_help_has_an_example(run: Run, command: str) -> None:
     ran = run(command, "--help")
     assert (ran.code, ran.err) == (0, "")
     assert f"Example: mezzotint {command}" in ran.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_reads_as_a_person_writes(run: Run, command: str) -> None:
+    """Types by their form, defaults in words, options in groups; no line too wide for a terminal."""
+    out = run(command, "--help").out
+    assert "<" not in out.replace("<lora:name:0.8>", "")
+    assert "default: (" not in out and "; else" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_options_are_grouped(run: Run) -> None:
+    out = run("generate", "--help").out
+    groups = ["Arguments", "Prompt", "Model", "Sampling", "Guidance", "Picture to picture", "Hires", "SDXL", "Memory"]
+    places = [out.index(f"\n{group}:\n") for group in [*groups, "Output", "Options"]]
+    assert places == sorted(places)
+    sampling = " ".join(out[places[3] : places[4]].split())
+    assert "--count N Number of pictures. [default: 1]" in sampling and "--size WxH" in sampling
+    assert "--lora PATH[:SCALE[:TEXT]]" in out
 
 
 def test_help_lists_every_command(run: Run) -> None:
@@ -546,7 +566,7 @@ def test_models_lists_the_bundled_one_and_the_hub_cache(run: Run, monkeypatch: p
     assert ran.code == 0
     assert "org/name  hub cache, " in ran.out
     assert "text-only" not in ran.out
-    assert ran.out.splitlines()[-1].startswith("Without --model the bundled model draws")
+    assert ran.out.splitlines()[-1].startswith("--model takes one of these names")
     rows = json.loads(run("models", "--json").out)
     assert {"name": "org/name", "source": "hub cache", "bytes": 2} in [
         {key: row[key] for key in ("name", "source", "bytes")} for row in rows

@@ -444,7 +444,7 @@ def test_ctrl_c(run: Run, sd1: mezzotint.Pipeline, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(mezzotint, "load", lambda *_, **__: sd1, raising=False)
     monkeypatch.setattr("mezzotint.report.measure.measure", interrupted)
-    right = "Stopped; what is finished is in out/results.jsonl, and the same command goes on from there\n"
+    right = "Stopped; finished results are in out/results.jsonl, and the same command continues from there\n"
     assert run(QUICK) == (1, "", right)
 
 

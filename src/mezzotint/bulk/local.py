@@ -403,10 +403,10 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
                 (name, was, was),
             )
         if was != now:
-            same = "leave out memory, to go on as it was begun" if name.startswith("placement") else "the same"
+            fix = "leave out --memory" if name.startswith("placement") else f"use the same {name}"
             raise RequestError(
-                f"{str(plan.folder)!r} was begun with {name} {json.dumps(was)[:80]}, which now is "
-                f"{json.dumps(now)[:80]}: its pictures would not be of one make. Give another folder, or {same}"
+                f"{name} is {json.dumps(now)[:80]} and {str(plan.folder)!r} was started with {json.dumps(was)[:80]}; "
+                f"{fix}, or another folder"
             )
 
 

@@ -1,8 +1,8 @@
-"""The command line. Exit codes: 0 done, 2 the request was wrong, 1 anything else; Ctrl-C is 1.
+"""The command line. Exit codes: 0 success, 2 the request was wrong, 1 anything else, Ctrl-C included.
 
-What is said of the work goes to standard error, what was made to standard output: one line, or with --json one JSON
-object. No traceback reaches a user unless MEZZOTINT_DEBUG is set. What costs time to import (torch, pillow, rich) is
-imported by the command that needs it, after what can be checked without it was checked.
+Progress and remarks go to standard error, the result to standard output: one line, or one JSON object with --json.
+Tracebacks are shown only if MEZZOTINT_DEBUG is set. Slow imports (torch, pillow, rich) are made by the command that
+needs them, after everything that can be checked without them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mezzotint.cli.draw import generate
 from mezzotint.cli.explain import explain
 from mezzotint.cli.grid import grid
 from mezzotint.cli.measure import report
+from mezzotint.cli.options import Command
 from mezzotint.cli.plan import plan
 from mezzotint.cli.show import env, inspect, models, samplers
 from mezzotint.cli.terminal import say
@@ -31,12 +32,12 @@ from mezzotint.errors import MezzotintError
 
 app = typer.Typer(
     name="mezzotint",
-    help="Draws pictures from words with the Stable Diffusion family.",
+    help="Text to image with latent diffusion models (Stable Diffusion 1, 2, XL).",
     epilog='\b\nExample: mezzotint generate "a lemon on a blue background"',
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     add_completion=False,
-    rich_markup_mode=None,  # rich would double the time that --help takes
+    rich_markup_mode=None,  # importing rich would double the time that --help takes
     pretty_exceptions_enable=False,
 )
 
@@ -56,11 +57,11 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm --out report",
 }
 for command, example in EXAMPLES.items():
-    app.command(epilog=f"\b\nExample: mezzotint {example}")(command)
+    app.command(cls=Command, epilog=f"\b\nExample: mezzotint {example}")(command)
 
 
 def main() -> None:
-    """The console script: runs the command in sys.argv and exits with its code."""
+    """Run the command in sys.argv and exit with its code."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     try:
@@ -76,7 +77,7 @@ def main() -> None:
         if os.environ.get("MEZZOTINT_DEBUG"):
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        say(f"Error: something went wrong that should not ({what}). MEZZOTINT_DEBUG=1 shows where.")
+        say(f"Error: this is a bug in mezzotint ({what}). Set MEZZOTINT_DEBUG=1 to see the traceback.")
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""`mezzotint again`: a picture's file becomes the same picture, or a verdict on it."""
+"""`mezzotint again`: draw a picture again from the record in its file, or verify it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import SUFFIXES, check_out, fields_of, generate, lora_of, read_prompt, save_one, wrote
-from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Lora, Model, load, long_work, print_json, say
+from mezzotint.cli.options import FROM_PICTURE, OUTPUT, Device, Dtype, Embedding, Json, Lora, Model, option
+from mezzotint.cli.terminal import load, long_work, print_json, say
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.placement import Placement
 
@@ -23,29 +24,40 @@ IDENTICAL, DIFFERS, UNKNOWN = 0, 1, 2  # exit codes of --verify; of several file
 
 
 def again(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="PNG, JPEG or WebP pictures with a record.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="PNG, JPEG or WebP pictures that carry a record.")
+    ],
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Write nothing; say whether it is the same. Code 0 yes, 1 no, 2 cannot tell."),
+        option(
+            "Write nothing, and report whether the picture is the same. Exit code 0: identical, 1: it differs, 2: "
+            "cannot be judged.",
+            None,
+            OUTPUT,
+            name="--verify",
+        ),
     ] = False,
     model: Model = None,
     image: Annotated[
-        str | None, typer.Option(metavar="FILE|FOLDER", help="Where the picture is that it was drawn from.")
+        str | None, option("The picture that it was drawn from, or a folder to look in.", "FILE|FOLDER", FROM_PICTURE)
     ] = None,
-    mask: Annotated[str | None, typer.Option(metavar="FILE|FOLDER", help="Where its mask is.")] = None,
+    mask: Annotated[
+        str | None, option("The mask that it was drawn with, or a folder to look in.", "FILE|FOLDER", FROM_PICTURE)
+    ] = None,
     embedding: Embedding = None,
     lora: Lora = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE|FOLDER", help="As of generate; else mezzotint-SEED.png here.")
+        str | None,
+        option("As for generate.", "FILE|FOLDER", OUTPUT, default="mezzotint-SEED.png in the current folder"),
     ] = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Draw a picture again from its own file, or verify it.
 
-    Options of generate override what the file says: "the same, but 40 steps" is --steps 40.
+    The options of generate override the file: --steps 40 draws the same picture with 40 steps.
     """
     from mezzotint.again import again, inputs_of, judge, model_for, read_source
 
@@ -55,7 +67,7 @@ def again(
     if verify and (changes or out is not None):
         given = ", ".join(changes) or "out"
         raise RequestError(
-            f"{given} is given with --verify, which draws what the file says and writes nothing; leave it out"
+            f"{given} is given together with --verify, which changes nothing and writes nothing; leave it out"
         )
     if len(files) > 1 and out is not None and not Path(out).is_dir():
         raise RequestError(f"out is {out!r} and there are {len(files)} files; it must be a folder that exists")
@@ -73,7 +85,7 @@ def again(
             if not verify:
                 check_out(out, _named(source, changes), SUFFIXES)
             pipe = pipes.of(source, path)
-            said += [f"not honoured: {note}" for note in source.notes] + _other_model(source, pipe)
+            said += [f"ignored: {note}" for note in source.notes] + _other_model(source, pipe)
             with _progress(file) as on_step:
                 images = again(
                     pipe,
@@ -103,15 +115,17 @@ def again(
 
 
 class Pipes:
-    """The pipelines that the files ask for, each loaded once."""
+    """The pipelines that the files need, each loaded once."""
 
     def __init__(self, model: str | None, device: str | None, dtype: str | None) -> None:
         self._device, self._dtype = device, dtype
         self._loaded: dict[tuple[str | None, str | None, str | None, Placement], Pipeline] = {}
 
     def of(self, source: Source, model: str | None) -> Pipeline:
-        """The model on the device and in the dtype that were asked for, or else the record's where they are here; its
-        placement is the record's, as far as it can be here.
+        """Return the pipeline for a file.
+
+        Device and dtype are the options', or those of the record where this machine has them; the placement is the
+        record's as far as this machine allows.
         """
         import torch
 
@@ -131,19 +145,19 @@ class Pipes:
 
 @contextmanager
 def _progress(file: Path) -> Iterator[OnStep]:
-    with long_work(f"drawing {file.name}", lambda: "the rest was not drawn") as on_step:
+    with long_work(f"drawing {file.name}", lambda: "the remaining pictures were not drawn") as on_step:
         yield on_step
 
 
 def _named(source: Source, changes: Mapping[str, Any]) -> Any:
-    """The request by which the files are named: one picture with its own seed, unless told otherwise."""
+    """Return the request that the output files are named by: one picture with its own seed, unless overridden."""
     seed = source.record.seed if source.record else source.request.seed
     named = {name: changes[name] for name in ("seed", "count") if name in changes}
     return source.request.replace(**{"seed": seed, "count": 1, **named})
 
 
 def _other_model(source: Source, pipe: Pipeline) -> list[str]:
-    """A sentence where A1111's text names another file by its hash. Older ones, of 8 digits, are of another kind."""
+    """Return a sentence if A1111's text names another model by its hash. Old hashes, of 8 digits, are not compared."""
     wanted = source.model_hash.lower()
     if source.record or len(wanted) != 10 or any(f.startswith(wanted) for f in pipe.parts.identity.values()):
         return []
@@ -153,11 +167,11 @@ def _other_model(source: Source, pipe: Pipeline) -> list[str]:
 
 
 def _signature() -> inspect.Signature:
-    """again's own parameters, then those of generate that say what to draw."""
+    """Return again's own parameters, followed by those of generate that describe the picture."""
     own = list(inspect.signature(again, eval_str=True).parameters.values())[:-1]
     known = {parameter.name for parameter in own} | {"words"}
     more = [p for name, p in inspect.signature(generate, eval_str=True).parameters.items() if name not in known]
     return inspect.Signature([*own, *more])
 
 
-again.__signature__ = _signature()  # type: ignore[attr-defined]  # typer makes the options of it
+again.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads the options from it

@@ -1,4 +1,4 @@
-"""`mezzotint bulk`: a file of requests -> a folder of pictures."""
+"""`mezzotint bulk`: a file of requests to a folder of pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mezzotint.cli.terminal import Device, Dtype, Json, Memory, Model, check_memory, print_json, say, stoppable
+from mezzotint.cli.options import OUTPUT, Device, Dtype, Json, Memory, Model, option
+from mezzotint.cli.terminal import check_memory, print_json, say, stoppable
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
@@ -25,16 +26,18 @@ Progress = Callable[[int, int], None]  # pictures done; of them drawn now
 
 
 def bulk(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .csv or .parquet: a row is a Request.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="What it holds already is not drawn again.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .csv or .parquet file; each row is a Request.")],
+    out: Annotated[Path, option("Folder for the pictures; those already in it are not drawn again.", "FOLDER", OUTPUT)],
     fields: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="For rows that do not say, as steps=20. May be repeated."),
+        option("Value for rows without this field, such as steps=20. May be repeated.", "FIELD=VALUE", name="--set"),
     ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: on all workers of a cluster.")] = "local",
+    engine: Annotated[
+        str, option("local, or ray: all workers of a Ray cluster.", "local|ray", default="local")
+    ] = "local",
     threads: Annotated[
         int | None,
-        typer.Option(help="CPU threads of a worker; else what FOLDER was begun with, or all, or 1 with ray."),
+        option("CPU threads of each worker.", "N", default="those that FOLDER was started with, or all; 1 with ray"),
     ] = None,
     memory: Memory = None,
     model: Model = None,
@@ -42,7 +45,7 @@ def bulk(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a file; once stopped it goes on."""
+    """Draw a file of requests; a stopped run can be resumed."""
     from mezzotint import rows
     from mezzotint.bulk import local as work
     from mezzotint.bulk import ray
@@ -70,25 +73,25 @@ def bulk(
                     progress(drawn + found, drawn)
             failures.write()
     except KeyboardInterrupt:
-        say(f"Stopped; what is finished is in {out}, and the same command goes on from there")
+        say(f"Stopped; finished pictures are in {out}, and the same command continues from there")
         raise typer.Exit(1) from None
     except WriteError as error:
-        say(f"Error: {error}. What is finished is in {out}, and the same command goes on from there")
+        say(f"Error: {error}. Finished pictures are in {out}, and the same command continues from there")
         raise typer.Exit(1) from None
     seconds = time.perf_counter() - start
     if as_json:
         record = {"folder": str(out), "drawn": drawn, "found": found, "failed_rows": failures.rows}
         print_json(record | {"rows": plan.rows, "threads": plan.threads, "seconds": round(seconds, 3)})
     else:
-        before = f", {found:,} were there" if found else ""
+        before = f"; {found:,} were there already" if found else ""
         typer.echo(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)})")
     if failures.rows:
-        say(f"{failures.rows:,} of {plan.rows:,} rows failed; {out / work.FAILURES} says why")
+        say(f"{failures.rows:,} of {plan.rows:,} rows failed; the reasons are in {out / work.FAILURES}")
         raise typer.Exit(1)
 
 
 def _local(plan: Plan) -> Iterator[Outcome]:
-    """This process's work; Ctrl-C ends it after the step under way."""
+    """Draw in this process; Ctrl-C stops after the current step."""
     from mezzotint.bulk import local as work
 
     made = work.fit(plan)
@@ -110,7 +113,7 @@ def _local(plan: Plan) -> Iterator[Outcome]:
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -119,7 +122,7 @@ def _rate(drawn: int, seconds: float) -> str:
 
 
 def _left(pictures: int, drawn: int, seconds: float) -> str:
-    """How long `pictures` more will take, as "2 h 05 min"."""
+    """Return how long `pictures` more will take, as in "2 h 05 min"."""
     if not drawn:
         return "?"
     minutes = round(pictures * seconds / drawn / 60)
@@ -128,7 +131,7 @@ def _left(pictures: int, drawn: int, seconds: float) -> str:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Progress]:
-    """A bar with pictures a minute and time left; where standard error is no terminal, a line a minute."""
+    """Show a bar with pictures per minute and time left, or a line per minute where there is no terminal."""
     start = time.perf_counter()
     if not sys.stderr.isatty():
         said = start

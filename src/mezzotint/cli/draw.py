@@ -1,4 +1,4 @@
-"""`mezzotint generate`: options -> a Request -> pictures in files."""
+"""`mezzotint generate`: options to a Request, a Request to pictures in files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,36 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from mezzotint.cli.terminal import (
+from mezzotint.cli.options import (
+    FROM_PICTURE,
+    GUIDANCE,
+    HIRES,
+    MODEL,
+    OUTPUT,
+    PROMPT,
+    SAMPLING,
+    SDXL,
+    Batch,
+    ClipSkip,
+    Count,
     Device,
     Dtype,
     Embedding,
+    Guidance,
     Json,
     Lora,
     Memory,
     Model,
+    Negative,
+    Sampler,
+    Seed,
+    Size,
+    Spacing,
+    Steps,
     Syntax,
-    check_memory,
-    fitted,
-    load,
-    long_work,
-    print_json,
-    say,
+    option,
 )
+from mezzotint.cli.terminal import check_memory, fitted, load, long_work, print_json, say
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -37,8 +51,8 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # image.FORMATS, which would bring torch
-AS_THEY_ARE = (  # options that are a field of their name
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # images.io.FORMATS, whose import would bring torch
+SAME_NAME = (  # options that are named as their field of Request
     "emphasis",
     "lora_folder",
     "choices",
@@ -81,119 +95,189 @@ AS_THEY_ARE = (  # options that are a field of their name
 
 
 def generate(
-    words: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw; - reads standard input.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The same as PROMPT.")] = None,
-    model: Model = None,
-    negative: Annotated[str | None, typer.Option(help="What to keep out of the picture.")] = None,
+    words: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")] = None,
+    prompt: Annotated[str | None, option("The same as PROMPT, for one that starts with -.", "TEXT", PROMPT)] = None,
+    negative: Negative = None,
     syntax: Syntax = None,
-    emphasis: Annotated[str | None, typer.Option(help="a1111: original, no_norm or ignore.")] = None,
-    embedding: Embedding = None,
+    emphasis: Annotated[
+        str | None,
+        option("How a1111 applies weights: original, no_norm or ignore.", "MODE", PROMPT, default="original"),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        option("comfy: draw {this|that} by the seed, or keep it as text.", "draw|keep", PROMPT, default="draw"),
+    ] = None,
+    wildcards: Annotated[str | None, option("comfy: folder with the files of __wildcards__.", "FOLDER", PROMPT)] = None,
+    model: Model = None,
     lora: Lora = None,
     lora_folder: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Where <lora:name:0.8> in the prompt finds its file.")
+        str | None, option("Folder in which <lora:name:0.8> in the prompt finds its file.", "FOLDER", MODEL)
     ] = None,
-    choices: Annotated[str | None, typer.Option(help="comfy: draw {this|that} from the seed, or keep it.")] = None,
-    wildcards: Annotated[str | None, typer.Option(help="comfy: a folder with the files of __wildcards__.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
-    guidance: Annotated[
-        str | None,
-        typer.Option(metavar="SCALE[,...]", help="Guidance scale, 1 is none; 9,3 falls from 9 to 3 over the steps."),
+    embedding: Embedding = None,
+    size: Size = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    spacing: Spacing = None,
+    seed: Seed = None,
+    count: Count = None,
+    batch: Batch = None,
+    eta: Annotated[
+        float | None,
+        option("Noise added in each step, 0 to 1.", "X", SAMPLING, default="0 for ddim and tcd, otherwise 1"),
     ] = None,
-    guidance_method: Annotated[str | None, typer.Option(help="cfg, apg, cfg_zero or perp_neg.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="A name from `mezzotint samplers`.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="Overrides the sampler's spacing of noise levels.")] = None,
+    clip_skip: ClipSkip = None,
     sigmas: Annotated[
-        str | None, typer.Option(metavar="LEVEL,...", help="Noise levels of your own, instead of steps and a spacing.")
+        str | None, option("Falling noise levels, instead of --steps and --spacing.", "SIGMA,...", SAMPLING)
     ] = None,
     timesteps: Annotated[
-        str | None, typer.Option(metavar="STEP,...", help="Timesteps of your own, instead of steps and a spacing.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture; the next has seed + 1. Else random.")] = None,
-    count: Annotated[int | None, typer.Option(help="How many pictures; else 1.")] = None,
-    batch: Annotated[int | None, typer.Option(help="How many to draw at once.")] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip from the end.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Fresh noise in the steps, 0 to 1.")] = None,
-    guidance_rescale: Annotated[float | None, typer.Option(help="Against overexposure, 0 to 1.")] = None,
-    guidance_interval: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Noise levels (sigma) between which guidance works.")
-    ] = None,
-    guidance_steps: Annotated[
-        str | None, typer.Option(metavar="START:STOP", help="Part of the steps in which guidance works, such as 0:0.6.")
-    ] = None,
-    apg_eta: Annotated[float | None, typer.Option(help="apg: weight of what oversaturates; 1 keeps it.")] = None,
-    apg_momentum: Annotated[float | None, typer.Option(help="apg: of the running average, below 0.")] = None,
-    apg_norm_threshold: Annotated[float | None, typer.Option(help="apg: longest difference; 0 is no limit.")] = None,
-    cfg_zero_init_steps: Annotated[int | None, typer.Option(help="cfg_zero: first steps with no output.")] = None,
-    perp_neg_scale: Annotated[float | None, typer.Option(help="perp_neg: weight of the negative prompt.")] = None,
-    mimic_scale: Annotated[
-        float | None, typer.Option(help="Dynamic thresholding: hold values to the range of this guidance scale.")
-    ] = None,
-    threshold_percentile: Annotated[
-        float | None, typer.Option(help="With --mimic-scale: the share of values not cut off, 0 to 1.")
+        str | None, option("Falling timesteps, instead of --steps and --spacing.", "T,...", SAMPLING)
     ] = None,
     noise: Annotated[
-        str | None, typer.Option(help="seeded, as in diffusers, or philox: what a CUDA GPU draws, as in A1111.")
+        str | None,
+        option(
+            "seeded: CPU generators, as in diffusers; philox: the noise of a CUDA GPU, as in A1111.",
+            "SOURCE",
+            SAMPLING,
+            default="seeded",
+        ),
     ] = None,
-    original_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size before cropping.")] = None,
-    crop: Annotated[str | None, typer.Option(metavar="LEFTxTOP", help="SDXL: where the crop begins.")] = None,
-    target_size: Annotated[str | None, typer.Option(metavar="WxH", help="SDXL: size after cropping.")] = None,
+    seamless: Annotated[
+        str | None, option("Draw a picture that tiles in these directions.", "x|y|xy", SAMPLING)
+    ] = None,
+    variation_strength: Annotated[
+        float | None, option("How far to turn the noise towards that of another seed, 0 to 1.", "X", SAMPLING)
+    ] = None,
+    variation_seed: Annotated[int | None, option("That other seed.", "N", SAMPLING, default="random")] = None,
+    seed_size: Annotated[
+        str | None, option("Place the seed's noise for this size in the centre, in pixels.", "WxH", SAMPLING)
+    ] = None,
+    guidance: Guidance = None,
+    guidance_method: Annotated[
+        str | None, option("cfg, apg, cfg_zero or perp_neg.", "METHOD", GUIDANCE, default="cfg")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, option("Rescale against overexposure, 0 to 1.", "X", GUIDANCE, default="0")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, option("Noise levels (sigma) between which guidance is applied.", "LOW:HIGH", GUIDANCE)
+    ] = None,
+    guidance_steps: Annotated[
+        str | None,
+        option("Part of the steps in which guidance is applied, such as 0:0.6.", "START:STOP", GUIDANCE, default="0:1"),
+    ] = None,
+    apg_eta: Annotated[
+        float | None, option("apg: weight of the parallel part, which oversaturates.", "X", GUIDANCE, default="0")
+    ] = None,
+    apg_momentum: Annotated[
+        float | None, option("apg: momentum of the running average.", "X", GUIDANCE, default="-0.5")
+    ] = None,
+    apg_norm_threshold: Annotated[
+        float | None,
+        option("apg: largest norm of the update; 0 is no limit.", "X", GUIDANCE, default="15 at 1024x1024, by size"),
+    ] = None,
+    cfg_zero_init_steps: Annotated[
+        int | None, option("cfg_zero: number of first steps whose output is zero.", "N", GUIDANCE, default="1")
+    ] = None,
+    perp_neg_scale: Annotated[
+        float | None, option("perp_neg: weight of the negative prompt.", "X", GUIDANCE, default="1")
+    ] = None,
+    mimic_scale: Annotated[
+        float | None,
+        option("Dynamic thresholding: limit values to the range of this guidance scale.", "SCALE", GUIDANCE),
+    ] = None,
+    threshold_percentile: Annotated[
+        float | None,
+        option("With --mimic-scale: fraction of the values that is not clipped, 0 to 1.", "X", GUIDANCE, default="1"),
+    ] = None,
     image: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A picture to start from; --size is its own if not given.")
+        str | None, option("Picture to start from. Without --size its own size is used.", "FILE", FROM_PICTURE)
     ] = None,
     mask: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Inpainting: what is white here, or opaque, is drawn anew.")
+        str | None, option("Inpainting mask: white, or opaque, areas are repainted.", "FILE", FROM_PICTURE)
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of the image may change, 0 to 1: the share of the steps that is run.")
+        float | None,
+        option(
+            "Share of the steps that is run, 0 to 1: how much may change.",
+            "X",
+            FROM_PICTURE,
+            default="0.8, SDXL 0.3, with a mask 1",
+        ),
     ] = None,
     fix_steps: Annotated[
-        bool | None, typer.Option("--fix-steps/--no-fix-steps", help="Run all of --steps, whatever the strength.")
+        bool | None,
+        option(
+            "Run all of --steps whatever the strength.",
+            None,
+            FROM_PICTURE,
+            default="as the sampler's program does",
+            name="--fix-steps/--no-fix-steps",
+        ),
     ] = None,
     resize_mode: Annotated[
-        str | None, typer.Option(help="An image of another shape: resize (stretch), crop or fill.")
+        str | None,
+        option(
+            "How an image of another shape is fitted: resize (stretch), crop or fill.",
+            "MODE",
+            FROM_PICTURE,
+            default="resize",
+        ),
     ] = None,
-    mask_blur: Annotated[float | None, typer.Option(help="Softens the mask's edge by so many pixels.")] = None,
+    mask_blur: Annotated[
+        float | None,
+        option("Radius of the blur of the mask's edge.", "PIXELS", FROM_PICTURE, default="0"),
+    ] = None,
     invert_mask: Annotated[
-        bool | None, typer.Option("--invert-mask/--no-invert-mask", help="Draw what is black in the mask.")
+        bool | None,
+        option("Repaint the black areas of the mask.", None, FROM_PICTURE, name="--invert-mask/--no-invert-mask"),
     ] = None,
     masked_content: Annotated[
-        str | None, typer.Option(help="Under the mask at first: original, fill (colours around) or noise.")
+        str | None,
+        option(
+            "What the masked area starts from: original, fill (surrounding colours) or noise.",
+            "MODE",
+            FROM_PICTURE,
+            default="original",
+        ),
     ] = None,
     only_masked: Annotated[
         int | None,
-        typer.Option(
-            metavar="PADDING", help="Draw the masked part alone, at the full size, with so many pixels around."
-        ),
+        option("Inpaint the masked area alone, at full size, with this padding in pixels.", "PADDING", FROM_PICTURE),
     ] = None,
     outpaint: Annotated[
         str | None,
-        typer.Option(metavar="SIDE=PIXELS,...", help="Add to the image, such as right=64 or left=32,top=32."),
+        option("Pixels to add on each side, such as right=64 or left=32,top=32.", "SIDE=PIXELS,...", FROM_PICTURE),
     ] = None,
     hires: Annotated[
-        float | None, typer.Option(metavar="FACTOR", help="Draw, enlarge by this factor, and draw on in the enlarged.")
+        float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,
-    hires_upscale: Annotated[str | None, typer.Option(help="What is enlarged: latent or pixels.")] = None,
-    hires_steps: Annotated[int | None, typer.Option(help="Steps of the second pass.")] = None,
-    hires_strength: Annotated[float | None, typer.Option(help="Strength of the second pass, 0 to 1.")] = None,
-    seamless: Annotated[str | None, typer.Option(help="A picture that tiles: in x, y or xy.")] = None,
-    variation_strength: Annotated[
-        float | None, typer.Option(help="Turn the noise this far, 0 to 1, to that of another seed.")
+    hires_upscale: Annotated[
+        str | None, option("What is enlarged between the passes: latent or pixels.", "MODE", HIRES, default="latent")
     ] = None,
-    variation_seed: Annotated[int | None, typer.Option(help="That other seed. Else random.")] = None,
-    seed_size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Put the seed's noise for this size into the middle.")
+    hires_steps: Annotated[
+        int | None, option("Number of steps of the second pass.", "N", HIRES, default="as --steps")
+    ] = None,
+    hires_strength: Annotated[
+        float | None, option("Strength of the second pass, above 0 to 1.", "X", HIRES, default="0.7")
+    ] = None,
+    original_size: Annotated[
+        str | None, option("Size before cropping, in pixels.", "WxH", SDXL, default="the picture's size")
+    ] = None,
+    crop: Annotated[str | None, option("Where the crop starts, in pixels.", "LEFTxTOP", SDXL, default="0x0")] = None,
+    target_size: Annotated[
+        str | None, option("Size after cropping, in pixels.", "WxH", SDXL, default="the picture's size")
     ] = None,
     memory: Memory = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE|FOLDER",
-            help="FILE.png (or .jpg, .webp) is overwritten; several pictures become FILE-0001.png and on. In a FOLDER, "
-            "and else here, mezzotint-SEED.png. But for FILE.png itself no file is ever overwritten: the next free "
-            "number is taken.",
+        option(
+            "FILE.png, .jpg or .webp is replaced; several pictures are numbered FILE-0001.png and on. In a FOLDER they "
+            "are named mezzotint-SEED.png, and no file is replaced.",
+            "FILE|FOLDER",
+            OUTPUT,
+            default="the current folder",
         ),
     ] = None,
     as_json: Json = False,
@@ -204,15 +288,17 @@ def generate(
     from mezzotint.request import Request
 
     text = words if prompt is None else prompt
-    if text is None or (words is not None and prompt is not None):
-        raise RequestError('prompt is missing or given twice; name it once, such as: mezzotint generate "a lemon"')
+    if text is None:
+        raise RequestError('the prompt is missing; give it as in: mezzotint generate "a lemon"')
+    if words is not None and prompt is not None:
+        raise RequestError("the prompt is given twice, as PROMPT and with --prompt; give only one of them")
     check_memory(memory)
     request = Request(prompt=read_prompt(text), **fields_of(options))
     check_out(out, request, SUFFIXES)
     for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
         if network.kind != "lora" or not request.lora_folder:
-            why = "--lora-folder says where LoRAs are" if network.kind == "lora" else "only LoRAs are loaded"
-            say(f"{request.prompt[network.start : network.end]} is left out: {why}")
+            why = "give --lora-folder to load it" if network.kind == "lora" else "only LoRAs can be loaded"
+            say(f"{request.prompt[network.start : network.end]} is ignored: {why}")
 
     fit = fitted(model, memory, request, device, dtype)
     pipe = load(model, device, dtype, **({"memory": fit} if fit else {}))
@@ -239,13 +325,15 @@ def generate(
 
 
 def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Request that these options of the command line, by the names of generate's parameters, say; an
-    option that is None or not there says nothing. The prompt is not among them.
+    """Return the fields of a Request that the options of `generate` set, except the prompt.
+
+    Args:
+        options: Values by the names of generate's parameters. None and missing ones are left out.
     """
     get = options.get
     width, height = pair("size", get("size"), "x", int, "WxH in pixels, such as 512x768") or (None, None)
     shape = "WxH in pixels, such as 1024x1024"
-    fields = {name: get(name) for name in AS_THEY_ARE} | {
+    fields = {name: get(name) for name in SAME_NAME} | {
         "negative_prompt": get("negative"),
         "prompt_syntax": get("syntax"),
         "embeddings": tuple(get("embedding") or ()) or None,
@@ -253,15 +341,17 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "height": height,
         "guidance_scale": _scales(get("guidance")),
-        "sigmas": _numbers("sigmas", get("sigmas"), "falling noise levels with commas, such as 14.6,3,0.5,0"),
-        "timesteps": _numbers("timesteps", get("timesteps"), "falling timesteps with commas, such as 999,500,250"),
+        "sigmas": _numbers("sigmas", get("sigmas"), "falling noise levels separated by commas, such as 14.6,3,0.5,0"),
+        "timesteps": _numbers(
+            "timesteps", get("timesteps"), "falling timesteps separated by commas, such as 999,500,250"
+        ),
         "guidance_interval": pair(
             "guidance_interval", get("guidance_interval"), ":", float, "LOW:HIGH in sigma, such as 0.3:5"
         ),
         "guidance_steps": pair(
             "guidance_steps", get("guidance_steps"), ":", float, "START:STOP from 0 to 1, such as 0:0.6"
         ),
-        # the record has SDXL's order, rows first; the command line the order of --size
+        # a Request has SDXL's order, (height, width); the command line that of --size
         "original_size": _swapped(pair("original_size", get("original_size"), "x", int, shape)),
         "crop": _swapped(pair("crop", get("crop"), "x", int, "LEFTxTOP in pixels, such as 0x64")),
         "target_size": _swapped(pair("target_size", get("target_size"), "x", int, shape)),
@@ -272,14 +362,14 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt; where it is "-", what standard input says, read no further than a prompt may reach."""
+    """Return the prompt, or for "-" the text on standard input, of which no more is read than a prompt may hold."""
     if prompt != "-":
         return prompt
     from mezzotint.request import MAX_PROMPT
 
     limit = 4 * MAX_PROMPT + 2  # bytes: UTF-8 takes at most four a character; and a line end
     data = sys.stdin.buffer.read(limit + 1)
-    right = f"it must be a text of at most {MAX_PROMPT:,} characters in UTF-8"
+    right = f"it must be UTF-8 text of at most {MAX_PROMPT:,} characters"
     if len(data) > limit:
         raise RequestError(f"prompt on standard input is longer than {limit:,} bytes; {right}")
     try:
@@ -291,7 +381,18 @@ def read_prompt(prompt: str) -> str:
 def pair(
     field: str, text: str | None, mark: str, kind: Callable[[str], Number], right: str
 ) -> tuple[Number, Number] | None:
-    """Two numbers out of "512x768" or "0.3:5"."""
+    """Parse two numbers, as in "512x768" or "0.3:5".
+
+    Args:
+        field: The option's name, for the error.
+        text: The option's value.
+        mark: The separator.
+        kind: int or float.
+        right: What the value must be, for the error.
+
+    Raises:
+        RequestError: If the text is not two numbers.
+    """
     if text is None:
         return None
     try:
@@ -302,7 +403,7 @@ def pair(
 
 
 def lora_of(text: str) -> tuple[str | float, ...]:
-    """("a.safetensors", 0.8, 0.5) of "a.safetensors:0.8:0.5"; of "a.safetensors" the scale is 1."""
+    """Parse "a.safetensors:0.8:0.5" to ("a.safetensors", 0.8, 0.5); without a scale it is 1."""
     scales: list[float] = []
     while len(scales) < 2 and ":" in text:
         head, _, tail = text.rpartition(":")
@@ -315,13 +416,13 @@ def lora_of(text: str) -> tuple[str | float, ...]:
 
 
 def _scales(text: str | None) -> float | tuple[float, ...] | None:
-    """One guidance scale, or several."""
-    scales = _numbers("guidance_scale", text, "a number, or several with commas, such as 7.5 or 9,3")
+    """Parse one guidance scale, or several."""
+    scales = _numbers("guidance_scale", text, "a number, or several separated by commas, such as 7.5 or 9,3")
     return scales[0] if scales and len(scales) == 1 else scales
 
 
 def _numbers(field: str, text: str | None, right: str) -> tuple[float, ...] | None:
-    """The numbers in "9,3.5,1"."""
+    """Parse the numbers in "9,3.5,1"."""
     if text is None:
         return None
     try:
@@ -331,7 +432,7 @@ def _numbers(field: str, text: str | None, right: str) -> tuple[float, ...] | No
 
 
 def _sides(text: str | None) -> tuple[int, ...] | None:
-    """(left, top, right, bottom) of "right=64,top=32"."""
+    """Parse "right=64,top=32" to (left, top, right, bottom)."""
     if text is None:
         return None
     sides = dict.fromkeys(("left", "top", "right", "bottom"), 0)
@@ -350,7 +451,7 @@ def _swapped(pair: tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _names(out: str | None, request: Request, k: int) -> Iterator[Path]:
-    """The names that picture k may get, best first. A single one is a file that the user named: it is overwritten."""
+    """Yield the names that picture k may get, in order of preference."""
     if out is None or os.path.isdir(out):
         seed = "SEED" if request.seed is None else request.seed + k
         folder = Path(out or "")
@@ -368,7 +469,11 @@ def _is_exact(out: str | None, request: Request) -> bool:
 
 
 def check_out(out: str | None, request: Request, suffixes: tuple[str, ...] = (".png",)) -> None:
-    """Refuses, before any work, a place where no picture could be written."""
+    """Check before any work that a picture can be written there.
+
+    Raises:
+        RequestError: If it cannot.
+    """
     import tempfile
 
     if out is not None and not os.path.isdir(out) and not out.lower().endswith(suffixes):
@@ -382,12 +487,12 @@ def check_out(out: str | None, request: Request, suffixes: tuple[str, ...] = (".
             if _is_exact(out, request) and not os.access(path, os.W_OK):
                 raise PermissionError(0, "the file is protected")
     except OSError as error:
-        right = "it must be in a folder that exists and may be written to"
+        right = "it must be in a writable folder"
         raise RequestError(f"out is {str(path)!r}, which cannot be written ({error.strerror}); {right}") from None
 
 
 def save_one(image: Image.Image, out: str | None, request: Request, k: int) -> Path:
-    """Writes picture k under the first of its names that is free."""
+    """Save picture k under the first of its names that is free, and return the path."""
     from mezzotint.images.io import save
 
     exact = _is_exact(out, request)
@@ -400,6 +505,7 @@ def save_one(image: Image.Image, out: str | None, request: Request, k: int) -> P
 
 
 def wrote(paths: list[Path]) -> str:
+    """Return the line that says which files were written."""
     if len(paths) == 1:
         return f"Wrote {paths[0]}"
     return f"Wrote {len(paths)} pictures, {paths[0]} to {paths[-1]}"

@@ -1,4 +1,4 @@
-"""`mezzotint explain`: draw a picture, and show where each word of its prompt was looked at."""
+"""`mezzotint explain`: draw a picture, and show where the model attended to each word of the prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import check_out, pair, read_prompt
-from mezzotint.cli.terminal import Device, Dtype, Embedding, Json, Model, Syntax, load, long_work, print_json
+from mezzotint.cli.options import (
+    GUIDANCE,
+    OUTPUT,
+    ClipSkip,
+    Device,
+    Dtype,
+    Embedding,
+    Json,
+    Model,
+    Negative,
+    Prompt,
+    Sampler,
+    Seed,
+    Size,
+    Spacing,
+    Steps,
+    Syntax,
+    option,
+)
+from mezzotint.cli.terminal import load, long_work, print_json
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -17,27 +36,30 @@ if TYPE_CHECKING:
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw; - reads standard input.")],
-    out: Annotated[str, typer.Option(metavar="FILE.png", help="The page; overwritten if it is there.")],
+    prompt: Prompt,
+    out: Annotated[str, option("File for the page; an existing one is replaced.", "FILE.png", OUTPUT)],
     arrays: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Keep the attention itself too, for numpy.")
+        Path | None, option("File for the attention maps themselves, for numpy.", "FILE.npz", OUTPUT)
     ] = None,
     model: Model = None,
     syntax: Syntax = None,
     embedding: Embedding = None,
-    negative: Annotated[str | None, typer.Option(help="What to keep out of the picture.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="A name from `mezzotint samplers`.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="Overrides the sampler's spacing of noise levels.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the picture; else random.")] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip from the end.")] = None,
+    negative: Negative = None,
+    size: Size = None,
+    steps: Steps = None,
+    guidance: Annotated[
+        float | None,
+        option("Guidance scale; 1 is no guidance.", "SCALE", GUIDANCE, default="the model's own, or 7.5, SDXL 5"),
+    ] = None,
+    sampler: Sampler = None,
+    spacing: Spacing = None,
+    seed: Seed = None,
+    clip_skip: ClipSkip = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a picture, and show what each word did."""
+    """Draw a picture, and show where each word took effect."""
     from mezzotint.request import Request
 
     width, height = pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
@@ -59,7 +81,7 @@ def explain(
         raise RequestError(f"out is {out!r}; it must be a file name ending in .png")
     check_out(out, request)
     if arrays is not None and (arrays.suffix != ".npz" or not os.access(arrays.parent, os.W_OK)):
-        raise RequestError(f"arrays is {str(arrays)!r}; it must end in .npz, in a folder that may be written to")
+        raise RequestError(f"arrays is {str(arrays)!r}; it must end in .npz and be in a writable folder")
 
     from mezzotint.explain.maps import explain as run
     from mezzotint.explain.page import page
@@ -81,8 +103,9 @@ def explain(
 
 
 def _words(explanation: Explanation) -> list[dict[str, Any]]:
-    """Each word: its place in the prompt, its share of all attention, and the middle of its map in the picture, from 0
-    at the left and the top to 1 (null where it was looked at no more than the others).
+    """Describe each word: its place in the prompt, its share of all attention, and the centre of its map.
+
+    The centre is (x, y) from 0 at the left and the top to 1, and null for a word whose map is empty.
     """
     import torch
 
@@ -105,7 +128,7 @@ def _words(explanation: Explanation) -> list[dict[str, Any]]:
 
 
 def _save_arrays(explanation: Explanation, path: Path) -> None:
-    """What the one picture's maps are, under the names that docs/explain.md gives."""
+    """Save the maps of the one picture under the names that docs/explain.md lists."""
     import numpy as np
 
     kept: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`mezzotint grid`: one request with every combination of some fields' values, on one sheet."""
+"""`mezzotint grid`: draw a request with every combination of some fields' values on one sheet."""
 
 from __future__ import annotations
 
@@ -8,28 +8,35 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.draw import check_out, read_prompt
-from mezzotint.cli.terminal import Device, Dtype, Json, Model, load, long_work, print_json
+from mezzotint.cli.options import OUTPUT, Device, Dtype, Json, Model, Prompt, option
+from mezzotint.cli.terminal import load, long_work, print_json
 
 AXIS = "FIELD=VALUE,..."
 
 
 def grid(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw; - reads standard input.")],
+    prompt: Prompt,
     x: Annotated[
         str,
-        typer.Option(metavar=AXIS, help="To the right, as steps=10,20,30; prompt=lemon,whale replaces lemon by whale."),
+        option("Columns, such as steps=10,20,30; prompt=lemon,whale replaces lemon by whale in the prompt.", AXIS),
     ],
-    y: Annotated[str | None, typer.Option(metavar=AXIS, help="Downwards.")] = None,
-    z: Annotated[str | None, typer.Option(metavar=AXIS, help="A grid below the other for each value.")] = None,
+    y: Annotated[str | None, option("Rows.", AXIS)] = None,
+    z: Annotated[str | None, option("One grid for each value, one below the other.", AXIS)] = None,
     fields: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="For all cells, as seed=7 (else 0). May be repeated."),
+        option("Value for all cells, such as seed=7. May be repeated.", "FIELD=VALUE", default="seed=0", name="--set"),
     ] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
-        Path, typer.Option(metavar="FILE.png", help="Overwritten; finished cells are kept in FILE-cells beside it.")
+        Path,
+        option(
+            "File for the sheet; an existing one is replaced. Finished cells are kept in the folder FILE-cells.",
+            "FILE.png",
+            OUTPUT,
+            default="grid.png",
+        ),
     ] = Path("grid.png"),
     as_json: Json = False,
 ) -> None:
@@ -42,7 +49,7 @@ def grid(
 
     given = rows.assignments("set", fields or ())
     if "prompt" in given:
-        raise RequestError("prompt is given twice; it is the command's first word")
+        raise RequestError("prompt is given twice, as PROMPT and with --set; give only one of them")
     request = Request.model_validate({"prompt": read_prompt(prompt), **given})
     work.parse(x, y, z)
     if out.is_dir():
@@ -52,7 +59,9 @@ def grid(
     pipe = load(model, device, dtype)
     plan = work.planned(pipe, request, x, y, z)
     cells = out.with_name(f"{out.stem}-cells")
-    with long_work("drawing", lambda: f"finished cells are in {cells}, and the same command goes on") as on_step:
+    with long_work(
+        "drawing", lambda: f"finished cells are in {cells}, and the same command continues from there"
+    ) as on_step:
         paths = work.draw(pipe, plan, cells, on_step)
     sheet = work.sheet(plan, paths)
     save(sheet, out)

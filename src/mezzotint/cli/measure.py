@@ -7,19 +7,34 @@ from typing import Annotated
 
 import typer
 
-from mezzotint.cli.terminal import Device, Dtype, Json, Model, load, long_work, print_json, say
+from mezzotint.cli.options import GUIDANCE, OUTPUT, SAMPLING, Device, Dtype, Json, Model, option
+from mezzotint.cli.terminal import load, long_work, print_json, say
 
 
 def report(
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="One prompt a line.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="What it holds already is not measured again.")],
+    prompts: Annotated[Path, option("File with one prompt per line.", "FILE")],
+    out: Annotated[Path, option("Folder for the report; results in it are kept.", "FOLDER", OUTPUT)],
     samplers: Annotated[
-        str, typer.Option(metavar="NAME[/SPACING],...", help="From `mezzotint samplers`; all is every solver.")
+        str,
+        option(
+            "Samplers from `mezzotint samplers`, or all.",
+            "NAME[/SPACING],...",
+            SAMPLING,
+            default="dpmpp_2m,dpmpp_2m/karras,euler,heun,ddim,euler_a,ddpm",
+        ),
     ] = "dpmpp_2m,dpmpp_2m/karras,euler,heun,ddim,euler_a,ddpm",
-    steps: Annotated[str, typer.Option(metavar="N,...", help="Numbers of steps.")] = "5,10,15,20,30,50",
-    seeds: Annotated[int, typer.Option(help="Pictures a prompt; more tell finer differences from chance.")] = 4,
-    reference_steps: Annotated[int, typer.Option(help="Of the converged pictures that others are held to.")] = 500,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 is none; else the model's own.")] = None,
+    steps: Annotated[
+        str, option("Numbers of steps to measure.", "N,...", SAMPLING, default="5,10,15,20,30,50")
+    ] = "5,10,15,20,30,50",
+    seeds: Annotated[
+        int, option("Number of pictures per prompt; more resolve finer differences.", "N", SAMPLING, default="4")
+    ] = 4,
+    reference_steps: Annotated[
+        int, option("Steps of the converged reference pictures.", "N", SAMPLING, default="500")
+    ] = 500,
+    guidance: Annotated[
+        float | None, option("Guidance scale; 1 is no guidance.", "SCALE", GUIDANCE, default="the model's own")
+    ] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -35,7 +50,7 @@ def report(
     page.prepare(out)
 
     pipe = load(model, device, dtype)
-    kept = f"what is finished is in {out / 'results.jsonl'}, and the same command goes on from there"
+    kept = f"finished results are in {out / 'results.jsonl'}, and the same command continues from there"
     with long_work("measuring", lambda: kept) as on_progress:
         rows = sampler_report.measure(pipe, settings, out, on_progress)
     record = page.write(out, rows, settings)

@@ -1,4 +1,4 @@
-"""`mezzotint plan`: what a picture would take, and what would be done for a budget, before anything is loaded."""
+"""`mezzotint plan`: predict the memory of a run, and choose measures that keep a budget, without loading a model."""
 
 from __future__ import annotations
 
@@ -7,25 +7,43 @@ from typing import Annotated
 import typer
 
 from mezzotint.cli.draw import fields_of
-from mezzotint.cli.terminal import Device, Dtype, Json, Memory, Model, check_memory, print_json
+from mezzotint.cli.options import (
+    FROM_PICTURE,
+    HIRES,
+    Batch,
+    Count,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Memory,
+    Model,
+    Sampler,
+    Size,
+    Steps,
+    option,
+)
+from mezzotint.cli.terminal import check_memory, print_json
 
 
 def plan(
     model: Model = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8, such as 512x768.")] = None,
-    count: Annotated[int | None, typer.Option(help="How many pictures; else 1.")] = None,
-    batch: Annotated[int | None, typer.Option(help="How many to draw at once.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 1000.")] = None,
-    guidance: Annotated[str | None, typer.Option(metavar="SCALE", help="Guidance scale, 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="A name from `mezzotint samplers`.")] = None,
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="A picture to start from.")] = None,
-    hires: Annotated[float | None, typer.Option(metavar="FACTOR", help="Draw, enlarge, and draw on.")] = None,
+    size: Size = None,
+    count: Count = None,
+    batch: Batch = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+    image: Annotated[str | None, option("Picture to start from.", "FILE", FROM_PICTURE)] = None,
+    hires: Annotated[
+        float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
+    ] = None,
     memory: Memory = "auto",
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Say what memory a picture takes, and what makes it fit."""
+    """Predict the memory of a run, and how to make it fit."""
     options = locals()
     from mezzotint.request import Request
 

@@ -1,4 +1,4 @@
-"""The commands that only say something: `mezzotint inspect`, `samplers`, `models` and `env`."""
+"""The commands that print information: `mezzotint inspect`, `samplers`, `models` and `env`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mezzotint.cli.terminal import Json, print_json
+from mezzotint.cli.options import Json, option
+from mezzotint.cli.terminal import print_json
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A model folder or file, emoji (the bundled model), or a LoRA file.")],
-    model: Annotated[str | None, typer.Option(help="With a LoRA file: what of it fits this model.")] = None,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Model folder or file, emoji (the bundled model), or LoRA file.")
+    ],
+    model: Annotated[str | None, option("For a LoRA file: list which of its layers fit this model.", "MODEL")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model is made of, and what is missing."""
+    """Describe a model or LoRA file, and what is missing in it."""
     from mezzotint.weights.checkpoint import inspect_model
 
     report = inspect_model(file)
@@ -36,7 +39,7 @@ def inspect(
 
 
 def samplers(as_json: Json = False) -> None:
-    """List the samplers, as several programs call them."""
+    """List the samplers, and their names in other programs."""
     from mezzotint.samplers.names import A1111_SCHEDULES, COMFYUI_SCHEDULES, FEW_STEPS, NAMES, SPACINGS, TABLE
 
     few = {name: {"sampler": base, "steps": n, "guidance_scale": w} for name, (base, _, n, w) in FEW_STEPS.items()}
@@ -62,12 +65,12 @@ def samplers(as_json: Json = False) -> None:
     typer.echo(
         f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}."
     )
-    typer.echo("order: of convergence; calls: of the network in a step; noise: whether the steps add fresh noise.")
-    typer.echo("Our names and those of diffusers run as diffusers would with the model's scheduler_config.json.")
+    typer.echo("order: order of convergence; calls: network calls per step; noise: whether the steps add noise.")
+    typer.echo("The names under sampler and diffusers run as diffusers does with the model's scheduler_config.json.")
 
 
 def models(as_json: Json = False) -> None:
-    """List the bundled model and those in the hub's cache."""
+    """List the models that can be loaded without a download."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     found: list[dict[str, Any]] = []
@@ -87,13 +90,13 @@ def models(as_json: Json = False) -> None:
     for row in found:
         typer.echo(f"{row['name']}  {row['source']}, {row['bytes'] / 1e6:,.0f} MB, {row['path']}")
     typer.echo(
-        "Without --model the bundled model draws; --model takes one of these names, a diffusers folder, "
-        "a .safetensors file or a hub id."
+        "--model takes one of these names, a diffusers folder, a .safetensors or .ckpt file or a hub id; without it "
+        "the bundled model is used."
     )
 
 
 def env(as_json: Json = False) -> None:
-    """Say versions, devices and backends, to report a fault."""
+    """Print versions, devices and backends, for bug reports."""
     import platform
 
     import torch

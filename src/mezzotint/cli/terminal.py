@@ -1,4 +1,4 @@
-"""What the commands share: their common options, what they say, and how long work shows itself and is stopped."""
+"""What the commands share: output, loading, progress bars and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,49 +19,22 @@ if TYPE_CHECKING:
     from mezzotint.pipeline import OnStep, Pipeline
     from mezzotint.request import Request
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="A model folder, a .safetensors or .ckpt file, or a hub id; else the bundled model."),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; else the best there is.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the device's natural one.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE|auto",
-        help="What the process may take, such as 4GiB, or what is free: does what is needed for that, and says it.",
-    ),
-]
-Syntax = Annotated[
-    str | None, typer.Option(help="How the prompt is written: a1111 (unless said), comfy, compel or plain.")
-]
-Embedding = Annotated[
-    list[str] | None,
-    typer.Option(help="A textual inversion, named in the prompt: a file, folder or hub id. May be repeated."),
-]
-Lora = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATH[:SCALE[:TEXT]]",
-        help="A LoRA file and how much of it, else 1; of its text encoder's part TEXT. May be repeated.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
-
 
 def say(text: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     typer.echo(text, err=True)
 
 
 def print_json(record: Any) -> None:
-    """One line on standard output."""
+    """Print one line of JSON on standard output."""
     typer.echo(json.dumps(record))
 
 
 def load(model: str | None, device: str | None, dtype: str | None, **options: Any) -> Pipeline:
-    """`mezzotint.load`. What it imports and makes lasts until the process ends: Python searches it for garbage neither
-    now nor at the end, which would take longer than reading the bundled model.
+    """Load a model as `mezzotint.load` does, without garbage collection.
+
+    What is imported and built here lasts until the process ends; collecting it would take longer than reading the
+    bundled model.
     """
     import mezzotint  # torch comes with load()
 
@@ -74,7 +47,11 @@ def load(model: str | None, device: str | None, dtype: str | None, **options: An
 
 
 def check_memory(memory: str | None) -> None:
-    """Raises BudgetError for what is no size, before torch is imported."""
+    """Check the form of --memory before torch is imported.
+
+    Raises:
+        BudgetError: If it is not a size.
+    """
     if memory is not None and memory != "auto":
         bytes_of(memory)
 
@@ -82,7 +59,7 @@ def check_memory(memory: str | None) -> None:
 def fitted(
     model: str | None, memory: str | None, request: Request | Sequence[Request], device: str | None, dtype: str | None
 ) -> Plan | None:
-    """The plan for a budget, if there is one, which it says."""
+    """Return the plan for a memory budget and print it; None without a budget."""
     if memory is None:
         return None
     from mezzotint.memory.planner import plan
@@ -94,9 +71,10 @@ def fitted(
 
 @contextmanager
 def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
-    """Yields what the work inside calls after each step: it moves a bar, and after Ctrl-C ends the work.
+    """Show a progress bar, and stop cleanly on Ctrl-C.
 
-    Then what is `kept` is said, and the command's code is 1.
+    Yields a function (done, total) to call after each step. After Ctrl-C it ends the work; then what was `kept` is
+    printed, and the exit code is 1.
     """
     with stoppable() as stopped, _progress(what) as progress:
 
@@ -114,7 +92,7 @@ def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[OnStep]:
-    """A bar with step and time left on standard error where that is a terminal, else nothing: no noise in a pipe."""
+    """Show a bar with step and time left where standard error is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -129,8 +107,9 @@ def _progress(what: str) -> Iterator[OnStep]:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed, so that the step under way ends and a finished picture is
-    saved. The second Ctrl-C interrupts at once.
+    """Yield a function that returns whether Ctrl-C was pressed, so that the current step can finish.
+
+    The second Ctrl-C interrupts at once.
     """
     presses = 0
 
@@ -141,7 +120,7 @@ def stoppable() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else it is ignored, as under nohup, and stays so
+    if before is signal.default_int_handler:  # under nohup it is ignored, and stays so
         signal.signal(signal.SIGINT, press)
     try:
         yield lambda: presses > 0

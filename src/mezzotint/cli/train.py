@@ -1,4 +1,4 @@
-"""`mezzotint train lora|full|dreambooth|textual-inversion`: pictures -> a LoRA, a model or a word."""
+"""`mezzotint train lora|full|dreambooth|textual-inversion`: train a LoRA, a model or a word on pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mezzotint.cli.terminal import Json, Memory, Model, check_memory, print_json, say, stoppable
+from mezzotint.cli.options import MEMORY, OUTPUT, Json, Memory, Model, option
+from mezzotint.cli.terminal import check_memory, print_json, say, stoppable
 from mezzotint.errors import RequestError, TrainingError, WriteError
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 EVERY = 50  # steps between lines where there is no terminal to show a bar
 
 METHODS = {
-    "lora": "a small file beside the model",
-    "full": "the model itself",
-    "dreambooth": "one subject by a rare word",
-    "textual-inversion": "a word alone",
+    "lora": "a small file of low-rank changes",
+    "full": "all weights of the model",
+    "dreambooth": "one subject, named by a rare word",
+    "textual-inversion": "the embedding of a new word",
 }
 
 
@@ -36,41 +37,39 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="For checkpoints and what is learnt; a run that was begun there goes on."),
+        option("Folder for checkpoints and results; a run that was started there is resumed.", "FOLDER", OUTPUT),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file; the command line overrides it.")] = (
-        None
-    ),
+    recipe: Annotated[Path | None, option("TOML file with the settings; options override it.", "FILE")] = (None),
     given: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any value of the recipe, as lr=1e-5; the run begins by printing all. May be repeated.",
+        option(
+            "Any setting of the recipe, such as lr=1e-5; the run prints all of them first. May be repeated.",
+            "NAME=VALUE",
+            name="--set",
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Changes of the weights, of --batch pictures each; else 1000, dreambooth 400.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures in a step; else 1.")] = None,
+    steps: Annotated[int | None, option("Number of optimizer steps.", "N", default="1000, dreambooth 400")] = None,
+    batch: Annotated[int | None, option("Number of pictures per step.", "N", default="1")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate; else 1e-4, full 1e-5, textual-inversion 5e-3.")
+        float | None, option("Learning rate.", "X", default="1e-4, full 1e-5, textual-inversion 5e-3")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of a LoRA: how much it can hold; else 8.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is drawn by chance.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Pixels; else the model's native.")] = None,
+    rank: Annotated[int | None, option("Rank of the LoRA.", "N", default="8")] = None,
+    seed: Annotated[int | None, option("Seed of all random draws.", "N", default="0")] = None,
+    resolution: Annotated[int | None, option("Size of the training pictures.", "PIXELS", default="native")] = None,
     memory: Memory = None,
     model: Model = None,
-    device: Annotated[str | None, typer.Option(help="cpu; else what `accelerate launch` gives, or the best.")] = None,
+    device: Annotated[
+        str | None, option("cpu, or the device that accelerate chooses.", "cpu", MEMORY, default="the best available")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Teach a model what pictures show; once stopped it goes on."""
+    """Train a model on pictures; a stopped run can be resumed."""
     from mezzotint.train.recipe import Recipe, assignments
 
     if method not in METHODS:
         raise RequestError(f"method is {method[:60]!r}; it must be one of {', '.join(METHODS)}")
     if out is None:
-        raise RequestError("--out is missing; it must be the run's folder")
+        raise RequestError("--out is missing; it must be the folder of the run")
     sizes = {"steps": steps, "batch": batch, "lr": lr, "rank": rank, "seed": seed, "resolution": resolution}
     given_here = {"data": data, "model": model, "memory": memory, **sizes}
     named = {name: value for name, value in given_here.items() if value is not None}
@@ -88,7 +87,7 @@ def train(
 
             paths = run(made, out, device=device, say=say, on_step=on_step)
     except KeyboardInterrupt:
-        say(f"Stopped; the same command goes on from the newest checkpoint in {out}")
+        say(f"Stopped; the same command continues from the newest checkpoint in {out}")
         raise typer.Exit(1) from None
     except (WriteError, TrainingError) as error:
         say(f"Error: {error}")
@@ -101,7 +100,7 @@ def train(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Report], None]]:
-    """A bar with loss, pictures a second and time left; where standard error is no terminal, a line now and then."""
+    """Show a bar with loss, pictures per second and time left, or a line every 50 steps where there is no terminal."""
     if not sys.stderr.isatty():
 
         def line(report: Report) -> None:
@@ -120,5 +119,5 @@ def _progress(total: int) -> Iterator[Callable[[Report], None]]:
 
 
 def _told(report: Report) -> str:
-    held = "" if report.validation is None else f", held out {report.validation:.4f}"
+    held = "" if report.validation is None else f", validation {report.validation:.4f}"
     return f"loss {report.loss:.4f}{held}, {report.rate:.3g} pictures/s"

@@ -1,4 +1,4 @@
-"""`mezzotint tokens`: what a text encoder is given of a prompt."""
+"""`mezzotint tokens`: show how a prompt is parsed, tokenized and split into chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import read_prompt
-from mezzotint.cli.terminal import Embedding, Json, Model, Syntax, print_json
+from mezzotint.cli.options import PROMPT, SAMPLING, Embedding, Json, Model, Syntax, option
+from mezzotint.cli.terminal import print_json
 
 if TYPE_CHECKING:
     from mezzotint.models.tokenizer import Tokenizer
@@ -17,17 +18,25 @@ if TYPE_CHECKING:
 
 
 def tokens(
-    prompt: Annotated[str, typer.Argument(help="The text; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt. - reads standard input.")],
     model: Model = None,
     syntax: Syntax = None,
     embedding: Embedding = None,
     steps: Annotated[
-        int | None, typer.Option(help="Of the run, for [from:to:when]; else the model's own.", min=1, max=1000)
+        int | None,
+        typer.Option(
+            help="Number of steps of the run, for prompt editing.",
+            metavar="N",
+            min=1,
+            max=1000,
+            rich_help_panel=SAMPLING,
+            show_default="the model's own, or 50",
+        ),
     ] = None,
-    negative: Annotated[bool, typer.Option("--negative", help="Read it as a negative prompt.")] = False,
+    negative: Annotated[bool, option("Read it as a negative prompt.", None, PROMPT, name="--negative")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a prompt's tokens, their weights and its chunks."""
+    """Show the tokens of a prompt, their weights and chunks."""
     from mezzotint.request import Request
 
     request = Request(
@@ -74,7 +83,7 @@ def tokens(
 
 
 def _stretches(spoken: list[bool]) -> list[list[int]]:
-    """(first, last) of each stretch of steps, counted from 0, in which a text is the one."""
+    """Return (first, last) of each range of consecutive steps, from 0, in which a text is used."""
     stretches: list[list[int]] = []
     for step in (step for step, is_it in enumerate(spoken) if is_it):
         if stretches and stretches[-1][1] == step - 1:
@@ -85,7 +94,7 @@ def _stretches(spoken: list[bool]) -> list[list[int]]:
 
 
 def _clause(clause: Clause, syntax: str, tokenizers: list[Tokenizer], library: Library) -> dict[str, Any]:
-    """One text to encode: its weight, and the chunks of each text encoder."""
+    """Describe one text to encode: its weight, and the chunks for each text encoder."""
     from mezzotint.conditioning.chunks import split_into_chunks
 
     encoders = []
@@ -103,9 +112,9 @@ def _clause(clause: Clause, syntax: str, tokenizers: list[Tokenizer], library: L
 
 
 def _lines(record: dict[str, Any], source: str) -> Iterator[str]:
-    """The same for a person; of SDXL's second encoder only where it reads other chunks."""
+    """Yield the lines for a person; SDXL's second encoder only where its chunks differ."""
     window, parts = record["window"], record["parts"]
-    yield f"{record['syntax']}, up to {window} tokens in a chunk"
+    yield f"{record['syntax']}, at most {window} tokens per chunk"
     for number, part in enumerate(parts, 1):
         if len(parts) > 1:
             yield f"part {number} of {len(parts)} (AND), weight {part['weight']:g}"
@@ -124,7 +133,7 @@ def _lines(record: dict[str, Any], source: str) -> Iterator[str]:
                             yield "the second text encoder:"
                         yield from _table(chunks, window, source)
     for network in record["networks"]:
-        yield f"{network} is cut out of the words"
+        yield f"{network} is not part of the text"
 
 
 def _table(chunks: list[list[dict[str, Any]]], window: int, source: str) -> Iterator[str]:

@@ -66,12 +66,17 @@ class Word:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What was drawn, and where each word was looked at.
+    """A picture, and where the network attended to each word of its prompt.
 
-    maps[picture][layer]: (steps, tokens, h, w) float32, the share of its attention that a cell gives each token,
-    averaged over the heads and over the calls of a step; NaN in the steps of which the token is not a part. The shares
-    of a cell sum to 1 with those of BOS, EOS and padding, which are not kept. layers: names of the cross-attentions in
-    the UNet, in the order in which they run. steps[picture]: the steps that were kept, from 0.
+    Attributes:
+        result: What the run gave, as from `Pipeline.generate`.
+        tokens: The tokens of the prompts.
+        words: The words of the prompts, each of one or more tokens.
+        layers: Names of the UNet's cross-attentions, in the order in which they run.
+        steps: For each picture the steps that were kept, from 0.
+        maps: For each picture and layer a tensor (steps, tokens, h, w), float32: the share of its attention that a cell
+            gives each token, averaged over the heads and the calls of a step; NaN in steps of which the token is not
+            a part. The shares of a cell sum to 1 with those of BOS, EOS and padding, which are not kept.
     """
 
     result: Result

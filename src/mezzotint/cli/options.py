@@ -1,0 +1,136 @@
+"""Options that several commands share, and the layout of --help: options in groups, with readable types.
+
+Help is printed without rich, whose import would double the time that --help takes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+MODEL = "Model"
+PROMPT = "Prompt"
+SAMPLING = "Sampling"
+GUIDANCE = "Guidance"
+FROM_PICTURE = "Picture to picture"
+HIRES = "Hires"
+SDXL = "SDXL"
+MEMORY = "Memory"
+OUTPUT = "Output"
+GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, OUTPUT, "Options")
+
+
+class Command(TyperCommand):
+    """A command whose --help lists the options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options group by group."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []} | {group: [] for group in GROUPS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                sections["Arguments"].append((parameter.metavar or record[0], record[1]))
+            else:
+                sections[getattr(parameter, "rich_help_panel", None) or "Options"].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def option(
+    help: str, metavar: str | None = None, group: str | None = None, *, default: str = "", name: str = ""
+) -> Any:
+    """Return a typer option.
+
+    Args:
+        help: What the option does, and its unit.
+        metavar: The form of its value, such as WxH; None for a switch.
+        group: The heading that --help lists it under.
+        default: What --help prints as the default, in words where it depends on the model.
+        name: The option's name where it is not that of the parameter.
+    """
+    text = f"{help}  [default: {default}]" if default else help  # typer would put it into parentheses
+    names = (name,) if name else ()
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=group, show_default=False)
+
+
+Model = Annotated[
+    str | None,
+    option("Model folder, .safetensors or .ckpt file, or hub id.", "MODEL", MODEL, default="emoji, the bundled model"),
+]
+Embedding = Annotated[
+    list[str] | None,
+    option("Textual inversion: file, folder or hub id. The prompt uses it by name. May be repeated.", "PATH", MODEL),
+]
+Lora = Annotated[
+    list[str] | None,
+    option(
+        "LoRA file or hub id and its scale; TEXT is the scale in the text encoder. May be repeated.",
+        "PATH[:SCALE[:TEXT]]",
+        MODEL,
+        default="scale 1",
+    ),
+]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")]
+Negative = Annotated[str | None, option("What to keep out of the picture.", "TEXT", PROMPT)]
+Syntax = Annotated[
+    str | None,
+    option("How prompts are written: a1111, comfy, compel or plain.", "SYNTAX", PROMPT, default="a1111"),
+]
+Size = Annotated[
+    str | None,
+    option("Width and height in pixels, multiples of 8.", "WxH", SAMPLING, default="the model's native size"),
+]
+Steps = Annotated[
+    int | None, option("Number of denoising steps, 1 to 1000.", "N", SAMPLING, default="the model's own, or 50")
+]
+Sampler = Annotated[
+    str | None,
+    option("Sampler; `mezzotint samplers` lists them.", "NAME", SAMPLING, default="the model's scheduler"),
+]
+Spacing = Annotated[
+    str | None,
+    option("How noise levels are spaced, such as karras.", "NAME", SAMPLING, default="the sampler's own"),
+]
+Seed = Annotated[
+    int | None,
+    option("Seed of the first picture; each further one has the next seed.", "N", SAMPLING, default="random"),
+]
+Count = Annotated[int | None, option("Number of pictures.", "N", SAMPLING, default="1")]
+Batch = Annotated[
+    int | None, option("Number of pictures drawn at once.", "N", SAMPLING, default="1 on a CPU, 4 on a GPU")
+]
+ClipSkip = Annotated[
+    int | None, option("Number of text encoder layers to skip from the end.", "N", SAMPLING, default="0")
+]
+Guidance = Annotated[
+    str | None,
+    option(
+        "Guidance scale; 1 is no guidance. Several numbers are spread over the steps: 9,3 falls from 9 to 3.",
+        "SCALE[,SCALE...]",
+        GUIDANCE,
+        default="the model's own, or 7.5, SDXL 5",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    option(
+        "Memory that the process may use, such as 4GiB; auto is what is free. Offloading and other measures are "
+        "chosen to fit.",
+        "SIZE|auto",
+        MEMORY,
+        default="no limit",
+    ),
+]
+Device = Annotated[
+    str | None, option("cpu, cuda, cuda:1, mps, ...", "DEVICE", MEMORY, default="the best one available")
+]
+Dtype = Annotated[
+    str | None, option("float32, bfloat16 or float16.", "DTYPE", MEMORY, default="the device's natural one")
+]
+Json = Annotated[bool, option("Print one JSON object instead of text.", None, OUTPUT, name="--json")]
