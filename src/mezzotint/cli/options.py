@@ -117,16 +117,9 @@ Guidance = Annotated[
         default="the model's own, or 7.5, SDXL 5",
     ),
 ]
-Memory = Annotated[
-    str | None,
-    option(
-        "Memory that the process may use, such as 4GiB; auto is what is free. Offloading and other measures are "
-        "chosen to fit.",
-        "SIZE|auto",
-        MEMORY,
-        default="no limit",
-    ),
-]
+_MEMORY = "Memory that the process may use, such as 4GiB; auto is what is free. Offloading and other measures are chosen to fit."
+Memory = Annotated[str | None, option(_MEMORY, "SIZE|auto", MEMORY, default="no limit")]
+MemoryOrAuto = Annotated[str, option(_MEMORY, "SIZE|auto", MEMORY, default="auto")]
 Device = Annotated[
     str | None, option("cpu, cuda, cuda:1, mps, ...", "DEVICE", MEMORY, default="the best one available")
 ]

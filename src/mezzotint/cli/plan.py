@@ -16,7 +16,7 @@ from mezzotint.cli.options import (
     Dtype,
     Guidance,
     Json,
-    Memory,
+    MemoryOrAuto,
     Model,
     Sampler,
     Size,
@@ -38,7 +38,7 @@ def plan(
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,
-    memory: Memory = "auto",
+    memory: MemoryOrAuto = "auto",
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -51,7 +51,7 @@ def plan(
     request = Request(prompt="", **fields_of(options))
     from mezzotint.memory.planner import plan as planned
 
-    made = planned(model, memory or "auto", request, device=device, dtype=dtype)
+    made = planned(model, memory, request, device=device, dtype=dtype)
     if as_json:
         print_json(made.to_dict())
     else:
