@@ -117,7 +117,7 @@ Guidance = Annotated[
         default="the model's own, or 7.5, SDXL 5",
     ),
 ]
-_MEMORY = "Memory that the process may use, such as 4GiB; auto is what is free. Offloading and other measures are chosen to fit."
+_MEMORY = "Memory that the process may use, such as 4GiB; auto is what is free. Offloading and the like make it fit."
 Memory = Annotated[str | None, option(_MEMORY, "SIZE|auto", MEMORY, default="no limit")]
 MemoryOrAuto = Annotated[str, option(_MEMORY, "SIZE|auto", MEMORY, default="auto")]
 Device = Annotated[

@@ -33,7 +33,7 @@ def train(
     ],
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="Pictures: a folder, a .parquet file or WebDataset shards."),
+        typer.Argument(metavar="DATA", help="Pictures: a folder, a .parquet file or WebDataset shards."),
     ] = None,
     out: Annotated[
         Path | None,
