@@ -65,11 +65,11 @@ def sentence(errors: str) -> str:
     ("arguments", "said"),
     [
         (("--rank", "0"), "rank is '0'; it must be a whole number from 1"),
-        (("--set", "rnak=4"), "a recipe has no 'rnak'; the nearest are rank"),
+        (("--set", "rnak=4"), "a recipe has no field 'rnak'; the nearest are rank"),
         (("--set", "rank"), "it must be NAME=VALUE"),
         (("--lr", "0"), "lr is"),
         (("--recipe", "none.toml"), "'none.toml' cannot be read"),
-        (("--recipe", "wrong.toml"), "a recipe has no 'stepz'; the nearest are steps"),
+        (("--recipe", "wrong.toml"), "a recipe has no field 'stepz'; the nearest are steps"),
         (("--memory", "4 gigs"), "memory is '4 gigs'"),
         (("--memory", "0"), "memory is '0'"),
         (("--set", 'memory="10EiB"'), "memory is '10EiB'"),
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_the_pictures(train: Said, folder: Path, tmp_path: Pa
     code, _, err = train(str(folder))
     assert code == 2 and "1.png" in sentence(err)
     code, out, err = train(str(folder), "--set", "broken=skip")
-    assert code == 0 and "Passed over: " in err and "1.png" in err and "Wrote" in out
+    assert code == 0 and "Skipped: " in err and "1.png" in err and "Wrote" in out
     assert (tmp_path / "run" / PEFT).exists() and (tmp_path / "run" / KOHYA).exists()
 
 

@@ -138,11 +138,11 @@ def test_each_method_has_its_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("method", "fields", "sentence"),
     [
-        ("lora", {"stepps": 3}, "no 'stepps'; the nearest are steps"),
+        ("lora", {"stepps": 3}, "no field 'stepps'; the nearest are steps"),
         ("lora", {"rank": 0}, "rank is '0'; it must be a whole number from 1"),
         ("lora", {"lr": float("nan")}, "lr is 'nan'; it must be a number above 0"),
-        ("dreambooth", {}, "dreambooth needs prompt"),
-        ("textual-inversion", {"prompt": "a hat"}, "it must have the token in it, <new>"),
+        ("dreambooth", {}, "prompt is missing; dreambooth needs one"),
+        ("textual-inversion", {"prompt": "a hat"}, "it must contain the token <new>"),
         ("lora", {"zero_snr": True, "prediction": "epsilon"}, "prediction must be v_prediction"),
         ("lora", {"validate_every": 3}, "validation is not"),
         ("lora", {"sample_every": 3}, "sample_prompts is not"),
@@ -252,10 +252,10 @@ def test_a_lora_begins_as_the_model_and_learns_alone(sd1_folder: Path, tmp_path:
     assert all(".lora_" in name for name in model.trainable_parameters())
     assert any(name.startswith("text_encoder.") for name in model.trainable_parameters())
     assert any("conv1" in name for name in model.trainable_parameters())
-    learns, whole = model.count_parameters()
+    trained, total = model.count_parameters()
     networks = [before.unet, *before.text_encoders]
-    assert whole == sum(p.numel() for network in networks for p in network.parameters())
-    assert learns == sum(p.numel() for p in model.trainable_parameters().values())
+    assert total - trained == sum(p.numel() for network in networks for p in network.parameters())
+    assert trained == sum(p.numel() for p in model.trainable_parameters().values())
     first = validation_loss(model, Made())
     finetune.finetune(model, Made(), tmp_path)
     assert validation_loss(model, Made()) < 0.95 * first

@@ -44,30 +44,44 @@ def run(
     say: Say = lambda line: None,
     on_step: OnStep | None = None,
 ) -> list[Path]:
-    """Train by the recipe in `folder`, or go on with what was begun there; the files with what was learnt.
+    """Train by a recipe, or resume the run that was begun in the folder.
 
-    say: is told, a line at a time, what is being done and what the recipe in full is. Raises RequestError,
-    CheckpointError, MissingExtraError, WriteError, TrainingError.
+    Args:
+        recipe: what to train, on what, and how.
+        folder: the run's folder, for checkpoints, logs and results.
+        device: as for accelerate; default: what `accelerate launch` gives, or the best device.
+        say: called with lines for the user: the recipe in full, and what is being done.
+        on_step: called after each step.
+
+    Returns:
+        The files and folders with the result.
+
+    Raises:
+        RequestError: for a recipe or data that cannot be used.
+        CheckpointError: if the model or the run's checkpoints cannot be used.
+        MissingExtraError: if an optional package is missing.
+        WriteError: if the folder cannot be written.
+        TrainingError: if a loss or gradient is not finite.
     """
-    word = recipe.method == "textual-inversion"
-    accelerator = make_accelerator(device, find_unused=recipe.text_encoder or word)
+    inversion = recipe.method == "textual-inversion"
+    accelerator = make_accelerator(device, find_unused=recipe.text_encoder or inversion)
     tell: Say = say if accelerator.is_main_process else lambda line: None
     cache = Path(recipe.cache) if recipe.cache else folder / "cache"
-    caption = recipe.prompt or (f"a picture of {recipe.token}" if word else None)
+    caption = recipe.prompt or (f"a picture of {recipe.token}" if inversion else None)
     dataset = open_data(recipe.data, recipe.broken, caption)
-    if word:
+    if inversion:
         _check_captions(dataset, recipe.token)
     model = Model.of(recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision)
     native = (model.unet.sample_size or 64) * model.vae.downscale
     recipe = recipe.model_copy(update={"resolution": recipe.resolution or native})
     held_out = open_data(recipe.validation, recipe.broken, caption) if recipe.validation else None
     if recipe.memory:
-        accelerator.prepare(torch.nn.Linear(1, 1))  # what this imports, 75 MB, is to be there before the plan is made
-    plan = _planned(recipe, model, [dataset, held_out], tell)
+        accelerator.prepare(torch.nn.Linear(1, 1))  # imports 75 MB, which the plan must find in memory
+    plan = _plan_memory(recipe, model, [dataset, held_out], tell)
     if plan:
         recipe = recipe.model_copy(update={"checkpointing": plan.measures.checkpointing})
     placements = plan.placements() if plan else aside(recipe, model)
-    late = model.device.type == "cpu" and "vae" in placements  # pictures and captions come first, then the UNet
+    late = model.device.type == "cpu" and "vae" in placements  # encode pictures and captions before loading the UNet
     parts = open_model(
         recipe.model or BUNDLED,
         device=model.device,
@@ -75,7 +89,7 @@ def run(
         placement={**placements, "unet": Placement(weights="offload")} if late else placements,
     )
     tell(recipe.toml())
-    for line in check_saving(recipe, parts) if _whole(recipe) else ():
+    for line in check_saving(recipe, parts) if _is_full(recipe) else ():
         tell(line)
     parts.vae.eval().requires_grad_(False)
     latents = Latents(parts.vae, cache, plan.measures.vae if plan else "whole")
@@ -84,61 +98,63 @@ def run(
         options = DataOptions(**{field.name: getattr(recipe, field.name) for field in fields(DataOptions)})
         options = replace(options, **changes)
         with accelerator.main_process_first(), turn(parts.vae.encoder):
-            sound = prepare_dataset(pictures, options, latents, recipe.broken)
-        for line in sound.skipped:
-            tell(f"Passed over: {line}")
-        return Batches(sound, options, latents, recipe.seed)
+            decodable = prepare_dataset(pictures, options, latents, recipe.broken)
+        for line in decodable.skipped:
+            tell(f"Skipped: {line}")
+        return Batches(decodable, options, latents, recipe.seed)
 
     fixed = {"flip": False, "random_crop": False, "caption_dropout": 0.0, "shuffle_tags": False, "repeats": 1}
     prior = None
     if recipe.class_prompt and recipe.method == "dreambooth":
         with accelerator.main_process_first():
-            pictures = _class_pictures(recipe, folder, parts, tell)
+            pictures = _draw_class_pictures(recipe, folder, parts, tell)
         prior = batches(pictures, repeats=1)
-    held = batches(held_out, **fixed) if held_out else None
-    own = batches(dataset)
+    validation = batches(held_out, **fixed) if held_out else None
+    train = batches(dataset)
     texts = Texts(parts.tokenizers, parts.text_encoders, cache)
     if "text_encoder" in placements and not recipe.shuffle_tags:
         with accelerator.main_process_first(), turn(*parts.text_encoders):
-            for caption in {"", *(example.caption for one in (own, prior, held) if one for example in one.examples)}:
+            for caption in {
+                "",
+                *(example.caption for one in (train, prior, validation) if one for example in one.examples),
+            }:
                 texts([caption])
     if late:
-        parts = replace(parts, unet=_unet(model, placements.get("unet", Placement())))
+        parts = replace(parts, unet=_load_unet(model, placements.get("unet", Placement())))
     trainable = TrainableModel(parts, recipe)
     trainable.texts = texts
-    learns, whole = trainable.count_parameters()
-    fewer = f", {whole / learns:,.0f} times fewer" if whole > 2 * learns else ""
-    tell(f"{learns:,} parameters learn; the model's own are {whole:,}{fewer}. {len(own.ids):,} pictures an epoch, "
-         f"{len(own):,} batches")  # fmt: skip
-    board = _board(folder, recipe) if accelerator.is_main_process else None
+    trained, total = trainable.count_parameters()
+    tell(f"Training {trained:,} of {total:,} parameters ({100 * trained / total:.2g} %)")
+    tell(f"{len(train.ids):,} pictures and {len(train):,} batches per epoch")
+    writer = _tensorboard_writer(folder, recipe) if accelerator.is_main_process else None
 
-    def stepped(report: Report) -> None:
-        if board and report.step % recipe.log_every == 0:
+    def report_step(report: Report) -> None:
+        if writer and report.step % recipe.log_every == 0:
             for name, value in report.metrics().items():
-                board.add_scalar(name, value, report.step)
+                writer.add_scalar(name, value, report.step)
         if on_step:
             on_step(report)
 
     finetune(
         trainable,
-        own,
+        train,
         folder,
         prior=prior,
-        validation=held,
-        on_step=stepped,
+        validation=validation,
+        on_step=report_step,
         on_sample=lambda now, step: draw_samples(now, folder / "samples", step),
         accelerator=accelerator,
         at_once=plan.measures.at_once if plan else None,
     )
-    if board:
-        board.close()
+    if writer:
+        writer.close()
     made = save_results(trainable, folder, recipe.steps) if accelerator.is_main_process else []
     accelerator.wait_for_everyone()
     return made
 
 
 def draw_samples(model: TrainableModel, folder: Path, step: int) -> None:
-    """The recipe's sample prompts, drawn by the model as it is: folder/step-00000100-0.png and so on."""
+    """Generate the recipe's sample prompts with the model as it is, as folder/step-00000100-0.png and so on."""
     recipe, embeddings = model.recipe, None
     if model.change == "word":
         embeddings = (str(save_embedding(model, folder / f"{recipe.token.strip('<>')}.safetensors")),)
@@ -149,15 +165,15 @@ def draw_samples(model: TrainableModel, folder: Path, step: int) -> None:
         _save_picture(image, folder / f"step-{step:08}-{number}.png")
 
 
-def _unet(model: Model, placement: Placement) -> UNet:
+def _load_unet(model: Model, placement: Placement) -> UNet:
     part = next(part for part in model.found.parts if part.name == "unet")
     network = cast(UNet, part.network())
     part.load(network, model.dtype, model.device, placement)
     return network
 
 
-def _planned(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None], tell: Say) -> TrainingPlan | None:
-    """What keeps the recipe's budget, if it has one, told. Raises BudgetError."""
+def _plan_memory(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None], tell: Say) -> TrainingPlan | None:
+    """Plan for the recipe's memory budget, if it has one, and print the plan. Raises BudgetError."""
     if recipe.memory is None:
         return None
     sizes = [example.size for dataset in pictures if dataset for example in dataset]
@@ -174,7 +190,7 @@ def _planned(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None], t
 
 
 def _save_picture(image: Image.Image, path: Path) -> None:
-    """Whole or not at all. Raises WriteError."""
+    """Write a PNG atomically. Raises WriteError."""
     data = io.BytesIO()
     image.save(data, format="PNG")
     try:
@@ -184,23 +200,23 @@ def _save_picture(image: Image.Image, path: Path) -> None:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _board(folder: Path, recipe: Recipe) -> Any:
-    """TensorBoard's writer, where it is installed and wanted; it takes up the run from its newest checkpoint."""
+def _tensorboard_writer(folder: Path, recipe: Recipe) -> Any:
+    """Return TensorBoard's writer, or None if it is not installed or not wanted."""
     if not recipe.tensorboard or importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
     found = checkpoints.list_all(folder)
-    begun = int(found[0].name.rpartition("-")[2]) if found else 0
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=begun + 1)
+    done = int(found[0].name.rpartition("-")[2]) if found else 0
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
 
-def _class_pictures(recipe: Recipe, folder: Path, parts: Any, tell: Say) -> Dataset:
-    """Pictures of the class, those that are there and, up to class_count, new ones by the model before training."""
+def _draw_class_pictures(recipe: Recipe, folder: Path, parts: Any, tell: Say) -> Dataset:
+    """Open the class pictures, generating those that are missing up to class_count with the untrained model."""
     place = Path(recipe.class_folder) if recipe.class_folder else folder / "class"
     there = sum(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in place.glob("*"))
     if there < recipe.class_count:
-        tell(f"Drawing {recipe.class_count - there} pictures of {recipe.class_prompt!r} into {place}")
+        tell(f"Generating {recipe.class_count - there} pictures of {recipe.class_prompt!r} into {place}")
         pipe = Pipeline(parts)
         for number in range(there, recipe.class_count):
             image = pipe(recipe.class_prompt or "", seed=recipe.seed + number)
@@ -212,9 +228,9 @@ def _check_captions(dataset: Dataset, token: str) -> None:
     for example in dataset:
         if token not in example.caption:
             raise RequestError(
-                f"the caption of {example.place!r} is {example.caption[:60]!r}; to learn {token} it must have that word"
+                f"the caption of {example.place!r} is {example.caption[:60]!r}; it must contain the token {token}"
             )
 
 
-def _whole(recipe: Recipe) -> bool:
+def _is_full(recipe: Recipe) -> bool:
     return recipe.method == "full" or (recipe.method == "dreambooth" and recipe.change == "full")

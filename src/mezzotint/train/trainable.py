@@ -118,12 +118,11 @@ class TrainableModel(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def count_parameters(self) -> tuple[int, int]:
-        """Return the number of trained parameters, and that of the UNet and text encoders without added layers."""
-        added = sum(p.numel() for n, p in self.named_parameters() if ".lora_" in n or n.startswith("vectors."))
+        """Return the number of trained parameters and that of all parameters of the UNet and text encoders."""
         held = sum(module.held.shape.numel() for module in self.modules() if isinstance(module, Held))
         return sum(p.numel() for p in self.trainable_parameters().values()), sum(
             p.numel() for p in self.parameters()
-        ) + held - added
+        ) + held
 
     def forward(
         self, batch: Batch | None, prior: Batch | None = None, shares: tuple[float, float] = (1.0, 1.0)
