@@ -483,7 +483,7 @@ REFUSED = [
     ("compel", '("a", "b").blend(1)', "as many"),
     ("compel", '("a", "b").blend(x, y)', "must be a number"),
     ("compel", '("a", "b").blend(1, 1) more', "must end there"),
-    ("compel", '("a.swap(b)", "c").blend(1, 1)', "leave one of them out"),
+    ("compel", '("a.swap(b)", "c").blend(1, 1)', "remove one of them"),
     ("compel", '("withLora(x)", "c").blend(1, 1)', "empty text"),
     ("compel", "a \v b", "cannot read"),
 ]

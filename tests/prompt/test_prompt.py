@@ -244,15 +244,15 @@ def test_convert(text: str, source: str, target: str, said: str, sentences: int)
         ("compel", "x (a:1.3)", 2, r"has no meaning in compel; did you mean `\(a\)1.3`\?"),
         ("a1111", "(a)1.3", 0, r"did you mean `\(a:1.3\)`\?"),
         ("comfy", "[a] b", 0, r"did you mean `\(a:0.91\)`\?"),
-        ("comfy", "a BREAK b", 2, "a mark of a1111"),
+        ("comfy", "a BREAK b", 2, "a1111 syntax"),
         ("plain", "(a:1.3)", 0, "no meaning in plain"),
-        ("a1111", "a (b", 2, "never closed, and counts as closed at the end"),
-        ("comfy", "a) b", 1, "closes nothing"),
+        ("a1111", "a (b", 2, "never closed, and closes at the end"),
+        ("comfy", "a) b", 1, "closes no bracket"),
         ("a1111", "(a BREAK b)", 3, "does not end the chunk"),
         ("a1111", "a # b", 2, "hides the rest of its line"),
-        ("a1111", "a :1.2", 0, "weighs the whole prompt"),
-        ("a1111", "[a:b:c]", 0, "no prompt editing"),
-        ("compel", "a.swap(b)", 1, "changes nothing"),
+        ("a1111", "a :1.2", 0, "weights the whole prompt"),
+        ("a1111", "[a:b:c]", 0, "not prompt editing"),
+        ("compel", "a.swap(b)", 1, "has no effect"),
         ("a1111", "(a:.)", 0, "must be a number"),
         ("comfy", "(a:1e308)", 0, "at most"),
     ],
@@ -301,14 +301,14 @@ def test_choices_that_leave_no_choice(text: str, drawn: str) -> None:
     ("text", "words"),
     [
         ("__none__", "none.txt is not in"),
-        ("__empty__", "empty.txt has no line"),
-        ("__loop__", "loop.txt leads back to itself"),
+        ("__empty__", "empty.txt has no choices"),
+        ("__loop__", "loop.txt refers to itself"),
         ("__../secret__", "outside of"),
         ("__/etc/hostname__", "outside of"),
         ("__a\0b__", "is not in"),
         ("__binary__", "not UTF-8"),
-        ("{|}", "resolves to nothing"),
-        ("__double__", "draws too much"),
+        ("{|}", "is empty with the choices"),
+        ("__double__", "too long"),
     ],
 )
 def test_choices_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -325,7 +325,7 @@ def test_choices_refused(tmp_path: Path, text: str, words: str) -> None:
         (folder / f"d{level}.txt").write_text(f"__d{level + 1}__ __d{level + 1}__", encoding="utf-8")
     with pytest.raises(RequestError, match=words):
         expand(text, 0, folder)
-    with pytest.raises(RequestError, match=r"no folder|resolves"):
+    with pytest.raises(RequestError, match=r"no folder|is empty with"):
         expand(text, 0)
 
 

@@ -1,9 +1,9 @@
-"""The prompt as a language, in four dialects: `a1111` (the default), `comfy`, `compel` and `plain` words. No torch.
+"""The prompt language, in four dialects: `a1111` (the default), `comfy`, `compel` and `plain`. No torch here.
 
-`parse` is the last pass, text to weighted spans; `plan` is the whole: parts, what is said until which step, blends,
-networks. `write` goes back, `convert` from one dialect to another, `lint` says what an author might not have meant, and
-`expand` draws `{a|b}` and wildcards. In each dialect a prompt means what it means in the program that the dialect comes
-from, oddities included; docs/prompts.md has the tables. All of it takes time in proportion to the text.
+`parse` returns weighted spans; `plan` the whole meaning: parts, the text of each step, blends and networks. `write` is
+the inverse of `parse`, `convert` translates between dialects, `lint` finds likely mistakes, and `expand` draws `{a|b}`
+choices and wildcards. A prompt means what it means in the program that the dialect comes from, including its quirks;
+docs/prompts.md has the tables. Every function takes time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mezzotint.prompt.pieces import (
     Part,
     PromptPlan,
     Remark,
+    SourceText,
     Span,
-    Traced,
     Variant,
 )
 
@@ -48,11 +48,13 @@ SYNTAXES = ("a1111", "comfy", "compel", "plain")
 
 
 def parse(text: str, syntax: str = "a1111") -> list[tuple[str, float]]:
-    """The last pass: what is encoded, as (text, weight) pairs.
+    """Return the weighted spans of a prompt as (text, weight) pairs, as they are encoded.
 
-    A1111's BREAK is ("BREAK", -1.0). The texts of Compel's `.and()` and `.blend()` follow each other; `plan` keeps them
-    apart. A weight may be infinite or NaN here where it is in the original. RequestError only where the original fails
-    too, as A1111 does with `(a:.)`.
+    A1111's BREAK is ("BREAK", -1.0). The texts of Compel's `.and()` and `.blend()` are concatenated; `plan` keeps them
+    apart. A weight may be infinite or NaN where it is in the original program.
+
+    Raises:
+        RequestError: Where the original program fails, as A1111 does for `(a:.)`.
     """
     return [(span.text, span.weight) for clause in _clauses(text, syntax) for span in clause.spans]
 
@@ -65,11 +67,19 @@ def plan(
     negative: bool = False,
     base_steps: int | None = None,
 ) -> PromptPlan:
-    """The whole meaning of a prompt in a run of `steps` steps (1 or more).
+    """Return the whole meaning of a prompt in a run.
 
-    In a `negative` prompt A1111 reads neither networks nor AND: they are words there. `base_steps`, if this is a second
-    pass (A1111's hires fix), is the number of steps of the first; prompt editing goes on counting from there.
-    RequestError where the original fails, for text that is not valid Unicode, and for weights beyond MAX_WEIGHT.
+    Args:
+        text: The prompt.
+        syntax: The dialect.
+        steps: Number of steps of the run, at least 1.
+        negative: Whether it is a negative prompt, in which A1111 reads neither networks nor AND.
+        base_steps: For a second pass (A1111's hires fix), the number of steps of the first; prompt editing continues to
+            count from there.
+
+    Raises:
+        RequestError: Where the original program fails, if the text is not valid Unicode, and for weights above
+            MAX_WEIGHT.
     """
     if steps < 1:
         raise RequestError(f"steps is {steps}; it must be 1 or more")
@@ -77,11 +87,11 @@ def plan(
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"prompt has half of a character (a lone surrogate) at {error.start}; it must be text"
+            f"prompt has a lone surrogate at character {error.start}; it must be valid Unicode"
         ) from None
-    source = Traced.of(text)
+    source = SourceText.from_source(text)
     left, networks = text, tuple[Network, ...]()
-    if _known(syntax) == "a1111":
+    if _check_syntax(syntax) == "a1111":
         left, parts, networks = a1111.read(source, steps, negative, base_steps)
     elif syntax == "compel":
         clauses, join, networks = compel.read(source)
@@ -95,11 +105,14 @@ def plan(
 
 
 def write(spans: Sequence[tuple[str, float]], syntax: str = "a1111") -> str:
-    """The text that `parse` reads as these (text, weight) pairs, if they came from `parse` in this dialect.
+    """Return the text that `parse` reads as these (text, weight) pairs, if they came from `parse` in this dialect.
 
-    In plain the weights are lost. RequestError for a weight that is not finite, and for one below 0 in compel.
+    The plain dialect loses the weights.
+
+    Raises:
+        RequestError: If a weight is not finite or, in compel, is negative.
     """
-    match _known(syntax):
+    match _check_syntax(syntax):
         case "a1111":
             return a1111.write(list(spans))
         case "comfy":
@@ -110,20 +123,25 @@ def write(spans: Sequence[tuple[str, float]], syntax: str = "a1111") -> str:
 
 
 def convert(text: str, source: str, target: str) -> tuple[str, list[str]]:
-    """A prompt of one dialect said in another as nearly as it can be, and a sentence on each thing that it cannot."""
-    from mezzotint.prompt.converting import converted
+    """Translate a prompt into another dialect, as closely as possible.
 
-    return converted(plan(text, source, 100), _known(target))
+    Returns:
+        The text, and one sentence for each thing that the other dialect cannot express.
+    """
+    from mezzotint.prompt.converting import convert_plan
+
+    return convert_plan(plan(text, source, 100), _check_syntax(target))
 
 
 def lint(text: str, syntax: str = "a1111") -> list[Remark]:
-    """What the author of a prompt may not have meant, in the order of the text."""
-    from mezzotint.prompt.linting import remarks
+    """Return remarks on what the author of a prompt may not have meant, in the order of the text."""
+    from mezzotint.prompt.linting import find_remarks
 
-    return remarks(text, _known(syntax))
+    return find_remarks(text, _check_syntax(syntax))
 
 
-def _known(syntax: str) -> str:
+def _check_syntax(syntax: str) -> str:
+    """Return the syntax, or raise RequestError if it is unknown."""
     if syntax not in SYNTAXES:
         near = difflib.get_close_matches(str(syntax), SYNTAXES, 1, 0.0)[0]
         raise RequestError(
@@ -133,8 +151,9 @@ def _known(syntax: str) -> str:
 
 
 def _clauses(text: str, syntax: str) -> Sequence[Clause]:
-    traced = Traced.of(text)
-    match _known(syntax):
+    """Return the clauses of a prompt."""
+    traced = SourceText.from_source(text)
+    match _check_syntax(syntax):
         case "a1111":
             return [Clause(tuple(a1111.spans(traced)))]
         case "comfy":
@@ -145,6 +164,7 @@ def _clauses(text: str, syntax: str) -> Sequence[Clause]:
 
 
 def _check_weights(parts: tuple[Part, ...]) -> None:
+    """Raise RequestError for a weight that is not finite or too large."""
     clauses = [clause for part in parts for variant in part.variants for clause in variant.clauses]
     weights = [
         *(("a part", part.weight) for part in parts),

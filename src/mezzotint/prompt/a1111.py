@@ -1,8 +1,8 @@
-"""The grammar of A1111's web UI: emphasis, BREAK, prompt editing, alternation, AND, networks, comments.
+"""The grammar of A1111's web UI: emphasis, BREAK, prompt editing, alternation, AND, networks and comments.
 
-`(a)` weighs 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, and all brackets around a word multiply. `[from:to:when]` and `[a|b]`
-change the text while it is drawn. The passes follow each other as they do there: comments go, networks are cut out,
-the rest is split at AND, each part becomes one text for each step, and each of those is weighted (`spans`).
+`(a)` weighs 1.1, `[a]` 1/1.1, `(a:1.3)` 1.3, and nested brackets multiply. `[from:to:when]` and `[a|b]` change the text
+during the run. The passes follow the order of A1111: comments are removed, networks are extracted, the rest is split at
+AND, each part becomes one text for each step, and each of those is weighted (`spans`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mezzotint.errors import RequestError
-from mezzotint.prompt.pieces import Clause, Network, Part, Span, Traced, Variant, decimal, number
+from mezzotint.prompt.pieces import Clause, Network, Part, SourceText, Span, Variant, format_decimal, parse_number
 
-_EXACT = 32  # brackets around a word whose factors are multiplied in A1111's own order; beyond it rounding may differ
+_MAX_EXACT_BRACKETS = 32  # up to this depth, factors are multiplied in A1111's order; deeper, rounding may differ
 
 _TOKEN = re.compile(r"\\[()\[\]\\]?|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]:]|[^\\()\[\]:]+")
 _BREAK = re.compile(r"\bBREAK\b")
@@ -28,45 +28,49 @@ _SCHEDULE_TOKEN = re.compile(r"(?:[^\\()\[\]:|]|\\.)+|[()\[\]:|]|\\")
 _STEP = re.compile(r"\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
 
 
-def spans(text: Traced) -> list[Span]:
-    """The last pass: emphasis and BREAK. Neighbours of one weight are joined; no text is one empty span."""
-    pieces: list[tuple[Traced, float, int]] = []  # text, 1 or -1 (a BREAK), how many of the events came before it
-    events = array("q")  # brackets by number: where one is met first it opens, where it is met again it closes
-    square, factor, closed = bytearray(), array("d"), array("q")  # of each bracket; `closed`: the how manieth to close
-    opened: tuple[list[int], list[int]] = ([], [])  # round, square
-    closings = 0
+def spans(text: SourceText) -> list[Span]:
+    """Return the spans of a text, with emphasis and BREAK.
+
+    Adjacent spans of one weight are joined; an empty text is one empty span.
+    """
+    pieces: list[tuple[SourceText, float, int]] = []  # text, 1 or -1 (a BREAK), number of events before it
+    events = array("q")  # numbers of brackets; the first occurrence opens the bracket, the second closes it
+    # for each bracket: whether it is square, its factor, and its rank among the closing brackets
+    square, factor, close_order = bytearray(), array("d"), array("q")
+    open_brackets: tuple[list[int], list[int]] = ([], [])  # round, square
+    num_closed = 0
 
     def close(bracket: int, by: float) -> None:
-        nonlocal closings
-        factor[bracket], closed[bracket] = by, closings
-        closings += 1
+        nonlocal num_closed
+        factor[bracket], close_order[bracket] = by, num_closed
+        num_closed += 1
 
     for match in _TOKEN.finditer(text.text):
         token, start, end = match[0], match.start(), match.end()
         if token[0] == "\\":
-            pieces.append((text.cut(start + 1, end), 1.0, len(events)))
+            pieces.append((text.slice(start + 1, end), 1.0, len(events)))
         elif token in "([":
             events.append(len(square))
-            opened[token == "["].append(len(square))
+            open_brackets[token == "["].append(len(square))
             square.append(token == "[")
             factor.append(1.0)
-            closed.append(0)
-        elif match[1] and opened[0]:
-            events.append(opened[0].pop())
-            close(events[-1], number(match[1], token))
-        elif token in ")]" and opened[token == "]"]:
-            events.append(opened[token == "]"].pop())
+            close_order.append(0)
+        elif match[1] and open_brackets[0]:
+            events.append(open_brackets[0].pop())
+            close(events[-1], parse_number(match[1], token))
+        elif token in ")]" and open_brackets[token == "]"]:
+            events.append(open_brackets[token == "]"].pop())
             close(events[-1], 1.1 if token == ")" else 1 / 1.1)
         else:
-            pieces.extend((piece, sign, len(events)) for piece, sign in _breaks(text.cut(start, end)))
-    for bracket in opened[0]:
+            pieces.extend((piece, sign, len(events)) for piece, sign in _split_breaks(text.slice(start, end)))
+    for bracket in open_brackets[0]:
         close(bracket, 1.1)
-    for bracket in opened[1]:
+    for bracket in open_brackets[1]:
         close(bracket, 1 / 1.1)
 
-    result: list[tuple[list[Traced], float]] = []
+    result: list[tuple[list[SourceText], float]] = []
     around: tuple[list[int], list[int]] = ([], [])  # the brackets around a piece, round and square
-    product = ([1.0], [1.0])  # of their factors, from the outermost in
+    product = ([1.0], [1.0])  # cumulative product of their factors, from the outermost in
     done, scale = 0, 1.0
     for piece, sign, before in pieces:
         if done < before:
@@ -79,9 +83,9 @@ def spans(text: Traced) -> list[Span]:
                     around[kind].append(bracket)
                     product[kind].append(product[kind][-1] * factor[bracket])
             done = before
-            if len(around[0]) + len(around[1]) <= _EXACT:
+            if len(around[0]) + len(around[1]) <= _MAX_EXACT_BRACKETS:
                 scale = 1.0
-                for bracket in sorted(around[0] + around[1], key=closed.__getitem__):
+                for bracket in sorted(around[0] + around[1], key=close_order.__getitem__):
                     scale *= factor[bracket]
             else:
                 scale = product[0][-1] * product[1][-1]
@@ -89,50 +93,54 @@ def spans(text: Traced) -> list[Span]:
             result[-1][0].append(piece)
         else:
             result.append(([piece], sign * scale))
-    joined = [(Traced.join(parts), weight) for parts, weight in result]
+    joined = [(SourceText.join(parts), weight) for parts, weight in result]
     return [Span(part.text, weight, part.places) for part, weight in joined] or [Span("")]
 
 
-def _breaks(text: Traced) -> Iterator[tuple[Traced, float]]:
-    """A text split at the word BREAK, with the space around it eaten: (text, 1) and (BREAK, -1) in turn."""
+def _split_breaks(text: SourceText) -> Iterator[tuple[SourceText, float]]:
+    """Split a text at the word BREAK and strip the space around it: (text, 1) and (BREAK, -1) alternate."""
     start = 0
     for match in _BREAK.finditer(text.text):
-        yield text.cut(start, start + len(text.text[start : match.start()].rstrip())), 1.0
-        yield text.cut(*match.span()), -1.0
+        yield text.slice(start, start + len(text.text[start : match.start()].rstrip())), 1.0
+        yield text.slice(*match.span()), -1.0
         start = len(text.text) - len(text.text[match.end() :].lstrip())
-    yield text.cut(start), 1.0
+    yield text.slice(start), 1.0
 
 
 def read(
-    source: Traced, steps: int, negative: bool, base_steps: int | None
+    source: SourceText, steps: int, negative: bool, base_steps: int | None
 ) -> tuple[str, tuple[Part, ...], tuple[Network, ...]]:
-    """All passes: the text without comments and networks, its parts, and the networks."""
-    text = without_comments(source)
+    """Run all passes.
+
+    Returns:
+        The text without comments and networks, its parts, and the networks.
+    """
+    text = strip_comments(source)
     networks: list[Network] = []
     if not negative:
-        text, networks = _without_networks(text)
+        text, networks = _extract_networks(text)
     parts = []
-    for piece, weight in [(text, 1.0)] if negative else _parts(text):
-        variants = _schedule(piece, steps, base_steps)
+    for piece, weight in [(text, 1.0)] if negative else _split_parts(text):
+        variants = _expand_schedule(piece, steps, base_steps)
         parts.append(
             Part(tuple(Variant(until, at.text, (Clause(tuple(spans(at))),)) for until, at in variants), weight)
         )
     return text.text, tuple(parts), tuple(networks)
 
 
-def without_comments(text: Traced) -> Traced:
-    """`#` hides the rest of its line."""
+def strip_comments(text: SourceText) -> SourceText:
+    """Remove comments: `#` hides the rest of its line."""
     for pattern in (_WHOLE_LINE_COMMENT, _COMMENT) if "#" in text.text else ():
         kept, start = [], 0
         for match in pattern.finditer(text.text):
-            kept += [text.cut(start, match.start()), Traced("\n", text.places[match.end() - 1 : match.end()])]
+            kept += [text.slice(start, match.start()), SourceText("\n", text.places[match.end() - 1 : match.end()])]
             start = match.end()
-        text = Traced.join([*kept, text.cut(start)])
+        text = SourceText.join([*kept, text.slice(start)])
     return text
 
 
-def _without_networks(text: Traced) -> tuple[Traced, list[Network]]:
-    """`<kind:name:args>` cut out, anything but `>` in it."""
+def _extract_networks(text: SourceText) -> tuple[SourceText, list[Network]]:
+    """Extract `<kind:name:args>`; a network ends at the first `>`."""
     kept, networks, start = [], [], 0
     match = _NETWORK.search(text.text)
     while match:
@@ -140,7 +148,7 @@ def _without_networks(text: Traced) -> tuple[Traced, list[Network]]:
         if end < 0:
             break
         if end > match.end():
-            kept.append(text.cut(start, match.start()))
+            kept.append(text.slice(start, match.start()))
             items = [item.split("=", 2) for item in text.text[match.end() : end].split(":")]
             args = tuple("=".join(item) for item in items if len(item) != 2)
             options = dict(item for item in items if len(item) == 2)
@@ -148,23 +156,23 @@ def _without_networks(text: Traced) -> tuple[Traced, list[Network]]:
             networks.append(Network(match[1], args[0] if args else "", args[1:], options, *place))
             start = end + 1
         match = _NETWORK.search(text.text, max(start, match.end()))
-    return Traced.join([*kept, text.cut(start)]), networks
+    return SourceText.join([*kept, text.slice(start)]), networks
 
 
-def _parts(text: Traced) -> Iterator[tuple[Traced, float]]:
-    """The text split at AND, each part with the weight that ends it (`a cat :1.2`), also where there is no AND."""
+def _split_parts(text: SourceText) -> Iterator[tuple[SourceText, float]]:
+    """Split a text at AND; each part has the weight at its end (`a cat :1.2`), even if there is no AND."""
     ends = [match.span() for match in _AND.finditer(text.text)]
     for start, end in zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(text.text)], strict=True):
         part = text.text[start:end].rstrip()
         head, colon, tail = part.rpartition(":")
         if colon and _PART_WEIGHT.fullmatch(tail.lstrip()):
-            yield text.cut(start, start + len(head.rstrip())), float(tail)
+            yield text.slice(start, start + len(head.rstrip())), float(tail)
         else:
-            yield text.cut(start, start + len(part)), 1.0
+            yield text.slice(start, start + len(part)), 1.0
 
 
 class _Switch(NamedTuple):
-    """`[before:after:when]`"""
+    """`[before:after:when]`."""
 
     before: list[_Node]
     after: list[_Node]
@@ -172,28 +180,29 @@ class _Switch(NamedTuple):
 
 
 class _Cycle(NamedTuple):
-    """`[a|b|c]`"""
+    """`[a|b|c]`."""
 
     options: list[list[_Node]]
 
 
-_Node = Traced | _Switch | _Cycle | list["_Node"]
+_Node = SourceText | _Switch | _Cycle | list["_Node"]
 
 
 class _Frame(NamedTuple):
-    """A bracket that is still open: itself, what stands between its separators, and the separators."""
+    """An open bracket, the fields between its separators, and the separators."""
 
-    bracket: Traced
+    bracket: SourceText
     fields: list[list[_Node]]
-    separators: list[Traced]
+    separators: list[SourceText]
 
 
-def _schedule(text: Traced, steps: int, base_steps: int | None) -> list[tuple[int, Traced]]:
-    """The texts of a run and the last step of each, from 1 to `steps`.
+def _expand_schedule(text: SourceText, steps: int, base_steps: int | None) -> list[tuple[int, SourceText]]:
+    """Return the texts of a run with the last step of each, from 1 to `steps`.
 
-    A bracket counts only if all that it holds is sound: its brackets closed and in pairs, at most one colon in a round
-    one, in a square one bars alone, or one or two colons before a number. Any other is text, and so is every bracket
-    around it. A bar outside of `[a|b]`, or a backslash before nothing or a line break, makes all of it text.
+    A bracket is prompt editing only if its whole content is well-formed: brackets are closed and matched, round ones
+    have at most one colon, and square ones have only bars, or one or two colons before a number. Otherwise it is plain
+    text, and so is every bracket around it. A bar outside of `[a|b]`, or a backslash before nothing or a line break,
+    makes all of it plain text.
     """
     if "[" not in text.text:
         return [(steps, text)]
@@ -201,7 +210,7 @@ def _schedule(text: Traced, steps: int, base_steps: int | None) -> list[tuple[in
     frames: list[_Frame] = []
     ends = {steps}
     for match in _SCHEDULE_TOKEN.finditer(text.text):
-        token, piece = match[0], text.cut(*match.span())
+        token, piece = match[0], text.slice(*match.span())
         if token == "\\" or (token == "|" and not frames):
             return [(steps, text)]
         if token in "([":
@@ -212,7 +221,7 @@ def _schedule(text: Traced, steps: int, base_steps: int | None) -> list[tuple[in
         elif token not in ")]":
             (frames[-1].fields[-1] if frames else root).append(piece)
         else:
-            node = _close(frames[-1], piece, steps, base_steps, ends) if frames else None
+            node = _close_bracket(frames[-1], piece, steps, base_steps, ends) if frames else None
             if node is not None:
                 frames.pop()
                 (frames[-1].fields[-1] if frames else root).append(node)
@@ -222,19 +231,21 @@ def _schedule(text: Traced, steps: int, base_steps: int | None) -> list[tuple[in
                 return [(steps, text)]
     if not _give_up(frames, root):
         return [(steps, text)]
-    return [(end, _at(root, end)) for end in sorted(ends)]
+    return [(end, _text_at(root, end)) for end in sorted(ends)]
 
 
-def _close(frame: _Frame, bracket: Traced, steps: int, base_steps: int | None, ends: set[int]) -> _Node | None:
-    """What a closed bracket means; None if it means nothing, or does not fit. Adds the steps where the text changes."""
+def _close_bracket(
+    frame: _Frame, bracket: SourceText, steps: int, base_steps: int | None, ends: set[int]
+) -> _Node | None:
+    """Return the node of a closed bracket, or None if it is malformed, and add the steps of its changes to `ends`."""
     separators = "".join(separator.text for separator in frame.separators)
     if frame.bracket.text + bracket.text == "[]":
         last = frame.fields[-1]
         if separators in (":", "::"):
-            number = _STEP.fullmatch(last[0].text) if len(last) == 1 and isinstance(last[0], Traced) else None
+            number = _STEP.fullmatch(last[0].text) if len(last) == 1 and isinstance(last[0], SourceText) else None
             if number is None:
                 return None
-            when = _step(number[1], steps, base_steps)
+            when = _parse_step(number[1], steps, base_steps)
             if when >= 1:
                 ends.add(when)
             return _Switch(frame.fields[0] if separators == "::" else [], frame.fields[-2], when)
@@ -249,7 +260,7 @@ def _close(frame: _Frame, bracket: Traced, steps: int, base_steps: int | None, e
 
 
 def _give_up(frames: list[_Frame], root: list[_Node]) -> bool:
-    """Makes text of the brackets that are open; False if a bar stands in one, which cannot be text."""
+    """Turn the open brackets into text; return False if one of them has a bar, which cannot be text."""
     for frame in frames:
         root.append(frame.bracket)
         root.append(frame.fields[0])
@@ -262,25 +273,27 @@ def _give_up(frames: list[_Frame], root: list[_Node]) -> bool:
     return True
 
 
-def _step(text: str, steps: int, base_steps: int | None) -> int:
-    """A number with a dot is a fraction of the steps, one without a step; in a second pass both go on counting."""
+def _parse_step(text: str, steps: int, base_steps: int | None) -> int:
+    """Convert a number to a step: with a decimal point, a fraction of the steps; a second pass continues to count."""
     value = float(text)
     if "." in text:
         value = (value - (base_steps is not None)) * steps
     elif base_steps is not None:
         value -= base_steps
     if abs(value) == float("inf"):
-        raise RequestError(f"prompt changes at {text!r}; it must be a step or a fraction of the steps, as in [a:b:0.5]")
+        raise RequestError(
+            f"prompt editing has the step {text!r}; it must be a step or a fraction of the steps, as in [a:b:0.5]"
+        )
     return min(steps, int(value))
 
 
-def _at(nodes: list[_Node], step: int) -> Traced:
-    """The text at a step, from 1."""
-    texts: list[Traced] = []
+def _text_at(nodes: list[_Node], step: int) -> SourceText:
+    """Return the text at a step, from 1."""
+    texts: list[SourceText] = []
     stack: list[_Node] = [nodes]
     while stack:
         match stack.pop():
-            case Traced() as text:
+            case SourceText() as text:
                 texts.append(text)
             case _Switch(before, after, when):
                 stack.append(before if step <= when else after)
@@ -288,18 +301,20 @@ def _at(nodes: list[_Node], step: int) -> Traced:
                 stack.append(options[(step - 1) % len(options)])
             case list() as children:
                 stack.extend(reversed(children))
-    return Traced.join(texts)
+    return SourceText.join(texts)
 
 
 def write(pairs: list[tuple[str, float]]) -> str:
-    """The text that reads as these (text, weight) pairs, in which neighbours differ in weight; AND, BREAK, networks and
-    a weight at the end that are only words are kept from meaning more by a backslash, which the grammar drops.
+    """Return the text that reads as these (text, weight) pairs, whose neighbors must differ in weight.
+
+    AND, BREAK, networks and a weight at the end that are only words are escaped by a backslash, which the grammar
+    removes.
     """
     out = []
     for index, (text, weight) in enumerate(pairs):
-        neighbours = pairs[max(index - 1, 0) : index] + pairs[index + 1 : index + 2]
-        if (text, weight) == ("BREAK", -1.0) and [around for _, around in neighbours] == [1.0, 1.0]:
-            before, after = (around for around, _ in neighbours)
+        neighbors = pairs[max(index - 1, 0) : index] + pairs[index + 1 : index + 2]
+        if (text, weight) == ("BREAK", -1.0) and [around for _, around in neighbors] == [1.0, 1.0]:
+            before, after = (around for around, _ in neighbors)
             out.append("\\" if before[-1:].isspace() else " " if before else "")
             out.append("BREAK\\" if after[:1].isspace() else "BREAK ")
             continue
@@ -308,6 +323,6 @@ def write(pairs: list[tuple[str, float]]) -> str:
         text = re.sub(r"<(?=\w+:)", r"<\\", text)
         if weight == 1.0 and index == len(pairs) - 1:
             text = re.sub(r":(?=\s*[-+]?(\d+\.?|\d*\.\d+)\s*$)", r":\\", text)
-        plain = weight == 1.0 and (text or len(pairs) == 1 or ("BREAK", -1.0) in neighbours)
-        out.append(text if plain else f"({text or chr(92)}:{decimal(weight)})")
+        plain = weight == 1.0 and (text or len(pairs) == 1 or ("BREAK", -1.0) in neighbors)
+        out.append(text if plain else f"({text or chr(92)}:{format_decimal(weight)})")
     return "".join(out)

@@ -1,9 +1,9 @@
-r"""ComfyUI's `{a|b}` choices and `__name__` wildcards, drawn from a seed. What comes out is an ordinary prompt.
+r"""ComfyUI's `{a|b}` choices and `__name__` wildcards, drawn from a seed; the result is an ordinary prompt.
 
-Each choice is drawn once, from the outside in; only what was drawn is looked at further. `\{`, `\|` and `\}` are
-letters, `// ...` and `/* ... */` are comments, a choice that is never closed ends with the text: all as in ComfyUI's
-page. A wildcard is a line of the file name.txt in the folder (`__colours/warm__` is colours/warm.txt); empty lines and
-lines that begin with # are not drawn. A line may hold choices and wildcards again.
+Choices are drawn once, from the outside in, and only the drawn option is expanded further. `\{`, `\|` and `\}` are
+literal, `// ...` and `/* ... */` are comments, and an unclosed choice ends with the text, as in ComfyUI's web page. A
+wildcard is a line of the file name.txt in the folder (`__colours/warm__` is colours/warm.txt); empty lines and lines
+that begin with # are skipped. A line may contain choices and wildcards.
 """
 
 from __future__ import annotations
@@ -15,22 +15,28 @@ from pathlib import Path
 from mezzotint.errors import RequestError
 
 _MAX_DRAWS = 10_000
-_MAX_LENGTH = 1_000_000  # characters, before Request's own limit: lines that name two lines each grow without end
+_MAX_LENGTH = 1_000_000  # characters; nested wildcards can grow exponentially
 
 _COMMENT = re.compile(r"/\*|//[^\n\r]*")
 _TOKEN = re.compile(r"\\.|[{|}]|__((?:[^_\n{|}\\]|_(?!_))+)__", re.DOTALL)
 
 
 def expand(text: str, seed: int, folder: str | Path | None = None) -> str:
-    """The text with every choice and wildcard drawn. The same text, seed and files give the same result.
+    """Draw every choice and wildcard. The same text, seed and files give the same result.
 
-    RequestError for a wildcard whose file is missing, empty, outside of the folder or leads back to itself, and for a
-    prompt of which nothing is left.
+    Args:
+        text: The prompt.
+        seed: The seed of the draws.
+        folder: The folder of wildcard files.
+
+    Raises:
+        RequestError: If a wildcard's file is missing, empty, outside of the folder or recursive, or if nothing is left
+            of the prompt.
     """
     draw = random.Random(seed)
     out: list[str] = []
-    first = _Source(_without_comments(text))
-    pending: list[tuple[_Source, int, int, tuple[str, ...]]] = [(first, 0, len(first.text), ())]
+    first = _Template(_strip_comments(text))
+    pending: list[tuple[_Template, int, int, tuple[str, ...]]] = [(first, 0, len(first.text), ())]
     draws = length = 0
     while pending:
         source, start, end, files = pending.pop()
@@ -39,7 +45,10 @@ def expand(text: str, seed: int, folder: str | Path | None = None) -> str:
         out.append(re.sub(r"\\([{|}])", r"\1", source.text[start:stop]))
         draws, length = draws + 1, length + len(out[-1])
         if draws > _MAX_DRAWS or length > _MAX_LENGTH:
-            raise RequestError(f"prompt draws too much: more than {_MAX_DRAWS:,} choices or {_MAX_LENGTH:,} characters")
+            raise RequestError(
+                f"prompt is too long with its choices drawn; it must have at most {_MAX_DRAWS:,} choices and "
+                f"{_MAX_LENGTH:,} characters"
+            )
         if match is None:
             continue
         if match[0] == "{":
@@ -49,45 +58,46 @@ def expand(text: str, seed: int, folder: str | Path | None = None) -> str:
             pending.append((source, ends[option - 1] + 1 if option else match.end(), ends[option], files))
         else:
             pending.append((source, match.end(), end, files))
-            lines = _lines(match[1], folder, files)
-            line = _Source(lines[int(draw.random() * len(lines))])
+            lines = _read_lines(match[1], folder, files)
+            line = _Template(lines[int(draw.random() * len(lines))])
             pending.append((line, 0, len(line.text), (*files, match[1])))
     result = "".join(out)
     if text.strip() and not result.strip():
-        raise RequestError(f"prompt resolves to nothing with seed {seed}; it must leave some words")
+        raise RequestError(f"prompt is empty with the choices of seed {seed}; it must leave some words")
     return result
 
 
-class _Source:
-    """A text and, for each `{` in it, where its options end: at a bar of its own, and at its `}`."""
+class _Template:
+    """A text with the ends of the options of each `{`: at its own bars, and at its `}`."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.options: dict[int, list[int]] = {}
-        opened: list[int] = []
+        open_braces: list[int] = []
         for match in _TOKEN.finditer(text):
             match match[0]:
                 case "{":
-                    opened.append(match.start())
+                    open_braces.append(match.start())
                     self.options[match.start()] = []
-                case "|" if opened:
-                    self.options[opened[-1]].append(match.start())
-                case "}" if opened:
-                    self.options[opened.pop()].append(match.start())
-        for unclosed in opened:
+                case "|" if open_braces:
+                    self.options[open_braces[-1]].append(match.start())
+                case "}" if open_braces:
+                    self.options[open_braces.pop()].append(match.start())
+        for unclosed in open_braces:
             self.options[unclosed].append(len(text))
 
     def next_draw(self, start: int, end: int) -> re.Match[str] | None:
-        """The next choice or wildcard in a stretch of the text."""
+        """Return the next choice or wildcard between start and end."""
         return next((match for match in _TOKEN.finditer(self.text, start, end) if match[0] == "{" or match[1]), None)
 
 
-def _without_comments(text: str) -> str:
+def _strip_comments(text: str) -> str:
+    """Remove comments; an unclosed one is text."""
     kept, start = [], 0
     match = _COMMENT.search(text)
     while match:
         end = match.end() if match[0] != "/*" else text.find("*/", match.end()) + 2
-        if end < 2:  # a comment that is never closed is none, and so are those behind it; a // may still follow
+        if end < 2:  # no later /* is closed either, but a // may follow
             match = re.compile(r"//[^\n\r]*").search(text, match.end())
             continue
         kept.append(text[start : match.start()])
@@ -96,25 +106,28 @@ def _without_comments(text: str) -> str:
     return "".join([*kept, text[start:]])
 
 
-def _lines(name: str, folder: str | Path | None, files: tuple[str, ...]) -> list[str]:
+def _read_lines(name: str, folder: str | Path | None, files: tuple[str, ...]) -> list[str]:
+    """Return the lines of a wildcard's file."""
     if folder is None:
-        raise RequestError(f"prompt names the wildcard __{name}__, but there is no folder of wildcards to find it in")
+        raise RequestError(f"prompt has the wildcard __{name}__, but no folder of wildcards is given")
     if name in files:
         raise RequestError(
-            f"wildcard {name}.txt leads back to itself through {' and '.join(files)}; it must end somewhere"
+            f"wildcard {name}.txt refers to itself through {' and '.join(files)}; wildcards must not be recursive"
         )
     try:
         root = Path(folder).resolve()
         path = (root / f"{name}.txt").resolve()
         if not path.is_relative_to(root):
-            raise RequestError(f"wildcard {name}.txt is outside of {folder}; it must lie in that folder")
+            raise RequestError(f"wildcard {name}.txt is outside of {folder}; it must be inside that folder")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise RequestError(f"wildcard file {path} is not UTF-8 text; it must hold one choice a line") from None
+        raise RequestError(f"wildcard file {path} is not UTF-8 text; it must have one choice per line") from None
     except (OSError, ValueError):
-        raise RequestError(f"wildcard file {name}.txt is not in {folder}; it must hold one choice a line") from None
+        raise RequestError(
+            f"wildcard file {name}.txt is not in {folder}; it must be there, with one choice per line"
+        ) from None
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise RequestError(f"wildcard file {path} has no line to choose; it must hold one choice a line")
+        raise RequestError(f"wildcard file {path} has no choices; it must have one choice per line")
     return lines

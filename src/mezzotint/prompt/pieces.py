@@ -1,4 +1,4 @@
-"""What a prompt is read into. All of it keeps its place in the source: the text as the user typed it."""
+"""The data structures of a parsed prompt, with their positions in the source, the text as the user typed it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import NamedTuple
 
 from mezzotint.errors import RequestError
 
-MAX_WEIGHT = 1e6  # a weight beyond it makes infinities in float32 and float16, not a picture
+MAX_WEIGHT = 1e6  # larger weights overflow in float16 and float32
 
 
-class Traced(NamedTuple):
-    """A text that knows where its characters came from: `text[i]` is (or stands for) `source[places[i]]`."""
+class SourceText(NamedTuple):
+    """A text that knows where its characters come from: `text[i]` is (or stands for) `source[places[i]]`."""
 
     text: str
     places: Sequence[int]  # as long as text
 
     @classmethod
-    def of(cls, source: str) -> Traced:
+    def from_source(cls, source: str) -> SourceText:
+        """Return the source itself."""
         return cls(source, range(len(source)))
 
-    def cut(self, start: int, end: int | None = None) -> Traced:
-        return Traced(self.text[start:end], self.places[start:end])
+    def slice(self, start: int, end: int | None = None) -> SourceText:
+        """Return the text from start to end."""
+        return SourceText(self.text[start:end], self.places[start:end])
 
     @classmethod
-    def join(cls, parts: Iterable[Traced]) -> Traced:
+    def join(cls, parts: Iterable[SourceText]) -> SourceText:
+        """Concatenate texts."""
         parts = [part for part in parts if part.text]
         if len(parts) == 1:
             return parts[0]
@@ -39,10 +42,13 @@ class Traced(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of text of one weight. `text` is what the encoder sees, with escapes undone.
+    """Text of one weight.
 
-    `places[i]` is the index in the source of `text[i]`; a character that the grammar put in itself, such as Compel's
-    space between two words, has the place of its neighbour.
+    Attributes:
+        text: The text as it is encoded, without escapes.
+        weight: Its weight.
+        places: `places[i]` is the index of `text[i]` in the source. A character that the grammar inserts, such as
+            Compel's space between two words, has the index of its neighbor.
     """
 
     text: str
@@ -51,26 +57,28 @@ class Span:
 
     @property
     def start(self) -> int:
+        """Where the span starts in the source."""
         return self.where(0, len(self.text))[0]
 
     @property
     def end(self) -> int:
+        """Where the span ends in the source."""
         return self.where(0, len(self.text))[1]
 
     def where(self, start: int, end: int) -> tuple[int, int]:
-        """The smallest stretch (start, end) of the source that holds text[start:end]; (0, 0) for no text."""
+        """Return the smallest range (start, end) of the source that holds text[start:end]; (0, 0) for an empty text."""
         places = self.places[start:end]
         return (min(places), max(places) + 1) if places else (0, 0)
 
     @property
     def is_break(self) -> bool:
-        """A1111's BREAK, which ends a chunk. Its own test, which a bracket around the word fails."""
+        """Whether it is A1111's BREAK, which ends a chunk; brackets around the word make it an ordinary word."""
         return self.text == "BREAK" and self.weight == -1.0
 
 
 @dataclass(frozen=True)
 class Clause:
-    """One text to encode. Its weight is 1 but in Compel's `.and()` and `.blend()`."""
+    """One text to encode. Its weight is 1, except in Compel's `.and()` and `.blend()`."""
 
     spans: tuple[Span, ...]
     weight: float = 1.0
@@ -78,34 +86,40 @@ class Clause:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a prompt says until a step (see `Part.at`).
+    """The text of a prompt until a step (see `Part.at`).
 
-    `join` says what becomes of several clauses: "concat" along the token axis, each first weighted against the empty
-    prompt (empty + (z - empty) * weight); "blend", their sum with the weights divided by the weights' sum;
-    "blend_no_normalize", their sum with the weights as they are.
+    Attributes:
+        until: The last step that it holds for.
+        text: The text that the spans were parsed from.
+        clauses: At least one; only Compel has several.
+        join: How several clauses are combined: "concat", along the token axis, each first weighted against the empty
+            prompt (empty + (z - empty) * weight); "blend", their weighted mean; "blend_no_normalize", their weighted
+            sum.
     """
 
     until: int
-    text: str  # what the weights were read from
-    clauses: tuple[Clause, ...]  # one at least; more than one in Compel alone
+    text: str
+    clauses: tuple[Clause, ...]
     join: str = "concat"
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The spans of the first clause, which in a1111, comfy and plain is the only one."""
+        """The spans of the first clause, which is the only one in a1111, comfy and plain."""
         return self.clauses[0].spans
 
 
 @dataclass(frozen=True)
 class Part:
-    """A prompt between two `AND`s. Guidance adds up (cond - uncond) * weight over the parts."""
+    """A prompt between two `AND`s. Guidance adds (cond - uncond) * weight over the parts."""
 
-    variants: tuple[Variant, ...]  # one at least, by rising `until`
+    variants: tuple[Variant, ...]  # at least one, in order of `until`
     weight: float = 1.0
 
     def at(self, step: int) -> Variant:
-        """The variant for a step, counted from 0. As in A1111, whose sampler counts from 0 and whose schedule from 1,
-        it is the first one with step <= until: what holds until step 3 is used four times.
+        """Return the variant for a step, counted from 0.
+
+        It is the first one with step <= until. As in A1111, whose sampler counts steps from 0 and whose schedule from
+        1, a variant until step 3 is used four times.
         """
         index = bisect_left([variant.until for variant in self.variants], step)
         return self.variants[index if index < len(self.variants) else 0]
@@ -113,13 +127,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Network:
-    """A network asked for in the text: `<kind:name:args:key=option>` in A1111, `withLora(name, 0.8)` in Compel."""
+    """A network in the text: `<kind:name:args:key=option>` in A1111, `withLora(name, 0.8)` in Compel."""
 
     kind: str  # "lora", "hypernet", ...
     name: str
-    args: tuple[str, ...]  # after the name, by position: the weight first
-    options: Mapping[str, str]  # by key, such as te and unet
-    start: int  # its place in the source
+    args: tuple[str, ...]  # positional arguments after the name; the weight is the first
+    options: Mapping[str, str]  # keyword arguments, such as te and unet
+    start: int  # position in the source
     end: int
 
 
@@ -131,21 +145,21 @@ class PromptPlan:
     syntax: str
     steps: int
     text: str  # the source without networks and comments
-    parts: tuple[Part, ...]  # one, or one for each `AND` and one more
+    parts: tuple[Part, ...]  # split at AND
     networks: tuple[Network, ...]
 
 
 @dataclass(frozen=True)
 class Remark:
-    """Something that the author of a prompt should know: a sentence about source[start:end]."""
+    """A sentence for the author of a prompt about source[start:end]."""
 
     start: int
     end: int
     sentence: str
 
 
-def number(text: str, whole: str) -> float:
-    """A weight as it is written; where Python cannot read it, neither can the original, which fails there."""
+def parse_number(text: str, whole: str) -> float:
+    """Return a weight as a float; where Python cannot parse it, the original program fails too."""
     try:
         return float(text)
     except ValueError:
@@ -154,8 +168,8 @@ def number(text: str, whole: str) -> float:
         ) from None
 
 
-def decimal(weight: float) -> str:
-    """A finite number written without an exponent, so that float() of it is the same number."""
+def format_decimal(weight: float) -> str:
+    """Format a finite number without an exponent, such that float() returns the same number."""
     from decimal import Decimal
 
     if weight in (float("inf"), float("-inf")) or weight != weight:
