@@ -24,14 +24,7 @@ def tokens(
     embedding: Embedding = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            help="Number of steps of the run, for prompt editing.",
-            metavar="N",
-            min=1,
-            max=1000,
-            rich_help_panel=SAMPLING,
-            show_default="the model's own, or 50",
-        ),
+        option("Number of steps of the run, for prompt editing.", "N", SAMPLING, default="the model's own, or 50"),
     ] = None,
     negative: Annotated[bool, option("Read it as a negative prompt.", None, PROMPT, name="--negative")] = False,
     as_json: Json = False,
@@ -42,6 +35,7 @@ def tokens(
     request = Request(
         prompt=read_prompt(prompt),
         prompt_syntax=syntax,
+        steps=steps,
         embeddings=tuple(embedding) if embedding else None,
     )
 
