@@ -102,8 +102,8 @@ class Request(BaseModel):
     loras: tuple[Lora, ...] | None = Field(
         default=None,
         max_length=100,
-        description="a list of at most 100 LoRAs: (file, scale) or (file, UNet scale, text encoder scale), each scale "
-        "from -100 to 100; a fourth element may give factors by block, such as {'unet.down_blocks.1': 0.5}",
+        description="a list of at most 100 LoRAs: (a file, scale) or (a file, UNet scale, text encoder scale), each "
+        "scale from -100 to 100; a fourth element may give factors by block, such as {'unet.down_blocks.1': 0.5}",
     )
     lora_folder: Name | None = Field(
         default=None, description="a folder with the files that <lora:name:0.8> in a prompt refers to"
