@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import mezzotint
 from mezzotint.config import VAEConfig
 from mezzotint.errors import RequestError
 from mezzotint.models import vae_modes
 from mezzotint.models.convolution import seamless
-from mezzotint.models.strips import decode_in_strips, encode_in_strips, moments_in_strips
-from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles, spans
+from mezzotint.models.strips import Strips, decode_in_strips, encode_in_strips
+from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles, spans, untiled_layers
 from mezzotint.models.vae import VAE
-from mezzotint.models.vae_sizes import on_the_whole, strip_peak, tile_peak, whole_peak
 
 LIMIT = 1e-5  # relative to the range; measured at most 2e-6
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -93,7 +90,7 @@ def test_strips_round_no_worse_than_the_whole_way(dtype: torch.dtype) -> None:
 @torch.inference_mode()
 def test_statistics_do_not_lose_a_small_spread_on_a_large_mean() -> None:
     x = 1000 + noise(1, 8, 30, 7)
-    mean, variance = moments_in_strips(nn.GroupNorm(4, 8), x, strip=300)
+    mean, variance = Strips(300).measure(nn.GroupNorm(4, 8), x)
     groups = x.double().unflatten(1, (4, 2)).flatten(2)
     torch.testing.assert_close(mean.double(), groups.mean(-1)[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.double(), groups.var(-1, correction=0)[0], rtol=1e-4, atol=0)
@@ -179,8 +176,8 @@ def test_no_seam_is_seen_between_tiles(axes: str) -> None:
 @torch.inference_mode()
 def test_a_picture_of_a_tiles_size_is_not_tiled() -> None:
     vae, z = build(), noise(2, 4, 12, 16)
-    assert on_the_whole(vae.config, 96, 128, "decode", 16) == len(vae.decoder.layers())
-    assert on_the_whole(vae.config, 256, 384, "decode", 16) < len(vae.decoder.layers())
+    assert untiled_layers(vae.config, 96, 128, "decode", 16) == len(vae.decoder.layers())
+    assert untiled_layers(vae.config, 256, 384, "decode", 16) < len(vae.decoder.layers())
     assert torch.equal(decode_in_tiles(vae, z, tile=16, overlap=4), decode_in_strips(vae, z))
     pixels = vae.decode(z)
     assert torch.equal(encode_in_tiles(vae, pixels, 16, 4).mean, encode_in_strips(vae, pixels).mean)
@@ -199,48 +196,3 @@ def test_tiles_cover_everything_once(length: int, tile: int, overlap: int) -> No
     with pytest.raises(RequestError, match="at most a quarter of the tile"):
         spans(length, tile, tile // 4 + 1)
     assert all(span.after >= overlap for span in found[:-1])
-
-
-def live(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that live at once while `run` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = most = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        total += change.nbytes()
-        most = max(most, total)
-    return most
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"block_out_channels": (8, 64), "mid_block_add_attention": False}], ids=["sd", "f=2"]
-)
-@torch.inference_mode()
-def test_it_needs_what_it_is_said_to_need(changes: dict[str, Any]) -> None:
-    vae = build(**{"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "layers_per_block": 2} | changes)
-    side, strip = vae.config.downscale, 2**15
-    pixels, z = noise(1, 3, 256, 160), noise(1, 4, 256 // side, 160 // side)
-    tile, config = 80 // side, vae.config
-    runs: dict[str, tuple[Callable[[], object], int]] = {
-        "whole decode": (lambda: vae.decode(z), whole_peak(config, 256, 160, "decode")),
-        "whole encode": (lambda: vae.encode(pixels), whole_peak(config, 256, 160, "encode")),
-        "strips decode": (lambda: decode_in_strips(vae, z, strip), strip_peak(config, 256, 160, "decode", strip=strip)),
-        "strips encode": (
-            lambda: encode_in_strips(vae, pixels, strip),
-            strip_peak(config, 256, 160, "encode", strip=strip),
-        ),
-        "tiles decode": (
-            lambda: decode_in_tiles(vae, z, tile, tile // 4, strip),
-            tile_peak(config, 256, 160, "decode", tile=tile, strip=strip),
-        ),
-        "tiles encode": (
-            lambda: encode_in_tiles(vae, pixels, tile, tile // 4, strip),
-            tile_peak(config, 256, 160, "encode", tile=tile, strip=strip),
-        ),
-    }
-    needs = {name: live(run) for name, (run, _) in runs.items()}
-    for name, (_, said) in runs.items():
-        assert 0.9 < needs[name] / said < 1.03, name
-    assert needs["tiles decode"] < needs["strips decode"] < 0.8 * needs["whole decode"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from mezzotint.errors import BudgetError
 from mezzotint.memory import planner as memory
-from mezzotint.memory import system
+from mezzotint.memory import system, walk
 from mezzotint.memory.footprint import Model
 from mezzotint.train import budget
 from mezzotint.train.batches import Batch
@@ -49,7 +49,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensors_count_from_when_they_are_made_until_nothing_names_them() -> None:
     network = nn.Linear(8, 8, device="meta")
-    with torch.device("meta"), budget._Counting(network) as counting:
+    with torch.device("meta"), walk.TensorCounter(network) as counting:
         x = torch.empty(10, 8)
         assert counting.now == 320
         y = x * 2
@@ -59,18 +59,18 @@ def test_tensors_count_from_when_they_are_made_until_nothing_names_them() -> Non
         assert counting.now == 640, "a view keeps what it looks at"
         del view, x
         gc.collect()
-        assert counting.now == 0 and counting.most == 640
+        assert counting.now == 0 and counting.peak == 640
         out = network(torch.empty(10, 8)).square()  # input, result, square: of which the way back needs the first two
         assert counting.now == 960
         torch.autograd.backward(out.sum())
-        assert network.weight.grad is not None and counting.most >= 960 + 4 * 72
+        assert network.weight.grad is not None and counting.peak >= 960 + 4 * 72
 
 
 def test_a_convolution_counts_the_weight_that_onednn_lays_out() -> None:
     layer = nn.Conv2d(4, 4, 3, padding=1, device="meta")
-    with torch.device("meta"), torch.no_grad(), budget._Counting(layer) as counting:
+    with torch.device("meta"), torch.no_grad(), walk.TensorCounter(layer) as counting:
         layer(torch.empty(1, 4, 8, 8))
-    assert counting.most == 2 * 4 * 4 * 64 + 4 * layer.weight.numel()
+    assert counting.peak == 2 * 4 * 4 * 64 + 4 * layer.weight.numel()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -12,7 +12,7 @@ A stage's peak is the sum of
     the weights that are there in this stage: numbers times bytes of what they are kept as (placement.storage), and 4
     bytes a row for the scales of 8-bit ones
     the request's LoRA files
-    what the stage holds while it works (models/sizes.py: each tensor from when it is made until nothing names it)
+    what the stage holds while it works (walk.py: each tensor from when it is made until nothing refers to it)
 
 The constants are of torch's CPU build and of the tokenizers, measured once, and the same for every model, size and
 placement. On the CPU freed memory must go back to the system for the sum to be right: `system.return_freed`.
@@ -32,10 +32,9 @@ import torch
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.devices import best_device, device_of, dtype_of
-from mezzotint.memory import system
-from mezzotint.models import sizes
-from mezzotint.models.sizes import Working
-from mezzotint.models.vae_sizes import Half
+from mezzotint.memory import system, walk
+from mezzotint.memory.walk import Working
+from mezzotint.models.tiles import Half
 from mezzotint.placement import LEAST, Placement
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
@@ -213,10 +212,10 @@ class _Run:
         self.held = placement.weights != "resident" or self.storage is not None
         self.working = Working(
             itemsize=self.itemsize,
-            lays_out=self.cpu,
+            relays=self.cpu,
             unfolds=self.cpu and not _convolves(model.dtype),
             makes=placement.weights == "stream" or self.storage is not None,
-            beside=PIECE if placement.weights == "stream" else 0,
+            buffer=PIECE if placement.weights == "stream" else 0,
             attention=placement.attention,
         )
         self.always = self.base
@@ -287,11 +286,11 @@ class _Run:
 
     def encode(self) -> int:
         """The text encoders, on one window of one text at a time."""
-        ledgers = [sizes.text(config, self.working) for config in self.model.encoders]
+        walks = [walk.walk_text_encoder(config, self.itemsize) for config in self.model.encoders]
         windows = 2 * self.windows()
-        self.work += windows * sum(ledger.work for ledger in ledgers)
+        self.work += windows * sum(one.work for one in walks)
         self.uses("text", windows)
-        there = self.there("text") + max(ledger.peak for ledger in ledgers)
+        there = self.there("text") + max(one.peak(self.working) for one in walks)
         if self.placement.weights == "offload" and self.storage:  # the table of tokens comes first, and is large
             there = max(there, self.model.weights["text"].largest * (4 + KEPT_AS[self.storage]))
         return self.always + there
@@ -302,19 +301,20 @@ class _Run:
         channels, height, width = plan.latent_shape
         conditions = self.plan.condition_count
         split = self.placement.guidance == "split"
-        ledger = sizes.unet(
-            self.model.unet, pictures * (1 if split else conditions), height, width, tokens, self.working
-        )
+        batch = pictures * (1 if split else conditions)
+        step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize)
+        peak = step.peak(self.working, batch)
         groups = math.ceil(plan.request.count / pictures)
         calls = (len(plan.sigmas) - 1) * groups * (conditions if split else 1)
-        self.work += calls * ledger.work
+        self.work += calls * batch * step.work
         self.uses("unet", calls)
         self.moved += self.model.weights["unet"].large * self.itemsize * (calls - calls // conditions if split else 0)
-        self.most = max(self.most, ledger.peak)
-        run = sizes.keys_values(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize * self.variants()
+        self.most = max(self.most, peak)
+        run = walk.keys_values_numel(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize
+        run *= self.variants()
         run += 16 * pictures * channels * height * width * 4
         merged = self.kept("unet") if plan.few_step and self.placement.weights == "resident" else 0
-        return self.always + self.there("unet") + merged + run + ledger.peak
+        return self.always + self.there("unet") + merged + run + peak
 
     def vae(self, request: Request, pictures: int, half: Half) -> int:
         """One half of the VAE, and the pictures that are done."""
@@ -326,10 +326,10 @@ class _Run:
             itemsize = 4
             there += self.model.weights[name].large * 2 if not self.held else 0
         working = replace(self.working, itemsize=itemsize)
-        peak = sizes.vae_peak(self.model.vae, pictures, height, width, half, self.placement.vae, working)
+        peak = walk.vae_peak(self.model.vae, pictures, height, width, half, self.placement.vae, working)
         self.most = max(self.most, peak)
         times = math.ceil(request.count / pictures) * pictures
-        work = times * sizes.vae_work(self.model.vae, height, width, half)
+        work = times * walk.walk_vae(self.model.vae, height, width, half, itemsize=itemsize).work
         self.work += work
         if self.placement.vae != "whole":
             self.moved += work // MOVED // 5  # a fifth slower, as measured

@@ -3,7 +3,7 @@
 The whole way holds, at its worst layer, what goes in, that normalised, and what comes out. Here a group norm's mean and
 variance come from a first pass over the layer's input; then norm, SiLU and convolution make one strip of rows after
 another, from those rows and the ones next to them, and a residual is added where its input lies. So no more is held
-than a layer's input, its output and a few strips: `vae_sizes.strip_peak` says how much that is. It is exact; what is
+than a layer's input, its output and a few strips: It is exact; what is
 left is the order of float sums, about 1e-6 of the range in float32.
 
 A batch goes one picture after another. No gradients are kept. `seamless` holds as it does in the whole way.
@@ -11,8 +11,9 @@ A batch goes one picture after another. No gradients are kept. `seamless` holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from mezzotint.models.attention import attention
 from mezzotint.models.convolution import joined, pad
 from mezzotint.models.vae import VAE, Downsample, MidBlock, Posterior, ResnetBlock, SpatialAttention, Upsample
-from mezzotint.models.vae_sizes import STRIP, strip_rows
 
+STRIP = 2**21  # elements of a strip where it is widest: 8 MiB in float32, little beside a layer of a large picture
+T = TypeVar("T")
 Moments = Callable[[nn.GroupNorm, Tensor], tuple[Tensor, Tensor]]  # of a norm and its input: mean, variance (groups,)
 Part = Callable[[Tensor], Tensor]  # some rows -> those rows, each value by itself
 
@@ -30,49 +32,37 @@ Part = Callable[[Tensor], Tensor]  # some rows -> those rows, each value by itse
 @torch.no_grad()
 def decode_in_strips(vae: VAE, z: Tensor, strip: int = STRIP) -> Tensor:
     """What `vae.decode` gives of z (B, 4, h, w): pixels (B, 3, 8h, 8w). strip: about how many elements one has."""
-    return torch.cat([_decoded(Strips(strip), vae, one) for one in torch.split(z, 1)])
+    return torch.cat([decode_one(Strips(strip), vae, one) for one in torch.split(z, 1)])
 
 
 @torch.no_grad()
 def encode_in_strips(vae: VAE, pixels: Tensor, strip: int = STRIP) -> Posterior:
     """What `vae.encode` gives of pixels (B, 3, H, W) in [-1, 1]."""
-    return Posterior.from_moments(torch.cat([_encoded(Strips(strip), vae, one) for one in torch.split(pixels, 1)]))
+    return Posterior.from_moments(torch.cat([encode_one(Strips(strip), vae, one) for one in torch.split(pixels, 1)]))
 
 
-def _decoded(way: Strips, vae: VAE, z: Tensor) -> Tensor:
+def decode_one(strips: Strips, vae: VAE, z: Tensor) -> Tensor:
+    """Decode one picture's latents (1, 4, h, w)."""
     decoder = vae.decoder
-    x = way.convolved(decoder.conv_in, vae.post_quant_conv(z))
+    x = strips.convolve(decoder.conv_in, vae.post_quant_conv(z))
     for layer in decoder.layers():
-        x = way.layer(layer, x)
-    return way.convolved(decoder.conv_out, x, way.activation(decoder.conv_norm_out, x))
+        x = strips.layer(layer, x)
+    return strips.convolve(decoder.conv_out, x, strips.activation(decoder.conv_norm_out, x))
 
 
-def _encoded(way: Strips, vae: VAE, pixels: Tensor) -> Tensor:
+def encode_one(strips: Strips, vae: VAE, pixels: Tensor) -> Tensor:
+    """Encode one picture (1, 3, H, W) to the moments of its posterior (1, 8, h, w)."""
     encoder = vae.encoder
-    x = way.convolved(encoder.conv_in, pixels)
+    x = strips.convolve(encoder.conv_in, pixels)
     for layer in encoder.layers():
-        x = way.layer(layer, x)
-    return vae.quant_conv(  # type: ignore[no-any-return]
-        way.convolved(encoder.conv_out, x, way.activation(encoder.conv_norm_out, x))
-    )
+        x = strips.layer(layer, x)
+    moments = strips.convolve(encoder.conv_out, x, strips.activation(encoder.conv_norm_out, x))
+    return vae.quant_conv(moments)  # type: ignore[no-any-return]
 
 
-def moments_in_strips(norm: nn.GroupNorm, x: Tensor, strip: int = STRIP) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each of the norm's groups over all rows of x (1, C, h, w), at least in float32.
-
-    Each strip's and channel's own are joined as in Chan et al. 1983, eq. 2.1: no difference of large sums.
-    """
-    each = x.shape[1] // norm.num_groups
-    parts = torch.split(x, strip_rows(x.shape[1], x.shape[3], strip), dim=2)
-    means, variances = [], []
-    for rows in parts:
-        values = rows.permute(0, 2, 3, 1).flatten(0, 2).to(_exact(x))  # (pixels, C)
-        means.append(values.mean(0))
-        variances.append((values - means[-1]).square_().mean(0))
-    shares = torch.tensor([rows.shape[2] / x.shape[2] / each for rows in parts], dtype=_exact(x), device=x.device)
-    m, v = (torch.stack(made).view(len(parts), -1, each) for made in (means, variances))  # (strips, groups, each)
-    mean = torch.einsum("s,sgc->g", shares, m)
-    return mean, torch.einsum("s,sgc->g", shares, v + (m - mean[:, None]).square())
+def strip_rows(channels: int, width: int, strip: int = STRIP) -> int:
+    """Return the rows in a strip of a layer, given the larger of its input and output channels; at least 2."""
+    return max(strip // (channels * width) & ~1, 2)
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -81,27 +71,50 @@ def _exact(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Strips:
-    """How a layer is done. A method owns the x that it is given, (1, C, h, w), and may write its result there.
+    """How a layer is computed. A method owns its input x, (1, C, h, w), and may write its result there.
 
-    strip: elements of one, about. moments: where group norms have theirs from; None: from all rows of their input.
+    Attributes:
+        strip: About how many elements a strip has.
+        moments: Where group norms take their mean and variance from; None: from all rows of their input.
     """
 
     strip: int = STRIP
     moments: Moments | None = None
 
+    def each(self, pieces: Sequence[T]) -> Sequence[T]:
+        """Return the strips or tiles to compute: all. The memory planner takes the first few, without data."""
+        return pieces
+
+    def measure(self, norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each of the norm's groups over all rows of x (1, C, h, w), at least in float32.
+
+        The moments of strips and channels are combined as in Chan et al. 1983, eq. 2.1: no difference of large sums.
+        """
+        each = x.shape[1] // norm.num_groups
+        parts = self.each(torch.split(x, strip_rows(x.shape[1], x.shape[3], self.strip), dim=2))
+        means, variances = [], []
+        for rows in parts:
+            values = rows.permute(0, 2, 3, 1).flatten(0, 2).to(_exact(x))  # (pixels, C)
+            means.append(values.mean(0))
+            variances.append((values - means[-1]).square_().mean(0))
+        shares = torch.tensor([rows.shape[2] / x.shape[2] / each for rows in parts], dtype=_exact(x), device=x.device)
+        m, v = (torch.stack(made).view(len(parts), -1, each) for made in (means, variances))  # (strips, groups, each)
+        mean = torch.einsum("s,sgc->g", shares, m)
+        return mean, torch.einsum("s,sgc->g", shares, v + (m - mean[:, None]).square())
+
     def activation(self, norm: nn.GroupNorm, x: Tensor, act: bool = True) -> Part:
-        """SiLU of the group norm of some rows of x; or the norm alone."""
-        mean, variance = self.moments(norm, x) if self.moments else moments_in_strips(norm, x, self.strip)
+        """Return a function of rows of x: their group norm, and SiLU if `act`."""
+        mean, variance = (self.moments or self.measure)(norm, x)
         inverse = (variance + norm.eps).rsqrt()
         each = x.shape[1] // norm.num_groups
         scale = norm.weight * inverse.repeat_interleave(each)
         shift = norm.bias - mean.repeat_interleave(each) * scale
 
-        def activated(rows: Tensor) -> Tensor:
+        def activate(rows: Tensor) -> Tensor:
             normed = torch.addcmul(shift[:, None, None], rows, scale[:, None, None]).to(x.dtype)
             return F.silu(normed, inplace=True) if act else normed
 
-        return activated
+        return activate
 
     def layer(self, layer: nn.Module, x: Tensor) -> Tensor:
         """One of the layers between conv_in and conv_norm_out."""
@@ -115,12 +128,12 @@ class Strips:
                     x = self.layer(part, x)
                 return x
             case Upsample():
-                return self.convolved(layer.conv, x, scale=2)
+                return self.convolve(layer.conv, x, scale=2)
             case Downsample():
-                return self.convolved(layer.conv, x)
+                return self.convolve(layer.conv, x)
         raise TypeError(f"no layer of the VAE: {type(layer).__name__}")
 
-    def convolved(self, conv: nn.Conv2d, x: Tensor, prepare: Part | None = None, scale: int = 1) -> Tensor:
+    def convolve(self, conv: nn.Conv2d, x: Tensor, prepare: Part | None = None, scale: int = 1) -> Tensor:
         """The convolution of what `prepare` makes of x, or of x; scale: how often each pixel is repeated first."""
         size = (1, conv.out_channels, *(scale * side // conv.stride[0] for side in x.shape[2:]))
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -130,7 +143,7 @@ class Strips:
 
     def resnet(self, block: ResnetBlock, x: Tensor) -> Tensor:
         """The block's result, written over x, or over what the first convolution made where x is not as wide."""
-        h = self.convolved(block.conv1, x, self.activation(block.norm1, x))
+        h = self.convolve(block.conv1, x, self.activation(block.norm1, x))
         parts = self._parts(block.conv2, h, self.activation(block.norm2, h))
         if isinstance(block.conv_shortcut, nn.Identity):
             for rows, part in parts:
@@ -147,10 +160,10 @@ class Strips:
         step = strip_rows(channels, width, self.strip)
         strips = [slice(first, min(first + step, height)) for first in range(0, height, step)]
         k, v = x.new_empty(2, 1, 1, height * width, channels)
-        for rows in strips:
+        for rows in self.each(strips):
             h, places = _positions(norm(x[:, :, rows])), slice(rows.start * width, rows.stop * width)
             k[:, :, places], v[:, :, places] = layer.to_k(h), layer.to_v(h)
-        for rows in strips:
+        for rows in self.each(strips):
             h = layer.to_out[0](attention(layer.to_q(_positions(norm(x[:, :, rows]))), k, v))
             x[:, :, rows] += h.unflatten(2, (-1, width)).squeeze(1).permute(0, 3, 1, 2)
         return x
@@ -176,7 +189,7 @@ class Strips:
             return h if inside else pad(h, (before, after, 0, 0))
 
         h = read(0)
-        for first in range(0, height, step):
+        for first in self.each(range(0, height, step)):
             part = F.conv2d(h, weight, bias, stride, (0, before if inside else 0))
             if first + step < height:
                 h = read(first + step)

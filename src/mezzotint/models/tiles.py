@@ -1,7 +1,7 @@
 """The VAE in overlapping tiles: pixels and latents almost the same, from about what one tile needs.
 
 The layers near the latents, where a picture is small, are done on the whole of it, exactly, in strips: the middle with
-its attention, and as many more as need no more than a tile does (`vae_sizes.on_the_whole`). The others are tiled. They
+its attention, and as many more as need no more than a tile does (`untiled_layers`). The others are tiled. They
 are convolutions, which see few neighbours, and group norms, whose mean and variance are the whole picture's: tiles that
 took their own would differ in colour and contrast, and the seams would show. So these are measured once, on a copy of
 the picture with rows and columns left out until it is of a tile's size, and are the same in every tile. What is left of
@@ -13,20 +13,24 @@ A batch goes one picture after another. No gradients are kept. `seamless` holds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
-from typing import NamedTuple
+from dataclasses import replace
+from itertools import pairwise, product, takewhile
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.config import VAEConfig
 from mezzotint.errors import RequestError
 from mezzotint.models.convolution import joined, pad, seamless
-from mezzotint.models.strips import Moments, Strips, moments_in_strips
+from mezzotint.models.strips import STRIP, Moments, Strips, strip_rows
 from mezzotint.models.vae import VAE, Downsample, Posterior
-from mezzotint.models.vae_sizes import OVERLAP, STRIP, TILE, on_the_whole
 
-Tiled = Callable[[Strips, Tensor], Tensor]  # the layers that are tiled
+TILE = 64  # latents along a side of a tile
+OVERLAP = 16  # of them shared with the next one
+Half = Literal["encode", "decode"]
+Layers = Callable[[Strips, Tensor], Tensor]  # those that are tiled
 
 
 @torch.no_grad()
@@ -35,88 +39,97 @@ def decode_in_tiles(vae: VAE, z: Tensor, tile: int = TILE, overlap: int = OVERLA
 
     tile: its side in latents. overlap: those shared with the next one, at most a quarter of it. strip: as in strips.
     """
-    decoder, side = vae.decoder, vae.config.downscale
-    near = on_the_whole(vae.config, z.shape[2] * side, z.shape[3] * side, "decode", tile, z.itemsize, strip)
-    first, rest = decoder.layers()[:near], decoder.layers()[near:]
-
-    def tiled(way: Strips, x: Tensor) -> Tensor:
-        for layer in rest:
-            x = way.layer(layer, x)
-        return way.convolved(decoder.conv_out, x, way.activation(decoder.conv_norm_out, x))
-
-    def decoded(one: Tensor) -> Tensor:
-        way = Strips(strip)
-        x = way.convolved(decoder.conv_in, vae.post_quant_conv(one))
-        for layer in first:
-            x = way.layer(layer, x)
-        cells = x.shape[2] // one.shape[2]
-        return _tiled(tiled, x, tile, overlap, cells, side, strip) if rest else tiled(way, x)
-
-    return torch.cat([decoded(one) for one in torch.split(z, 1)])
+    return torch.cat([decode_one(Strips(strip), vae, one, tile, overlap) for one in torch.split(z, 1)])
 
 
 @torch.no_grad()
 def encode_in_tiles(
     vae: VAE, pixels: Tensor, tile: int = TILE, overlap: int = OVERLAP, strip: int = STRIP
 ) -> Posterior:
-    """About what `vae.encode` gives of pixels (B, 3, H, W) in [-1, 1]."""
+    """Return about what `vae.encode` makes of pixels (B, 3, H, W) in [-1, 1]."""
+    return Posterior.from_moments(
+        torch.cat([encode_one(Strips(strip), vae, one, tile, overlap) for one in torch.split(pixels, 1)])
+    )
+
+
+def decode_one(strips: Strips, vae: VAE, z: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
+    """Decode one picture's latents (1, 4, h, w)."""
+    decoder, side = vae.decoder, vae.config.downscale
+    height, width = z.shape[2] * side, z.shape[3] * side
+    near = untiled_layers(vae.config, height, width, "decode", tile, z.itemsize, strips.strip)
+    first, rest = decoder.layers()[:near], decoder.layers()[near:]
+
+    def outer(strips: Strips, x: Tensor) -> Tensor:
+        for layer in rest:
+            x = strips.layer(layer, x)
+        return strips.convolve(decoder.conv_out, x, strips.activation(decoder.conv_norm_out, x))
+
+    x = strips.convolve(decoder.conv_in, vae.post_quant_conv(z))
+    for layer in first:
+        x = strips.layer(layer, x)
+    cells = x.shape[2] // z.shape[2]
+    return _in_tiles(outer, strips, x, tile, overlap, cells, side) if rest else outer(strips, x)
+
+
+def encode_one(strips: Strips, vae: VAE, pixels: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
+    """Encode one picture (1, 3, H, W) to the moments of its posterior (1, 8, h, w)."""
     encoder, side = vae.encoder, vae.config.downscale
-    near = on_the_whole(vae.config, pixels.shape[2], pixels.shape[3], "encode", tile, pixels.itemsize, strip)
+    height, width = pixels.shape[2:]
+    near = untiled_layers(vae.config, height, width, "encode", tile, pixels.itemsize, strips.strip)
     first, rest = encoder.layers()[:-near], encoder.layers()[-near:]
 
-    def tiled(way: Strips, x: Tensor) -> Tensor:
-        x = way.convolved(encoder.conv_in, x)
+    def outer(strips: Strips, x: Tensor) -> Tensor:
+        x = strips.convolve(encoder.conv_in, x)
         for layer in first:
-            x = way.layer(layer, x)
+            x = strips.layer(layer, x)
         return x
 
-    def encoded(one: Tensor) -> Tensor:
-        way = Strips(strip)
-        halvings = sum(isinstance(layer, Downsample) for layer in first)
-        x = _tiled(tiled, one, tile, overlap, side, side >> halvings, strip) if first else tiled(way, one)
-        for layer in rest:
-            x = way.layer(layer, x)
-        moments = way.convolved(encoder.conv_out, x, way.activation(encoder.conv_norm_out, x))
-        return vae.quant_conv(moments)  # type: ignore[no-any-return]
-
-    return Posterior.from_moments(torch.cat([encoded(one) for one in torch.split(pixels, 1)]))
+    halvings = sum(isinstance(layer, Downsample) for layer in first)
+    x = _in_tiles(outer, strips, pixels, tile, overlap, side, side >> halvings) if first else outer(strips, pixels)
+    for layer in rest:
+        x = strips.layer(layer, x)
+    moments = strips.convolve(encoder.conv_out, x, strips.activation(encoder.conv_norm_out, x))
+    return vae.quant_conv(moments)  # type: ignore[no-any-return]
 
 
-def _tiled(layers: Tiled, x: Tensor, tile: int, overlap: int, cells: int, made: int, strip: int) -> Tensor:
-    """`layers` of x (1, C, h, w), tile by tile. cells and made: of x and of the result along the side of a latent."""
-    given, channels = _measured(layers, x, tile * cells, strip)
+def _in_tiles(
+    layers: Layers, strips: Strips, x: Tensor, tile: int, overlap: int, cells_in: int, cells_out: int
+) -> Tensor:
+    """Return `layers` of x (1, C, h, w), tile by tile; `cells_in`, `cells_out`: of a latent's side, in x and result."""
+    moments, channels = _measure(layers, strips, x, tile * cells_in)
     # joined sides go on with what lies opposite; what is made of that is cut off at the end
     down, across = (
-        min(overlap, length // cells) if axis in joined.get() else 0
+        min(overlap, length // cells_in) if axis in joined.get() else 0
         for axis, length in zip("yx", x.shape[2:], strict=True)
     )
-    x = pad(x, (across * cells, across * cells, down * cells, down * cells))
-    rows, columns = (spans(length // cells, tile, overlap) for length in x.shape[2:])
-    size = (1, channels, rows[-1].last * made, columns[-1].last * made)
+    x = pad(x, (across * cells_in, across * cells_in, down * cells_in, down * cells_in))
+    rows, columns = (spans(length // cells_in, tile, overlap) for length in x.shape[2:])
+    size = (1, channels, rows[-1].last * cells_out, columns[-1].last * cells_out)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
+    inner = replace(strips, moments=moments)
     with seamless(None):
-        for row in rows:
-            for column in columns:
-                part = layers(Strips(strip, given), x[:, :, row.cells(cells), column.cells(cells)].clone())
-                part *= row.weights(made, part)[:, None]
-                part *= column.weights(made, part)
-                out[:, :, row.cells(made), column.cells(made)] += part
-    return out[:, :, down * made : out.shape[2] - down * made, across * made : out.shape[3] - across * made]
+        for row, column in strips.each(list(product(rows, columns))):
+            part = layers(inner, x[:, :, row.cells(cells_in), column.cells(cells_in)].clone())
+            part *= row.weights(cells_out, part)[:, None]
+            part *= column.weights(cells_out, part)
+            out[:, :, row.cells(cells_out), column.cells(cells_out)] += part
+    top, left = down * cells_out, across * cells_out
+    return out[:, :, top : out.shape[2] - top, left : out.shape[3] - left]
 
 
-def _measured(layers: Tiled, x: Tensor, side: int, strip: int) -> tuple[Moments, int]:
-    """What the norms of `layers` measure on a copy of x at most as large as a tile, and the channels that they make.
+def _measure(layers: Layers, strips: Strips, x: Tensor, side: int) -> tuple[Moments, int]:
+    """Measure the norms of `layers` on a copy of x at most as large as a tile; return also the channels they make.
 
     Rows and columns are left out, not averaged: that keeps the distribution of the values at a place.
     """
     found: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def measure(norm: nn.GroupNorm, h: Tensor) -> tuple[Tensor, Tensor]:
-        found[norm] = moments_in_strips(norm, h, strip)
+        found[norm] = strips.measure(norm, h)
         return found[norm]
 
     size = [min(side, length) for length in x.shape[2:]]
-    channels = layers(Strips(strip, measure), F.interpolate(x, size=size, mode="nearest")).shape[1]
+    channels = layers(replace(strips, moments=measure), F.interpolate(x, size=size, mode="nearest")).shape[1]
     return lambda norm, _: found[norm], channels
 
 
@@ -151,3 +164,91 @@ def spans(length: int, tile: int, overlap: int) -> list[Span]:
     firsts = [round(k * (length - size) / max(count - 1, 1)) for k in range(count)]
     shared = [0, *(a + size - b for a, b in pairwise(firsts)), 0]
     return [Span(first, first + size, *pair) for first, pair in zip(firsts, pairwise(shared), strict=True)]
+
+
+# ---- which layers are not tiled --------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A step of the network: its channels in and out, and the rows and columns of its larger side."""
+
+    kind: Literal["end", "resnet", "attention", "behind attention", "upsample", "downsample"]
+    channels_in: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def places(self) -> int:
+        return self.height * self.width
+
+    @property
+    def weight(self) -> int:
+        """Elements of its larger 3x3 convolution's weight."""
+        return 0 if self.kind == "attention" else 9 * max(self.channels_in, self.channels) * self.channels
+
+
+def layers(config: VAEConfig, height: int, width: int, half: Half) -> tuple[list[Layer], list[Layer]]:
+    """The steps next to the latents, and those from there to the pixels, for a picture of that size in pixels."""
+    widths, side, last = config.block_out_channels, config.downscale, len(config.block_out_channels) - 1
+    deep = height // side, width // side
+    inner = [Layer("resnet", widths[-1], widths[-1], *deep)]
+    if config.mid_block_add_attention:
+        inner.append(Layer("attention", widths[-1], widths[-1], *deep))
+    inner.append(Layer("behind attention", widths[-1], widths[-1], *deep))
+    outer: list[Layer] = []
+    for i, channels in reversed(list(enumerate(widths))):
+        here = height >> i, width >> i
+        if half == "decode":
+            outer.append(Layer("resnet", widths[min(i + 1, last)], channels, *here))
+            outer += [Layer("resnet", channels, channels, *here)] * config.layers_per_block
+            outer += [Layer("upsample", channels, channels, height >> i - 1, width >> i - 1)] if i else []
+        else:
+            outer += [Layer("downsample", channels, channels, *here)] if i < last else []
+            outer += [Layer("resnet", channels, channels, *here)] * (config.layers_per_block - 1)
+            outer.append(Layer("resnet", widths[max(i - 1, 0)], channels, *here))
+    if half == "decode":
+        inner.insert(0, Layer("end", config.latent_channels, widths[-1], *deep))
+        outer.append(Layer("end", widths[0], config.out_channels, height, width))
+    else:
+        inner.insert(0, Layer("end", widths[-1], 2 * config.latent_channels, *deep))
+        outer.append(Layer("end", config.in_channels, widths[0], height, width))
+    return inner, outer
+
+
+def untiled_layers(
+    config: VAEConfig, height: int, width: int, half: Half, tile: int = TILE, itemsize: int = 4, strip: int = STRIP
+) -> int:
+    """How many of the network's `layers()` are not tiled, from the latents on: all that need no more than a tile does.
+
+    The first level at least, with the sampler behind it where there are others: the norms there decide most.
+    """
+    side = tile * config.downscale
+    inner, outer = layers(config, side, side, half)
+    limit = max(_in_strips(layer, itemsize, strip) for layer in inner + outer)
+    _, outer = layers(config, height, width, half)
+    fit = len(list(takewhile(lambda layer: _in_strips(layer, itemsize, strip) <= limit, outer[:-1])))
+    samplers = [k for k, layer in enumerate(outer, 1) if layer.kind in ("upsample", "downsample")]
+    return 1 + (max(fit, samplers[0]) if len(samplers) > 1 else fit)
+
+
+def _in_strips(layer: Layer, itemsize: int, strip: int) -> int:
+    """Elements that a layer needs in strips."""
+    a, b, places = layer.channels_in, layer.channels, layer.places
+    copies = 3 if itemsize >= 4 else 4
+
+    def strips(a: int, down: int = 1) -> int:
+        rows = min(strip_rows(max(a, b), layer.width, strip), layer.height // down)
+        return 2 * b * rows * layer.width // down + copies * a * (rows * down + 2) * layer.width + layer.weight
+
+    match layer.kind:
+        case "resnet" | "behind attention":
+            return (a + b) * places + max(strips(a), strips(b))
+        case "attention":
+            return 3 * a * places + strips(a)
+        case "upsample":
+            return b * places + a * places // 4 + strips(a)
+        case "downsample":
+            return a * places + b * places // 4 + strips(a, down=2)
+        case "end":
+            return (a + b) * places + strips(a)

@@ -11,8 +11,7 @@ from mezzotint.models.strips import decode_in_strips, encode_in_strips
 from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles
 from mezzotint.models.vae import VAE, Posterior
 
-Way = Literal["whole", "strips", "tiles"]
-
+VAEMode = Literal["whole", "strips", "tiles"]
 
 DECODE: dict[str, Callable[[VAE, Tensor], Tensor]] = {
     "whole": VAE.decode,
@@ -26,11 +25,11 @@ ENCODE: dict[str, Callable[[VAE, Tensor], Posterior]] = {
 }
 
 
-def decode(vae: VAE, z: Tensor, way: Way = "whole") -> Tensor:
+def decode(vae: VAE, z: Tensor, vae_mode: VAEMode = "whole") -> Tensor:
     """Unscaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w)."""
-    return DECODE[way](vae, z)
+    return DECODE[vae_mode](vae, z)
 
 
-def encode(vae: VAE, pixels: Tensor, way: Way = "whole") -> Posterior:
+def encode(vae: VAE, pixels: Tensor, vae_mode: VAEMode = "whole") -> Posterior:
     """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
-    return ENCODE[way](vae, pixels)
+    return ENCODE[vae_mode](vae, pixels)

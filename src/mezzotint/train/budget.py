@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,20 +22,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mezzotint.errors import BudgetError
-from mezzotint.memory import system
+from mezzotint.memory import system, walk
 from mezzotint.memory.footprint import LIBRARIES, MAPPED, PIECE, TOKEN, Model, predict
 from mezzotint.memory.planner import AUTO, HEAP, SAFETY
-from mezzotint.models import sizes
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.checkpointing import checkpointing
-from mezzotint.models.offload import Weight, hold, holdable
 from mezzotint.models.unet import Condition
-from mezzotint.models.vae_modes import Way
+from mezzotint.models.vae_modes import VAEMode
 from mezzotint.placement import Placement, bytes_of, size
 from mezzotint.request import Request
 from mezzotint.train.buckets import Size
@@ -59,7 +54,7 @@ class Measures:
     aside: bool = False
     weights: str = "resident"
     storage: str | None = None
-    vae: Way = "whole"
+    vae: VAEMode = "whole"
     checkpointing: bool = False
     at_once: int = 1
 
@@ -210,7 +205,7 @@ class _Run:
             kept += [("stream", None)] if self.cpu else []
         yield Measures(bool(aside(recipe, self.model)), checkpointing=recipe.checkpointing, at_once=recipe.batch)
         agains = (True,) if recipe.checkpointing else (False, True)
-        ways: tuple[Way, ...] = ("whole", "strips")
+        ways: tuple[VAEMode, ...] = ("whole", "strips")
         for again, (weights, storage), at_once, vae in product(agains, kept, batches, ways):
             yield Measures(True, weights, storage, vae, again, at_once)
         if self.change != "full":
@@ -258,13 +253,13 @@ class _Run:
         }
         states, gradients = own + parts["optimiser"] + parts["averages"], 4 * self.numbers
         beside = states + gradients  # what there is while a batch is made ready in the course of training
-        working = sizes.Working(self.itemsize, lays_out=self.cpu, makes=measures.aside)
+        working = walk.Working(self.itemsize, relays=self.cpu, makes=measures.aside)
         opened = DECODED * max(width * height for width, height in self.pictures)
-        encoding = max(sizes.vae_peak(model.vae, 1, h, w, "encode", measures.vae, working) for w, h in self.buckets)
+        encoding = max(walk.vae_peak(model.vae, 1, h, w, "encode", measures.vae, working) for w, h in self.buckets)
         first = there + beside if recipe.random_crop else before
         stages["pictures"] = first + brought["encoder"] + max(opened, encoding)
         if not self.texts_learn:
-            text = max(sizes.text(config, working).peak for config in model.encoders)
+            text = max(walk.walk_text_encoder(config, self.itemsize).peak(working) for config in model.encoders)
             stages["captions"] = (there + beside if recipe.shuffle_tags else before) + brought["text"] + text
         copied = 4 * (weights["unet"].large + weights["text"].large)
         if recipe.method == "dreambooth" and recipe.class_prompt:
@@ -299,10 +294,7 @@ class _Run:
         found = self.model.found
         networks: dict[str, Any] = {part.name: part.network().to(self.model.dtype) for part in found.parts}
         if held:
-            for layer in networks["unet"].modules():
-                weight = getattr(layer, "weight", None)
-                if isinstance(weight, Tensor) and holdable(layer, weight):
-                    hold(layer, _Shape(weight.shape), weight.dtype, weight.device)
+            walk.offload_to_meta(networks["unet"])
         encoders = [networks[name] for name in ENCODERS if name in networks]
         parts = Parts(
             found.family, networks["unet"], networks["vae"], encoders, [make() for make in found.tokenizers],
@@ -330,12 +322,12 @@ class _Run:
         twice = self.recipe.accumulate * self.recipe.batch > at_once
         with torch.device("meta"), torch.random.fork_rng(devices=[]), backend(_Fused()):
             trainable.zero_grad(set_to_none=True)
-            with _Counting(trainable) as counting:
+            with walk.TensorCounter(trainable) as counter:
                 for _ in range(1 + twice):
                     self._step(trainable, shape, networks)
             trainable.zero_grad(set_to_none=True)
         # in sixteen bits the gradients are float32's all the same, and autocast has its copies of what learns
-        most: int = counting.most + (4 * self.numbers if self.itemsize == 2 else 0)
+        most: int = counter.peak + (4 * self.numbers if self.itemsize == 2 else 0)
         return most
 
     def _step(self, trainable: TrainableModel, shape: tuple[int, ...], again: list[nn.Module]) -> None:
@@ -351,53 +343,9 @@ class _Run:
             torch.autograd.backward(total)
 
 
-class _Shape(Weight):
-    """A weight that is kept elsewhere, on the meta device: it takes memory while it is used, and before none."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
-
-    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(self.shape, dtype=dtype, device=device)
-
-
 class _Fused(Backend):
     """Attention that holds no scores, as every device's has it; the meta device's own choice would."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         made: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
         return made
-
-
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made inside, while they are there."""
-
-    def __init__(self, trainable: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._sizes = {t.untyped_storage()._cdata: 0 for t in (*trainable.parameters(), *trainable.buffers())}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        if func.overloadpacket in CONVOLUTIONS:  # oneDNN lays the weight out anew
-            weight = args[CONVOLUTIONS[func.overloadpacket]]
-            if weight.shape[-1] > 1:
-                self.most = max(self.most, self.now + weight.numel() * weight.element_size())
-        return made
-
-    def _note(self, storage: Any) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
-
-
-CONVOLUTIONS = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2}

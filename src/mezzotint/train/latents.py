@@ -30,7 +30,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.models.vae import VAE, Posterior
-from mezzotint.models.vae_modes import Way, encode
+from mezzotint.models.vae_modes import VAEMode, encode
 from mezzotint.train.buckets import Size
 from mezzotint.train.data import Example
 
@@ -100,7 +100,7 @@ class Store:
 class Latents:
     """Of pictures, by this VAE; kept below `folder`, or in memory without one."""
 
-    def __init__(self, vae: VAE, folder: Path | None = None, way: Way = "whole") -> None:
+    def __init__(self, vae: VAE, folder: Path | None = None, way: VAEMode = "whole") -> None:
         """way: how the VAE encodes, as in Placement.vae."""
         self.vae, self.way = vae, way
         self.store = Store(folder and folder / "latents")

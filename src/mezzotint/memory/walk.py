@@ -1,0 +1,349 @@
+"""What the networks hold while they run, and how much they compute: a walk through their own forward, without memory.
+
+A network is built on torch's meta device, where tensors have shapes and no data, and called once. `TensorCounter` sees
+every operation and counts each tensor from the operation that makes it until nothing refers to it. What torch's CPU
+kernels allocate beyond their results is added by formula (`Working`):
+
+    the weight of a convolution larger than 1x1, which oneDNN copies into its own layout at each call; in a dtype that
+    oneDNN has no convolution for on this processor, the unfolded input instead
+    a weight that is stored elsewhere or in another dtype, made whole for the one call that uses it
+    the attention scores, where the backend writes them to memory
+
+Walks are cached: one for each configuration, size, dtype and, for a VAE, mode. Batch, placement of the weights and
+attention backend are accounted for afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.memory.meta_ops import RESULTS, aten
+from mezzotint.models import strips, tiles
+from mezzotint.models.attention import backend
+from mezzotint.models.backends import Backend
+from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.offload import Weight, hold, holdable
+from mezzotint.models.strips import Strips
+from mezzotint.models.tiles import Half
+from mezzotint.models.unet import Condition, UNet
+from mezzotint.models.vae import VAE
+from mezzotint.models.vae_modes import VAEMode
+from mezzotint.placement import SLICE, bytes_of
+
+CONVOLUTION_WEIGHTS = {aten.conv2d: 1, aten.convolution: 1, aten.convolution_backward: 2}  # where in their arguments
+SIXTEEN_BITS = 2
+
+
+@dataclass(frozen=True)
+class Working:
+    """How networks run.
+
+    Attributes:
+        itemsize: Bytes of a number.
+        relays: Whether convolutions copy their weights into another layout (on the CPU).
+        unfolds: Whether convolutions unfold their inputs instead (on the CPU, in some dtypes).
+        makes: Whether a large weight is made for each use, because it is stored elsewhere or in another dtype.
+        buffer: Bytes needed beside a weight while it is made.
+        attention: The attention backend, as in `Placement.attention`.
+    """
+
+    itemsize: int = 4
+    relays: bool = True
+    unfolds: bool = False
+    makes: bool = False
+    buffer: int = 0
+    attention: str = "auto"
+
+    def scores(self, heads: int, queries: int, keys: int) -> int:
+        """Return the bytes of attention scores that the backend writes to memory; `heads` counts the whole batch."""
+        whole = 2 * heads * queries * keys * self.itemsize  # and their softmax
+        if self.attention.startswith("sliced"):
+            return min(whole, bytes_of(self.attention.partition(":")[2] or SLICE))
+        return whole if self.attention == "math" else 0
+
+
+class TensorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of all tensors that are made inside, for as long as they exist.
+
+    Attributes:
+        now: Bytes that exist now.
+        peak: The largest `now` so far, with the copied weight of a convolution while it runs.
+    """
+
+    def __init__(self, *networks: nn.Module) -> None:
+        """`networks`: those whose parameters and buffers do not count."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        tensors = (t for network in networks for t in (*network.parameters(), *network.buffers()))
+        self._sizes = {t.untyped_storage()._cdata: 0 for t in tensors}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else the first operation imports torch's compiler: 2 s and 80 MB
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        if (place := CONVOLUTION_WEIGHTS.get(func.overloadpacket)) is not None:
+            weight = args[place]
+            if weight.shape[-1] > 1:
+                self.peak = max(self.peak, self.now + weight.nbytes)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One operation, for one picture: bytes of the tensors that exist; of the weights made for the layer; of a copied
+    convolution weight; of an unfolded input; (heads, queries, keys) of an attention.
+    """
+
+    tensors: int
+    weights: int = 0
+    relaid: int = 0
+    unfolded: int = 0
+    scores: tuple[int, int, int] | None = None
+
+    def bytes(self, working: Working, batch: int) -> int:
+        """Return what exists at this moment in a batch."""
+        total = batch * self.tensors
+        if working.makes and self.weights:
+            total += self.weights + working.buffer
+        if working.unfolds:
+            total += batch * self.unfolded
+        elif working.relays:
+            total += self.relaid
+        if self.scores:
+            heads, queries, keys = self.scores
+            total += working.scores(batch * heads, queries, keys)
+        return total
+
+
+@dataclass
+class Footprint:
+    """A walk's moments and its multiplications, for one picture; and bytes of its result."""
+
+    moments: set[Moment] = field(default_factory=set)
+    work: int = 0
+    result: int = 0
+
+    def peak(self, working: Working, batch: int = 1) -> int:
+        """Return the bytes that exist at most, beyond the weights and the inputs."""
+        return max(moment.bytes(working, batch) for moment in self.moments)
+
+
+class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
+    """Record a forward pass without gradients. Weights are made by `_MetaWeight`, which are counted apart."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.made = 0  # bytes of weights that exist now
+        self.footprint = Footprint()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        op = func.overloadpacket
+        result = RESULTS[op](*args, **kwargs) if op in RESULTS else func(*args, **kwargs)
+        if op is aten.empty_strided:  # only _MetaWeight makes tensors so
+            storage = result.untyped_storage()
+            self.made += result.nbytes
+            self._sizes[storage._cdata] = 0
+            weakref.finalize(storage, self._release_weight, storage._cdata, result.nbytes)
+            return result
+        before = self.now
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        if self.now > before:
+            self.record()
+        if op is aten.conv2d:
+            self._convolution(args[1], result)
+        elif op is aten.linear:
+            self.footprint.work += result.numel() * args[1].shape[1]
+        return result
+
+    def record(self, **more: Any) -> None:
+        """Add this moment."""
+        self.footprint.moments.add(Moment(self.now, self.made, **more))
+
+    def _convolution(self, weight: Tensor, result: Tensor) -> None:
+        _, inputs, height, width = weight.shape
+        self.footprint.work += result.numel() * inputs * height * width
+        if height * width > 1:
+            cells = result.shape[0] * result.shape[2] * result.shape[3]
+            unfolded = cells * inputs * height * width * result.itemsize
+            self.record(relaid=weight.nbytes, unfolded=unfolded)
+
+    def _release_weight(self, key: int, size: int) -> None:
+        self._sizes.pop(key)
+        self.made -= size
+
+
+class _MetaWeight(Weight):
+    """A weight without data, made at each use."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, _contiguous(self.shape), dtype=dtype, device="meta")
+
+    def rows(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*ids.shape, self.shape[1], dtype=dtype, device="meta")
+
+
+class _Attention(Backend):
+    """Attention that allocates its result alone, and records how large its scores would be."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        batch, heads, queries, _ = q.shape
+        result = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+        walk = torch.utils._python_dispatch._get_current_dispatch_mode()
+        assert isinstance(walk, _Walk)
+        walk.record(scores=(batch * heads, queries, k.shape[2]))
+        walk.footprint.work += batch * heads * queries * k.shape[2] * (q.shape[-1] + v.shape[-1])
+        return result
+
+
+class _FewStrips(Strips):
+    """The first and the last strips of each layer and tiles of a picture: those between need no more memory."""
+
+    def each(self, pieces: Any) -> Any:
+        return pieces if len(pieces) < 6 else [*pieces[:3], *pieces[-2:]]
+
+
+@lru_cache(maxsize=8)
+def _build(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
+    """A network on the meta device, its large weights made at each use."""
+    with torch.device("meta"):
+        network = kind(config).eval().requires_grad_(False).to(dtype)
+    offload_to_meta(network)
+    return network
+
+
+def offload_to_meta(network: nn.Module) -> None:
+    """Replace the network's large weights by ones without data that are made at each use."""
+    for layer in network.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and holdable(layer, weight):
+            hold(layer, _MetaWeight(weight.shape), weight.dtype, weight.device)
+
+
+def _walk(network: nn.Module, call: Callable[[], Tensor]) -> Footprint:
+    with torch.inference_mode(), backend(_Attention()), _Walk(network) as walk:
+        result = call()
+        walk.footprint.result = result.nbytes
+        del result
+    footprint: Footprint = walk.footprint
+    return footprint
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dtype(itemsize: int) -> torch.dtype:
+    return torch.bfloat16 if itemsize == SIXTEEN_BITS else torch.float32
+
+
+@lru_cache(maxsize=64)
+def walk_unet(config: UNetConfig, height: int, width: int, tokens: int, itemsize: int = 4) -> Footprint:
+    """Walk one call of the UNet on latents of this size; the keys and values of `tokens` are inputs."""
+    dtype = _dtype(itemsize)
+    network: UNet = _build(UNet, config, dtype)
+    with torch.inference_mode():
+        keys_values = [
+            2 * (_empty(1, attn.heads, tokens, attn.to_k.out_features // attn.heads, dtype=dtype),)
+            for attn in network._attentions
+            if attn.cross
+        ]
+        times = [_empty(1, resnet.conv1.out_channels, dtype=dtype) for resnet in network._resnets]
+        x, condition = _empty(1, config.in_channels, height, width, dtype=dtype), Condition(_empty(1, dtype=dtype))
+    return _walk(network, lambda: network(x, 0.0, condition, keys_values=keys_values, time_projections=times))
+
+
+def keys_values_numel(config: UNetConfig, tokens: int) -> int:
+    """Return how many numbers the keys and values of one condition have, over all layers."""
+    network: UNet = _build(UNet, config, torch.float32)
+    return sum(2 * tokens * attn.to_k.out_features for attn in network._attentions if attn.cross)
+
+
+@lru_cache(maxsize=64)
+def walk_text_encoder(config: CLIPConfig, itemsize: int = 4) -> Footprint:
+    """Walk one call of a text encoder on one window of tokens."""
+    dtype = _dtype(itemsize)
+    network: CLIPTextModel = _build(CLIPTextModel, config, dtype)
+    window = config.max_position_embeddings
+    encoder = network.text_model.encoder
+    return _walk(network, lambda: encoder(_empty(1, window, config.hidden_size, dtype=dtype))[-1])
+
+
+@lru_cache(maxsize=64)
+def walk_vae(
+    config: VAEConfig, height: int, width: int, half: Half, mode: VAEMode = "whole", itemsize: int = 4
+) -> Footprint:
+    """Walk one half of the VAE on one picture of this size in pixels."""
+    dtype = _dtype(itemsize)
+    vae: VAE = _build(VAE, config, dtype)
+    side = config.downscale
+    encoding = half == "encode"
+    with torch.inference_mode():
+        x = (
+            _empty(1, config.in_channels, height, width, dtype=dtype)
+            if encoding
+            else _empty(1, config.latent_channels, height // side, width // side, dtype=dtype)
+        )
+    few = _FewStrips()
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+        ("decode", "whole"): lambda: vae.decode(x),
+        ("encode", "whole"): lambda: vae.quant_conv(vae.encoder(x)),
+        ("decode", "strips"): lambda: strips.decode_one(few, vae, x),
+        ("encode", "strips"): lambda: strips.encode_one(few, vae, x),
+        ("decode", "tiles"): lambda: tiles.decode_one(few, vae, x),
+        ("encode", "tiles"): lambda: tiles.encode_one(few, vae, x),
+    }
+    return _walk(vae, calls[half, mode])
+
+
+def vae_peak(
+    config: VAEConfig, batch: int, height: int, width: int, half: Half, mode: VAEMode, working: Working
+) -> int:
+    """Return the bytes that one half of the VAE needs on a batch of pictures, beyond its weights.
+
+    Strips and tiles take one picture after another, and their results are put together at the end.
+    """
+    walk = walk_vae(config, height, width, half, mode, working.itemsize)
+    if mode == "whole":
+        return walk.peak(working, batch)
+    return walk.peak(working) + 2 * (batch - 1) * walk.result
+
+
+def _contiguous(shape: torch.Size) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
