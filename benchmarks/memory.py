@@ -139,7 +139,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     mark("encode")
     result = pipe.generate(request, on_step=lambda *_: mark("step"), on_image=lambda *_: mark("decode"))
     for image in result.images:
-        mezzotint.images.io.encoded(image, "PNG")
+        mezzotint.images.io.encode_file(image, "PNG")
     mark("png")
     most = max(measured.values())
     return said | {

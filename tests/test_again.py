@@ -210,10 +210,10 @@ def test_what_changed_is_named(run: Any, lemon: Path) -> None:
     ran = run("lemon.png", "--verify", "--model", "tiny")
     assert ran.code == 1
     for said in (
-        f"torch's version was 1.2.3, here {torch.__version__}",
-        "the device was cuda, here cpu",
-        "the dtype was float16, here float32",
-        "the model's unet/diffusion_pytorch_model.safetensors was ababababab..., here ",
+        f"torch's version was 1.2.3 and is now {torch.__version__}",
+        "the device was cuda and is now cpu",
+        "the dtype was float16 and is now float32",
+        "the model's unet/diffusion_pytorch_model.safetensors was ababababab... and is now ",
     ):
         assert said in ran.out
     assert "steps" not in ran.out
@@ -252,7 +252,7 @@ def test_what_cannot_be_judged(run: Any, lemon: Path, scene: Path) -> None:
         "text.png": "'text.png' is not a PNG, JPEG or WebP file",
         "x.gif": "'x.gif' is not a PNG, JPEG or WebP file",
         "missing.png": "'missing.png' cannot be read",
-        "broken.png": "'broken.png': the record's request is wrong",
+        "broken.png": "'broken.png': the record's request is invalid",
         "lemon.png": "it was drawn with the model 'tiny' (SHA-256 ",
     }.items():
         ran = run(name, "--verify")
@@ -350,7 +350,7 @@ def test_no_path_of_a_record_is_opened(run: Any, lemon: Path, scene: Path) -> No
 
 def test_every_field_that_names_a_file_is_known() -> None:
     """A new one must not be believed either."""
-    words = ("a file", "a folder", "the path", "files,", "hub id")
+    words = ("a file", "(file,", "a folder", "the path", "files,", "hub id")
     named = {name for name, field in Request.model_fields.items() if any(w in (field.description or "") for w in words)}
     assert named == {*NAMES_FILES}
     assert {*FOLLOWS} | {n for names in FOLLOWS.values() for n in names} <= {*Request.model_fields}

@@ -22,7 +22,7 @@ from PIL import Image
 
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.init_image import digest, read
-from mezzotint.images.io import CHUNKS, FORMATS, encoded, read_metadata, read_picture
+from mezzotint.images.io import CHUNKS, FORMATS, encode_file, read_metadata, read_picture
 from mezzotint.records import infotext, other_programs
 from mezzotint.records.record import Record, difference, pixels_digest
 from mezzotint.records.record import changes as record_changes
@@ -90,7 +90,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
             raise RequestError(
                 "there is no record in it: neither mezzotint's nor A1111's text, nor ComfyUI's or InvokeAI's"
             )
-        request, notes = infotext.request_of(text)
+        request, notes = infotext.to_request(text)
     except RequestError as error:
         raise RequestError(f"{str(path)!r}: {error}") from None
     fields = text.fields
@@ -235,7 +235,7 @@ def judge(source: Source, image: Image.Image) -> Verdict:
     record = source.record
     drawn = image
     if FORMATS.get(source.path.suffix.lower()) == "JPEG" or _is_jpeg(source.path):
-        drawn = Image.open(io.BytesIO(encoded(image, "JPEG"))).convert("RGB")
+        drawn = Image.open(io.BytesIO(encode_file(image, "JPEG"))).convert("RGB")
     now = read_record({"mezzotint": image.info["mezzotint"]})
     changed = list(record_changes(record, now)) if record and now else []
     digest = pixels_digest(image)

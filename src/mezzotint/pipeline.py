@@ -28,7 +28,7 @@ from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Step
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.images.init_image import Placed, fit
+from mezzotint.images.init_image import InitImage, fit
 from mezzotint.images.io import Picture, from_pil, to_pil
 from mezzotint.memory.planner import Budget, Plan
 from mezzotint.memory.planner import plan as planned
@@ -381,13 +381,13 @@ class Pipeline:
     def _second_run(self, run: Run, plan: RunPlan, x: Tensor) -> Run:
         """Return hires-fix's second pass on the first one's final latents."""
         plans = [each.second_pass or plan for each in run.plans]
-        pictures: list[Placed | Tensor]
+        pictures: list[InitImage | Tensor]
         if run.request.hires_upscale == "latent":
             pictures = [*F.interpolate(x.float(), plan.latent_shape[1:], mode="bilinear")[:, None]]
         else:
             size = plan.request.width or 0, plan.request.height or 0
             images = self._decode(x, run.upcast_parts, run.request.seamless)
-            pictures = [Placed(fit(image, size)) for image in images]
+            pictures = [InitImage(fit(image, size)) for image in images]
         return Run(plans, run.seeds, pictures=pictures, upcast_parts=run.upcast_parts)
 
     def _pass(self, run: Run) -> Iterator[Step]:

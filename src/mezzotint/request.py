@@ -316,9 +316,9 @@ class Request(BaseModel):
             return value
         if isinstance(value, str):
             return _from_uri(value) if value.startswith(DATA_URI) else value
-        from mezzotint.images.init_image import for_request  # it brings Pillow
+        from mezzotint.images.init_image import to_source  # it brings Pillow
 
-        return for_request(value)
+        return to_source(value)
 
     @field_serializer("image", "mask", when_used="json-unless-none")
     def _to_uri(self, value: str | bytes) -> str:

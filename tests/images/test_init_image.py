@@ -16,7 +16,7 @@ from PIL import Image
 
 from mezzotint.errors import RequestError
 from mezzotint.images import init_image
-from mezzotint.images.init_image import fit, open_mask, open_picture, place, region
+from mezzotint.images.init_image import crop_region, fit, open_mask, open_picture, prepare
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -64,7 +64,7 @@ def test_every_orientation_is_upright(orientation: int, form: str) -> None:
     exif[0x0112] = orientation
     data = file(stored, form, exif=exif, **({"quality": 100, "subsampling": 0} if form == "JPEG" else {}))
     opened = open_picture(data)
-    assert opened.size == upright.size == init_image.size_of(data)
+    assert opened.size == upright.size == init_image.picture_size(data)
     assert np.abs(np.asarray(opened, int) - np.asarray(upright, int)).max() <= (4 if form == "JPEG" else 0)
     assert open_mask(data).size == upright.size
     image = Image.open(io.BytesIO(data))
@@ -178,13 +178,13 @@ BROKEN = {
     "an SVG renamed": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>', "an SVG"),
     "a text": (b"a lemon", "not a picture"),
     "nothing": (b"\0", "not a picture"),
-    "a cut off PNG": (file(Image.effect_noise((64, 64), 50))[:2000], "cut off or broken"),
-    "a cut off JPEG": (file(Image.effect_noise((64, 64), 50), "JPEG")[:600], "cut off or broken"),
+    "a cut off PNG": (file(Image.effect_noise((64, 64), 50))[:2000], "truncated or damaged"),
+    "a cut off JPEG": (file(Image.effect_noise((64, 64), 50), "JPEG")[:600], "truncated or damaged"),
     "a header alone": (file(corners())[:30], "(cannot be read|not a picture|cut off)"),
     "a bomb": (bomb(60_000), "too many"),
     "a smaller bomb": (bomb(9_400), "too many"),
     "a bomb just below Pillow's own limit": (bomb(9_000), "too many"),
-    "a bomb of text": (text_bomb(), "(cut off or broken|cannot be read)"),
+    "a bomb of text": (text_bomb(), "(truncated or damaged|cannot be read)"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "not a picture"),
 }
 
@@ -248,14 +248,14 @@ def test_fit() -> None:
 def test_region_by_hand() -> None:
     mask = Image.new("L", (100, 100))
     mask.paste(255, (40, 45, 60, 55))
-    assert region(mask, 0, (64, 64)) == (40, 40, 60, 60), "widened to the shape"
-    assert region(mask, 10, (64, 64)) == (30, 30, 70, 70)
-    assert region(mask, 0, (128, 64)) == (40, 45, 60, 55)
+    assert crop_region(mask, 0, (64, 64)) == (40, 40, 60, 60), "widened to the shape"
+    assert crop_region(mask, 10, (64, 64)) == (30, 30, 70, 70)
+    assert crop_region(mask, 0, (128, 64)) == (40, 45, 60, 55)
     mask = Image.new("L", (100, 100))
     mask.paste(255, (0, 0, 20, 10))
-    assert region(mask, 0, (64, 64)) == (0, 0, 20, 20), "moved at the edge"
+    assert crop_region(mask, 0, (64, 64)) == (0, 0, 20, 20), "moved at the edge"
     mask.paste(255, (0, 40, 100, 50))
-    assert region(mask, 200, (64, 128)) == (0, 0, 100, 100), "cut where there is no more"
+    assert crop_region(mask, 200, (64, 128)) == (0, 0, 100, 100), "cut where there is no more"
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -277,67 +277,67 @@ DRAWN = Image.new("RGB", (48, 64), (1, 2, 3))
 
 @pytest.mark.parametrize("options", [{}, {"mask_blur": 3.0}, {"masked_content": "fill", "mask_blur": 1.5}])
 def test_outside_the_mask_the_pixels_are_the_originals(options: dict[str, Any]) -> None:
-    placed = place({"image": picture(), "mask": file(half())}, (48, 64), **options)
-    out, original = np.asarray(placed.finish(DRAWN)), np.asarray(open_picture(picture()))
-    assert placed.alpha is not None
-    alpha = np.asarray(placed.alpha)
+    init = prepare({"image": picture(), "mask": file(half())}, (48, 64), **options)
+    out, original = np.asarray(init.finish(DRAWN)), np.asarray(open_picture(picture()))
+    assert init.alpha is not None
+    alpha = np.asarray(init.alpha)
     assert (alpha == 0).any() and (alpha == 255).any() and (((alpha > 0) & (alpha < 255)).any() == bool(options))
     assert np.array_equal(out[alpha == 0], original[alpha == 0])
     assert (out[alpha == 255] == (1, 2, 3)).all()
     share = alpha[..., None] / 255
     assert np.abs(out - (original * (1 - share) + np.array([1, 2, 3]) * share)).max() <= 1
-    assert same(placed.image, open_picture(picture())) == (options.get("masked_content") != "fill")
+    assert same(init.image, open_picture(picture())) == (options.get("masked_content") != "fill")
 
 
 def test_a_mask_inverted_and_of_another_size() -> None:
-    placed = place({"image": picture(), "mask": file(half((24, 32)))}, (48, 64), invert_mask=True)
-    out = np.asarray(placed.finish(DRAWN))
+    init = prepare({"image": picture(), "mask": file(half((24, 32)))}, (48, 64), invert_mask=True)
+    out = np.asarray(init.finish(DRAWN))
     assert (out[:, :22] == (1, 2, 3)).all()
     assert np.array_equal(out[:, 28:], np.asarray(open_picture(picture()))[:, 28:])
-    assert placed.notices == ("the mask is 24x32 and the image 48x64; the mask was resized",)
-    assert place({"image": picture(), "mask": file(half())}, (48, 64)).notices == ()
+    assert init.notices == ("the mask is 24x32 and the image 48x64; the mask was resized",)
+    assert prepare({"image": picture(), "mask": file(half())}, (48, 64)).notices == ()
 
 
 @pytest.mark.parametrize("invert", [False, True])
 def test_a_mask_that_marks_nothing(invert: bool) -> None:
     empty = Image.new("L", (48, 64), 255 if invert else 0)
     with pytest.raises(RequestError, match=f"mask is {'white' if invert else 'black'} everywhere"):
-        place({"image": picture(), "mask": file(empty)}, (48, 64), invert_mask=invert)
+        prepare({"image": picture(), "mask": file(empty)}, (48, 64), invert_mask=invert)
 
 
 def test_only_masked_draws_the_region_and_touches_nothing_else() -> None:
     mask = Image.new("L", (48, 64))
     mask.paste(255, (20, 30, 28, 38))
-    placed = place({"image": picture(), "mask": file(mask)}, (64, 64), only_masked=4)
-    assert placed.box == (16, 26, 32, 42)
+    init = prepare({"image": picture(), "mask": file(mask)}, (64, 64), only_masked=4)
+    assert init.box == (16, 26, 32, 42)
     original = open_picture(picture())
-    assert same(placed.image, original.crop(placed.box).resize((64, 64), Image.Resampling.LANCZOS))
-    out = np.asarray(placed.finish(Image.new("RGB", (64, 64), (1, 2, 3))))
+    assert same(init.image, original.crop(init.box).resize((64, 64), Image.Resampling.LANCZOS))
+    out = np.asarray(init.finish(Image.new("RGB", (64, 64), (1, 2, 3))))
     changed = (out != np.asarray(original)).any(-1)
     assert out.shape == (64, 48, 3) and (out[30:38, 20:28] == (1, 2, 3)).all()
     assert not changed[np.asarray(mask) == 0].any()
 
 
 def test_outpainting_keeps_the_picture_and_draws_around_it() -> None:
-    placed = place({"image": picture()}, (48 + 16, 64 + 24), outpaint=(16, 0, 0, 24))
-    assert placed.mask is not None and placed.mask.size == (64, 88)
+    init = prepare({"image": picture()}, (48 + 16, 64 + 24), outpaint=(16, 0, 0, 24))
+    assert init.mask is not None and init.mask.size == (64, 88)
     inside = np.zeros((88, 64), bool)
     inside[:64, 16:] = True
-    assert np.array_equal(np.asarray(placed.mask) == 0, inside)
-    out = np.asarray(placed.finish(Image.new("RGB", (64, 88), (1, 2, 3))))
+    assert np.array_equal(np.asarray(init.mask) == 0, inside)
+    out = np.asarray(init.finish(Image.new("RGB", (64, 88), (1, 2, 3))))
     assert np.array_equal(out[:64, 16:], np.asarray(open_picture(picture())))
     assert (out[~inside] == (1, 2, 3)).all()
-    softer = place({"image": picture()}, (64, 88), outpaint=(16, 0, 0, 24), mask_blur=2.0)
+    softer = prepare({"image": picture()}, (64, 88), outpaint=(16, 0, 0, 24), mask_blur=2.0)
     assert softer.alpha is not None and (np.asarray(softer.alpha)[~inside] == 255).all()
     assert 0 < softer.alpha.getpixel((17, 3)) < 255 and softer.alpha.getpixel((40, 3)) == 0
     with pytest.raises(RequestError, match=r"outpaint is .*leaves"):
-        place({"image": picture()}, (48, 64), outpaint=(24, 0, 24, 0))
+        prepare({"image": picture()}, (48, 64), outpaint=(24, 0, 24, 0))
 
 
 def test_outpainting_and_a_mask() -> None:
-    placed = place({"image": picture(), "mask": file(half())}, (64, 64), outpaint=(16, 0, 0, 0))
-    assert placed.mask is not None
-    row = np.asarray(placed.mask)[10]
+    init = prepare({"image": picture(), "mask": file(half())}, (64, 64), outpaint=(16, 0, 0, 0))
+    assert init.mask is not None
+    row = np.asarray(init.mask)[10]
     assert (row[:16] == 255).all() and (row[16:40] == 0).all() and (row[40:] == 255).all()
 
 
@@ -348,7 +348,7 @@ def test_fill_takes_the_colours_around() -> None:
     mask = Image.new("L", image.size)
     mask.paste(255, (16, 8, 48, 24))
     image.paste(GREEN, (16, 8, 48, 24))
-    levels = np.asarray(init_image.filled(image, mask)).astype(int)
+    levels = np.asarray(init_image.fill_masked(image, mask)).astype(int)
     assert levels[..., 1].max() == 0
     assert levels[15, 17, 0] > 200 and levels[15, 46, 2] > 200
-    assert init_image.filled(image, Image.new("L", image.size, 255)).getpixel((3, 3)) == (128, 128, 128)
+    assert init_image.fill_masked(image, Image.new("L", image.size, 255)).getpixel((3, 3)) == (128, 128, 128)

@@ -94,7 +94,7 @@ def test_any_mode_comes_in(mode: str) -> None:
 def test_nan_is_no_picture() -> None:
     pixels = torch.zeros(1, 3, 8, 8)
     pixels[0, 1, 2, 3] = torch.nan
-    with pytest.raises(MezzotintError, match="not numbers"):
+    with pytest.raises(MezzotintError, match="not finite"):
         to_pil(pixels)
 
 

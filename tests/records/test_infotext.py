@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezzotint.errors import RequestError
-from mezzotint.records.infotext import A1111_NAMES, MAX_TEXT, parse, request_of, write
+from mezzotint.records.infotext import A1111_NAMES, MAX_TEXT, parse, to_request, write
 from mezzotint.request import Request
 from mezzotint.samplers.names import NAMES
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE
@@ -78,7 +78,7 @@ EXAMPLES = {
         "a valley\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, Size: 512x384, Denoising strength: 0.3, "
         "Hires resize: 768x576, Hires upscaler: R-ESRGAN 4x+",
         {"hires": 1.5, "hires_strength": 0.3, "hires_upscale": "pixels", "hires_steps": None},
-        ["Hires upscaler: R-ESRGAN 4x+: enlarged as pixels"],
+        ["Hires upscaler: R-ESRGAN 4x+: replaced by hires_upscale pixels"],
     ),
     "hires before 1.0: the size is the second pass's": Theirs(
         "a valley\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, Size: 1024x1024, Model hash: 7460a6fa, "
@@ -137,7 +137,7 @@ EXAMPLES = {
         "a fox\nSteps: 20, Sampler: Restart v9, CFG scale: 7, Seed: 10, Size: 512x512, Refiner: sd_xl_refiner_1.0 "
         "[7440042bbd], Refiner switch at: 0.8, Version: v1.6.0-2-g4afaaf8a",
         {"sampler": None},
-        ["Sampler: Restart v9: not known here", "Refiner: sd_xl_refiner_1.0", "Refiner switch at: 0.8"],
+        ["Sampler: Restart v9 is unknown", "Refiner: sd_xl_refiner_1.0", "Refiner switch at: 0.8"],
     ),
     "no negative line, empty prompt, CRLF": Theirs(
         "\r\nNegative prompt: dark\r\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 10, Size: 512x512\r\n",
@@ -150,13 +150,13 @@ EXAMPLES = {
     "odd sizes are cut, seed -1 is any": Theirs(
         "a\nSteps: 20, Sampler: Euler A, CFG scale: 7, Seed: -1, Size: 515x700",
         {"width": 512, "height": 696, "seed": None, "sampler": "Euler a"},
-        ["Seed: below 0"],
+        ["Seed: a negative seed"],
     ),
     "Forge's schedule that is not here": Theirs(
         "a\nSteps: 20, Sampler: Euler, Schedule type: React Cosinusoidal DynSF, CFG scale: 7, Seed: 1, Size: 512x512, "
         "Distilled CFG Scale: 3.5",
         {"sampler": "Euler"},
-        ["Schedule type: React Cosinusoidal DynSF: not known with Euler", "Distilled CFG Scale: 3.5"],
+        ["Schedule type: React Cosinusoidal DynSF is unknown for Euler", "Distilled CFG Scale: 3.5"],
     ),
 }  # fmt: skip
 
@@ -164,7 +164,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_their_texts_are_read_right(name: str) -> None:
     theirs = EXAMPLES[name]
-    request, notes = request_of(parse(theirs.text))
+    request, notes = to_request(parse(theirs.text))
     assert {field: getattr(request, field) for field in theirs.fields} == theirs.fields
     assert len(notes) == len(theirs.notes), notes
     for note, start in zip(notes, theirs.notes, strict=True):
@@ -285,7 +285,7 @@ def test_ours_is_read_by_their_rules(prompt: str, negative: str, model: str, num
     assert written == model.replace("\0", "\ufffd") or model != model.strip() or '"' in model
     assert fields.get("Schedule type", "Automatic") in ("Automatic", *A1111_SCHEDULES)
     assert fields["Sampler"] in (*A1111_SAMPLERS, *A1111_WITHOUT_SCHEDULE) or fields["Sampler"] not in A1111_NAMES
-    again, notes = request_of(parse(text))
+    again, notes = to_request(parse(text))
     same = ("width", "height", "steps", "guidance_scale", "clip_skip", "noise", "eta", "hires", "variation_seed")
     if request.clip_skip == 0:
         again = again.replace(clip_skip=0)
@@ -360,7 +360,7 @@ LAST = "\nSteps: 20, Sampler: Euler, CFG scale: {}, Seed: {}, Size: {}"
 )
 def test_what_cannot_be_gets_a_sentence(text: str, sentence: str) -> None:
     with pytest.raises(RequestError, match=re.escape(sentence)) as caught:
-        request_of(parse(text))
+        to_request(parse(text))
     assert len(str(caught.value)) < 600
 
 

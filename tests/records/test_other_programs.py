@@ -76,9 +76,9 @@ def test_loras_layers_and_batches_of_a_graph() -> None:
     assert (request.clip_skip, request.sampler, model) == (1, None, "v1-5-pruned-emaonly.ckpt")
     assert [note.split(":")[0] for note in notes] == [
         "LoraLoader ink",
-        "denoise below 1 on an empty picture",
-        "only the first picture of its batch has noise of this seed",
-        "the sampler dpmpp_9m karras",
+        "denoise below 1 on an empty latent image",
+        "only the first picture of its batch has this seed's noise",
+        "the sampler dpmpp_9m karras is unknown; the model's default is used",
     ]
 
 
@@ -87,11 +87,11 @@ def test_loras_layers_and_batches_of_a_graph() -> None:
     [
         ({"3": {"class_type": "Other", "inputs": {}}}, "has 0 KSampler nodes"),
         ({"30": GRAPH["3"]}, "has 2 KSampler nodes"),
-        (changed("3", latent_image=["4", 0]), "only text to image is read"),
-        (changed("3", positive=["99", 0]), "its positive prompt comes from another node"),
-        (changed("3", positive=[]), "its positive prompt comes from another node"),
-        (changed("3", negative=[["7"], 0]), "its negative prompt comes from another node"),
-        (changed("6", text=["12", 0]), "its positive prompt comes from another node"),
+        (changed("3", latent_image=["4", 0]), "only text-to-image is supported"),
+        (changed("3", positive=["99", 0]), "its positive prompt does not come from a CLIPTextEncode node"),
+        (changed("3", positive=[]), "its positive prompt does not come from a CLIPTextEncode node"),
+        (changed("3", negative=[["7"], 0]), "its negative prompt does not come from a CLIPTextEncode node"),
+        (changed("6", text=["12", 0]), "its positive prompt does not come from a CLIPTextEncode node"),
         (changed("3", seed="x"), "seed is 'x'"),
         (changed("3", steps=10**6), "steps is 1000000"),
         (changed("5", width=513), "width is 513"),

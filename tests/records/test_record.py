@@ -128,10 +128,10 @@ def test_what_changed_is_said() -> None:
     assert old and new
     said = list(changes(old, new))
     assert said == [
-        f"mezzotint's version was 0.0.1, here {new.versions['mezzotint']}",
-        "the device was cpu, here cuda",
-        "the model's unet/a.safetensors was ababababab..., here cdcdcdcdcd...",
-        "the model's vae/b was none, here 1212121212...",
+        f"mezzotint's version was 0.0.1 and is now {new.versions['mezzotint']}",
+        "the device was cpu and is now cuda",
+        "the model's unet/a.safetensors was ababababab... and is now cdcdcdcdcd...",
+        "the model's vae/b was none and is now 1212121212...",
     ]
     assert not list(changes(new, new))
 

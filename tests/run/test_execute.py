@@ -481,7 +481,7 @@ def test_it_is_part_of_the_record(sd1_folder: Path, tmp_path: Path) -> None:
     assert "placement" not in json.loads(plain.generate(LEMON).images[1].info["mezzotint"])["model"]
     other = judge(source, again(plain, source)[0])
     assert not other.identical
-    assert "the placement's storage was int8, here none" in other.sentences
+    assert "the placement's storage was int8 and is now none" in other.sentences
 
 
 def test_a_placement_that_is_none_is_a_damaged_record(sd1: Pipeline) -> None:
@@ -496,7 +496,7 @@ def test_changes_are_said() -> None:
     record = read({"mezzotint": json.dumps(RECORD)})
     now = read({"mezzotint": json.dumps(RECORD | {"model": RECORD["model"] | {"placement": {"vae": "tiles"}}})})
     assert record and now
-    assert list(changes(record, now)) == ["the placement's vae was none, here tiles"]
+    assert list(changes(record, now)) == ["the placement's vae was none and is now tiles"]
 
 
 RECORD: dict[str, Any] = {

@@ -219,7 +219,7 @@ def test_a_picture_that_breaks_off(dataset: Dataset, vae: VAE, random_crop: bool
     path = dataset.path / "wide.png"
     path.write_bytes(path.read_bytes()[:-2000])
     dataset = open_data(dataset.path)  # its header is whole
-    with pytest.raises(RequestError, match=r"wide\.png', which is cut off or broken"):
+    with pytest.raises(RequestError, match=r"wide\.png', which is truncated or damaged"):
         prepare_dataset(dataset, options, Latents(vae))
     sound = prepare_dataset(dataset, options, Latents(vae), broken="skip")
     assert len(sound) == 5 and "wide.png" in sound.skipped[0]
@@ -281,7 +281,7 @@ def test_a_full_disk(dataset: Dataset, tmp_path: Path, vae: VAE, monkeypatch: py
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(latents, "write_whole", full)
+    monkeypatch.setattr(latents, "write_atomically", full)
     with pytest.raises(WriteError, match="No space left"):
         Latents(vae, tmp_path).posterior(dataset[0], View.of(dataset[0].size, (32, 32)))
 

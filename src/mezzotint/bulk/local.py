@@ -371,7 +371,7 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
     """Writes into the folder what its pictures depend on, or compares, if it was begun before. Raises RequestError."""
     import torch
 
-    from mezzotint.images.io import write_whole
+    from mezzotint.images.io import write_atomically
     from mezzotint.records.record import version
 
     record = {
@@ -387,7 +387,7 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
     begun = _begun(plan.folder)
     if begun is None:
         try:
-            write_whole(plan.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+            write_atomically(plan.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:
             raise WriteError(f"{str(plan.folder)!r} cannot be written to ({error.strerror or error})") from None
         return

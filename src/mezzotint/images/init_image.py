@@ -1,9 +1,10 @@
-"""Pictures that a run starts from, opened as a person expects them, and laid out for the run. No torch here.
+"""Open the pictures of image-to-image and inpainting, and prepare them for a run. This module does not import torch.
 
-A source is a path or the bytes of a file. EXIF orientation is obeyed, transparency lies on white, 16 bits become 8,
-palettes and CMYK become RGB. `place` makes of the sources of a Request what is drawn on: a canvas (enlarged by
-outpainting), the part of it that the run sees at its own size, and the mask; `Placed.finish` puts what was drawn back,
-so that outside the mask every pixel is the canvas's. Whatever is wrong with a picture is a RequestError.
+A source is a path or the bytes of a file. EXIF orientation is applied, transparency is composited on white, 16-bit
+pictures are reduced to 8 bits, and palettes and CMYK are converted to RGB. `prepare` turns the sources of a Request
+into an `InitImage`: the canvas (enlarged by outpainting), the part of it that the run sees at its own size, and the
+mask. `InitImage.finish` pastes the result back, so that outside the mask every pixel is the canvas's. An unusable
+picture raises RequestError.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from mezzotint.errors import RequestError
 
-Source = str | bytes  # a path, or what the file holds
+Source = str | bytes  # a path, or the contents of a file
 ResizeMode = Literal["resize", "crop", "fill"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-MAX_PIXELS = 80_000_000  # a little below where Pillow itself begins to warn of decompression bombs
+MAX_PIXELS = 80_000_000  # slightly below the limit at which Pillow warns of decompression bombs
 MAX_BYTES = 256 * 2**20
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that starts another program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that makes Pillow start another program
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-RIGHT = f"it must be a picture ({', '.join(FORMATS)}) of at most {MAX_PIXELS // 10**6} million pixels"
+EXPECTED = f"it must be a picture ({', '.join(FORMATS)}) of at most {MAX_PIXELS // 10**6} million pixels"
 ORIENTATION, SIDEWAYS = 0x0112, range(5, 9)  # the EXIF tag, and its values that swap the sides
-TURNS = {
+TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,60 +44,83 @@ TURNS = {
 
 
 def to_bytes(image: Image.Image) -> bytes:
-    """A picture in memory as a PNG file, every pixel kept; so a Request that holds it does not change with it."""
+    """Encode a picture in memory as a lossless PNG file, so that later changes to it do not change a Request.
+
+    Raises:
+        RequestError: If Pillow cannot read the picture.
+    """
     file = io.BytesIO()
     try:
         image.load()
-        plain = _oriented(image)
+        plain = _upright(image)
         if plain.mode not in PNG_MODES:
-            plain = _eight_bits(plain)
+            plain = _to_eight_bits(plain)
         if plain.mode not in PNG_MODES:
             plain = plain.convert("RGBA" if plain.has_transparency_data else "RGB")
         plain.save(file, "PNG", compress_level=1)
-    except Exception as error:  # it may be a broken file, not yet read
-        raise RequestError(f"the picture given cannot be read ({error}); {RIGHT}") from None
+    except Exception as error:  # the picture may be a broken file that is not decoded yet
+        raise RequestError(f"the given picture cannot be read ({error}); {EXPECTED}") from None
     return file.getvalue()
 
 
 def read(source: Source, name: str = "image") -> bytes:
-    """What the file holds. Raises RequestError where it is missing, is no plain file, or is larger than MAX_BYTES."""
+    """Return the contents of a source.
+
+    Raises:
+        RequestError: If the file is missing, is not a regular file, or is larger than MAX_BYTES.
+    """
     if isinstance(source, bytes):
         return source
     try:
         path = Path(source)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "not a file" if path.exists() else "not there"
-            raise RequestError(f"{name} is {source!r}, which is {what}; {RIGHT}")
+            raise RequestError(f"{name} is {source!r}, which is {what}; {EXPECTED}")
         if path.stat().st_size > MAX_BYTES:
-            raise RequestError(f"{name} is {source!r}, larger than {MAX_BYTES // 2**20} MiB; {RIGHT}")
+            raise RequestError(f"{name} is {source!r}, larger than {MAX_BYTES // 2**20} MiB; {EXPECTED}")
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
         reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"{name} is {source[:200]!r}, which cannot be read ({reason}); {RIGHT}") from None
+        raise RequestError(f"{name} is {source[:200]!r}, which cannot be read ({reason}); {EXPECTED}") from None
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
+    """Return the SHA-256 of a file's contents in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digests(sources: Mapping[str, Source]) -> dict[str, dict[str, str | None]]:
-    """Of each picture its path (None where bytes were given) and SHA-256."""
-    return {name: _digested(source, read(source, name)) for name, source in sources.items()}
+    """Return each picture's path (None if bytes were given) and SHA-256."""
+    return {name: _source_digest(source, read(source, name)) for name, source in sources.items()}
 
 
-def size_of(source: Source, name: str = "image", data: bytes | None = None) -> tuple[int, int]:
-    """(width, height) as a person sees it, from the file's header. data: what the file holds, if it was read."""
+def picture_size(source: Source, name: str = "image", data: bytes | None = None) -> tuple[int, int]:
+    """Return (width, height) of the upright picture, from the file's header where possible.
+
+    Args:
+        source: A path or the contents of a file.
+        name: The request's field, for error messages.
+        data: The contents of the file, if already read.
+    """
     data = read(source, name) if data is None else data
-    image = _opened(data, source, name)
-    if image.format == "TIFF":  # Pillow turns these itself, some of its versions only while it loads them
-        return _loaded(data, source, name).size
+    image = _open(data, source, name)
+    if image.format == "TIFF":  # Pillow rotates these itself, in some versions only when loading
+        return _load(data, source, name).size
     return (image.height, image.width) if _orientation(image) in SIDEWAYS else image.size
 
 
 def open_picture(source: Source, name: str = "image", data: bytes | None = None) -> Image.Image:
-    """RGB, upright; transparency on white. data: what the file holds, if it was read already."""
-    image = _loaded(read(source, name) if data is None else data, source, name)
+    """Open a picture as upright RGB, with transparency composited on white.
+
+    Args:
+        source: A path or the contents of a file.
+        name: The request's field, for error messages.
+        data: The contents of the file, if already read.
+
+    Raises:
+        RequestError: If the source is not a readable picture.
+    """
+    image = _load(read(source, name) if data is None else data, source, name)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -104,8 +128,12 @@ def open_picture(source: Source, name: str = "image", data: bytes | None = None)
 
 
 def open_mask(source: Source, name: str = "mask", data: bytes | None = None) -> Image.Image:
-    """Greyscale ("L"), upright: how light it is; or, where parts are transparent, how opaque it is."""
-    image = _loaded(read(source, name) if data is None else data, source, name)
+    """Open a mask as upright greyscale ("L"): its alpha channel if it has transparent parts, else its luminance.
+
+    Raises:
+        RequestError: If the source is not a readable picture.
+    """
+    image = _load(read(source, name) if data is None else data, source, name)
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
@@ -120,10 +148,14 @@ def fit(
     mode: ResizeMode = "resize",
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
-    """The picture at `size` (width, height), by Lanczos or, where nothing may swing over the edge, another way.
+    """Resize a picture to exactly `size`.
 
-    "resize" stretches it; "crop" keeps its shape, fills the size and cuts off what is over; "fill" keeps its shape,
-    lies within and has its edge pixels continued.
+    Args:
+        image: The picture or mask.
+        size: (width, height) in pixels.
+        mode: "resize" stretches; "crop" keeps the aspect ratio and crops the excess; "fill" keeps the aspect ratio,
+            fits the whole picture inside and repeats its edge pixels.
+        resample: Pillow's resampling filter; for a mask, one without overshoot.
     """
     width, height = size
     if mode == "resize" or image.width * height == image.height * width:
@@ -142,10 +174,15 @@ def fit(
     return Image.fromarray(np.pad(levels, around + [(0, 0)] * (levels.ndim - 2), mode="edge"))
 
 
-def region(mask: Image.Image, padding: int, size: tuple[int, int]) -> Box:
-    """The part of the picture around what the mask has marked, `padding` pixels wider, in the shape of `size`.
+def crop_region(mask: Image.Image, padding: int, size: tuple[int, int]) -> Box:
+    """Return the box around the non-zero part of a mask, padded and with the aspect ratio of `size`.
 
-    Widened to that shape where there is room, as A1111 and diffusers do; moved, and at last cut, at the edges.
+    As in A1111 and diffusers, the box is widened to the aspect ratio, then shifted and finally clipped at the edges.
+
+    Args:
+        mask: Greyscale, non-zero where the run draws.
+        padding: Pixels added on each side.
+        size: (width, height) at which the run draws.
     """
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     spans = [
@@ -164,8 +201,8 @@ def region(mask: Image.Image, padding: int, size: tuple[int, int]) -> Box:
     return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
 
 
-def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture, where the mask is not black painted with the nearest colours outside of it, blurred. (RGB, L)"""
+def fill_masked(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Fill the part of an RGB picture where the mask (L) is not black with the nearest colors outside it, blurred."""
     from scipy.ndimage import distance_transform_edt, gaussian_filter  # type: ignore[import-untyped]
 
     hidden = np.asarray(mask) > 0
@@ -179,13 +216,17 @@ def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
-    """A picture ready to be drawn on.
+class InitImage:
+    """A picture prepared for image-to-image or inpainting.
 
-    image: RGB, what the run sees, at its size. mask: L at the same size, white where it draws; None where it draws
-    everywhere. canvas: RGB, what the result is put into, and `alpha`, L of its size, how much of the result shows
-    there; box: the part of the canvas that the run sees, the whole when None. digests: by field, the source's path
-    (None where bytes were given) and SHA-256. notices: what a person should know.
+    Attributes:
+        image: RGB at the size of the run.
+        mask: L at the same size, white where the run draws; None means everywhere.
+        canvas: RGB picture that the result is pasted into.
+        alpha: L at the canvas's size, the opacity of the result.
+        box: The part of the canvas that the run sees; None means all of it.
+        digests: The source's path (None if bytes were given) and SHA-256, by field of the request.
+        notices: Sentences for the user.
     """
 
     image: Image.Image
@@ -197,7 +238,7 @@ class Placed:
     notices: tuple[str, ...] = ()
 
     def finish(self, drawn: Image.Image) -> Image.Image:
-        """What was drawn, put into the canvas: where the mask is black, the canvas's own pixels."""
+        """Paste a result into the canvas, whose own pixels remain where the mask is black."""
         if self.canvas is None or self.alpha is None:
             return drawn
         if self.box is None:
@@ -208,7 +249,7 @@ class Placed:
         return Image.composite(over, self.canvas, self.alpha)
 
 
-def place(
+def prepare(
     sources: Mapping[str, Source],
     size: tuple[int, int],
     *,
@@ -218,36 +259,48 @@ def place(
     masked_content: str = "original",
     only_masked: int | None = None,
     outpaint: Box | None = None,
-) -> Placed:
-    """The `image` and perhaps the `mask` of `sources`, laid out for a run that draws `size` (width, height).
+) -> InitImage:
+    """Prepare the `image`, and the `mask` if given, for a run. The options are fields of a Request.
 
-    The options are the fields of a Request. Raises RequestError where a source cannot be opened, and where the mask
-    leaves nothing to draw.
+    Args:
+        sources: The request's "image" and optionally "mask".
+        size: (width, height) at which the run draws.
+        resize_mode: How `fit` brings the picture to `size`.
+        mask_blur: Standard deviation in pixels of the blur of the mask's edge.
+        invert_mask: Whether black, rather than white, marks what is inpainted.
+        masked_content: "fill" replaces the masked part with nearby colors first; other values leave the pixels.
+        only_masked: Padding in pixels around the masked crop_region if that is all the run sees.
+        outpaint: Pixels added on the left, top, right and bottom.
+
+    Raises:
+        RequestError: If a source cannot be opened, or there is nothing to inpaint.
     """
-    held = {name: read(source, name) for name, source in sources.items()}
-    digests = {name: _digested(source, held[name]) for name, source in sources.items()}
+    contents = {name: read(source, name) for name, source in sources.items()}
+    digests = {name: _source_digest(source, contents[name]) for name, source in sources.items()}
     notices = []
-    image = open_picture(sources["image"], data=held["image"])
+    image = open_picture(sources["image"], data=contents["image"])
     mask = None
     if "mask" in sources:
-        mask = open_mask(sources["mask"], data=held["mask"])
+        mask = open_mask(sources["mask"], data=contents["mask"])
         if mask.size != image.size:
-            notices.append(f"the mask is {_by(mask.size)} and the image {_by(image.size)}; the mask was resized")
+            notices.append(
+                f"the mask is {_format(mask.size)} and the image {_format(image.size)}; the mask was resized"
+            )
             mask = fit(mask, image.size, resample=Image.Resampling.BILINEAR)
         mask = ImageOps.invert(mask) if invert_mask else mask
         if outpaint is None and mask.getbbox() is None:
             side, other = ("white", "black") if invert_mask else ("black", "white")
             raise RequestError(f"mask is {side} everywhere; it must have {other} areas, which are inpainted")
     if mask is None and outpaint is None:
-        return Placed(fit(image, size, resize_mode), digests=digests)
+        return InitImage(fit(image, size, resize_mode), digests=digests)
 
     if outpaint is not None:
         left, top, right, bottom = outpaint
         inner = size[0] - left - right, size[1] - top - bottom
         if min(inner) < 8:
             raise RequestError(
-                f"outpaint is {outpaint}, which leaves {_by(inner)} of {_by(size)} to the picture; it must leave some, "
-                "width and height are those of the whole"
+                f"outpaint is {outpaint}, which leaves {_format(inner)} of {_format(size)} for the picture; "
+                "each side must keep at least 8 pixels (width and height include the added borders)"
             )
         kept = Image.new("L", image.size) if mask is None else mask
         within = fit(kept, inner, resize_mode, Image.Resampling.BILINEAR)
@@ -257,76 +310,78 @@ def place(
         mask.paste(within, (left, top))
         outside = Image.new("L", size, 255)
         outside.paste(0, (left, top, left + inner[0], top + inner[1]))
-        image = filled(image, outside)
+        image = fill_masked(image, outside)
     assert mask is not None
     alpha = mask.filter(ImageFilter.GaussianBlur(mask_blur)) if mask_blur else mask
     if outpaint is not None:
-        alpha = Image.composite(outside, alpha, outside)  # nothing of the canvas out there is anyone's
-    content = filled(image, alpha) if masked_content == "fill" else image
+        alpha = Image.composite(outside, alpha, outside)  # the added borders are always drawn
+    content = fill_masked(image, alpha) if masked_content == "fill" else image
     if only_masked is None:
         canvas, marked, content = (fit(part, size, resize_mode) for part in (image, alpha, content))
         alpha = fit(alpha, size, resize_mode, Image.Resampling.BILINEAR)
-        return Placed(content, marked, canvas, alpha, None, digests, tuple(notices))
-    box = region(alpha, only_masked, size)
-    seen, marked = (fit(part.crop(box), size, "fill") for part in (content, alpha))
-    return Placed(seen, marked, image, alpha, box, digests, tuple(notices))
+        return InitImage(content, marked, canvas, alpha, None, digests, tuple(notices))
+    box = crop_region(alpha, only_masked, size)
+    shown, marked = (fit(part.crop(box), size, "fill") for part in (content, alpha))
+    return InitImage(shown, marked, image, alpha, box, digests, tuple(notices))
 
 
-def _digested(source: Source, data: bytes) -> dict[str, str | None]:
+def _source_digest(source: Source, data: bytes) -> dict[str, str | None]:
     return {"path": source if isinstance(source, str) else None, "sha256": digest(data)}
 
 
-def _by(size: tuple[int, int]) -> str:
+def _format(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _said(source: Source) -> str:
+def _describe(source: Source) -> str:
     return repr(source) if isinstance(source, str) else f"{len(source):,} bytes"
 
 
-def _opened(data: bytes, source: Source, name: str) -> Image.Image:
-    """The picture, its pixels not yet decoded."""
+def _open(data: bytes, source: Source, name: str) -> Image.Image:
+    """Open a picture without decoding its pixels."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         head = data[:1024].lstrip().lower()
         if head.startswith((b"<svg", b"<?xml", b"<!doctype svg")) and b"<svg" in data[:65536].lower():
-            raise RequestError(f"{name} is {_said(source)}, an SVG, which is drawn from text; {RIGHT}") from None
-        raise RequestError(f"{name} is {_said(source)}, which is not a picture; {RIGHT}") from None
+            raise RequestError(f"{name} is {_describe(source)}, which is an SVG file; {EXPECTED}") from None
+        raise RequestError(f"{name} is {_describe(source)}, which is not a picture; {EXPECTED}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RequestError(f"{name} is {_said(source)}, which has too many pixels; {RIGHT}") from None
-    except Exception as error:  # what a broken file makes a decoder raise has no end
-        raise RequestError(f"{name} is {_said(source)}, which cannot be read ({error}); {RIGHT}") from None
+        raise RequestError(f"{name} is {_describe(source)}, which has too many pixels; {EXPECTED}") from None
+    except Exception as error:  # decoders raise errors of many types on broken files
+        raise RequestError(f"{name} is {_describe(source)}, which cannot be read ({error}); {EXPECTED}") from None
     if image.width * image.height > MAX_PIXELS:
-        raise RequestError(f"{name} is {_said(source)} of {_by(image.size)} pixels, too many; {RIGHT}")
+        raise RequestError(f"{name} is {_describe(source)} of {_format(image.size)} pixels, too many; {EXPECTED}")
     return image
 
 
-def _loaded(data: bytes, source: Source, name: str) -> Image.Image:
-    """The picture upright, of at most 8 bits a channel."""
-    image = _opened(data, source, name)
+def _load(data: bytes, source: Source, name: str) -> Image.Image:
+    """Decode a picture, upright and with at most 8 bits per channel."""
+    image = _open(data, source, name)
     try:
         image.load()
-    except Exception as error:  # as above
-        raise RequestError(f"{name} is {_said(source)}, which is cut off or broken ({error}); {RIGHT}") from None
-    return _eight_bits(_oriented(image))
+    except Exception as error:  # see _open
+        raise RequestError(
+            f"{name} is {_describe(source)}, which is truncated or damaged ({error}); {EXPECTED}"
+        ) from None
+    return _to_eight_bits(_upright(image))
 
 
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # EXIF data that cannot be read orders nothing
+    except Exception:  # unreadable EXIF data is ignored
         return None
 
 
-def _oriented(image: Image.Image) -> Image.Image:
-    """Upright, whatever EXIF says beside."""
-    turn = TURNS.get(_orientation(image))
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
+    turn = TRANSPOSES.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey (I;16, and I of older files) and floats to L; Pillow would cut them off at 255."""
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey (I;16, and I of older files) and float pictures to L; Pillow would clip them at 255."""
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64)
         top = 65535 if image.mode.startswith("I;16") or levels.max(initial=0) > 255 else 255
@@ -338,8 +393,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def for_request(data: Any) -> Any:
-    """What a Request keeps of what it is given as a picture: a path or bytes."""
+def to_source(data: Any) -> Any:
+    """Convert a given picture to what a Request stores: a path or bytes."""
     if isinstance(data, Image.Image):
         return to_bytes(data)
     if isinstance(data, bytearray | memoryview):

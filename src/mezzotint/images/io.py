@@ -1,7 +1,7 @@
-"""Pixels in and out, and pictures in files.
+"""Convert between tensors and pictures, and write and read picture files with their records.
 
-Pixels are (B, 3, H, W) in [-1, 1], as the VAE has them. A picture carries its record (records/record.py) in
-`image.info` as two texts, which `save`, and `Picture.save`, write into the file:
+Tensors are (B, 3, H, W) in [-1, 1], as the VAE takes and returns them. A picture carries its record
+(records/record.py) in `image.info` as two texts, which `save` and `Picture.save` write into the file:
 
                   `mezzotint`, JSON                    `parameters`, A1111's text
     PNG           text chunk                           text chunk
@@ -36,34 +36,45 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
 }
-UNICODE = b"UNICODE\0"  # how a UserComment says that it is UTF-16
-MAX_EXIF = 65_000  # bytes of a JPEG's, whose segments end at 64 KiB
+UNICODE = b"UNICODE\0"  # prefix of a UserComment in UTF-16
+MAX_EXIF = 65_000  # bytes in a JPEG file, whose segments are at most 64 KiB
 
 
 def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to B pictures, rounded as diffusers' VaeImageProcessor does. Values outside are clamped.
+    """Convert pixels to pictures, rounded as diffusers' VaeImageProcessor does.
 
-    Raises MezzotintError where a value is not finite: a black picture is no picture.
+    Args:
+        pixels: Shape (B, 3, H, W), in [-1, 1]; values outside are clamped.
+
+    Raises:
+        MezzotintError: If a value is not finite.
     """
     pixels = pixels.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
-        raise MezzotintError("the picture has values that are not numbers (NaN); dtype float32 may hold them")
+        raise MezzotintError("the picture has values that are not finite (NaN or infinity); try dtype float32")
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).numpy()]  # (H, W, 3)
 
 
 def from_pil(image: Image.Image) -> torch.Tensor:
-    """A picture of any mode to (1, 3, H, W) float32 in [-1, 1]; transparency is dropped."""
+    """Convert a picture of any mode to (1, 3, H, W) float32 in [-1, 1]. Transparency is dropped."""
     levels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
     return levels.permute(2, 0, 1)[None].to(torch.float32) / 255 * 2 - 1
 
 
 def save(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-    """Writes the picture with its record, and nothing else of `image.info`; the name's end says the format: .png, .jpg,
-    .jpeg or .webp.
+    """Write a picture with its record, and nothing else of `image.info`.
 
-    The file appears whole or not at all: it is written under another name in the same folder and then renamed. Raises
-    FileExistsError where the file is there and `overwrite` is False, RequestError where it cannot be written.
+    The file appears whole or not at all: it is written under another name in the same folder and then renamed.
+
+    Args:
+        image: The picture.
+        path: A file name that ends in .png, .jpg, .jpeg or .webp.
+        overwrite: Whether an existing file is replaced.
+
+    Raises:
+        FileExistsError: If the file exists and `overwrite` is False.
+        RequestError: If the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -72,7 +83,7 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = 
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-    """`save` as a PNG file, whatever the name's end."""
+    """Write a PNG file as `save` does, whatever the extension."""
     _write(image, Path(path), "PNG", overwrite)
 
 
@@ -111,7 +122,7 @@ class Picture(Image.Image):
         super().save(fp, format, **{**_record_options(self.info, kind), **params})
 
 
-def encoded(image: Image.Image, format: str) -> bytes:
+def encode_file(image: Image.Image, format: str) -> bytes:
     """Return the bytes of a file ("PNG", "JPEG" or "WEBP") of the picture with its record.
 
     Raises:
@@ -119,7 +130,7 @@ def encoded(image: Image.Image, format: str) -> bytes:
     """
     file = io.BytesIO()
     bare = image.copy()
-    bare.info = {}  # Pillow writes some of what it finds there
+    bare.info = {}  # Pillow would write some of it
     bare.save(file, format=format, **SETTINGS[format], **_record_options(image.info, format))
     return file.getvalue()
 
@@ -130,7 +141,7 @@ def _record_options(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
     if format == "PNG" and texts:
         pnginfo = PngInfo()
         for chunk, text in texts.items():
-            pnginfo.add_text(chunk, text)  # tEXt, or iTXt where Latin-1 does not spell it
+            pnginfo.add_text(chunk, text)  # tEXt, or iTXt if Latin-1 cannot encode it
         return {"pnginfo": pnginfo}
     if format in ("JPEG", "WEBP") and texts:
         exif = _exif(texts)
@@ -154,8 +165,13 @@ def _exif(texts: Mapping[str, str]) -> bytes:
     return exif.tobytes()
 
 
-def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
-    """A file, whole or not at all. Raises OSError; FileExistsError where it is there and `overwrite` is False."""
+def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file so that it appears whole or not at all.
+
+    Raises:
+        FileExistsError: If the file exists and `overwrite` is False.
+        OSError: If the file cannot be written.
+    """
     part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
@@ -163,30 +179,36 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = True) -> None:
             file.flush()
             os.fsync(file.fileno())
         if not overwrite:
-            path.open("xb").close()  # takes the name, so that no other process can between now and the rename
+            path.open("xb").close()  # reserves the name until the rename
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None:
-    data = encoded(image, format)
+    data = encode_file(image, format)
     try:
-        write_whole(path, data, overwrite=overwrite)
+        write_atomically(path, data, overwrite=overwrite)
     except FileExistsError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: no name, or one that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an empty or impossible file name
         raise RequestError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) -> dict[str, str]:
-    """The record in a PNG, JPEG or WebP file: those of `mezzotint` and `parameters` that it has. The pixels are not
-    decoded. chunks: of a PNG, the texts that are asked for.
+    """Read the texts of a PNG, JPEG or WebP file without decoding its pixels. The texts are untrusted.
 
-    Raises RequestError where there is no such file, or where it is none of these. What a file says is not to be
-    trusted.
+    Args:
+        path: The file.
+        chunks: The text chunks to read from a PNG file.
+
+    Returns:
+        The texts that the file has, by chunk.
+
+    Raises:
+        RequestError: If there is no such file, or it is of another format.
     """
-    with opened(path) as image:
+    with open_file(path) as image:
         if image.format == "PNG":
             return {chunk: str(image.info[chunk]) for chunk in chunks if chunk in image.info}
         fields = image.getexif().get_ifd(IFD.Exif)
@@ -195,18 +217,26 @@ def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) 
 
 
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """The pixels of a PNG, JPEG or WebP file, RGB. Raises RequestError as `read_metadata`."""
-    with opened(path) as image:
+    """Read the pixels of a PNG, JPEG or WebP file as RGB.
+
+    Raises:
+        RequestError: If there is no such file, or it is of another format.
+    """
+    with open_file(path) as image:
         return image.convert("RGB")
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """A PNG, JPEG or WebP file, opened and not decoded. What goes wrong while it is open is a RequestError."""
+def open_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open a PNG, JPEG or WebP file without decoding it.
+
+    Raises:
+        RequestError: If it cannot be opened, or for any error while it is open.
+    """
     kinds = "a PNG, JPEG or WebP file"
     try:
         if not Path(path).is_file() and Path(path).exists():
-            raise RequestError(f"{str(path)!r} is no file; it must be {kinds}")
+            raise RequestError(f"{str(path)!r} is not a regular file; it must be {kinds}")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
@@ -220,13 +250,13 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 
 def _text(value: Any) -> str:
-    """An EXIF field's text: UTF-8, or as a UserComment says. What is none is left out."""
+    """Decode an EXIF field as UTF-8, or by the prefix of a UserComment; return "" if it is not text."""
     if isinstance(value, str):
         return value
     if not isinstance(value, bytes):
         return ""
     if value[:8] == UNICODE:
         body = value[8:]
-        little = body[:2] == b"\xff\xfe" or (body[1:2] == b"\0" and body[:1] != b"\0")  # some tools swap it
+        little = body[:2] == b"\xff\xfe" or (body[1:2] == b"\0" and body[:1] != b"\0")  # some tools write little-endian
         return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff").rstrip("\0")
     return value.removeprefix(b"ASCII\0\0\0").removeprefix(b"\0" * 8).decode("utf-8", "replace").rstrip("\0")

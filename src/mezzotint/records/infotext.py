@@ -1,12 +1,12 @@
-"""The text that AUTOMATIC1111's web UI writes into pictures and many tools read: written and read by its own rules.
+"""Write and read the generation parameters that AUTOMATIC1111's web UI stores in pictures ("infotext").
 
     prompt lines
     Negative prompt: its lines
     Steps: 20, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7.5, Seed: 9, Size: 512x768, ...
 
-The last line is `name: value` with commas between; it counts where it has at least three of them. A value with a comma,
-a colon or a line end is a JSON string (A1111 1.10.1, modules/infotext_utils.py). What a text leaves out has A1111's
-default. Nothing here is opened or looked up because a text says so.
+The last line is a comma-separated list of `name: value`, recognized if it has at least three. A value with a comma, a
+colon or a newline is a JSON string (A1111 1.10.1, modules/infotext_utils.py). Missing fields have A1111's defaults. The
+text is untrusted: nothing that it names is opened.
 """
 
 from __future__ import annotations
@@ -25,25 +25,31 @@ from mezzotint.request import Request
 from mezzotint.samplers.names import SOLVERS, TABLE
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE, PRESETS
 
-MOST_FIELDS = 1000  # of a last line; what follows them is left out
-MAX_TEXT = 16_000_000  # characters: more than any picture's text needs
+MAX_FIELDS = 1000  # of the last line; the rest is ignored
+MAX_TEXT = 16_000_000  # characters
 NEGATIVE = "Negative prompt:"
 A1111_NAMES: dict[str | None, str] = {row.name: row.a1111.split(", ")[0] for row in TABLE if row.a1111}
-NAME = re.compile(r"[\w \-/]*")  # from its end; a name begins with a letter or digit
+NAME = re.compile(r"[\w \-/]*")  # matched backwards from the colon
 QUOTED = re.compile(r'"(?:\\.|[^\\"])+"')
-TEMPLATE = re.compile(r"\n(?:Negative )?Template: ")  # lines that sd-dynamic-prompts puts behind the last one
+TEMPLATE = re.compile(r"\n(?:Negative )?Template: ")  # appended by sd-dynamic-prompts
 
 
 def write(request: Request, seed: int, model: str, version: str, model_hash: str | None = None) -> str:
-    """The text of one picture of a resolved request. model: its name; model_hash: the first 10 digits of its file's
-    SHA-256, where it is one file, as A1111 finds it.
+    """Return the text for one picture.
+
+    Args:
+        request: The resolved request.
+        seed: The seed of this picture.
+        model: The model's name.
+        version: The version of mezzotint.
+        model_hash: The first 10 digits of the SHA-256 of a single-file model, as A1111 shows it.
     """
     sampler, schedule = _sampler_names(request)
     scale = request.guidance_scale
-    if request.sampler == "euler_cfg_pp" and scale is not None:  # DDIM CFG++ there, which divides its scale
+    if request.sampler == "euler_cfg_pp" and scale is not None:  # A1111's DDIM CFG++, which divides its scale
         divisor = A1111_WITHOUT_SCHEDULE["DDIM CFG++"].guidance_divisor
         scale = tuple(divisor * w for w in scale) if isinstance(scale, tuple) else divisor * scale
-    facts = {
+    fields = {
         "Steps": request.steps,
         "Sampler": sampler,
         "Schedule type": schedule,
@@ -52,7 +58,7 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         "Size": f"{request.width}x{request.height}",
         "Model hash": model_hash,
         "Model": model,
-        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # A1111 counts from the last layer, as 1
+        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # in A1111 1 is the last layer
         "Emphasis": {"no_norm": "No norm", "ignore": "Ignore"}.get(request.emphasis or ""),
         "Eta": request.eta,
         "CFG rescale": request.guidance_rescale or None,
@@ -65,18 +71,18 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         "Variation seed strength": request.variation_strength,
         "Seed resize from": request.seed_size and "{}x{}".format(*request.seed_size),
         "Tiling": True if request.seamless == "xy" else None,
-        "RNG": "NV" if request.noise == "philox" else "CPU",  # left out it would mean the GPU's
+        "RNG": "NV" if request.noise == "philox" else "CPU",  # A1111's default is the GPU's
         "Version": f"mezzotint {version}",
     }
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"{NEGATIVE} {request.negative_prompt}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None))
-    return "\n".join(lines).replace("\0", "\ufffd")  # a PNG's text ends at NUL
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines).replace("\0", "\ufffd")  # a PNG text chunk ends at NUL
 
 
 def _sampler_names(request: Request) -> tuple[str | None, str | None]:
-    """A1111's names of the sampler and of the schedule, None where the name alone says it or A1111 has none."""
+    """Return A1111's names of the sampler and the schedule, None where A1111 needs or has none."""
     name = request.sampler
     bases = sorted({*A1111_SAMPLERS, *A1111_WITHOUT_SCHEDULE}, key=len, reverse=True)
     base = next((b for b in bases if name == b or (name or "").startswith(f"{b} ")), None)
@@ -85,22 +91,22 @@ def _sampler_names(request: Request) -> tuple[str | None, str | None]:
         base = A1111_NAMES.get(solver, solver)
     if base in A1111_WITHOUT_SCHEDULE:
         return base, None
-    said = (name or "").removeprefix(f"{base} ")
-    if said in A1111_SCHEDULES and PRESETS[name or ""].spacing == request.spacing:
-        return base, said
+    schedule = (name or "").removeprefix(f"{base} ")
+    if schedule in A1111_SCHEDULES and PRESETS[name or ""].spacing == request.spacing:
+        return base, schedule
     by_spacing = {spacing: label for label, (spacing, _) in reversed(A1111_SCHEDULES.items())}
     return base, by_spacing.get(request.spacing or "")
 
 
-def _quoted(value: object) -> str:
-    """A value as A1111 writes it: JSON where a comma, colon or line end would be misread."""
+def _quote(value: object) -> str:
+    """Format a value as A1111 does: as a JSON string if it has a comma, a colon or a newline."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 @dataclass(frozen=True)
 class Infotext:
-    """prompt and negative prompt, and the fields of the last line as they stand there, unquoted."""
+    """The parts of a text: the prompts, and the unquoted fields of the last line."""
 
     prompt: str
     negative_prompt: str
@@ -113,9 +119,10 @@ class Infotext:
 
 
 def parse(text: str) -> Infotext:
-    """Take a text apart by A1111's rules. Any text is one: without a last line all of it is prompt.
+    """Split a text by A1111's rules. Without a recognized last line, all of it is prompt.
 
-    Raises RequestError where it is longer than MAX_TEXT.
+    Raises:
+        RequestError: If the text is longer than MAX_TEXT.
     """
     if len(text) > MAX_TEXT:
         raise RequestError(f"the picture's text has {len(text):,} characters; at most {MAX_TEXT:,} are read")
@@ -124,7 +131,7 @@ def parse(text: str) -> Infotext:
     if template and "Steps: " in text[: template.start()].rpartition("\n")[2]:
         text = text[: template.start()]
     *lines, last = text.split("\n")
-    fields = dict(islice(_fields(last), MOST_FIELDS))
+    fields = dict(islice(_fields(last), MAX_FIELDS))
     if len(fields) < 3:
         lines, fields = [*lines, last], {}
     texts: dict[bool, list[str]] = {False: [], True: []}
@@ -132,16 +139,16 @@ def parse(text: str) -> Infotext:
     for line in map(str.strip, lines):
         if line.startswith(NEGATIVE):
             negative, line = True, line.removeprefix(NEGATIVE).strip()
-        if line or texts[negative]:  # none of a text's first lines is empty
+        if line or texts[negative]:  # skip empty lines at the beginning
             texts[negative].append(line)
     return Infotext("\n".join(texts[False]), "\n".join(texts[True]), fields)
 
 
 def _fields(line: str) -> Iterator[tuple[str, str]]:
-    """The pairs of a last line. A value that opens as JSON (Civitai's Hashes and resources) ends where that ends."""
+    """Yield the fields of a last line. A value may be a JSON list or object (Civitai's hashes and resources)."""
     at = 0
     while (colon := line.find(":", at)) >= 0:
-        tail = NAME.match(line[at:colon][::-1])  # looked for from the colon back, which takes no time squared
+        tail = NAME.match(line[at:colon][::-1])  # searched backwards, to stay linear
         name = tail[0][::-1].lstrip(" -/") if tail else ""
         at = colon + 1
         if len(name) < 2:
@@ -151,7 +158,7 @@ def _fields(line: str) -> Iterator[tuple[str, str]]:
         quoted = QUOTED.match(line, at)
         if quoted and line[quoted.end() : quoted.end() + 1] in ("", ","):
             value, at = quoted[0], quoted.end()
-            with suppress(ValueError):  # quotes that are no JSON stay
+            with suppress(ValueError):  # keep quotes that are not valid JSON
                 value = str(json.loads(value))
         elif line[at : at + 1] in ("{", "[") and (end := _json_end(line, at)):
             value, at = line[at:end], end
@@ -170,7 +177,7 @@ def _json_end(line: str, at: int) -> int | None:
         return None
 
 
-# Each field that a Request has a place for: our field, and its value from theirs.
+# Fields of A1111 with a counterpart in Request: its name, and the conversion of the value.
 _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Steps": ("steps", int),
     "CFG scale": ("guidance_scale", float),
@@ -194,7 +201,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "Tiling": ("seamless", lambda text: {"True": "xy", "False": None}[text]),
     "RNG": ("noise", lambda text: {"GPU": "philox", "NV": "philox", "CPU": "seeded"}[text]),
 }
-# what names a thing without changing the picture, or is looked at elsewhere
+# fields that do not change the picture or are handled separately: no note
 _SILENT = {
     "Denoising strength", "Hires upscaler", "Hires resize", "Seed resize from", "First pass size", "Inpaint area",
     "Sampler", "Schedule type", "Size", "Eta", "Model", "Model hash", "Version", "Batch size", "Batch pos", "User",
@@ -202,11 +209,16 @@ _SILENT = {
 }  # fmt: skip
 
 
-def request_of(text: Infotext) -> tuple[Request, list[str]]:
-    """The Request that a text asks for, and what of the text it cannot honour, a sentence each.
+def to_request(text: Infotext) -> tuple[Request, list[str]]:
+    """Convert a text to a Request.
 
-    A field that is missing has A1111's default: its noise is the GPU's (philox), Clip skip 1. Raises RequestError where
-    a field that has a place here holds what cannot be.
+    Missing fields have A1111's defaults, such as the GPU's noise (philox) and Clip skip 1.
+
+    Returns:
+        The request, and a note for each setting that is not supported.
+
+    Raises:
+        RequestError: If a supported field has an invalid value.
     """
     fields, notes = dict(text.fields), []
     found: dict[str, Any] = {"noise": "seeded" if text.ours else "philox"}
@@ -219,10 +231,10 @@ def request_of(text: Infotext) -> tuple[Request, list[str]]:
                     f"the picture's text has {name}: {fields[name][:60]!r}, which cannot be read"
                 ) from None
     if size := _size(fields.get("Size")):
-        found["width"], found["height"] = (side - side % 8 for side in size)  # as A1111 cuts it
+        found["width"], found["height"] = (side - side % 8 for side in size)  # rounded down, as in A1111
     if found.get("seed", 0) < 0:
         del found["seed"]
-        notes.append("Seed: below 0 means any: drawn from a random one")
+        notes.append("Seed: a negative seed means a random one")
     found["sampler"] = _sampler(fields, notes)
     found |= _passes(fields, found, notes)
     if resized := _size(fields.get("Seed resize from")):
@@ -231,18 +243,18 @@ def request_of(text: Infotext) -> tuple[Request, list[str]]:
         found.pop("only_masked", None)
     eta = _number(fields, "Eta" if "Eta" in fields else "Eta DDIM")
     if eta is not None and not 0.0 <= eta <= 1.0:
-        notes.append(f"Eta: {eta:g}: only 0 to 1 can be drawn, so it is left out")
+        notes.append(f"Eta: {eta:g} is ignored; only 0 to 1 is supported")
     elif eta is not None:
         found["eta"] = eta
     for name, value in fields.items():
         if name not in _PLAIN and name not in _SILENT:
             notes.append(f"{name}: {value[:100]}")
     for network in re.findall(r"<(?:lora|hypernet|lyco):[^>]{1,200}>", text.prompt):
-        notes.append(f"{network}: networks named in a prompt are not loaded")
+        notes.append(f"{network}: networks named in a prompt of another program are not loaded")
     prompt = text.prompt
     negative = text.negative_prompt
     if not text.ours and re.search(r"\bv?1\.[0-5]\.", fields.get("Version", "")) and "[" in prompt:
-        notes.append("prompt editing counts steps as version 1.6 and later do")
+        notes.append("prompt editing counts steps as in version 1.6 and later")
     return Request(prompt=prompt, negative_prompt=negative, prompt_syntax="a1111", **found), notes
 
 
@@ -252,13 +264,13 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _passes(fields: Mapping[str, str], found: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The fields of a second pass (hires) in its three spellings, or of a run that starts from a picture."""
+    """Return the fields of hires fix, in A1111's three spellings, or of image-to-image."""
     size, more = (found.get("width", 512), found.get("height", 512)), dict[str, Any]()
     if 0 in size:
-        return more  # which the Request refuses
-    first = _size(fields.get("First pass size"))  # versions to 1.0: Size is the second pass's
+        return more  # which Request rejects
+    first = _size(fields.get("First pass size"))  # up to version 1.0, where Size is the final size
     target = size if first else _size(fields.get("Hires resize"))
-    if first and 0 in first:  # drawn at about 512 x 512, its sides multiples of 64
+    if first and 0 in first:  # about 512 x 512, in multiples of 64
         share = (512 * 512 / (size[0] * size[1])) ** 0.5
         first = tuple(math.ceil(share * side / 64) * 64 for side in size)
     if first:
@@ -269,17 +281,19 @@ def _passes(fields: Mapping[str, str], found: Mapping[str, Any], notes: list[str
         if factors[0] == factors[1]:
             more["hires"] = factors[0]
         else:
-            notes.append(f"Hires resize: {target[0]}x{target[1]}: of another shape than the first pass; left out")
+            notes.append(
+                f"Hires resize: {target[0]}x{target[1]}: ignored, since its aspect ratio is not that of the first pass"
+            )
     second = more.get("hires", found.get("hires"))
     if second == 1.0:
-        notes.append("Hires upscale: 1: a second pass of the same size; left out")
+        notes.append("Hires upscale: 1: ignored; the second pass would have the same size")
         more["hires"] = second = None
     strength = _number(fields, "Denoising strength")
     if second:
         upscaler = fields.get("Hires upscaler", "Latent")
         more |= {"hires_strength": strength, "hires_upscale": "latent" if "Latent" in upscaler else "pixels"}
         if upscaler not in ("Latent", "Lanczos"):
-            notes.append(f"Hires upscaler: {upscaler[:100]}: enlarged as {more['hires_upscale']} here")
+            notes.append(f"Hires upscaler: {upscaler[:100]}: replaced by hires_upscale {more['hires_upscale']}")
     else:
         more |= {"hires_steps": None, "strength": strength}
     return more
@@ -293,20 +307,25 @@ def _number(fields: Mapping[str, str], name: str) -> float | None:
 
 
 def _sampler(fields: Mapping[str, str], notes: list[str]) -> str | None:
-    """Our name of Sampler and Schedule type together; in older texts the schedule is part of the sampler's name."""
+    """Return our name for Sampler and Schedule type; in older texts the schedule is part of the sampler's name."""
     name, schedule = fields.get("Sampler"), fields.get("Schedule type", "Automatic")
     if name is None:
-        notes.append("Sampler is missing: drawn with the model's own")
+        notes.append("Sampler is missing; the model's default is used")
         return None
-    names = (*SOLVERS, *reversed(PRESETS), *A1111_SAMPLERS, *A1111_WITHOUT_SCHEDULE)  # theirs win: Heun, not heun
+    names = (
+        *SOLVERS,
+        *reversed(PRESETS),
+        *A1111_SAMPLERS,
+        *A1111_WITHOUT_SCHEDULE,
+    )  # A1111's win
     known = {known.lower(): known for known in names}
     base = known.get(name.lower())
     if base is None:
-        notes.append(f"Sampler: {name[:100]}: not known here, drawn with the model's own")
+        notes.append(f"Sampler: {name[:100]} is unknown; the model's default is used")
         return None
     if schedule.lower() == "automatic":
         return base
     full = known.get(f"{base} {schedule}".lower())
     if full is None and base not in A1111_WITHOUT_SCHEDULE:
-        notes.append(f"Schedule type: {schedule[:100]}: not known with {base}, drawn with the sampler's own")
+        notes.append(f"Schedule type: {schedule[:100]} is unknown for {base}; the sampler's default is used")
     return full or base

@@ -1,8 +1,8 @@
-"""The record that a picture carries: what it was made of, so that it can be drawn again and the copy compared.
+"""The record that a picture carries: everything needed to generate it again and to verify the copy.
 
-A record is two texts in `image.info`, which `save` (io.py) writes into the file: `mezzotint`, JSON with the fields
-of `Record`, and `parameters`, A1111's text (infotext.py). It holds no clock, no host name and no duration: the same
-picture has the same record. What a file says is data: reading a record opens nothing.
+A record is two texts in `image.info`, which `save` (images/io.py) writes into the file: `mezzotint`, JSON with the
+fields of `Record`, and `parameters`, A1111's text (infotext.py). It contains no time, host name or duration, so the
+same picture has the same record. A file's record is untrusted data: reading it opens no other file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mezzotint.placement import Placement
 from mezzotint.records import infotext
 from mezzotint.request import MAX_SEED, Job, Request
 
-MAX_DEPTH = 20  # of the JSON's brackets; a record's own is 5
+MAX_DEPTH = 20  # nesting of the JSON; our own records have 5 levels
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(max_length=4096)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Words = Literal["prompt", "negative_prompt"]  # in which the requests of one batch may differ
+Words = Literal["prompt", "negative_prompt"]  # the fields in which the requests of one batch may differ
 
 
 class _Part(BaseModel):
@@ -36,8 +36,10 @@ class _Part(BaseModel):
 
 
 class Model(_Part):
-    """What drew. files, loras and merged (LoRAs that were part of the weights): name -> SHA-256 of the file's bytes;
-    embeddings: of their numbers.
+    """The model and the machine that a picture was generated with.
+
+    `files`, `loras` and `merged` (LoRAs merged into the weights) map a name to the SHA-256 of a file, and
+    `embeddings` to that of the vectors.
     """
 
     name: Word = ""
@@ -54,17 +56,27 @@ class Model(_Part):
 
 
 class Input(_Part):
-    """A picture that the run started from: where it was, and the SHA-256 of its bytes."""
+    """An input picture: its path, and the SHA-256 of the file."""
 
     path: Word | None = None
     sha256: Sha256
 
 
 class Record(_Part):
-    """request: the whole of it, resolved. seed: this picture's own. group: the seeds of the pictures drawn in one batch
-    with it, itself among them at `place`; others: the fields in which the request of each of them differs, where any
-    does. pixels: SHA-256 of the drawn picture, rows of R, G, B. float32: parts that had to run again in it.
-    latents: SHA-256 of the starting noise, where it was given and not drawn.
+    """The record of one picture.
+
+    Attributes:
+        request: The resolved request.
+        seed: The seed of this picture.
+        group: The seeds of all pictures of its batch.
+        place: The index of this picture in `group`.
+        others: For each picture of the batch the prompts that differ from `request`; empty if none do.
+        model: The model and the machine.
+        versions: Package versions, by name.
+        inputs: The input pictures, by field of the request.
+        float32: The parts of the model that had to be repeated in float32.
+        pixels: SHA-256 of the picture's pixels, rows of R, G, B.
+        latents: SHA-256 of the starting noise, if it was given.
     """
 
     request: Request
@@ -80,13 +92,20 @@ class Record(_Part):
     latents: Sha256 | None = None
 
     def jobs(self, changes: Mapping[str, Any] | None = None) -> list[Job]:
-        """The batch that the picture was drawn in, its own request with `changes`. Raises RequestError."""
+        """Return the batch that the picture was generated in.
+
+        Args:
+            changes: Fields of the request to replace.
+
+        Raises:
+            RequestError: If a changed field is invalid.
+        """
         own = self.request.replace(**(changes or {}))
         others = [own.replace(**other) if other else own for other in self.others] or [own] * len(self.group)
         return list(zip(others, self.group, strict=True))
 
     def facts(self) -> dict[str, str]:
-        """What the same bits depend on beside the request, by name."""
+        """Return what the pixels depend on besides the request, by name."""
         model = self.model
         return {
             **{f"{name}'s version": version for name, version in self.versions.items()},
@@ -99,7 +118,7 @@ class Record(_Part):
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},
-            "what ran again in float32": ", ".join(self.float32),
+            "what was repeated in float32": ", ".join(self.float32),
         }
 
 
@@ -115,11 +134,18 @@ def describe(
     float32: Sequence[str] = (),
     latents: Tensor | None = None,
 ) -> dict[str, str]:
-    """The record of one picture: the two texts, to be put into `image.info`.
+    """Return the record of one picture as the two texts for `image.info`.
 
-    request: resolved, as it ran. model: a Model's fields, `name` among them. group, place: the pictures drawn in one
-    batch, and which of them this is; alone where it is empty. image: the picture as it was drawn. inputs: Input's
-    fields by field of the request. latents: (C, h, w), where they were given.
+    Args:
+        request: The resolved request.
+        seed: The seed of this picture.
+        model: The fields of a `Model`, including `name`.
+        group: The pictures of the batch; empty means this one alone.
+        place: The index of this picture in the group.
+        image: The picture, for the hash of its pixels.
+        inputs: The fields of an `Input`, by field of the request.
+        float32: The parts of the model that were repeated in float32.
+        latents: The given starting noise, of shape (C, h, w).
     """
     group = group or [(request, seed)]
     own = _fields(request)
@@ -151,19 +177,23 @@ def describe(
 
 
 def _fields(request: Request) -> dict[str, Any]:
-    """The request for JSON, without the bytes of pictures: they are in `inputs` by their hash."""
+    """Return the request for JSON, without pictures given as bytes, whose hashes are in `inputs`."""
     return request.model_dump(mode="json", exclude={n for n, s in request.sources.items() if isinstance(s, bytes)})
 
 
 def _differences(other: Request, own: Request) -> dict[str, str | None]:
-    """The words in which a neighbour's request differs."""
+    """Return the prompts in which another request of the batch differs."""
     return {name: getattr(other, name) for name in get_args(Words) if getattr(other, name) != getattr(own, name)}
 
 
 def read(texts: Mapping[str, str]) -> Record | None:
-    """The record in what `read_metadata` gave; None where there is none of ours.
+    """Parse the record in the texts of a file, as `read_metadata` returns them.
 
-    Raises RequestError, a sentence, for a record that is damaged or was never one.
+    Returns:
+        The record, or None if mezzotint wrote none.
+
+    Raises:
+        RequestError: If the record is damaged.
     """
     text = texts.get("mezzotint")
     if text is None:
@@ -173,25 +203,25 @@ def read(texts: Mapping[str, str]) -> Record | None:
     try:
         if _depth(text) > MAX_DEPTH:
             raise ValueError("it is nested too deeply")
-        record = Record.model_validate(json.loads(text, parse_constant=_no_constant))
+        record = Record.model_validate(json.loads(text, parse_constant=_reject_constant))
         if record.place >= len(record.group) or record.group[record.place] != record.seed:
-            raise ValueError("its seed is not the one of its place in the group")
+            raise ValueError("seed differs from the entry of group at place")
         if record.others and len(record.others) != len(record.group):
-            raise ValueError("others must have one entry for each of the group")
+            raise ValueError("others must have one entry for each seed of group")
         record.jobs()
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:100] or "the whole"
+        where = ".".join(map(str, first["loc"]))[:100] or "the top level"
         raise RequestError(f"the record is wrong at {where}: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # not JSON, or a number with thousands of digits
         raise RequestError(f"the record cannot be read: {error}") from None
     except RequestError as error:
-        raise RequestError(f"the record's request is wrong: {error}") from None
+        raise RequestError(f"the record's request is invalid: {error}") from None
     return record
 
 
 def _depth(text: str) -> int:
-    """How deeply the JSON nests, at most: brackets in strings count too."""
+    """Return the nesting depth of a JSON text, without parsing it."""
     deepest = depth = 0
     inside = escaped = False
     for mark in text:
@@ -207,36 +237,43 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def pixels_digest(image: Image.Image) -> str:
-    """SHA-256 of the picture's bytes: rows of R, G, B."""
+    """Return the SHA-256 of a picture's pixels, rows of R, G, B."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def difference(a: Image.Image, b: Image.Image) -> tuple[int, float]:
-    """(greatest difference in 255ths, share of the pixels that differ). Raises MezzotintError for other sizes."""
+    """Compare two pictures.
+
+    Returns:
+        The largest difference in levels of 255, and the fraction of pixels that differ.
+
+    Raises:
+        MezzotintError: If the sizes differ.
+    """
     if a.size != b.size:
         raise MezzotintError(f"one picture is {a.width}x{a.height}, the other {b.width}x{b.height}")
     apart = ImageChops.difference(a.convert("RGB"), b.convert("RGB"))
     extremes = [high for _, high in apart.getextrema()]  # type: ignore[misc]
     red, green, blue = apart.split()
-    most = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
-    return int(max(extremes)), 1.0 - most[0] / (a.width * a.height)
+    largest = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
+    return int(max(extremes)), 1.0 - largest[0] / (a.width * a.height)
 
 
 def changes(before: Record, now: Record) -> Iterator[str]:
-    """What the two pictures were drawn with that is not the same, a phrase each."""
+    """Yield a phrase for each fact in which two records differ."""
     old, new = before.facts(), now.facts()
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
-            yield f"{name} was {_short(old.get(name))}, here {_short(new.get(name))}"
+            yield f"{name} was {_shorten(old.get(name))} and is now {_shorten(new.get(name))}"
 
 
-def _short(value: str | None) -> str:
-    """A value for a sentence: the first digits of a hash."""
+def _shorten(value: str | None) -> str:
+    """Shorten a value for a message; of a hash, the first digits."""
     if not value:
         return "none"
     return f"{value[:10]}..." if len(value) == 64 else value[:100]
@@ -249,5 +286,5 @@ def version(name: str) -> str:
         return __version__
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+    except importlib.metadata.PackageNotFoundError:  # running from a source tree
         return "unknown"

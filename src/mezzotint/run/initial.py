@@ -19,7 +19,7 @@ from mezzotint.diffusion.blend import Blend, Denoiser
 from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.variation import paste_center, slerp
 from mezzotint.errors import RequestError
-from mezzotint.images.init_image import Placed
+from mezzotint.images.init_image import InitImage
 from mezzotint.images.io import from_pil
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.request import Job, Request
@@ -43,7 +43,7 @@ class Run:
     plans: Sequence[RunPlan]
     seeds: Sequence[int]
     latents: Tensor | None = None
-    pictures: Sequence[Placed | Tensor] = ()
+    pictures: Sequence[InitImage | Tensor] = ()
     upcast_parts: list[str] = field(default_factory=list)
 
     @property
@@ -62,14 +62,14 @@ class Run:
         return [(plan.request, seed) for plan, seed in zip(self.plans, self.seeds, strict=True)]
 
     @property
-    def placed(self) -> list[Placed]:
+    def placed(self) -> list[InitImage]:
         """The pictures that are put back into what they were taken from."""
-        return [picture for picture in self.pictures if isinstance(picture, Placed)]
+        return [picture for picture in self.pictures if isinstance(picture, InitImage)]
 
     @property
     def notices(self) -> list[str]:
         """What a person should be told of the pictures."""
-        return [notice for placed in unlike(self.placed) for notice in placed.notices]
+        return [notice for placed in distinct(self.placed) for notice in placed.notices]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +118,14 @@ def start(run: Run, vae: VAE, encode: Encode, noise: SeededNoise, sigma: float, 
     from_noise = mask is not None and request.strength == 1.0
     x0 = None
     if placed and not (inpaints and from_noise):
-        x0 = _sampled([_pixels(p) for p in unlike(placed)], placed, vae, encode, noise)
+        x0 = _sampled([_pixels(p) for p in distinct(placed)], placed, vae, encode, noise)
     elif known := [picture for picture in run.pictures if isinstance(picture, Tensor)]:
         x0 = torch.cat(known)
     drawn = _first(run, noise, side)
     inpaint_channels = None
     if inpaints:
         grey = torch.zeros(1, 3, noise.shape[1] * side, noise.shape[2] * side)
-        shown = [grey] if mask is None else [_pixels(p, hidden=True) for p in unlike(placed)]
+        shown = [grey] if mask is None else [_pixels(p, hidden=True) for p in distinct(placed)]
         masked = _sampled(shown, () if mask is None else placed, vae, encode, noise)
         inpaint_channels = torch.cat([torch.ones_like(masked[:, :1]) if mask is None else mask, masked], dim=1)
     elif mask is not None:
@@ -160,12 +160,12 @@ def _first(run: Run, noise: SeededNoise, side: int) -> Tensor:
     return varied if shape == noise.shape else paste_center(own, varied)
 
 
-def unlike(placed: Sequence[Placed]) -> list[Placed]:
+def distinct(placed: Sequence[InitImage]) -> list[InitImage]:
     """Each picture once, in order: a batch of one picture is encoded once."""
     return list({id(p): p for p in placed}.values())
 
 
-def _pixels(placed: Placed, hidden: bool = False) -> Tensor:
+def _pixels(placed: InitImage, hidden: bool = False) -> Tensor:
     """(1, 3, H, W) in [-1, 1]; hidden: 0, a middle grey, where the mask is."""
     pixels = from_pil(placed.image)
     if not hidden or placed.mask is None:
@@ -173,10 +173,12 @@ def _pixels(placed: Placed, hidden: bool = False) -> Tensor:
     return pixels * torch.from_numpy(np.asarray(placed.mask) < 128)
 
 
-def _sampled(shown: Sequence[Tensor], placed: Sequence[Placed], vae: VAE, encode: Encode, noise: SeededNoise) -> Tensor:
-    """Latents (B, C, h, w) float32, each from the posterior of its picture; `shown`: the pixels of unlike(placed)."""
+def _sampled(
+    shown: Sequence[Tensor], placed: Sequence[InitImage], vae: VAE, encode: Encode, noise: SeededNoise
+) -> Tensor:
+    """Latents (B, C, h, w) float32, each from the posterior of its picture; `shown`: the pixels of distinct(placed)."""
     posteriors = [encode(pixels.to(noise.device)) for pixels in shown]
-    order = unlike(placed)
+    order = distinct(placed)
     rows = [order.index(p) for p in placed] or [0]
     mean, logvar = (torch.cat([getattr(posteriors[row], name).float() for row in rows]) for name in ("mean", "logvar"))
     return vae.scale(mean + torch.exp(0.5 * logvar) * noise.draw())

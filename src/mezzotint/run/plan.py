@@ -188,7 +188,7 @@ class RunPlan:
         return parse_prompt(self.request, "", self.schedule_steps, negative=True, base_steps=self.base_steps)
 
     @cached_property
-    def init_image(self) -> init_image.Placed | None:
+    def init_image(self) -> init_image.InitImage | None:
         """The picture that the run starts from, opened and fitted to its size; None where it starts from noise."""
         return _open_image(self.request)
 
@@ -294,7 +294,7 @@ def _latent_shape(model: ModelInfo, request: Request) -> tuple[int, int, int]:
     return model.latent_channels, request.height // side, request.width // side
 
 
-def _open_image(request: Request) -> init_image.Placed | None:
+def _open_image(request: Request) -> init_image.InitImage | None:
     """Return the picture that a resolved request starts from."""
     if request.image is None:
         return None
@@ -304,4 +304,4 @@ def _open_image(request: Request) -> init_image.Placed | None:
         for name in ("resize_mode", "mask_blur", "invert_mask", "masked_content", "only_masked", "outpaint")
         if (value := getattr(request, name)) is not None
     }
-    return init_image.place(request.sources, (request.width, request.height), **options)
+    return init_image.prepare(request.sources, (request.width, request.height), **options)

@@ -205,7 +205,7 @@ def _size(model: ModelInfo, request: Request) -> tuple[int, int]:
     size = settings.get("width", model.native_size), settings.get("height", model.native_size)
     if request.image is not None and request.only_masked is None and not (request.width and request.height):
         left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
-        width, height = (max(number // side, 1) * side for number in init_image.size_of(request.image))
+        width, height = (max(number // side, 1) * side for number in init_image.picture_size(request.image))
         size = width + left + right, height + top + bottom
         if max(size) > MAX_SIDE:
             raise RequestError(

@@ -167,7 +167,7 @@ def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]
         return f"the caption of {place!r} has {len(caption):,} characters; it must be text of at most {MAX_PROMPT:,}"
     try:
         data = read()
-        size = init_image.size_of(place, "the picture", data)
+        size = init_image.picture_size(place, "the picture", data)
     except RequestError as error:
         return str(error)
     return Example(id, " ".join(caption.split()), size, init_image.digest(data), place, read)
@@ -258,7 +258,7 @@ def _member(path: Path, member: tarfile.TarInfo) -> bytes:
     """A file in an uncompressed tar: it lies there as it is."""
     if member.size > init_image.MAX_BYTES:
         raise RequestError(
-            f"{path}/{member.name} is larger than {init_image.MAX_BYTES // 2**20} MiB; {init_image.RIGHT}"
+            f"{path}/{member.name} is larger than {init_image.MAX_BYTES // 2**20} MiB; {init_image.EXPECTED}"
         )
     try:
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError, MissingExtraError, WriteError
-from mezzotint.images.io import write_whole
+from mezzotint.images.io import write_atomically
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.train import keyed_rng, sharding
 from mezzotint.train.loop import MetricsLog, TrainingLoop
@@ -305,7 +305,7 @@ def _start_logs(folder: Path, recipe: Recipe, step: int) -> MetricsLog:
     """Write recipe.toml and open log.jsonl. Raises WriteError."""
     log = MetricsLog(folder, step)
     try:
-        write_whole(folder / RECIPE, recipe.toml().encode())
+        write_atomically(folder / RECIPE, recipe.toml().encode())
     except OSError as error:
         raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
     return log

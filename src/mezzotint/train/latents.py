@@ -25,7 +25,7 @@ from mezzotint import prompt
 from mezzotint.conditioning.chunks import split_into_chunks
 from mezzotint.conditioning.encode import Conditioner, pad_contexts
 from mezzotint.errors import MezzotintError, WriteError
-from mezzotint.images.io import from_pil, write_whole
+from mezzotint.images.io import from_pil, write_atomically
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
@@ -89,7 +89,7 @@ class Store:
             tensors = make()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, safetensors.torch.save(tensors))
+            write_atomically(path, safetensors.torch.save(tensors))
         except OSError as error:
             raise WriteError(
                 f"{path} cannot be written ({error.strerror or error}); what is encoded is kept there"

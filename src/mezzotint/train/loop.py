@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError, TrainingError, WriteError
-from mezzotint.images.io import write_whole
+from mezzotint.images.io import write_atomically
 from mezzotint.train import checkpoints, sharding
 
 LOG = "log.jsonl"
@@ -192,7 +192,7 @@ class MetricsLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            write_whole(self.path, "".join(line for line in lines if _is_done(line, step)).encode())
+            write_atomically(self.path, "".join(line for line in lines if _is_done(line, step)).encode())
         except OSError as error:
             raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
 

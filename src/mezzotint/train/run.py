@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mezzotint.errors import RequestError, WriteError
-from mezzotint.images.io import write_whole
+from mezzotint.images.io import write_atomically
 from mezzotint.memory.footprint import Model
 from mezzotint.models.offload import turn
 from mezzotint.models.unet import UNet
@@ -195,7 +195,7 @@ def _save_picture(image: Image.Image, path: Path) -> None:
     image.save(data, format="PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data.getvalue())
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
 

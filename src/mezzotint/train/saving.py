@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError, RequestError, WriteError
-from mezzotint.images.io import write_whole
+from mezzotint.images.io import write_atomically
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe
@@ -241,7 +241,7 @@ def _placed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save(dict(tensors), metadata=dict(metadata)))
+        write_atomically(path, save(dict(tensors), metadata=dict(metadata)))
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
     return path
