@@ -45,7 +45,8 @@ def lora_files(folder: str) -> dict[str, str]:
     if not root.is_dir():
         raise RequestError(f"lora_folder is {folder[:200]!r}, which is no folder that is here")
     files = list_files(root, SUFFIXES)
-    return {name.rpartition("/")[2].rpartition(".")[0].lower(): f"{root}/{name}" for name in reversed(files)}
+    place = str(root)
+    return {name.rpartition("/")[2].rpartition(".")[0].lower(): f"{place}/{name}" for name in reversed(files)}
 
 
 def _scale(unet: float, text: float | None = None, blocks: tuple[tuple[str, float], ...] = ()) -> Scale:

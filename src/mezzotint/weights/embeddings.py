@@ -13,6 +13,7 @@ Nothing in a file is executed; see files.py.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,8 +75,9 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
         self._found: dict[str, Embedding] = {}
         for source in sources:
             path = resource(source, "embedding", partial(_chosen, source))
-            for embedding in (e for file in _files(path) for e in read_embeddings(file)):
-                if path.is_file():
+            alone = path.is_file()
+            for embedding in (e for file in ([str(path)] if alone else _files(path)) for e in read_embeddings(file)):
+                if alone:
                     embedding.fitted(widths)
                 for name in embedding.names:
                     other = self._found.setdefault(name.lower(), embedding)
@@ -99,17 +101,18 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
         return {name: embedding.digest for name, embedding in self._found.items()}
 
 
-def read_embeddings(path: Path) -> list[Embedding]:
+def read_embeddings(path: str | Path) -> list[Embedding]:
     """The embeddings of one file, or those bundled in a LoRA. Raises CheckpointError for a file that holds none."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return _read(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return _read(str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 @lru_cache(maxsize=4096)
-def _read(path: Path, _changed: int, _size: int, _inode: int) -> list[Embedding]:
+def _read(name: str, _changed: int, _size: int, _inode: int) -> list[Embedding]:
+    path = Path(name)
     file = TensorFile(path)
     bundled: dict[str, dict[str, Tensor]] = {}
     for match in filter(None, map(BUNDLED.fullmatch, file.entries)):
@@ -156,13 +159,13 @@ def _chosen(name: str, listing: Iterable[str]) -> list[str]:
     return files
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
+def _files(path: Path) -> list[str]:
+    """Return the embedding files of a folder."""
     files = _best(list_files(path, SUFFIXES))
     if not files:
         raise CheckpointError(f"{path} is a folder without .safetensors, .bin or .pt files: it holds no embedding")
-    return [path / file for file in files]
+    place = str(path)
+    return [f"{place}/{file}" for file in files]
 
 
 def _best(names: Iterable[str]) -> list[str]:

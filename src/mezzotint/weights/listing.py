@@ -12,18 +12,19 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
 
     They are sorted folder by folder. Links to folders are not followed, and what cannot be read is left out.
     """
+    root, endings = str(folder), tuple(suffixes)
     found: list[str] = []
     pending = [""]
     while pending:
         place = pending.pop()
         try:
-            with os.scandir(folder / place) as entries:
+            with os.scandir(f"{root}/{place}" if place else root) as entries:
                 for entry in entries:
                     name = f"{place}/{entry.name}" if place else entry.name
-                    if name.endswith(tuple(suffixes)) and entry.is_file():
+                    if name.endswith(endings) and entry.is_file():
                         found.append(name)
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(name)
         except OSError:
             continue
-    return sorted(found, key=lambda name: name.split("/"))
+    return sorted(found, key=lambda name: name.replace("/", "\0"))  # as lists of their parts
