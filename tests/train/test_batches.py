@@ -200,7 +200,7 @@ def test_prepared_leaves_the_vae_nothing_to_do(
 ) -> None:
     options, vae, counts = replace(OPTIONS, flip=True), tiny_vae(), list[int]()
     held, cached = Latents(vae), Latents(vae, tmp_path / "cache")
-    assert prepare_dataset(dataset, options, held, seen=counts.append) == dataset
+    assert prepare_dataset(dataset, options, held, on_picture=counts.append) == dataset
     assert counts == [1, 2, 3, 4, 5, 6]
     prepare_dataset(dataset, options, cached)
     expected = list(Batches(dataset, options, held, seed=1).epoch(0))
@@ -290,7 +290,7 @@ def test_latents_that_are_no_numbers_are_named(dataset: Dataset, tmp_path: Path)
     vae = tiny_vae()
     with torch.no_grad():
         vae.encoder.conv_in.weight.fill_(torch.inf)
-    with pytest.raises(MezzotintError, match=r"broad\.png.*no number"):
+    with pytest.raises(MezzotintError, match=r"broad\.png.*not finite"):
         Latents(vae, tmp_path).posterior(dataset[0], View.of(dataset[0].size, (32, 32)))
     assert not list(tmp_path.rglob("*.safetensors"))
 

@@ -231,12 +231,12 @@ def test_the_few_step_lora_goes_with_the_model_while_it_fits(sd1_folder: Path, t
     few = mezzotint.weights.model_plan.FewStep.model_validate(FEW_STEP)
     parts.few_step, parts.source = few, tmp_path
     (told,) = check_saving(full(), parts)
-    assert "is not there" in told
+    assert "is not saved: it is missing" in told
     (tmp_path / "lcm.safetensors").write_bytes(b"a LoRA")
     (told,) = check_saving(full(), parts)
-    assert "goes with the model as it is" in told
+    assert "is copied unchanged" in told
     (told,) = check_saving(full(prediction="v_prediction"), parts)
-    assert "does not go with the model" in told
+    assert "is not saved" in told
     (folder,) = save_model(TrainableModel(parts, full()), tmp_path / "a")
     assert (folder / "lcm.safetensors").read_bytes() == b"a LoRA"
     assert open_model(folder).few_step == few

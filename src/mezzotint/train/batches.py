@@ -1,9 +1,11 @@
-"""Batches to learn from. Which pictures they hold, and how each is cut, mirrored, captioned and sampled, is a function
-of (seed, epoch, sample): never of a worker, of a process or of what came before.
+"""Batches of training data.
 
-A run is one unending row of batches, epoch after epoch: `batches.at(k)`. Micro-step m of process p of P takes
-k = m P + p; so no two processes see the same sample in an epoch, each has as many batches as the other, P processes
-see what one sees with P times the accumulation, and a run goes on from a whole number.
+Which pictures a batch has, and how each is cropped, mirrored, captioned and sampled, depends only on (seed, epoch,
+sample), not on workers, processes or earlier draws.
+
+A run is an endless sequence of batches, epoch after epoch: `batches.at(k)`. Micro-step m of process p of P takes
+k = m P + p. So no two processes see the same sample in an epoch, all have the same number of batches, P processes see
+what one sees with P times the accumulation, and a run resumes from a whole number.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from mezzotint.train.latents import Latents, View
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How pictures become batches; a Recipe's fields of the same names.
+    """How pictures become batches; the fields of the same names of a Recipe.
 
-    resolution: pixels; a picture has about its square. buckets: each in about its own aspect ratio, sides multiples of
-    `bucket_step`; else all are square. batch: pictures at once. random_crop: what is over is cut off anywhere, else
-    from the middle. flip: half of the time mirrored. repeats: how often an epoch has each picture. caption_dropout:
-    share of captions left empty, for guidance (Ho and Salimans 2022). shuffle_tags: the caption's parts between commas
-    in another order each time, but for the first `keep_tags`.
+    Attributes:
+        resolution: square root of a picture's area in pixels.
+        buckets: keep aspect ratios, with sides that are multiples of `bucket_step`; otherwise all pictures are square.
+        batch: pictures per batch.
+        random_crop: crop at random instead of in the middle.
+        flip: mirror half of the pictures.
+        repeats: uses of each picture per epoch.
+        caption_dropout: fraction of captions replaced by the empty one, for guidance (Ho and Salimans 2022).
+        shuffle_tags: shuffle the comma-separated parts of captions, except the first `keep_tags`.
     """
 
     resolution: int = 512
@@ -45,7 +51,7 @@ class DataOptions:
     keep_tags: int = 1
 
     def sizes(self) -> list[Size]:
-        """The buckets. Raises RequestError where the resolution is too small for one."""
+        """Return the buckets. Raises RequestError if the resolution is too small for one."""
         if self.buckets:
             return bucket_sizes(self.resolution, self.bucket_step)
         side = self.resolution // 8 * 8
@@ -54,8 +60,14 @@ class DataOptions:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """ids: of the samples; with repeats "cat.jpg", "cat.jpg*1" and so on. captions: as this epoch has them. latents
-    (B, C, h, w): sampled, scaled, float32 on the CPU. time_ids (B, 6): as of a Condition, for SDXL.
+    """A batch of one bucket.
+
+    Attributes:
+        epoch: from 0.
+        ids: of the samples; with repeats "cat.jpg", "cat.jpg*1" and so on.
+        captions: after dropout and shuffling.
+        latents: (B, C, h, w), sampled and scaled, float32 on the CPU.
+        time_ids: (B, 6), SDXL's micro-conditioning.
     """
 
     epoch: int
@@ -66,10 +78,10 @@ class Batch:
 
 
 class Batches:
-    """Of a dataset, by this seed; its length is that of an epoch, the same for all."""
+    """The endless sequence of a dataset's batches; its length is that of an epoch, which never changes."""
 
     def __init__(self, dataset: Dataset, options: DataOptions, latents: Latents, seed: int) -> None:
-        """dataset: sound (`prepare_dataset`)."""
+        """Sort the samples into buckets. `dataset` must have passed `prepare_dataset`."""
         self.options, self.latents, self.seed = options, latents, seed
         self.examples = [example for example in dataset for _ in range(options.repeats)]
         numbers = [number for _ in dataset for number in range(options.repeats)]
@@ -85,11 +97,12 @@ class Batches:
         return sum(-(-len(places) // self.options.batch) for places in self.buckets.values())
 
     def at(self, k: int) -> Batch:
-        """Batch k of the run, from 0 without end. Raises RequestError where a picture no longer decodes."""
+        """Return batch k, from 0 without end. Raises RequestError if a picture no longer decodes."""
         epoch, index = divmod(k, len(self))
         return self._batch(epoch, self._places(epoch)[index])
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch."""
         return (self._batch(epoch, places) for places in self._places(epoch))
 
     def _places_of(self, epoch: int) -> list[tuple[int, ...]]:
@@ -110,11 +123,11 @@ class Batches:
         return Batch(epoch, ids, captions, torch.cat(latents), torch.tensor(numbers, dtype=torch.float32))
 
     def _view(self, epoch: int, place: int) -> View:
-        def drawn(what: str) -> float:
+        def draw(what: str) -> float:
             return keyed_rng.uniform(self.seed, epoch, self.ids[place], what)
 
-        flip = self.options.flip and drawn("flip") < 0.5
-        cut = (drawn("across"), drawn("down")) if self.options.random_crop else None
+        flip = self.options.flip and draw("flip") < 0.5
+        cut = (draw("across"), draw("down")) if self.options.random_crop else None
         return View.of(self.examples[place].size, self.sizes[place], flip, cut)
 
     def _caption(self, epoch: int, place: int) -> str:
@@ -135,16 +148,27 @@ def prepare_dataset(
     options: DataOptions,
     latents: Latents,
     broken: BrokenPolicy = "stop",
-    seen: Callable[[int], None] = lambda count: None,
+    on_picture: Callable[[int], None] = lambda count: None,
 ) -> Dataset:
-    """The dataset without what does not decode: every picture is opened once, and encoded if it is cut the same way
-    each epoch, so that after this the VAE has nothing more to do.
+    """Open every picture once and, unless crops are random, encode it, so that the VAE is not needed afterwards.
 
-    broken: whether one that does not decode stops or is skipped. seen: is told how many have been. Raises RequestError,
-    also where none is left, and as `Latents.posterior`.
+    Args:
+        dataset: the pictures.
+        options: how they become batches.
+        latents: the VAE with its cache.
+        broken: whether a picture that does not decode raises an error or is skipped.
+        on_picture: called with the number of pictures done.
+
+    Returns:
+        The dataset without pictures that do not decode.
+
+    Raises:
+        RequestError: for a picture that does not decode, or if none is left.
+        MezzotintError: if the VAE's output is not finite.
+        WriteError: if the cache cannot be written.
     """
     sizes = options.sizes()
-    sound: list[Example] = []
+    decodable: list[Example] = []
     skipped = list(dataset.skipped)
     for count, example in enumerate(dataset, 1):
         try:
@@ -158,8 +182,8 @@ def prepare_dataset(
                 raise
             skipped.append(str(error))
         else:
-            sound.append(example)
-        seen(count)
-    if not sound:
+            decodable.append(example)
+        on_picture(count)
+    if not decodable:
         raise RequestError(f"{str(dataset.path)!r} has no picture that decodes; the first: {skipped[0]}")
-    return Dataset(dataset.path, tuple(sound), tuple(skipped))
+    return Dataset(dataset.path, tuple(decodable), tuple(skipped))

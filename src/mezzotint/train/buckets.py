@@ -1,5 +1,4 @@
-"""Pictures of like shape share a batch, so that none is squeezed and little is cut off (aspect-ratio buckets, NovelAI
-2022), and what an epoch's batches are, as a function of (seed, epoch).
+"""Aspect-ratio buckets (NovelAI 2022): pictures of similar shape share a batch, so that little is cropped.
 
 Sizes are (width, height) in pixels.
 """
@@ -16,8 +15,8 @@ Size = tuple[int, int]
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
-    """All sizes whose sides are multiples of `step` from half to twice `resolution` and whose area is at most its
-    square; of each width the highest, and the same lying down. Raises RequestError for a resolution below a step.
+    """Return the largest sizes whose sides are multiples of `step` from half to twice `resolution` and whose area is at
+    most its square, in portrait and landscape. Raises RequestError if the resolution is below a step.
     """
     if resolution < step:
         raise RequestError(f"resolution is {resolution}; it must be at least bucket_step, {step}")
@@ -32,21 +31,21 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
 
 
 def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
-    """The bucket of the most similar shape, by the ratio of the two; of equal ones the largest."""
+    """Return the bucket with the closest aspect ratio (in logarithm); of equally close ones the largest."""
 
-    def apart(bucket: Size) -> tuple[float, int]:
+    def distance(bucket: Size) -> tuple[float, int]:
         return abs(math.log(size[0] * bucket[1]) - math.log(size[1] * bucket[0])), -bucket[0] * bucket[1]
 
-    return min(sizes, key=apart)
+    return min(sizes, key=distance)
 
 
 def epoch_batches(
     buckets: Mapping[Size, Sequence[int]], ids: Sequence[str], batch_size: int, seed: int, epoch: int
 ) -> list[tuple[int, ...]]:
-    """An epoch: batches of places in `ids`, each place once and no batch of two buckets.
+    """Return an epoch's batches as indices of `ids`, shuffled by (seed, epoch); each batch is from one bucket.
 
-    The last batch of a bucket may be short, as with kohya and diffusers; so the number of batches is the same every
-    epoch, and which pictures are in a short one is not.
+    The last batch of a bucket may be short, as with kohya and diffusers. So the number of batches is the same in every
+    epoch, but which pictures are in a short one differs.
     """
     batches = []
     for members in buckets.values():

@@ -1,13 +1,12 @@
-"""What is learnt from: pictures with captions, in the four layouts that people keep them in.
+"""Training data: pictures with captions, in four common layouts.
 
-    folder of pictures          cat.jpg, and cat.txt beside it: its caption; folders in it too
+    folder of pictures          cat.jpg with its caption in cat.txt next to it; subfolders too
     folder with metadata.jsonl  {"file_name": "cat.jpg", "text": "a cat"} on each line
     Parquet                     columns `image` (bytes, or a struct with bytes, as the hub writes them) and `text`
-    WebDataset                  tar shards, not compressed: cat.jpg with cat.txt or cat.json beside it
+    WebDataset                  tar shards, not compressed: cat.jpg with cat.txt or cat.json of the same name
 
-Where text is asked for, `caption` or `prompt` may stand instead. Shards and Parquet files are given one by one or as
-the folder that they lie in. A picture is opened as everywhere in mezzotint: upright, transparency on white, none of
-more than 80 million pixels.
+The field or column `text` may also be called `caption` or `prompt`. Shards and Parquet files are given one by one or as
+a folder. Pictures are opened as everywhere in mezzotint: upright, transparency on white, at most 80 million pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from mezzotint.request import MAX_PROMPT
 
 BrokenPolicy = Literal["stop", "skip"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-TEXTS = ("text", "caption", "prompt")  # what a column or field with the caption may be called
+TEXTS = ("text", "caption", "prompt")  # names of the caption's column or field
 METADATA = "metadata.jsonl"
 RIGHT_LINE = 'it must be a JSON object on one line, such as {"file_name": "cat.jpg", "text": "a cat"}'
 NO_EXTRA = "a Parquet file needs pyarrow: pip install 'mezzotint[train]'"
@@ -41,8 +40,13 @@ NO_EXTRA = "a Parquet file needs pyarrow: pip install 'mezzotint[train]'"
 class Example:
     """A picture with its caption, not yet decoded.
 
-    id: its own in the dataset, the same wherever that lies. size: (width, height), upright, by the file's header.
-    digest: SHA-256 of the picture's file. place: where it is, for sentences. read: the bytes of its file.
+    Attributes:
+        id: unique in the dataset, and independent of the dataset's location.
+        caption: with whitespace collapsed.
+        size: (width, height), upright, from the file's header.
+        digest: SHA-256 of the picture's file.
+        place: where it is, for error messages.
+        read: returns the bytes of its file.
     """
 
     id: str
@@ -53,16 +57,16 @@ class Example:
     read: Callable[[], bytes] = field(repr=False, compare=False)
 
     def open(self) -> Image.Image:
-        """RGB. Raises RequestError where it does not decode, or is another picture than it was."""
+        """Return the picture in RGB. Raises RequestError if it does not decode or has changed."""
         data = self.read()
         if init_image.digest(data) != self.digest:
-            raise RequestError(f"the picture {self.place!r} has changed since training began; begin again")
+            raise RequestError(f"the picture {self.place!r} has changed since training began; start the run again")
         return init_image.open_picture(self.place, "the picture", data)
 
 
 @dataclass(frozen=True)
 class Dataset(Sequence[Example]):
-    """Examples in the order of their files. skipped: for what was passed over, a sentence each."""
+    """Examples in the order of their files. `skipped`: a sentence for each that was skipped."""
 
     path: Path
     examples: tuple[Example, ...] = field(repr=False)
@@ -83,11 +87,20 @@ Found = Example | str  # or what is wrong with it
 
 
 def open_data(path: str | os.PathLike[str], broken: BrokenPolicy = "stop", caption: str | None = None) -> Dataset:
-    """The pictures of a folder or file, in any of the four layouts. Every picture's file is read once, none decoded.
+    """Open the pictures of a folder or file in any of the four layouts. Files are read once and not decoded.
 
-    broken: whether what cannot be used (a file that is no picture, a picture without a caption, a caption without a
-    picture) stops or is skipped. caption: that of pictures which have none. Raises RequestError, also where nothing is
-    left; MissingExtraError for Parquet without pyarrow.
+    Args:
+        path: the folder or file.
+        broken: whether a file that is not a picture, a picture without caption or a caption without picture raises an
+            error ("stop") or is skipped ("skip").
+        caption: for pictures that have none.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        RequestError: for data that cannot be used, or if nothing is left.
+        MissingExtraError: for Parquet without pyarrow.
     """
     folder = Path(path)
     examples: dict[str, Example] = {}
@@ -95,7 +108,7 @@ def open_data(path: str | os.PathLike[str], broken: BrokenPolicy = "stop", capti
     try:
         for found in _reader(folder)(folder, caption):
             if isinstance(found, Example) and found.id in examples:
-                found = f"{found.place!r} is there twice under the name {found.id!r}; each must have its own"
+                found = f"{found.place!r} has the same name as another picture, {found.id!r}; names must be unique"
             if isinstance(found, Example):
                 examples[found.id] = found
             elif broken == "stop":
@@ -105,8 +118,8 @@ def open_data(path: str | os.PathLike[str], broken: BrokenPolicy = "stop", capti
     except OSError as error:
         raise RequestError(f"{str(folder)!r} cannot be read ({error.strerror or error})") from None
     if not examples:
-        first = f"; of {len(skipped)} skipped the first: {skipped[0]}" if skipped else ""
-        raise RequestError(f"{str(folder)!r} has no pictures to learn from; it must have at least one{first}")
+        first = f". First of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
+        raise RequestError(f"{str(folder)!r} has no usable pictures; it must have at least one{first}")
     return Dataset(folder, tuple(examples.values()), tuple(skipped))
 
 
@@ -114,7 +127,7 @@ Reader = Callable[[Path, str | None], Iterator[Found]]
 
 
 def _reader(path: Path) -> Reader:
-    """How the path is laid out. Raises RequestError where that is none of the four, or two at once."""
+    """Return the reader for the path's layout. Raises RequestError if it has none of the four, or several."""
     if path.is_file():
         reader = {".tar": _shard, ".parquet": _parquet, ".jsonl": _jsonl}.get(path.suffix.lower())
         if reader is None or (reader is _jsonl and path.name != METADATA):
@@ -124,7 +137,7 @@ def _reader(path: Path) -> Reader:
         return reader
     if not path.is_dir():
         raise RequestError(
-            f"{str(path)!r} is not there; it must be a folder of pictures, a .parquet file or a .tar shard"
+            f"{str(path)!r} does not exist; it must be a folder of pictures, a .parquet file or a .tar shard"
         )
     if (path / METADATA).is_file():
         return lambda folder, caption: _jsonl(folder / METADATA, caption)
@@ -141,14 +154,14 @@ def _reader(path: Path) -> Reader:
         if suffixes.intersection(endings)
     ]
     if len(present) > 1 and "pictures" in present and not suffixes.intersection(PICTURES):
-        present.remove("pictures")  # a README.txt beside shards
+        present.remove("pictures")  # such as a README.txt among shards
     if len(present) > 1:
         raise RequestError(f"{str(path)!r} has {' and '.join(present)}; give a folder that has only one of them")
     return kinds[present[0]] if present else kinds["pictures"]
 
 
 def _files(folder: Path) -> list[Path]:
-    """All below the folder in the order of their names, but what is hidden."""
+    """Return all files below the folder in the order of their names, except hidden ones."""
     found = (file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts))
     return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(folder).parts)
 
@@ -162,7 +175,7 @@ def _each(
 
 def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]) -> Found:
     if caption is None:
-        return f"the picture {place!r} has no caption; give it one, or a prompt for all that have none"
+        return f"the picture {place!r} has no caption; add one, or set prompt as a caption for pictures without"
     if len(caption) > MAX_PROMPT or "\0" in caption:
         return f"the caption of {place!r} has {len(caption):,} characters; it must be text of at most {MAX_PROMPT:,}"
     try:
@@ -174,7 +187,7 @@ def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]
 
 
 def _text(data: bytes, place: str) -> str:
-    """Raises RequestError where the bytes are not UTF-8."""
+    """Decode a caption. Raises RequestError if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -187,14 +200,14 @@ def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[
     stems = {file.with_suffix("") for file in pictures}
     for stem, file in captions.items():
         if stem not in stems:
-            yield f"the caption {str(file)!r} has no picture beside it; it must, such as {stem.name}.jpg"
+            yield f"the caption {str(file)!r} has no picture; there must be one such as {stem.name}.jpg"
     for file in pictures:
-        caption, beside = default, captions.get(file.with_suffix(""))
+        caption, text_file = default, captions.get(file.with_suffix(""))
         try:
-            if beside is not None:
-                caption = _text(beside.read_bytes(), str(beside))
+            if text_file is not None:
+                caption = _text(text_file.read_bytes(), str(text_file))
         except OSError as error:
-            yield f"the caption {str(beside)!r} cannot be read ({error.strerror or error})"
+            yield f"the caption {str(text_file)!r} cannot be read ({error.strerror or error})"
             continue
         except RequestError as error:
             yield str(error)
@@ -212,7 +225,7 @@ def _jsonl(path: Path, default: str | None) -> Iterator[Found]:
         if not isinstance(name, str) or not name or "\0" in name:
             yield f"line {number} of {str(path)!r} names no picture; {RIGHT_LINE}"
         elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            yield f"line {number} of {str(path)!r} names {name!r}; a file_name must lie below the folder of {METADATA}"
+            yield f"line {number} of {str(path)!r} names {name!r}; it must be below the folder of {METADATA}"
         else:
             file = str(path.parent / name)
             yield _example(name, file, caption, partial(init_image.read, file, "the picture"))
@@ -233,7 +246,7 @@ def _shard(path: Path, default: str | None, name: str = "") -> Iterator[Found]:
                 if key and member.isreg() and not member.issparse():
                     members.setdefault(f"{folder}/{key}".lstrip("/"), {})[ending.lower()] = member
     except tarfile.TarError as error:
-        fault = f"{str(path)!r} is no whole tar file ({error}); it must be one that is not compressed"
+        fault = f"{str(path)!r} is not an intact tar file ({error}); it must be uncompressed"
     for key, files in members.items():
         place, id = f"{path}/{key}", f"{name or path.name}/{key}"
         pictures = [m for ending, m in files.items() if f".{ending.rpartition('.')[2]}" in PICTURES]
@@ -249,13 +262,13 @@ def _shard(path: Path, default: str | None, name: str = "") -> Iterator[Found]:
         elif pictures:
             yield f"{place!r} has {len(pictures)} pictures ({', '.join(m.name for m in pictures)}); it must have one"
         elif words:
-            yield f"the caption {f'{path}/{words[0].name}'!r} has no picture beside it; it must, such as {key}.jpg"
+            yield f"the caption {f'{path}/{words[0].name}'!r} has no picture; there must be one such as {key}.jpg"
     if fault:
         yield fault
 
 
 def _member(path: Path, member: tarfile.TarInfo) -> bytes:
-    """A file in an uncompressed tar: it lies there as it is."""
+    """Read a file of an uncompressed tar in place."""
     if member.size > init_image.MAX_BYTES:
         raise RequestError(
             f"{path}/{member.name} is larger than {init_image.MAX_BYTES // 2**20} MiB; {init_image.EXPECTED}"
@@ -267,7 +280,7 @@ def _member(path: Path, member: tarfile.TarInfo) -> bytes:
     except OSError as error:
         raise RequestError(f"{str(path)!r} cannot be read ({error.strerror or error})") from None
     if len(data) < member.size:
-        raise RequestError(f"{path}/{member.name} is cut off: the shard ends within it")
+        raise RequestError(f"{path}/{member.name} is truncated: the shard ends within it")
     return data
 
 
@@ -279,7 +292,7 @@ def _shard_caption(path: Path, member: tarfile.TarInfo, default: str | None) -> 
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{place!r} is not JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+        raise RequestError(f"{place!r} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
     return _caption_in(fields, default) if isinstance(fields, dict) else default
 
 
@@ -312,22 +325,22 @@ def _parquet(path: Path, default: str | None, name: str = "") -> Iterator[Found]
 
 
 class _Groups:
-    """The pictures of a Parquet file, of which the row group last used is in memory."""
+    """The pictures of a Parquet file, with the last used row group in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._held: tuple[int, Any] = (-1, None)
+        self._group: tuple[int, Any] = (-1, None)
 
     def picture(self, group: int, row: int, place: str) -> bytes:
         import pyarrow.parquet
 
         with self._lock:
-            if self._held[0] != group:
+            if self._group[0] != group:
                 with pyarrow.parquet.ParquetFile(self.path) as file:
-                    self._held = group, file.read_row_group(group, columns=["image"]).column("image")
-            cell = self._held[1][row].as_py()
+                    self._group = group, file.read_row_group(group, columns=["image"]).column("image")
+            cell = self._group[1][row].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
-            raise RequestError(f"the picture {place!r} has no bytes of a picture; the column image must hold them")
+            raise RequestError(f"the picture {place!r} has no bytes; the column image must contain them")
         return data

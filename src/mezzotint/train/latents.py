@@ -1,9 +1,8 @@
-"""What the VAE and the text encoders make of pictures and captions, made once: the networks are not trained here, so
-neither changes. On disk by content, so that no cache is ever stale: another picture, crop, caption or network is
-another name. A file is there whole or not at all.
+"""Cached encodings of pictures by the VAE and of captions by text encoders, neither of which is trained here.
 
-Of a picture the posterior's mean and log variance are kept, float32, so that its latents can be drawn anew each epoch.
-One picture, and one caption, is encoded at a time: its bits do not hang on its company.
+Files are named by a hash of everything they depend on, so a cache is never stale, and are written atomically. For a
+picture the posterior's mean and log variance are stored in float32, so that its latents can be sampled anew each epoch.
+Pictures and captions are encoded one at a time, so results do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -34,14 +33,12 @@ from mezzotint.models.vae_modes import VAEMode, encode
 from mezzotint.train.buckets import Size
 from mezzotint.train.data import Example
 
-LAYOUT = 1  # of what is kept; another one has other names
+LAYOUT = 1  # of cached files; part of their names
 
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is seen: enlarged or reduced to `resized` (width, height), mirrored if `flip`, and of that the part
-    of `size` (width, height) that begins at (left, top).
-    """
+    """A transform of pictures: resize to `resized` (width, height), mirror if `flip`, crop `size` at (left, top)."""
 
     resized: Size
     flip: bool
@@ -51,7 +48,7 @@ class View:
 
     @classmethod
     def of(cls, picture: Size, size: Size, flip: bool = False, cut: tuple[float, float] | None = None) -> View:
-        """The picture just covering `size`, its middle; or from anywhere, by `cut`: two numbers in [0, 1)."""
+        """Return the view that just covers `size`, cropped in the middle or at `cut`, two numbers in [0, 1)."""
         scale = max(size[0] / picture[0], size[1] / picture[1])
         width, height = (max(round(side * scale), least) for side, least in zip(picture, size, strict=True))
         over = width - size[0], height - size[1]
@@ -62,6 +59,7 @@ class View:
         return cls((width, height), flip, left, top, size)
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """Transform a picture."""
         if image.size != self.resized:
             image = image.resize(self.resized, Image.Resampling.LANCZOS)
         if self.flip:
@@ -70,57 +68,64 @@ class View:
 
 
 class Store:
-    """Tensors by name: in files below a folder, or in memory without one."""
+    """A cache of tensors by name, in files below a folder or, without one, in memory."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._held: dict[str, dict[str, Tensor]] = {}
+        self._memory: dict[str, dict[str, Tensor]] = {}
 
     def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What is kept under the name (hex digits), else what `make` makes, kept. Raises WriteError."""
+        """Return the tensors of a name (hex digits), made by `make` if they are not cached. Raises WriteError."""
         if self.folder is None:
-            if name not in self._held:
-                self._held[name] = make()
-            return self._held[name]
+            if name not in self._memory:
+                self._memory[name] = make()
+            return self._memory[name]
         path = self.folder / name[:2] / f"{name}.safetensors"
         try:
             return safetensors.torch.load(path.read_bytes())
-        except (FileNotFoundError, SafetensorError):  # not there, or damaged since: made again
+        except (FileNotFoundError, SafetensorError):  # missing or damaged: made again
             tensors = make()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, safetensors.torch.save(tensors))
         except OSError as error:
             raise WriteError(
-                f"{path} cannot be written ({error.strerror or error}); what is encoded is kept there"
+                f"{path} cannot be written ({error.strerror or error}); it caches encoded pictures and captions"
             ) from None
         return tensors
 
 
 class Latents:
-    """Of pictures, by this VAE; kept below `folder`, or in memory without one."""
+    """Latents of pictures by a VAE, cached below `folder` or, without one, in memory."""
 
-    def __init__(self, vae: VAE, folder: Path | None = None, way: VAEMode = "whole") -> None:
-        """way: how the VAE encodes, as in Placement.vae."""
-        self.vae, self.way = vae, way
+    def __init__(self, vae: VAE, folder: Path | None = None, vae_mode: VAEMode = "whole") -> None:
+        """`vae_mode`: how the VAE encodes, as in Placement.vae."""
+        self.vae, self.vae_mode = vae, vae_mode
         self.store = Store(folder and folder / "latents")
 
     def posterior(self, example: Example, view: View, keep: bool = True) -> Posterior:
-        """Mean and logvar (1, C, h, w), float32 on the CPU. keep: whether it will be asked for again.
+        """Return the posterior of a picture: mean and logvar (1, C, h, w), float32 on the CPU.
 
-        Raises RequestError where the picture does not decode, MezzotintError where the VAE makes no numbers of it,
-        WriteError where it cannot be kept.
+        Args:
+            example: the picture.
+            view: its resizing and crop.
+            keep: whether to cache the result.
+
+        Raises:
+            RequestError: if the picture does not decode.
+            MezzotintError: if the VAE's output is not finite.
+            WriteError: if the cache cannot be written.
         """
 
         def make() -> dict[str, Tensor]:
-            return self._encoded(example, view)
+            return self._encode(example, view)
 
-        name = _name("latents", example.digest, json.dumps(astuple(view)), self._digest) if keep else ""
+        name = _key("latents", example.digest, json.dumps(astuple(view)), self._digest) if keep else ""
         moments = self.store.get(name, make) if keep else make()
         return Posterior(moments["mean"], moments["logvar"])
 
     def sample(self, posterior: Posterior, generator: torch.Generator) -> Tensor:
-        """Drawn, and scaled as the UNet has them."""
+        """Sample latents, scaled for the UNet."""
         return self.vae.scale(posterior.sample(generator))
 
     @cached_property
@@ -128,21 +133,21 @@ class Latents:
         return digest(self.vae)
 
     @torch.no_grad()
-    def _encoded(self, example: Example, view: View) -> dict[str, Tensor]:
+    def _encode(self, example: Example, view: View) -> dict[str, Tensor]:
         weight = next(self.vae.parameters())
         pixels = from_pil(view(example.open())).to(weight.device, weight.dtype)
-        posterior = encode(self.vae, pixels, self.way)
+        posterior = encode(self.vae, pixels, self.vae_mode)
         moments = {"mean": posterior.mean, "logvar": posterior.logvar}
         moments = {name: tensor.float().cpu().contiguous() for name, tensor in moments.items()}
         if not all(tensor.isfinite().all() for tensor in moments.values()):
             raise MezzotintError(
-                f"the VAE in {weight.dtype} makes of {example.place!r} what is no number; float32 may not"
+                f"the VAE's output for {example.place!r} is not finite in {weight.dtype}; precision float32 may help"
             )
         return moments
 
 
 class Texts:
-    """Of captions, by these text encoders, as generating has them of plain prompts; kept as Latents are."""
+    """Embeddings of captions by text encoders, as of plain prompts in generation; cached like Latents."""
 
     def __init__(
         self,
@@ -155,8 +160,9 @@ class Texts:
         self.store = Store(folder and folder / "texts")
 
     def __call__(self, captions: Sequence[str], keep: bool = True) -> Condition:
-        """Context (B, T, D) and pooled (B, P) of the captions, float32 on the CPU; those that are shorter go on with
-        the empty caption. keep: whether they will be asked for again.
+        """Return the context (B, T, D) and pooled embedding (B, P) of captions, float32 on the CPU.
+
+        Captions with fewer windows are padded with the empty caption. keep: whether to cache the result.
         """
         conditions = [self._condition(caption, keep) for caption in captions]
         if len({condition.context.shape[1] for condition in conditions}) > 1:
@@ -168,38 +174,38 @@ class Texts:
     def _condition(self, caption: str, keep: bool) -> Condition:
         @torch.no_grad()
         def make() -> dict[str, Tensor]:
-            condition = self.conditioner.encode(planned)[0].timeline[0][1]
+            condition = self.conditioner.encode(plan)[0].timeline[0][1]
             tensors = {"context": condition.context, "pooled": condition.pooled}
             return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
 
-        planned = prompt.plan(caption, "plain")
+        plan = prompt.plan(caption, "plain")
         if keep:
-            spans = planned.parts[0].variants[0].spans
+            spans = plan.parts[0].variants[0].spans
             ids = [
                 [[t.id for t in chunk] for chunk in split_into_chunks(spans, "plain", own)]
                 for own in self.conditioner.tokenizers
             ]
-            name = _name("texts", json.dumps(ids), str(self.conditioner.clip_skip), self._digest)
+            name = _key("texts", json.dumps(ids), str(self.conditioner.clip_skip), self._digest)
         tensors = self.store.get(name, make) if keep else make()
         return Condition(tensors["context"], tensors.get("pooled"))
 
     @cached_property
     def _digest(self) -> str:
         windows = [[own.window([]), own.max_length] for own in self.conditioner.tokenizers]  # BOS, EOS, padding
-        return _name(json.dumps(windows), *(digest(encoder) for encoder in self.conditioner.encoders))
+        return _key(json.dumps(windows), *(digest(encoder) for encoder in self.conditioner.encoders))
 
 
 def digest(network: nn.Module) -> str:
-    """SHA-256 of a network's weights: their names, dtypes, shapes and bits."""
+    """Return the SHA-256 of a network's weights: their names, dtypes, shapes and bits."""
     found = hashlib.sha256()
     for prefix, layer in sorted(network.named_modules()):
         own: dict[str, Tensor] = {}
-        layer._save_to_state_dict(own, f"{prefix}.", keep_vars=False)  # one by one:
-        for name, tensor in sorted(own.items()):  # those of a network that waits in its files are made here
+        layer._save_to_state_dict(own, f"{prefix}.", keep_vars=False)  # one by one,
+        for name, tensor in sorted(own.items()):  # since an offloaded network reads its weights here
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
-def _name(*parts: str) -> str:
+def _key(*parts: str) -> str:
     return hashlib.sha256("\n".join((str(LAYOUT), *parts)).encode()).hexdigest()

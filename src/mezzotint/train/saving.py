@@ -1,5 +1,7 @@
-"""What training has made, as files: a LoRA as peft and diffusers write it and as kohya does, a whole model as a folder,
-or a file of the original layout, a learnt word as learned_embeds.safetensors. And the model as a model that draws.
+"""Save training results, and build a model for generation from one in training.
+
+A LoRA is saved in the formats of peft and kohya, a full model as a diffusers folder or single file, and a textual
+inversion as learned_embeds.safetensors.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's ss
 
 
 def save_results(model: TrainableModel, folder: Path, step: int, dtype: torch.dtype = torch.float16) -> list[Path]:
-    """Everything that a run has to show, in its folder; the paths. Raises WriteError."""
+    """Save the result of a run in its folder. Return the paths. Raises WriteError."""
     if model.change == "lora":
         return [save_peft(model, folder / PEFT, dtype), save_kohya(model, folder / KOHYA, step, dtype)]
     if model.change == "word":
@@ -40,7 +42,7 @@ def save_results(model: TrainableModel, folder: Path, step: int, dtype: torch.dt
 
 
 def save_peft(model: TrainableModel, path: Path, dtype: torch.dtype = torch.float16) -> Path:
-    """The LoRA as `pipe.load_lora_weights` of diffusers reads it, its rank and alpha in the header. Raises WriteError.
+    """Save a LoRA as diffusers' `pipe.load_lora_weights` reads it, rank and alpha in the header. Raises WriteError.
 
     unet.<layer>.lora_A.weight (rank, inputs, ...), .lora_B.weight (outputs, rank, ...); text_encoder.<layer>...
     """
@@ -49,25 +51,26 @@ def save_peft(model: TrainableModel, path: Path, dtype: torch.dtype = torch.floa
     for name, network in model.networks.items():
         changes = lora_pairs(network)
         for layer, (down, up) in changes.items():
-            tensors[f"{name}.{layer}.lora_A.weight"] = _placed(down, dtype)
-            tensors[f"{name}.{layer}.lora_B.weight"] = _placed(up, dtype)
+            tensors[f"{name}.{layer}.lora_A.weight"] = _to_cpu(down, dtype)
+            tensors[f"{name}.{layer}.lora_B.weight"] = _to_cpu(up, dtype)
         if changes:
             fields = {"peft_type": "LORA", "r": model.recipe.rank, "lora_alpha": _alpha(model.recipe)}
             configs |= {f"{name}.{key}": value for key, value in fields.items()}
-            # ends of names: transformers 5 and older ones do not agree on how a text encoder's begin
+            # endings, since the beginnings differ between transformers 5 and earlier
             configs[f"{name}.target_modules"] = sorted(TEXT_TARGETS if name in ENCODERS else changes)
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)}
-    return _written(path, tensors, metadata)
+    return _write(path, tensors, metadata)
 
 
 def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype = torch.float16) -> Path:
-    """The LoRA as kohya's sd-scripts write it, with the facts of its training as ss_* strings. Raises WriteError.
+    """Save a LoRA as kohya's sd-scripts do, with ss_* training metadata. Raises WriteError.
 
-    lora_unet_<layer, its dots underscores>.lora_down.weight, .lora_up.weight, .alpha; lora_te_... of the text encoder,
-    lora_te1_ and lora_te2_ where there are two. As kohya's, SDXL's UNet has the original names (input_blocks_4_1_...).
+    Keys: lora_unet_<layer with underscores for dots>.lora_down.weight, .lora_up.weight, .alpha; lora_te_... for a text
+    encoder, lora_te1_ and lora_te2_ if there are two. As with kohya, SDXL's UNet has the original layer names
+    (input_blocks_4_1_...).
     """
     recipe, family = model.recipe, model.parts.family
-    original = _original(model.unet) if family == "sdxl" else {}
+    original = _original_names(model.unet) if family == "sdxl" else {}
     alone = len(model.text_encoders) == 1
     prefixes = {"unet": "unet", "text_encoder": "te" if alone else "te1", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
@@ -75,8 +78,8 @@ def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype 
         for layer, (down, up) in lora_pairs(network).items():
             spelled = original.get(layer, layer) if name == "unet" else layer
             key = f"lora_{prefixes[name]}_{spelled.replace('.', '_')}"
-            tensors[f"{key}.lora_down.weight"] = _placed(down, dtype)
-            tensors[f"{key}.lora_up.weight"] = _placed(up, dtype)
+            tensors[f"{key}.lora_down.weight"] = _to_cpu(down, dtype)
+            tensors[f"{key}.lora_up.weight"] = _to_cpu(up, dtype)
             tensors[f"{key}.alpha"] = torch.tensor(_alpha(recipe), dtype=dtype)
     facts = {
         "ss_network_module": "networks.lora",
@@ -109,25 +112,29 @@ def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype 
         "ss_seed": recipe.seed,
         "ss_output_name": path.stem,
     }
-    return _written(path, tensors, {"format": "pt"} | {key: str(value) for key, value in facts.items()})
+    return _write(path, tensors, {"format": "pt"} | {key: str(value) for key, value in facts.items()})
 
 
 def save_embedding(model: TrainableModel, path: Path) -> Path:
-    """The learnt vectors, float32: one key, the token, as diffusers does; clip_l and clip_g where there are two."""
+    """Save a textual inversion in float32: one key, the token, as diffusers does; for SDXL clip_l and clip_g."""
     keys = [model.recipe.token] if len(model.vectors) == 1 else ["clip_l", "clip_g"]
-    tensors = {key: _placed(vectors, torch.float32) for key, vectors in zip(keys, model.vectors, strict=True)}
-    return _written(path, tensors, {"format": "pt"})
+    tensors = {key: _to_cpu(vectors, torch.float32) for key, vectors in zip(keys, model.vectors, strict=True)}
+    return _write(path, tensors, {"format": "pt"})
 
 
 def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.float16) -> list[Path]:
-    """The whole model as the recipe's `layout` says: a diffusers folder at `path`, a file of the original layout beside
-    it, or both. Raises WriteError, and what `check_saving` raises."""
+    """Save the full model in the recipe's `layout`: a diffusers folder at `path`, a single file next to it, or both.
+
+    Raises:
+        WriteError: if it cannot be written.
+        RequestError: for a model that a single file cannot describe.
+    """
     check_saving(model.recipe, model.parts)
     parts, layout = inference_parts(model), model.recipe.layout
     made = []
     try:
         if layout != "file":
-            _save_folder(path, parts, _carried(model.recipe, model.parts), dtype)
+            _save_folder(path, parts, _few_step_file(model.recipe, model.parts), dtype)
             made.append(path)
         if layout != "folder":
             made.append(path.with_suffix(".safetensors"))
@@ -138,32 +145,32 @@ def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.flo
 
 
 def check_saving(recipe: Recipe, parts: Parts) -> list[str]:
-    """Sentences on what will not be saved as it was; before a run rather than after it.
+    """Check before a run that its result can be saved. Return sentences on what will not be saved as it was.
 
-    Raises RequestError for a model that a single file would not be read as.
+    Raises:
+        RequestError: for a model that a single file cannot describe.
     """
-    told = []
+    notes = []
     if recipe.layout != "folder":
         try:
-            check_single(replace(parts, scheduler_config=_scheduled(recipe, parts)))
+            check_single(replace(parts, scheduler_config=_scheduler_config(recipe, parts)))
         except CheckpointError as error:
             raise RequestError(f'layout is {recipe.layout!r}: {error} (layout = "folder")') from None
     few = parts.few_step
     if few and recipe.layout != "folder":
-        told.append(f"A single file has no place for the few-step LoRA {few.lora}; a folder has")
+        notes.append(f"The few-step LoRA {few.lora} is not saved: a single file cannot contain it")
     if few and recipe.layout != "file":
-        told.append(
-            f"The few-step LoRA {few.lora} goes with the model as it is: it was made for the weights before training"
-            if _carried(recipe, parts)
-            else f"The few-step LoRA {few.lora} does not go with the model: it is not there, or was made for another "
-            "prediction"
+        notes.append(
+            f"The few-step LoRA {few.lora} is copied unchanged: it was made for the weights before training"
+            if _few_step_file(recipe, parts)
+            else f"The few-step LoRA {few.lora} is not saved: it is missing, or was made for another prediction"
         )
-    return told
+    return notes
 
 
-def _carried(recipe: Recipe, parts: Parts) -> Path | None:
-    """The few-step LoRA's file, where it fits: it changes what a UNet of that prediction and schedule foretells."""
-    if parts.few_step is None or _scheduled(recipe, parts) != parts.scheduler_config:
+def _few_step_file(recipe: Recipe, parts: Parts) -> Path | None:
+    """Return the few-step LoRA's file, if it exists and the prediction type and schedule are unchanged."""
+    if parts.few_step is None or _scheduler_config(recipe, parts) != parts.scheduler_config:
         return None
     path = parts.source / parts.few_step.lora
     return path if path.exists() else None
@@ -194,7 +201,7 @@ def _save_folder(folder: Path, parts: Parts, few_step: Path | None, dtype: torch
 
 
 def inference_parts(model: TrainableModel) -> Parts:
-    """The model as it is now, in networks of its own, for a Pipeline."""
+    """Return the model as it is now, in networks of its own, for a Pipeline."""
     with torch.device("meta"):
         unet = UNet(model.unet.config)
         encoders = [CLIPTextModel(encoder.config) for encoder in model.text_encoders.values()]
@@ -206,12 +213,12 @@ def inference_parts(model: TrainableModel) -> Parts:
         unet=unet,
         text_encoders=encoders,
         few_step=None,
-        scheduler_config=_scheduled(model.recipe, model.parts),
+        scheduler_config=_scheduler_config(model.recipe, model.parts),
     )
 
 
-def _original(unet: UNet) -> dict[str, str]:
-    """Layer -> its name in the original layout, for all that have one."""
+def _original_names(unet: UNet) -> dict[str, str]:
+    """Return the original layout's name of each layer that has one."""
     try:
         table = {module: block for block, module in unet_table(Levels.of_config(unet.config)).items()}
     except ValueError:
@@ -220,8 +227,8 @@ def _original(unet: UNet) -> dict[str, str]:
     return {source.key: name for name, source in sources.items()}
 
 
-def _scheduled(recipe: Recipe, parts: Parts) -> dict[str, Any]:
-    """What a sampler must know of how the model was trained on."""
+def _scheduler_config(recipe: Recipe, parts: Parts) -> dict[str, Any]:
+    """Return the scheduler config for the prediction type and schedule that were trained."""
     config = dict(parts.scheduler_config)
     if recipe.prediction and recipe.prediction != config.get("prediction_type", "epsilon"):
         config["prediction_type"] = recipe.prediction
@@ -234,11 +241,11 @@ def _alpha(recipe: Recipe) -> float:
     return float(recipe.alpha or recipe.rank)
 
 
-def _placed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def _written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(dict(tensors), metadata=dict(metadata)))

@@ -18,7 +18,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.scratch import distill as stage
 from mezzotint.train.scratch.diffusion import TextToLatents
-from mezzotint.train.scratch.distill import LowRank, Teacher, distill, distill_losses, refined
+from mezzotint.train.scratch.distill import LoraLayers, Teacher, distill, distill_losses, refine_levels
 from mezzotint.train.scratch.stage import Stage
 from mezzotint.weights.low_rank import Lora, layers, merged
 
@@ -95,7 +95,7 @@ def teacher(guidance_scale: float = 1.0, ends: bool = False) -> Teacher:
 
 
 def test_the_finer_levels_are_even_in_timestep() -> None:
-    levels = refined(SCHEDULE, SIGMAS, 5)
+    levels = refine_levels(SCHEDULE, SIGMAS, 5)
     assert len(levels) == 21 and levels[::5] == pytest.approx(SIGMAS) and levels[-1] == 0.0
     timesteps = [SCHEDULE.timestep(sigma) for sigma in levels[:-1]]
     steps = [round(a - b, 3) for a, b in pairwise(timesteps)]
@@ -128,7 +128,7 @@ def test_the_consistency_function_has_no_loss_and_the_posterior_mean_the_papers(
     x, ends = teacher().trajectories(context, noise, SIGMAS, 100)
     sigma = torch.tensor([SIGMAS[1], SIGMAS[3]])
     x = torch.stack([x[0, 1], x[1, 3]])
-    change = LowRank(Gaussian(), rank=1)  # type: ignore[arg-type]
+    change = LoraLayers(Gaussian(), rank=1)  # type: ignore[arg-type]
     right = distill_losses(change, teacher(ends=True), x, sigma, ends, context)
     assert right["rms"] < 0.005 and right["loss"] < 0.005
     wrong = distill_losses(change, teacher(), x, sigma, ends, context)
@@ -158,7 +158,7 @@ def test_the_scalings_of_lcm_are_zero_and_one_at_the_levels_visited() -> None:
 def test_the_student_begins_as_the_teacher_and_is_then_the_merged_unet() -> None:
     torch.manual_seed(0)
     unet = UNet(UNET).requires_grad_(False)
-    change = LowRank(unet, rank=3)
+    change = LoraLayers(unet, rank=3)
     inputs = randn(2, 4, 4, 4), torch.tensor([999.0, 259.0]), Condition(randn(2, 5, 16))
     plain = unet(*inputs)
     torch.testing.assert_close(change.run(unet, *inputs), plain)
@@ -217,7 +217,7 @@ def test_each_level_of_each_trajectory_is_visited(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(stage, "POOL", 1)
     seen: list[tuple[float, float]] = []
 
-    def record(change: LowRank, teacher: Teacher, x: Tensor, sigma: Tensor, ends: Tensor, context: Tensor) -> Any:
+    def record(change: LoraLayers, teacher: Teacher, x: Tensor, sigma: Tensor, ends: Tensor, context: Tensor) -> Any:
         seen.extend(zip(sigma.tolist(), ends.sum((1, 2, 3)).tolist(), strict=True))
         return distill_losses(change, teacher, x, sigma, ends, context)
 

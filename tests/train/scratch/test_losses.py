@@ -18,7 +18,7 @@ from mezzotint.models.vae import VAE, Posterior
 from mezzotint.train.scratch.diffusion import TextToLatents, diffusion_losses
 from mezzotint.train.scratch.stage import Losses
 from mezzotint.train.scratch.text import TextToMean, text_losses
-from mezzotint.train.scratch.vae import KL_WEIGHT, gradients, vae_losses
+from mezzotint.train.scratch.vae import KL_WEIGHT, image_gradients, vae_losses
 
 SCHEDULE = Schedule.from_config(ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
 ZERO_SNR = Schedule.from_config(
@@ -241,7 +241,7 @@ def test_psnr_by_hand() -> None:
 
 def test_gradients_are_differences_of_neighbours() -> None:
     ramp = torch.arange(4.0).view(1, 1, 4, 1) * 2 + torch.arange(5.0).view(1, 1, 1, 5) * 3
-    down, right = gradients(ramp)
+    down, right = image_gradients(ramp)
     assert down.shape == (1, 1, 3, 5) and (down == 2).all()
     assert right.shape == (1, 1, 4, 4) and (right == 3).all()
 

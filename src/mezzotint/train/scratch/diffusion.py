@@ -1,5 +1,7 @@
-"""The diffusion stage: the text encoder and the UNet together learn to denoise latents (Ho et al. 2020; Ho and Salimans
-2022 for the empty captions that guidance needs, which the caller mixes in)."""
+"""The diffusion stage: text encoder and UNet learn together to denoise latents (Ho et al. 2020).
+
+The caller mixes in the empty captions that guidance needs (Ho and Salimans 2022).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from mezzotint.train.scratch.stage import Losses
 
 
 class TextToLatents(nn.Module):
-    """What is trained in this stage."""
+    """The networks trained in this stage."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet) -> None:
         super().__init__()
@@ -32,10 +34,17 @@ def diffusion_losses(
     *,
     with_shuffled: bool = False,
 ) -> Losses:
-    """Mean squared error of the network's output. latents (B, C, h, w) scaled; ids (B, T) windows of the captions.
+    """Return the mean squared error of the network's output.
 
-    Timesteps are uniform and stratified over the batch. `with_shuffled` adds the same loss with each caption given to
-    the next picture: when the two are equal, the words are not followed, however low the loss is.
+    Args:
+        model: text encoder and UNet.
+        latents: (B, C, h, w), scaled.
+        ids: (B, T), token windows of the captions.
+        schedule: the noise schedule. Timesteps are uniform and stratified over the batch.
+        prediction: the prediction type.
+        generator: a CPU generator for timesteps and noise.
+        with_shuffled: add the loss with each caption moved to the next picture ("shuffled"). While it equals "right",
+            the model ignores the captions, however low the loss is.
     """
     batch, length = len(latents), schedule.num_train_timesteps
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch

@@ -1,14 +1,13 @@
-"""Few-step distillation: what a guided teacher does in twenty steps, its student does in four, without guidance.
+"""Few-step distillation: a student does in four steps without guidance what a guided teacher does in twenty.
 
-The teacher solves the probability-flow equation from noise to picture and is watched at the levels that the solver
-`lcm` will visit; from each of them the student learns to say at once where the trajectory ends. That is the consistency
-function of Song et al. 2023 (eq. 2), learnt from whole trajectories (Luhman and Luhman 2021) and not, as in latent
-consistency distillation (Luo et al. 2023), from the student's own answer one level below, which is right only when all
-levels below already are. The boundary scalings of that paper are 0 and 1 to seven digits at every level that is
-visited, so the student's denoised estimate is the consistency function, which is what `lcm` takes it for.
+The teacher solves the probability-flow ODE from noise to picture, and its trajectory is recorded at the noise levels
+that the solver `lcm` visits. From each of them the student learns to predict the trajectory's end in one step. This is
+the consistency function of Song et al. 2023 (eq. 2), learned from whole trajectories (Luhman and Luhman 2021), not, as
+in latent consistency distillation (Luo et al. 2023), from the student's own output one level below, which is right only
+once all levels below are. That paper's boundary scalings are 0 and 1 to seven digits at every level visited, so the
+student's denoised estimate is the consistency function, as `lcm` assumes.
 
-The student is the teacher's UNet under a change of low rank, as in LCM-LoRA (Luo et al. 2023b): a small file. No
-picture is needed, only captions.
+The student is the teacher's UNet with a LoRA, as in LCM-LoRA (Luo et al. 2023b). No pictures are needed, only captions.
 """
 
 from __future__ import annotations
@@ -37,17 +36,20 @@ from mezzotint.train.scratch.diffusion import TextToLatents
 from mezzotint.train.scratch.stage import Losses, Stage, train
 from mezzotint.weights.low_rank import Lora, changed, layers
 
-POOL = 8  # batches of trajectories drawn at once
-VISITS = 2  # to each level of each of them, before the next are drawn
-SUBSTEPS = 5  # of the teacher between two levels of the student: 20 in all where that has 4
+POOL = 8  # batches of trajectories computed at once
+VISITS = 2  # to each level of each trajectory before the next pool
+SUBSTEPS = 5  # of the teacher between two levels of the student: 20 in all for 4 levels
 
 
-class LowRank(nn.Module):
-    """What is trained in this stage: the change, zero at first, of every matrix and convolution of a UNet."""
+class LoraLayers(nn.Module):
+    """A LoRA, initially zero, of every linear and convolution layer of a UNet."""
 
     def __init__(self, unet: UNet, rank: int) -> None:
         super().__init__()
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # by layer, / for the dots that torch forbids
+        self.down, self.up = (
+            nn.ParameterDict(),
+            nn.ParameterDict(),
+        )  # by layer, with / for dots, which ParameterDict does not allow
         for name, layer in layers(unet).items():
             key, weight = name.replace(".", "/"), layer.weight
             ones = (1,) * (weight.ndim - 2)
@@ -55,11 +57,11 @@ class LowRank(nn.Module):
             self.up[key] = torch.zeros((len(weight), rank, *ones), device=weight.device)
 
     def lora(self) -> Lora:
-        """The change as it is now; its tensors are the parameters."""
+        """Return the LoRA by layer; its tensors are the parameters."""
         return {key.replace("/", "."): (self.down[key], self.up[key]) for key in self.down}
 
     def run(self, unet: UNet, sample: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The changed UNet's output; gradients reach the change alone where the UNet is frozen."""
+        """Run the UNet with the LoRA; if the UNet is frozen, only the LoRA gets gradients."""
         weights = {
             f"{name}.weight": changed(unet.get_parameter(f"{name}.weight"), down, up)
             for name, (down, up) in self.lora().items()
@@ -70,7 +72,7 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A trained UNet and how it is used: its guidance, and `unconditional` (1, T, D), the empty caption's context."""
+    """A trained UNet with its guidance scale and `unconditional` (1, T, D), the context of the empty caption."""
 
     unet: UNet
     schedule: Schedule
@@ -82,22 +84,28 @@ class Teacher:
     def trajectories(
         self, context: Tensor, noise: Tensor, sigmas: Sequence[float], substeps: int
     ) -> tuple[Tensor, Tensor]:
-        """From unit-variance noise (B, C, h, w) under context (B, T, D) to pictures, by DPM-Solver++(2M).
+        """Solve from noise to latents by DPM-Solver++(2M).
 
-        sigmas: falling levels, ending in 0.0. Between two of them the teacher takes `substeps` steps, even in timestep.
-        Returns x (B, L, C, h, w) at each level but the last, and the ends (B, C, h, w).
+        Args:
+            context: (B, T, D).
+            noise: (B, C, h, w), of unit variance.
+            sigmas: falling noise levels, ending in 0.0.
+            substeps: steps between two levels, evenly spaced in timestep.
+
+        Returns:
+            x at each level but the last, (B, L, C, h, w), and the ends (B, C, h, w).
         """
         conditions = [Condition(context), Condition(self.unconditional)]
         denoiser = Denoiser(self.unet, self.schedule, self.prediction, conditions)
         denoise = guided(denoiser.outputs, self.prediction, self.guidance_scale)
-        levels = refined(self.schedule, sigmas, substeps)
+        levels = refine_levels(self.schedule, sigmas, substeps)
         passed = [noise * levels[0]]
         passed += [step.x for step in SOLVERS["dpmpp_2m"](denoise, passed[0], levels, None)]
         return torch.stack(passed[:-1:substeps], dim=1), passed[-1]
 
 
-def refined(schedule: Schedule, sigmas: Sequence[float], parts: int) -> list[float]:
-    """The levels with parts - 1 more between each two, even in timestep; the end, 0.0, counts as timestep 0."""
+def refine_levels(schedule: Schedule, sigmas: Sequence[float], parts: int) -> list[float]:
+    """Insert parts - 1 levels between each two, evenly spaced in timestep; the end, 0.0, counts as timestep 0."""
     levels: list[float] = []
     timesteps = [schedule.timestep(sigma) for sigma in sigmas[:-1]] + [0.0]
     for first, last in pairwise(timesteps):
@@ -106,12 +114,20 @@ def refined(schedule: Schedule, sigmas: Sequence[float], parts: int) -> list[flo
 
 
 def distill_losses(
-    change: LowRank, teacher: Teacher, x: Tensor, sigma: Tensor, ends: Tensor, context: Tensor
+    change: LoraLayers, teacher: Teacher, x: Tensor, sigma: Tensor, ends: Tensor, context: Tensor
 ) -> Losses:
-    """Pseudo-Huber distance (Song and Dhariwal 2023, eq. 7) of the student's estimates from where the teacher ended.
+    """Return the pseudo-Huber distance (Song and Dhariwal 2023, eq. 7) of the student's estimates from the ends.
 
-    x (B, C, h, w) on a trajectory at levels sigma (B,), its ends (B, C, h, w), context (B, T, D). `rms` is the distance
-    in units of the latents.
+    Args:
+        change: the student's LoRA.
+        teacher: the frozen model.
+        x: (B, C, h, w), on a trajectory.
+        sigma: (B,), noise levels of x.
+        ends: (B, C, h, w), the trajectory's end.
+        context: (B, T, D).
+
+    Returns:
+        "loss", and "rms", the distance in units of the latents.
     """
     schedule, level = teacher.schedule, sigma.view(-1, 1, 1, 1)
     timesteps = torch.tensor([schedule.timestep(value) for value in sigma.tolist()], device=x.device)
@@ -138,11 +154,31 @@ def distill(
     steps: int = 4,
     log: Callable[[str], None] = print,
 ) -> Lora:
-    """The whole stage: the change of rank `rank` with which `lcm` draws in `steps` steps, without guidance.
+    """Train a LoRA with which `lcm` generates in `steps` steps without guidance.
 
-    model: trained and frozen, float32. ids (N, T): windows of captions, on the model's device; empty (T,): that of the
-    empty one. shape: (C, h, w) of the latents. The teacher draws a pool of captions at a time, each a function of the
-    stage's seed and the pool's number, so that a killed run goes on bit for bit. Raises as `train` does.
+    The teacher's trajectories are computed in pools, each a function of the stage's seed and the pool's number, so that
+    a killed run resumes with the same bits.
+
+    Args:
+        model: trained and frozen, float32.
+        ids: (N, T), token windows of captions, on the model's device.
+        empty: (T,), the window of the empty caption.
+        scheduler_config: the model's.
+        stage: length and learning rate.
+        folder: for checkpoints and log.
+        shape: (C, h, w) of the latents.
+        guidance_scale: the teacher's.
+        rank: of the LoRA.
+        steps: the student's.
+        log: called with each line of the log.
+
+    Returns:
+        The LoRA.
+
+    Raises:
+        CheckpointError: if the checkpoint in the folder is of another run.
+        TrainingError: if a loss or gradient is not finite.
+        WriteError: if the folder cannot be written.
     """
     sampler = samplers.resolve("lcm", scheduler_config)
     schedule, prediction = Schedule.from_config(sampler.schedule), Prediction.from_config(sampler.schedule)
@@ -154,7 +190,7 @@ def distill(
     size = POOL * stage.batch
 
     @lru_cache(maxsize=1)
-    def drawn(pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def compute_pool(pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + pool)
         rows = torch.randint(len(ids), (size,), generator=generator).to(ids.device)
         noise = torch.randn((size, *shape), generator=generator).to(ids.device)
@@ -167,12 +203,12 @@ def distill(
 
     def losses(step: int, generator: torch.Generator) -> Losses:
         pool, place = divmod(step, POOL * steps * VISITS)
-        x, ends, context, order = drawn(pool)
+        x, ends, context, order = compute_pool(pool)
         chosen = order[place * stage.batch : (place + 1) * stage.batch].to(ids.device)
         row, level = chosen // steps, chosen % steps
         return distill_losses(change, teacher, x[row, level], levels[level], ends[row], context[row])
 
     torch.manual_seed(stage.seed)
-    change = LowRank(model.unet, rank)
+    change = LoraLayers(model.unet, rank)
     train(change, losses, stage, folder, adamw_only=("conv_in", "conv_out"), log=log)
     return change.requires_grad_(False).lora()

@@ -1,7 +1,7 @@
-"""The text encoder's own stage: before any UNet sees its words, it learns to foretell the picture from the caption.
+"""The text encoder's own stage: before the UNet is trained, it learns to predict the picture from the caption.
 
-A linear head, thrown away afterwards, reads the mean latents off every token, so that each token's state carries what
-the caption has said by then. A UNet that begins from such states finds the words at once: on two CPU cores it got as
+A linear head, discarded afterwards, predicts the mean latents from every token, so that each token's hidden state
+summarises the caption so far. A UNet that starts from such states follows captions at once: on two CPU cores it got as
 far in 3,000 pictures as with an untrained text encoder in 90,000.
 """
 
@@ -14,7 +14,7 @@ from mezzotint.train.scratch.stage import Losses
 
 
 class TextToMean(nn.Module):
-    """What is trained in this stage: a text encoder and a linear head from its hidden states to C * h * w latents."""
+    """A text encoder and a linear head from its hidden states to C * h * w latents."""
 
     def __init__(self, text_encoder: CLIPTextModel, latent_size: int) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class TextToMean(nn.Module):
 
 
 def text_losses(model: TextToMean, latents: Tensor, ids: Tensor) -> Losses:
-    """Mean squared error of latents (B, C, h, w), scaled, foretold from each token of ids (B, T) but BOS.
+    """Return the mean squared error of scaled latents (B, C, h, w) predicted from each token of ids (B, T) except BOS.
 
-    `last` is that of the window's last token, which has read the whole caption.
+    `last` is the error of the window's last token, which has seen the whole caption.
     """
     hidden, _ = model.text_encoder(ids)
     errors = (model.head(hidden[:, 1:]) - latents.flatten(1)[:, None]).square().mean((0, 2))  # (T - 1,)
