@@ -197,3 +197,12 @@ def test_lms_integrates_cubics_exactly() -> None:
     torch.testing.assert_close(
         steps[-1].x - steps[2].x, torch.full_like(START, area(sigmas[-1]) - area(sigmas[3])), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpm2", "dpmpp_2m", "lms", "pndm", "unipc", "deis"])
+def test_to_a_single_picture_every_solver_goes_straight(name: str) -> None:
+    """If the data are one point c, dx/dsigma = (x - c) / sigma is constant: x ends at c + (x - c) sigma_n / sigma_0."""
+    sigmas, c = levels(9), 0.7
+    *_, last = SOLVERS[name](lambda x, _: torch.full_like(x, c), START, sigmas, no_noise)
+    expected = c + (START - c) * sigmas[-1] / sigmas[0]
+    assert float((last.x - expected).abs().max() / expected.abs().max()) < 1e-9

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import diffusers
 import pytest
 
+from pictures import Pair, build
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterator[None]:
@@ -17,3 +19,9 @@ def quiet() -> Iterator[None]:
     yield
     diffusers.utils.logging.set_verbosity(level)
     diffusers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """A small random model of each family, in diffusers and here."""
+    return build(tmp_path_factory.mktemp("families"))

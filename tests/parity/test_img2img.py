@@ -28,7 +28,7 @@ import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.samplers.names import CLASSES
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, build, ours, pixels
+from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, ours, pixels
 from test_pipeline import different, same
 
 pytestmark = [
@@ -38,11 +38,6 @@ pytestmark = [
 
 SAMPLERS = ("euler", "euler_a", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
 SIZE = (72, 104)
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    return build(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="session")

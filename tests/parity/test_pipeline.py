@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint.models.tokenizer import Tokenizer
-from pictures import FAMILIES, NEGATIVE, PROMPT, Drawn, Pair, apart, build, fields, ours, pixels, save, theirs
+from pictures import FAMILIES, NEGATIVE, PROMPT, Drawn, Pair, apart, fields, ours, pixels, save, theirs
 from table import NAMES
 from test_single_file import Model
 
@@ -29,11 +29,6 @@ pytestmark = [  # diffusers with numpy 2, and its Brownian path asked a digit be
 
 LONG = "lemon " * 75  # fills the window to its last token
 PNDM_V = ("pndm", "sd2")  # a known difference: test_samplers.py, test_pndm_with_v_prediction_differs
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    return build(tmp_path_factory.mktemp("families"))
 
 
 def same(a: Drawn, b: Drawn) -> None:

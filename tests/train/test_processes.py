@@ -74,6 +74,14 @@ def test_accelerate_launches_two_processes_that_are_one(sd1_folder: Path, tmp_pa
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def test_fsdp_is_one_process_too(sd1_folder: Path, tmp_path: Path) -> None:
+    """The short form: split over two, not stopped."""
+    launched(SPLIT, sd1_folder, tmp_path / "two", 1, 3, "full")
+    whole_run(sd1_folder, tmp_path / "one", 2, 3, "full")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_fsdp_is_one_process_too_and_goes_on(sd1_folder: Path, tmp_path: Path) -> None:
     """Split over two, stopped, gone on with, saved whole; and gone on with by one process."""
     launched(SPLIT, sd1_folder, tmp_path / "two", 1, 3, "full")
