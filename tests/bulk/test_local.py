@@ -73,7 +73,7 @@ def write(path: Path, table: Table) -> Path:
 
 def run(file: Path, folder: Path, pipe: Any = None, on_step: Any = lambda *_: None, **options: Any) -> list[Any]:
     """As the command does it."""
-    with bulk.prepared(file, folder, options.pop("fields", {}), **options) as plan:
+    with bulk.prepare(file, folder, options.pop("fields", {}), **options) as plan:
         worker, failures, outcomes = bulk.Worker(plan, pipe or FakePipeline()), bulk.Failures(folder), []
         for outcome in bulk.run(plan, worker, on_step):
             failures.add(outcome)
@@ -195,7 +195,7 @@ def test_parts_of_windows_make_the_whole(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bulk, "WINDOW", 30)
     file = write(tmp_path / "p.jsonl", mixed(2 * bulk.WINDOW + 30, seed=5))
     run(file, tmp_path / "whole")
-    with bulk.prepared(file, tmp_path / "parts", {}) as plan:
+    with bulk.prepare(file, tmp_path / "parts", {}) as plan:
         assert plan.windows == 3
         workers = [bulk.Worker(plan, FakePipeline()) for _ in range(2)]  # type: ignore[arg-type]
         parts = [(window, part) for window in range(3) for part in range(4)]
@@ -221,7 +221,7 @@ def test_a_long_file_takes_no_more_memory_than_a_short_one(tmp_path: Path, monke
 
     def peak(rows: int) -> int:
         file = write(tmp_path / f"{rows}.jsonl", [{"prompt": f"lemon {k}"} for k in range(rows)])
-        with bulk.prepared(file, tmp_path / f"out{rows}", {}) as plan:
+        with bulk.prepare(file, tmp_path / f"out{rows}", {}) as plan:
             worker = bulk.Worker(plan, Quick())  # type: ignore[arg-type]
             tracemalloc.start()
             for _ in bulk.run(plan, worker, lambda done, total: None):
@@ -245,7 +245,7 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
         {"row": 2, "error": "steps is 0; it must be a whole number from 1 to 1000"},
         {"row": 3, "image": 0, "error": "NaN"},
         {"row": 5, "error": "no model draws this"},
-        {"row": 6, "image": 0, "error": "something went wrong that should not (RuntimeError: not enough memory)"},
+        {"row": 6, "image": 0, "error": "unexpected error (RuntimeError: not enough memory)"},
     ]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"00000{k}-0.png" for k in (1, 4, 7)]
     assert sum(one.drawn for one in outcomes) == 3
@@ -305,16 +305,16 @@ def test_a_folder_belongs_to_one_file_and_its_settings(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=sentence):
             run(*arguments, **options)  # type: ignore[arg-type]
     (folder / "bulk.json").write_text("[]")
-    with pytest.raises(RequestError, match="no record of a bulk run"):
+    with pytest.raises(RequestError, match="not the record of a bulk run"):
         run(file, folder)
     (folder / "bulk.json").unlink()
-    with pytest.raises(RequestError, match=r"has pictures in it and no bulk\.json"):
+    with pytest.raises(RequestError, match=r"has pictures but no bulk\.json"):
         run(file, folder)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    with bulk.prepared(file, tmp_path / "out", {}), pytest.raises(WriteError, match="written to by another run"):
+    with bulk.prepare(file, tmp_path / "out", {}), pytest.raises(WriteError, match="written to by another run"):
         run(file, tmp_path / "out")
     run(file, tmp_path / "out")
 
@@ -366,7 +366,7 @@ def test_what_the_command_says(command: Any, tmp_path: Path, monkeypatch: pytest
         ("missing.jsonl --out out", 2, "'missing.jsonl' cannot be read (No such file or directory)"),
         ("p.jsonl --out p.jsonl/out", 1, "cannot be written to (Not a directory)"),
         ("p.jsonl --out out --set steps", 2, "set is 'steps'; it must be FIELD=VALUE"),
-        ("p.jsonl --out out --set prompt=a", 2, "prompt and seed cannot be given for all rows"),
+        ("p.jsonl --out out --set prompt=a", 2, "prompt and seed cannot be set for all rows"),
         ("p.jsonl --out out --threads 0", 2, "threads is 0; it must be a whole number from 1"),
         ("p.jsonl --out out --engine spark", 2, "engine is 'spark'; it must be local or ray"),
         ("p.jsonl --out out --engine ray", 2, "--engine ray needs Ray: pip install 'mezzotint[scale]'"),

@@ -1,5 +1,5 @@
 """Files of many requests: in this process (`local`), or on the workers of a Ray cluster (`ray`)."""
 
-from mezzotint.bulk.local import Failure, Failures, Outcome, Plan, Worker, fit, prepared, run
+from mezzotint.bulk.local import BulkPlan, Failure, Failures, Outcome, Worker, plan_memory, prepare, run
 
-__all__ = ["Failure", "Failures", "Outcome", "Plan", "Worker", "fit", "prepared", "run"]
+__all__ = ["BulkPlan", "Failure", "Failures", "Outcome", "Worker", "plan_memory", "prepare", "run"]

@@ -1,13 +1,13 @@
-"""Pictures for a whole file of requests, into one folder; stopped at any moment it goes on where it was.
+"""Generate the pictures of a file of requests into one folder. An interrupted run can be resumed.
 
-    with prepared(file, folder, fields) as plan:
+    with prepare(file, folder, fields) as plan:
         for outcome in run(plan, Worker.start(plan), on_step):  # or bulk_ray.run(plan): the same on a cluster's workers
             ...
 
-A file is read in windows of WINDOW rows. In a window pictures that differ only in words and seed are put into units of
-as many as are drawn at once. So a unit is a function of the file alone, not of what is left to do: one whose files are
-partly there is drawn whole again, which gives the same bits, and only the missing files are written. A file appears
-whole or not at all (`save_png`), so what is there is finished, and nothing else needs to be remembered.
+The file is read in windows of WINDOW rows. Within a window, pictures that differ only in prompts and seed are grouped
+into batches ("units"). A unit depends on the file alone, not on what is left to do: if some of its files exist, the
+whole unit is generated again, which gives the same bits, and only the missing files are written. Files appear whole or
+not at all (`save_png`), so an existing file is complete and no other state is needed to resume.
 """
 
 from __future__ import annotations
@@ -31,22 +31,32 @@ from mezzotint.request import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mezzotint.memory.planner import Plan as Fit
+    from mezzotint.memory.planner import Plan as MemoryPlan
     from mezzotint.pipeline import Pipeline
 
-FULL = 4  # pictures in a batch where a row does not say: on a GPU so many
-WINDOW = 256  # rows of which units are made; more would join more of a mixed file, and resume more slowly
+GPU_BATCH = 4  # pictures in a batch on a GPU if a row does not set it
+WINDOW = 256  # rows; a larger window batches a mixed file better and resumes more slowly
 RECORD, FAILURES = "bulk.json", "failures.jsonl"
 
 OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all workers of a run know. fields: what a row takes where it does not say. threads: of each worker's CPU.
+class BulkPlan:
+    """A bulk run, as all of its workers know it.
 
-    digest: the file's SHA-256. rows, pictures: how many, as far as can be told before they are read in earnest.
-    memory: what a worker may take, or None.
+    Attributes:
+        file: The file of requests.
+        folder: Where the pictures are written.
+        fields: Defaults for fields that a row does not set.
+        model: What `mezzotint.load` takes.
+        device: The device of each worker.
+        dtype: The dtype of each worker.
+        threads: CPU threads of each worker.
+        digest: The SHA-256 of the file.
+        rows: The number of rows.
+        pictures: The number of pictures, as far as known before the rows are validated.
+        memory: The memory budget of a worker, or None.
     """
 
     file: Path
@@ -63,12 +73,12 @@ class Plan:
 
     @property
     def windows(self) -> int:
-        """Of how many windows the file is."""
+        """Return the number of windows of the file."""
         return -(-self.rows // WINDOW)
 
 
 class Picture(NamedTuple):
-    """One picture of a row, and the request for it alone: what image `image` of the row's request is."""
+    """One picture of a row, with a request for that picture alone."""
 
     row: int
     image: int
@@ -76,12 +86,12 @@ class Picture(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file: row 12, image 0 is 000012-0.png."""
-        return name_of(self.row, self.image)
+        """Return its file name, such as 000012-0.png for row 12, image 0."""
+        return picture_name(self.row, self.image)
 
 
 class Failure(NamedTuple):
-    """A row that gives no picture, or one image of it, and the sentence that says why."""
+    """A row (or one image of it) that failed, and the error message."""
 
     row: int
     image: int | None
@@ -90,7 +100,7 @@ class Failure(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of a part of a window: pictures drawn and written now, pictures that were there, and what failed."""
+    """The result of a part of a window: numbers of pictures written and already present, and the failures."""
 
     window: int
     drawn: int = 0
@@ -98,13 +108,13 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
 
 
-def name_of(row: int, image: int) -> str:
-    """The name of a picture's file, by which the files sort as the rows do up to row 999,999."""
+def picture_name(row: int, image: int) -> str:
+    """Return the file name of a picture; names sort as the rows do, up to row 999,999."""
     return f"{row:06}-{image}.png"
 
 
 @contextmanager
-def prepared(
+def prepare(
     file: Path,
     folder: Path,
     fields: Mapping[str, Any],
@@ -115,14 +125,26 @@ def prepared(
     threads: int | None = None,
     cores: int = 1,
     memory: str | None = None,
-) -> Iterator[Plan]:
-    """Looks at everything that can be wrong before a model is loaded, makes the folder, and keeps other runs out of it.
+) -> Iterator[BulkPlan]:
+    """Validate the arguments, create the folder and lock it, all before a model is loaded.
 
-    fields: for rows that do not have them. threads: None is what the folder was begun with, else `cores`. Raises
-    RequestError, WriteError.
+    Args:
+        file: The file of requests: JSONL, CSV or Parquet.
+        folder: Where the pictures are written.
+        fields: Defaults for fields that a row does not set.
+        model: What `mezzotint.load` takes.
+        device: The device of each worker.
+        dtype: The dtype of each worker.
+        threads: CPU threads of each worker; None means those of the run to resume, or `cores` for a new one.
+        cores: The default for `threads`.
+        memory: The memory budget of a worker, such as "4GiB".
+
+    Raises:
+        RequestError: If the file or an argument is invalid.
+        WriteError: If the folder cannot be written or another run uses it.
     """
     if "prompt" in fields or "seed" in fields:
-        raise RequestError("prompt and seed cannot be given for all rows; they are each row's own")
+        raise RequestError("prompt and seed cannot be set for all rows; set them in each row")
     if threads is not None and not 1 <= threads <= 1024:
         raise RequestError(f"threads is {threads}; it must be a whole number from 1 to 1024")
     count, pictures = rows.measure(file, fields)
@@ -133,37 +155,43 @@ def prepared(
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise WriteError(f"{str(folder)!r} cannot be written to ({error.strerror or error})") from None
-    with _locked(folder):
-        begun = _begun(folder)
+    with _lock(folder):
+        begun = _read_record(folder)
         if begun is None and next(folder.glob("[0-9]*-[0-9]*.png"), None):
-            raise RequestError(f"{str(folder)!r} has pictures in it and no {RECORD}; give a folder of its own")
+            raise RequestError(f"{str(folder)!r} has pictures but no {RECORD}; choose an empty folder")
         threads = threads or (begun or {}).get("threads", cores)
         absolute = file.absolute(), folder.absolute()
-        yield Plan(*absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory)
+        yield BulkPlan(*absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory)
 
 
-def fit(plan: Plan) -> Fit | None:
-    """What a worker does so that every row's pictures fit its memory. Raises BudgetError where they do not."""
+def plan_memory(plan: BulkPlan) -> MemoryPlan | None:
+    """Return the memory plan with which the pictures of every row fit the budget; None without a budget.
+
+    Raises:
+        BudgetError: If no plan fits.
+    """
     if plan.memory is None:
         return None
-    from mezzotint.memory.planner import plan as planned
+    from mezzotint.memory.planner import plan as plan_for
 
-    kinds: dict[Request, Request] = {}  # without words and seeds -> that with the longest prompt
+    kinds: dict[Request, Request] = {}  # request without prompts and seed -> the one with the longest prompt
     for _, given in rows.read(plan.file, plan.fields):
         if isinstance(given, Request):
             alike = given.replace(prompt="", seed=0, negative_prompt=given.negative_prompt and "")
             if len(given.prompt) >= len(kinds.get(alike, alike).prompt):
                 kinds[alike] = given
-    full = [kind.replace(count=max(kind.count, kind.batch or FULL)) for kind in kinds.values()]  # rows share a batch
-    return planned(plan.model, plan.memory, full or None, device=plan.device, dtype=plan.dtype)
+    full = [
+        kind.replace(count=max(kind.count, kind.batch or GPU_BATCH)) for kind in kinds.values()
+    ]  # rows share a batch
+    return plan_for(plan.model, plan.memory, full or None, device=plan.device, dtype=plan.dtype)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two runs never write into one folder. The lock ends with the process, however that ends."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Lock a folder against other runs. The lock ends with the process."""
     try:
         import fcntl
-    except ImportError:  # Windows; two runs there would draw the same pictures twice, and no more
+    except ImportError:  # Windows; there two runs would only generate the same pictures twice
         yield
         return
     held = os.open(folder, os.O_RDONLY)
@@ -172,8 +200,8 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise WriteError(f"{str(folder)!r} is being written to by another run; wait for its end") from None
-        for part in folder.glob(".mezzotint-*.part"):  # what a killed run had begun to write
+                raise WriteError(f"{str(folder)!r} is being written to by another run; wait until it ends") from None
+        for part in folder.glob(".mezzotint-*.part"):  # left by a killed run
             part.unlink(missing_ok=True)
         yield
     finally:
@@ -184,34 +212,46 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class Worker:
-    """Draws windows of a plan's file with one model; one process has one. It reads the file forwards, once."""
+    """Generates windows of a plan's file with one model; each process has one. It reads the file once, in order."""
 
-    def __init__(self, plan: Plan, pipe: Pipeline) -> None:
+    def __init__(self, plan: BulkPlan, pipe: Pipeline) -> None:
         self.plan, self.pipe = plan, pipe
-        _begin(plan, pipe)
+        _write_or_check_record(plan, pipe)
         self._windows: Iterator[list[rows.Checked]] = iter(())
         self._next = plan.windows + 1  # of the window that comes next; the first call opens the file
         self._window: list[rows.Checked] = []
 
     @classmethod
-    def start(cls, plan: Plan, made: Fit | None = None) -> Worker:
-        """Loads the model, with the plan's number of threads. made: what `fit` gave, where it was asked before."""
+    def start(cls, plan: BulkPlan, memory_plan: MemoryPlan | None = None) -> Worker:
+        """Load the model and set the number of threads.
+
+        Args:
+            plan: The run.
+            memory_plan: The result of `plan_memory`, if already known.
+        """
         import torch
 
         import mezzotint
 
         torch.set_num_threads(plan.threads)
-        made = made or fit(plan)
-        placement = None if made else _placement(plan.folder)
-        pipe = mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype, memory=made, placement=placement)
+        memory_plan = memory_plan or plan_memory(plan)
+        placement = None if memory_plan else _placement(plan.folder)
+        pipe = mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype, memory=memory_plan, placement=placement)
         return cls(plan, pipe)
 
     def work(
         self, window: int, part: int = 0, parts: int = 1, on_step: OnStep = lambda done, total: None
     ) -> Iterator[Outcome]:
-        """Draws every `parts`-th unit of a window, from unit `part` on. What is wrong with its rows is said by part 0.
+        """Generate every `parts`-th unit of a window, starting at unit `part`. Part 0 reports invalid rows.
 
-        on_step is called after each step of a picture; what it raises ends the work. Raises WriteError.
+        Args:
+            window: The index of the window.
+            part: The index of this part.
+            parts: The number of parts that share the window.
+            on_step: Called after each step of a picture; an exception that it raises ends the work.
+
+        Raises:
+            WriteError: If a picture cannot be written.
         """
         checked = self._read(window)
         refused = [Failure(number, None, given) for number, given in checked if isinstance(given, str)]
@@ -233,10 +273,10 @@ class Worker:
         return self._window
 
     def _has(self, row: int, image: int) -> bool:
-        return os.path.exists(self.plan.folder / name_of(row, image))
+        return os.path.exists(self.plan.folder / picture_name(row, image))
 
     def _pictures(self, asked: Iterable[tuple[int, Request]], refused: list[Failure]) -> Iterator[Picture]:
-        """Each picture of each row; what the model refuses is added to `refused`."""
+        """Yield each picture of each row; rows that do not fit the model are added to `refused`."""
         for number, request in asked:
             try:
                 resolved = self.pipe.resolve(request)
@@ -247,7 +287,7 @@ class Worker:
                 yield Picture(number, k, resolved.replace(seed=(resolved.seed or 0) + k, count=1))
 
     def _unit(self, window: int, unit: list[Picture], on_step: OnStep) -> Outcome:
-        """Draws a unit if one of its files is missing. If it fails each picture is drawn alone: the others go on."""
+        """Generate a unit if one of its files is missing. If it fails, generate its pictures one by one."""
         missing = [picture for picture in unit if not self._has(picture.row, picture.image)]
         outcome = Outcome(window, found=len(unit) - len(missing))
         if not missing:
@@ -282,14 +322,14 @@ class Worker:
         self.pipe.generate([picture.request for picture in unit], on_step=on_step, on_image=on_image)
 
 
-def run(plan: Plan, worker: Worker, on_step: OnStep) -> Iterator[Outcome]:
-    """All of a plan's work in this process, by one worker."""
+def run(plan: BulkPlan, worker: Worker, on_step: OnStep) -> Iterator[Outcome]:
+    """Run a whole plan in this process with one worker."""
     for window in range(plan.windows):
         yield from worker.work(window, on_step=on_step)
 
 
 def units(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
-    """Pictures that differ only in words and seed, as many together as their `batch` says."""
+    """Group pictures that differ only in prompts and seed into batches of their `batch`."""
     begun: dict[str, list[Picture]] = {}
     for picture in pictures:
         alike = picture.request.model_dump_json(exclude={"prompt", "negative_prompt", "seed"})
@@ -300,7 +340,7 @@ def units(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
     yield from begun.values()
 
 
-def _windows(plan: Plan) -> Iterator[list[rows.Checked]]:
+def _windows(plan: BulkPlan) -> Iterator[list[rows.Checked]]:
     checked = rows.read(plan.file, plan.fields)
     while window := list(islice(checked, WINDOW)):
         yield window
@@ -309,15 +349,19 @@ def _windows(plan: Plan) -> Iterator[list[rows.Checked]]:
 def _sentence(error: Exception) -> str:
     if isinstance(error, MezzotintError):
         return str(error)
-    return f"something went wrong that should not ({' '.join(f'{type(error).__name__}: {error}'.split())[:500]})"
+    return f"unexpected error ({' '.join(f'{type(error).__name__}: {error}'.split())[:500]})"
 
 
-# ---- what the folder says --------------------------------------------------------------------------------------------
+# ---- the state of the folder -----------------------------------------------------------------------------------------
 
 
 class Failures:
-    """failures.jsonl of a run, begun anew, for what failed before is tried again. It has the order of the rows, and
-    where none fails it is not there. `rows`: how many failed so far.
+    """Writes failures.jsonl, in the order of the rows.
+
+    Each run starts the file afresh, since earlier failures are tried again; without failures it does not exist.
+
+    Attributes:
+        rows: The number of rows that failed so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -327,14 +371,14 @@ class Failures:
         self.rows = 0
 
     def add(self, outcome: Outcome) -> None:
-        """Takes what failed; it is written when its window is over. Raises WriteError."""
+        """Collect the failures of an outcome; they are written at the end of their window. Raises WriteError."""
         if outcome.window != self._window:
             self.write()
         self._window = outcome.window
         self._held += outcome.failures
 
     def write(self) -> None:
-        """Appends what is still held. Raises WriteError."""
+        """Append the collected failures to the file. Raises WriteError."""
         ordered = sorted(self._held, key=lambda failure: (failure.row, failure.image or 0))
         lines = [{name: value for name, value in one._asdict().items() if value is not None} for one in ordered]
         self._held = []
@@ -347,8 +391,8 @@ class Failures:
             raise WriteError(f"{str(self._path)!r} cannot be written: {error.strerror or error}") from None
 
 
-def _begun(folder: Path) -> dict[str, Any] | None:
-    """What bulk.json says, if it is there."""
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """Read bulk.json, if it exists."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -357,18 +401,18 @@ def _begun(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         record = None
     if not isinstance(record, dict):
-        raise RequestError(f"{str(path)!r} is no record of a bulk run; give a folder of its own")
+        raise RequestError(f"{str(path)!r} is not the record of a bulk run; choose an empty folder")
     return record
 
 
 def _placement(folder: Path) -> Placement:
-    """What the folder was begun with, or the fast way."""
-    begun = (_begun(folder) or {}).get("placement")
+    """Return the placement of the run to resume, or the default."""
+    begun = (_read_record(folder) or {}).get("placement")
     return Placement.of(**begun) if isinstance(begun, dict) else Placement()
 
 
-def _begin(plan: Plan, pipe: Pipeline) -> None:
-    """Writes into the folder what its pictures depend on, or compares, if it was begun before. Raises RequestError."""
+def _write_or_check_record(plan: BulkPlan, pipe: Pipeline) -> None:
+    """Write what the pictures depend on into the folder, or compare it if the run is resumed. Raises RequestError."""
     import torch
 
     from mezzotint.images.io import write_atomically
@@ -384,7 +428,7 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
         "placement": pipe.placement.changes(),
         "versions": {"mezzotint": version("mezzotint"), "torch": torch.__version__},
     }
-    begun = _begun(plan.folder)
+    begun = _read_record(plan.folder)
     if begun is None:
         try:
             write_atomically(plan.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
@@ -392,8 +436,8 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
             raise WriteError(f"{str(plan.folder)!r} cannot be written to ({error.strerror or error})") from None
         return
     for name, now in record.items():
-        was = begun.get(name, {} if name == "placement" else None)  # which older records have not
-        if isinstance(was, dict) and isinstance(now, dict):  # the first of its parts that is another
+        was = begun.get(name, {} if name == "placement" else None)  # missing in older records
+        if isinstance(was, dict) and isinstance(now, dict):  # compare part by part
             name, was, now = next(
                 (
                     (f"{name} {part}", was.get(part), now.get(part))
@@ -411,11 +455,11 @@ def _begin(plan: Plan, pipe: Pipeline) -> None:
 
 
 def to_json(outcome: Outcome) -> str:
-    """As it travels from a worker elsewhere."""
+    """Serialize an outcome."""
     return json.dumps(asdict(outcome))
 
 
 def from_json(text: str) -> Outcome:
-    """The same again."""
+    """Deserialize an outcome."""
     record = json.loads(text)
     return Outcome(**record | {"failures": [Failure(*failure) for failure in record["failures"]]})

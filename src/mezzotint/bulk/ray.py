@@ -26,7 +26,7 @@ def check() -> None:
         raise MissingExtraError("--engine ray needs Ray: pip install 'mezzotint[scale]'") from None
 
 
-def run(plan: local.Plan) -> Iterator[local.Outcome]:
+def run(plan: local.BulkPlan) -> Iterator[local.Outcome]:
     """All of a plan's work, in the order of the file. Raises RequestError, WriteError as a worker met it."""
     check()
     import ray
@@ -73,7 +73,7 @@ def run(plan: local.Plan) -> Iterator[local.Outcome]:
 class _Actor:
     """A worker on its node. What stops it travels back as a row, since Ray would wrap an exception in its own."""
 
-    def __init__(self, plan: local.Plan) -> None:
+    def __init__(self, plan: local.BulkPlan) -> None:
         self._plan = plan
         self._worker: local.Worker | None = None
 

@@ -18,7 +18,7 @@ from mezzotint.cli.terminal import check_memory, print_json, say, stoppable
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
-    from mezzotint.bulk.local import Outcome, Plan
+    from mezzotint.bulk.local import BulkPlan, Outcome
 
 EVERY = 60.0  # seconds between lines where there is no terminal to show a bar
 
@@ -60,7 +60,7 @@ def bulk(
     drawn = found = 0
     given = rows.assignments("set", fields or ())
     try:
-        with work.prepared(
+        with work.prepare(
             file, out, given, model=model, device=device, dtype=dtype, threads=threads, cores=cores, memory=memory
         ) as plan:
             outcomes = ray.run(plan) if engine == "ray" else _local(plan)
@@ -90,11 +90,11 @@ def bulk(
         raise typer.Exit(1)
 
 
-def _local(plan: Plan) -> Iterator[Outcome]:
+def _local(plan: BulkPlan) -> Iterator[Outcome]:
     """Draw in this process; Ctrl-C stops after the current step."""
     from mezzotint.bulk import local as work
 
-    made = work.fit(plan)
+    made = work.plan_memory(plan)
     if made is not None:
         say(made.table())
     gc.disable()  # as in terminal.load
