@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from mezzotint.weights.files import TensorFile
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,6 +27,16 @@ def test_a_2_gb_file_loads_within_1_15_of_its_tensors(tmp_path: Path, dtype: str
     assert measured["peak_over_held"] < 1.15
 
 
+def test_no_tensor_that_was_read_is_kept(tmp_path: Path) -> None:
+    save_file({str(i): torch.full((1000,), float(i)) for i in range(25)}, tmp_path / "many.safetensors")
+    file, read = TensorFile(tmp_path / "many.safetensors"), list[weakref.ref[torch.Tensor]]()
+    for name in file.entries:
+        tensor = file.read(name)
+        assert tensor[0].item() == float(name) and not any(one() is not None for one in read[:-1])
+        read.append(weakref.ref(tensor))
+
+
+@pytest.mark.slow
 def test_tensors_are_read_and_let_go(tmp_path: Path) -> None:
     """The short form: 200 MB read tensor by tensor, of which none is kept, cost the memory of a few."""
     child = """
