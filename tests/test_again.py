@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint import Pipeline, Request, RequestError, cli, samplers
-from mezzotint.again import FOLLOWS, NAMES_FILES, again, inputs_of, judge, model_for, read_source
+from mezzotint.again import DEPENDENT_FIELDS, FILE_FIELDS, again, inputs_of, judge, model_for, read_source
 from mezzotint.images.io import read_metadata, save, save_png
 from mezzotint.records.record import read
 
@@ -352,8 +352,8 @@ def test_every_field_that_names_a_file_is_known() -> None:
     """A new one must not be believed either."""
     words = ("a file", "(file,", "a folder", "the path", "files,", "hub id")
     named = {name for name, field in Request.model_fields.items() if any(w in (field.description or "") for w in words)}
-    assert named == {*NAMES_FILES}
-    assert {*FOLLOWS} | {n for names in FOLLOWS.values() for n in names} <= {*Request.model_fields}
+    assert named == {*FILE_FIELDS}
+    assert {*DEPENDENT_FIELDS} | {n for names in DEPENDENT_FIELDS.values() for n in names} <= {*Request.model_fields}
 
 
 # ---- overrides -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Made again: a picture's file becomes the same picture, or a verdict on it.
+"""Generate a picture again from its file, and verify that the result is identical.
 
     source = read_source("lemon.png")
     image = again(pipe, source)               # drawn as its record says, its whole batch with it
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from mezzotint.pipeline import OnStep, Pipeline
 
-MOST_FILES = 10_000  # that are looked at in a folder for an input picture
+MAX_FILES = 10_000  # that are looked at in a folder for an input picture
 PICTURES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")  # endings of what is looked at
 # what else was resolved for the sake of a field, and is so again when that is changed
-FOLLOWS = {
+DEPENDENT_FIELDS = {
     "sampler": ("spacing", "sigmas", "timesteps", "eta", "guidance_scale"),
     "spacing": ("sigmas", "timesteps"),
     "steps": ("sigmas", "timesteps"),
@@ -56,13 +56,20 @@ FOLLOWS = {
     "prompt_syntax": ("emphasis", "choices"),
 }
 # fields of a Request of which a record is never believed
-NAMES_FILES = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder")
+FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a picture's file says. record: ours; without it `request` is what another program's text asks for, and
-    `notes` what of that cannot be honoured.
+    """The metadata of a picture's file.
+
+    Attributes:
+        path: The file.
+        record: Our record, or None if another program wrote the metadata.
+        request: The request in either.
+        notes: What another program's metadata asks for and is not supported.
+        model_name: The model's name in the metadata.
+        model_hash: The first digits of the SHA-256 of the model's file, from A1111's text.
     """
 
     path: Path
@@ -74,8 +81,10 @@ class Source:
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
-    """Read a picture's record, or else what another program wrote. Raises RequestError where it has neither, or where
-    that is damaged.
+    """Read a picture's record, or the metadata of another program.
+
+    Raises:
+        RequestError: If the file has neither, or they are damaged.
     """
     texts = read_metadata(path, (*CHUNKS, *other_programs.READERS))
     try:
@@ -131,10 +140,10 @@ def inputs_of(
 
 
 def _find(sha256: str, folders: Iterable[Path]) -> Path | None:
-    """A picture file of these bytes in the folders themselves."""
+    """Find a picture file by its SHA-256 in the folders, without subfolders."""
     for folder in folders:
         try:
-            names = sorted(os.listdir(folder))[:MOST_FILES]
+            names = sorted(os.listdir(folder))[:MAX_FILES]
         except OSError:
             continue
         for name in names:
@@ -147,8 +156,10 @@ def _find(sha256: str, folders: Iterable[Path]) -> Path | None:
 
 
 def model_for(source: Source, given: str | None) -> str | None:
-    """What to load for a file: what the caller names, or None for the bundled model. Raises RequestError for another:
-    a name in a file opens nothing.
+    """Return the model to load for a file: the given one, or None for the bundled model.
+
+    Raises:
+        RequestError: If the file names another model, since a name in a file opens nothing.
     """
     if given or source.model_name == BUNDLED.name:
         return given
@@ -179,7 +190,7 @@ def again(
     Raises RequestError where it cannot be drawn.
     """
     record = source.record
-    named: dict[str, Any] = {**dict.fromkeys(NAMES_FILES), **(inputs or {}), "embeddings": embeddings, "loras": loras}
+    named: dict[str, Any] = {**dict.fromkeys(FILE_FIELDS), **(inputs or {}), "embeddings": embeddings, "loras": loras}
     if record and record.model.embeddings and not embeddings:
         names = ", ".join(sorted(record.model.embeddings))
         raise RequestError(f"it was drawn with the embeddings {names[:200]}; --embedding names their files")
@@ -188,7 +199,7 @@ def again(
         raise RequestError(f"it was drawn with the LoRAs {names[:200]}; --lora names their files")
     with threads(record):
         if changes or record is None:
-            dropped = {name: None for changed in changes or () for name in FOLLOWS.get(changed, ())}
+            dropped = {name: None for changed in changes or () for name in DEPENDENT_FIELDS.get(changed, ())}
             own = {"count": 1, "seed": record.seed} if record else {}
             request = source.request.replace(**{**own, **dropped, **named, **(changes or {})})
             return pipe.generate(request, on_step=on_step).images
@@ -205,12 +216,12 @@ def again(
 
 @contextmanager
 def threads(record: Record | None) -> Iterator[None]:
-    """Inside it torch works with as many threads as the record says."""
+    """Set torch's number of threads to the record's inside the context."""
     import torch
 
     before = torch.get_num_threads()
     wanted = record.model.threads if record else before
-    if wanted <= 4 * (os.cpu_count() or 1):  # a number in a file shall not swamp the machine
+    if wanted <= 4 * (os.cpu_count() or 1):  # an untrusted number must not overload the machine
         torch.set_num_threads(wanted)
     try:
         yield
@@ -259,7 +270,7 @@ def judge(source: Source, image: Image.Image) -> Verdict:
 
 
 def _percent(share: float) -> str:
-    """A share as percent: never 0 for what is above it."""
+    """Format a fraction as a percentage that is not 0 unless the fraction is."""
     return f"{100 * share:.2f}" if share >= 0.0001 else f"{100 * share:.2g}"
 
 

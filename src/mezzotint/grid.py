@@ -30,10 +30,10 @@ from mezzotint.request import Request
 if TYPE_CHECKING:
     from mezzotint.pipeline import Pipeline
 
-MOST_CELLS = 1000
-MOST_PIXELS = 100_000_000  # of the sheet: 300 MB in memory
+MAX_CELLS = 1000
+MAX_PIXELS = 100_000_000  # of the sheet: 300 MB in memory
 GAP, LABEL, TITLE = 6, 16, 18  # pixels: between cells, and sizes of letters
-MOST_LINES = 6  # of a label
+MAX_LINES = 6  # of a label
 PAPER, INK = "white", (25, 25, 28)
 
 OnStep = Callable[[int, int], None]
@@ -87,7 +87,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GridPlan:
     """axes: of x, y and z those that were given, None for the others. cells: resolved requests, z by y by x."""
 
     axes: tuple[Axis | None, Axis | None, Axis | None]
@@ -100,7 +100,7 @@ class Plan:
         return x, y, z
 
 
-def planned(pipe: Pipeline, request: Request, x: str, y: str | None = None, z: str | None = None) -> Plan:
+def planned(pipe: Pipeline, request: Request, x: str, y: str | None = None, z: str | None = None) -> GridPlan:
     """The cells of a grid, checked before the first is drawn. A request with no seed gets 0, the same in every cell.
 
     Raises RequestError for an axis that is none, a value that its field cannot take, and a grid that is too large.
@@ -114,7 +114,7 @@ def planned(pipe: Pipeline, request: Request, x: str, y: str | None = None, z: s
         for axis, n in zip(axes, (i, j, k), strict=True):
             cell = axis.apply(cell, n) if axis else cell
         cells.append(pipe.resolve(cell))
-    plan = Plan(axes, cells)
+    plan = GridPlan(axes, cells)
     _layout(plan, [(cell.width or 0, cell.height or 0) for cell in cells])  # raises
     return plan
 
@@ -132,12 +132,12 @@ def parse(x: str, y: str | None, z: str | None) -> tuple[Axis | None, Axis | Non
         if axis.field != "prompt":
             for value in axis.values:
                 Request.model_validate({"prompt": "", axis.field: value})  # raises
-    if cells > MOST_CELLS:
-        raise RequestError(f"the grid has {cells:,} cells; it may have {MOST_CELLS:,}")
+    if cells > MAX_CELLS:
+        raise RequestError(f"the grid has {cells:,} cells; it may have {MAX_CELLS:,}")
     return axes  # type: ignore[return-value]
 
 
-def draw(pipe: Pipeline, plan: Plan, folder: Path, on_step: OnStep = lambda done, total: None) -> list[Path]:
+def draw(pipe: Pipeline, plan: GridPlan, folder: Path, on_step: OnStep = lambda done, total: None) -> list[Path]:
     """Draws the cells that `folder` does not hold, and returns the files of all of them.
 
     on_step(done, total) counts the steps of those to be drawn; what it raises ends the work, and no finished cell is
@@ -168,7 +168,7 @@ def draw(pipe: Pipeline, plan: Plan, folder: Path, on_step: OnStep = lambda done
 # ---- the sheet -------------------------------------------------------------------------------------------------------
 
 
-def sheet(plan: Plan, paths: Sequence[Path]) -> Image.Image:
+def sheet(plan: GridPlan, paths: Sequence[Path]) -> Image.Image:
     """The cells of a plan on white, with the values beside them. Labels have the letters of Pillow's own font.
 
     Raises RequestError where the pictures turned out larger than their requests and the sheet would be too large.
@@ -217,23 +217,23 @@ class _Layout:
     size: tuple[int, int]  # of the sheet
 
 
-def _layout(plan: Plan, sizes: Sequence[tuple[int, int]]) -> _Layout:
+def _layout(plan: GridPlan, sizes: Sequence[tuple[int, int]]) -> _Layout:
     """For pictures of these sizes. Raises RequestError where the sheet would be too large."""
     width, height = (max(side) for side in zip(*sizes, strict=True))
     columns, lines, blocks = plan.shape
     x, y, z = plan.axes
     font = _font(LABEL)
-    heads = [_wrapped(label, font, width) for label in _labels(x)]
-    sides = [_wrapped(label, font, max(width, 120)) for label in _labels(y)]
+    heads = [_wrap(label, font, width) for label in _labels(x)]
+    sides = [_wrap(label, font, max(width, 120)) for label in _labels(y)]
     left = GAP + (round(max(font.getlength(line) for side in sides for line in side.split("\n"))) + GAP if y else 0)
     across = left + columns * (width + GAP)
-    titles = [_wrapped(label, _font(TITLE), across - left) for label in _labels(z)]
+    titles = [_wrap(label, _font(TITLE), across - left) for label in _labels(z)]
     head = _height(heads, LABEL) + GAP
     title = _height(titles, TITLE) + 2 * GAP if z else 0
     block = title + head + lines * (height + GAP)
     size = across, blocks * block + GAP
-    if math.prod(size) > MOST_PIXELS:
-        right = f"it may have {MOST_PIXELS:,} pixels. Take fewer values, or smaller pictures"
+    if math.prod(size) > MAX_PIXELS:
+        right = f"it may have {MAX_PIXELS:,} pixels. Take fewer values, or smaller pictures"
         raise RequestError(f"the grid would be {size[0]}x{size[1]}; {right}")
     return _Layout(heads, sides, titles, left, title, head, block, width, height, size)
 
@@ -249,8 +249,8 @@ def _height(labels: Sequence[str], size: int) -> int:
     return max((label.count("\n") + 1 for label in labels), default=0) * (size + 4) + GAP
 
 
-def _wrapped(text: str, font: Any, width: int) -> str:
-    """At most MOST_LINES lines no wider than `width` pixels; a word that is wider is cut where it has to be."""
+def _wrap(text: str, font: Any, width: int) -> str:
+    """At most MAX_LINES lines no wider than `width` pixels; a word that is wider is cut where it has to be."""
     lines = [""]
     for word in text[:1000].split():
         longer = f"{lines[-1]} {word}".strip()
@@ -263,7 +263,7 @@ def _wrapped(text: str, font: Any, width: int) -> str:
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
-    return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "..."])
 
 
 def _font(size: int) -> Any:
