@@ -137,7 +137,7 @@ def test_a_text_encoder_holds_what_the_walk_says() -> None:
 )
 @torch.inference_mode()
 def test_the_vae_holds_what_the_walk_says(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole VAE to 1 %, strips and tiles to four strips."""
+    """The whole VAE to 2 %, strips and tiles to four strips."""
     fields = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "layers_per_block": 2} | changes
     config = VAEConfig.model_validate(fields)
     vae = VAE(config).eval().to(memory_format=torch.channels_last)
@@ -159,7 +159,7 @@ def test_the_vae_holds_what_the_walk_says(changes: dict[str, object], monkeypatc
     held = {key: live(run) for key, run in runs.items()}
     for (mode, half), bytes_ in held.items():
         predicted = vae_peak(config, 1, 256, 160, half, mode, TENSORS)
-        margin = 0.01 * bytes_ if mode == "whole" else 4 * strip * 4
+        margin = 0.02 * bytes_ if mode == "whole" else 4 * strip * 4
         assert abs(predicted - bytes_) < margin, (mode, half, predicted, bytes_)
     walk_vae.cache_clear()
     assert held["tiles", "decode"] < held["strips", "decode"] < 0.8 * held["whole", "decode"]
