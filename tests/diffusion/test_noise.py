@@ -34,7 +34,7 @@ def test_the_stream_is_that_of_diffusers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["seeded", "philox"])
-def test_noise_hangs_on_nothing_but_the_seed_and_the_draw(kind: str) -> None:
+def test_noise_depends_only_on_the_seed_and_the_draw(kind: str) -> None:
     """Any batch, any order, any company, and a device that it is moved to."""
     seeds = [7, 0, 2**64 - 1, 8, 2**31]  # of a CPU generator the lower 32 bits count
     alone = {seed: SeededNoise([seed], SHAPE, kind=kind) for seed in seeds}

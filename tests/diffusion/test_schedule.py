@@ -88,7 +88,7 @@ def test_edm_levels_are_those_of_diffusers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
-def test_earlier_is_floored_where_diffusers_floors_it(share: float) -> None:
+def test_tcd_sigma_down_is_floored_as_in_diffusers(share: float) -> None:
     """Their timestep is an integer tensor, so their product is float32's."""
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     for timestep in range(1000):
@@ -102,13 +102,13 @@ def test_float64_would_floor_elsewhere() -> None:
     assert schedule.tcd_sigma_down(schedule.sigma(10), 0.9) == schedule.sigma(1)
 
 
-def test_between() -> None:
+def test_pndm_midpoint() -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     assert schedule.pndm_midpoint(schedule.sigma(901), schedule.sigma(801)) == schedule.sigma(851)
     assert schedule.pndm_midpoint(schedule.sigma(859), schedule.sigma(716)) == schedule.sigma(787)
 
 
-def test_earlier_and_within() -> None:
+def test_tcd_sigma_down_and_sa_solver_tau() -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     assert schedule.tcd_sigma_down(schedule.sigma(759), 0.3) == schedule.sigma(531)
     assert schedule.tcd_sigma_down(3.3, 0.0) == 3.3 and schedule.tcd_sigma_down(0.0, 0.5) == 0.0

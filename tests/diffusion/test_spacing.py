@@ -53,7 +53,7 @@ def test_falls_over_n_steps_to_zero(name: str, steps: int) -> None:
         assert sigmas == sorted(set(sigmas), reverse=True)
 
 
-def test_the_readings() -> None:
+def test_timesteps_of_each_spacing() -> None:
     assert timesteps(leading(SCHEDULE, 4)) == [750, 500, 250, 0]
     assert timesteps(leading(SCHEDULE, 4, offset=1)) == [751, 501, 251, 1]
     assert timesteps(leading(SCHEDULE, 4, points="n+1")) == [800, 600, 400, 200]

@@ -97,7 +97,7 @@ class Conditioner:
 
     def encode(self, plan: PromptPlan) -> list[EncodedPart]:
         """Encode the parts of a prompt, all as long as the longest; the last vector is repeated, as in A1111."""
-        parts = [self._part(plan, part) for part in plan.parts]
+        parts = [self._encode_part(plan, part) for part in plan.parts]
         longest = max(c.context.shape[1] for texts in parts for c in texts.values())
         encoded = []
         for part, texts in zip(plan.parts, parts, strict=True):
@@ -113,10 +113,10 @@ class Conditioner:
         parts = tuple((part.weight, *((v.until, v.text) for v in part.variants)) for part in plan.parts)
         return plan.syntax, plan.source, parts, self.clip_skip, self.emphasis, state
 
-    def _part(self, plan: PromptPlan, part: Part) -> dict[str, Condition]:
+    def _encode_part(self, plan: PromptPlan, part: Part) -> dict[str, Condition]:
         """Encode each text of a part."""
         if plan.syntax == "compel":
-            return {text: self._compel(plan, variant) for text, variant in _texts(part).items()}
+            return {text: self._encode_compel(plan, variant) for text, variant in _texts(part).items()}
         texts = {text: self._split(variant.spans, plan.syntax) for text, variant in _texts(part).items()}
         counts = Counter(variant.text for variant in part.variants)  # A1111 encodes a text each time that it occurs
         shares = torch.tensor([counts[text] for text in texts], dtype=torch.float32)
@@ -129,10 +129,10 @@ class Conditioner:
             # the mean after an untrained layer norm is 0 and cannot be restored
             return weighted * torch.where(after.abs() > 1e-6 * size, before / after, 1.0)
 
-        apply_weights = {"a1111": a1111, "comfy": self._from_empty}.get(plan.syntax)
+        apply_weights = {"a1111": a1111, "comfy": self._weight_from_empty}.get(plan.syntax)
         if plan.syntax == "a1111" and self.emphasis == "ignore":
             apply_weights = None
-        contexts, pooled = self._hidden(list(texts.values()), apply_weights)
+        contexts, pooled = self._encode_texts(list(texts.values()), apply_weights)
         context = torch.cat(contexts, dim=-1)  # (texts, tokens, D)
         rows = range(len(texts))
         return {
@@ -140,9 +140,11 @@ class Conditioner:
             for k, text in zip(rows, texts, strict=True)
         }
 
-    def _compel(self, plan: PromptPlan, variant: Variant) -> Condition:
+    def _encode_compel(self, plan: PromptPlan, variant: Variant) -> Condition:
         """Encode a variant as Compel does."""
-        texts = [self._compel_text(clause.spans) for clause in variant.clauses]  # for each, each encoder's (1, T, D)
+        texts = [
+            self._encode_compel_text(clause.spans) for clause in variant.clauses
+        ]  # for each, each encoder's (1, T, D)
         shares = [clause.weight for clause in variant.clauses]
         longest = max(text[0].shape[1] for text in texts)
         if variant.join == "blend" and not sum(shares):
@@ -150,7 +152,7 @@ class Conditioner:
         contexts = []
         for k in range(len(self.encoders)):
             parts = [text[k] for text in texts]
-            empty = self._empty[k]
+            empty = self._empty_states[k]
             if variant.join == "concat":
                 pads = [empty.repeat(1, part.shape[1] // empty.shape[1], 1) for part in parts]
                 parts = [
@@ -166,13 +168,13 @@ class Conditioner:
         pooled = None
         if len(self.encoders) > 1:
             typed = prompt.plan(plan.source, "plain").parts[0].variants[0].spans
-            pooled = self._states(1, self._split(typed, "plain")[1][0])[1]
+            pooled = self._encode_chunk(1, self._split(typed, "plain")[1][0])[1]
         return Condition(torch.cat(contexts, dim=-1), pooled)
 
-    def _compel_text(self, spans: Sequence[Span]) -> list[Tensor]:
+    def _encode_compel_text(self, spans: Sequence[Span]) -> list[Tensor]:
         """Encode one text as Compel does, (1, T, D) for each encoder."""
         chunks_by_encoder = self._split(spans, "compel")
-        whole, _ = self._hidden([chunks_by_encoder], self._from_empty)
+        whole, _ = self._encode_texts([chunks_by_encoder], self._weight_from_empty)
         mixed, total = [z.clone() for z in whole], 1.0
         chunk_indices: dict[int, list[int]] = {}  # span -> the chunks that it is in
         for chunks in chunks_by_encoder:
@@ -183,8 +185,8 @@ class Conditioner:
         for number in (number for number, span in enumerate(spans) if span.weight < 1.0 and number in chunk_indices):
             first, end = min(chunk_indices[number]), max(chunk_indices[number]) + 1
             share = math.tan((1.0 - max(spans[number].weight, MIN_COMPEL_WEIGHT)) * math.pi / 2)
-            without, _ = self._hidden(
-                [[chunks[first:end] for chunks in chunks_by_encoder]], self._from_empty, hidden_span=number
+            without, _ = self._encode_texts(
+                [[chunks[first:end] for chunks in chunks_by_encoder]], self._weight_from_empty, hidden_span=number
             )
             for z, other in zip(mixed, without, strict=True):
                 z[:, first * window : end * window] += share * other
@@ -199,15 +201,15 @@ class Conditioner:
                 z[:, k * tokenizer.max_length + 1 + len(chunk)] = z[:, 1 + len(chunks[0])]
         return joined
 
-    def _from_empty(self, encoder: int, z: Tensor, w: Tensor) -> Tensor:
+    def _weight_from_empty(self, encoder: int, z: Tensor, w: Tensor) -> Tensor:
         """Interpolate from the empty prompt by the weights, as ComfyUI and Compel do."""
-        empty = self._empty[encoder]
+        empty = self._empty_states[encoder]
         return torch.where(w == 1.0, z, empty + w * (z - empty))
 
     @cached_property
-    def _empty(self) -> list[Tensor]:
+    def _empty_states(self) -> list[Tensor]:
         """Hidden states of the empty prompt for each encoder, (1, T, D)."""
-        return [self._states(k, ())[0] for k in range(len(self.encoders))]
+        return [self._encode_chunk(k, ())[0] for k in range(len(self.encoders))]
 
     def _split(self, spans: Sequence[Span], syntax: str) -> ChunksByEncoder:
         """Split a text into chunks for each encoder."""
@@ -218,7 +220,7 @@ class Conditioner:
         count = max(len(chunks) for chunks in chunks_by_encoder)  # SDXL's tokenizers split "!!" differently
         return [chunks + [()] * (count - len(chunks)) for chunks in chunks_by_encoder]
 
-    def _hidden(
+    def _encode_texts(
         self, texts: Sequence[ChunksByEncoder], apply_weights: WeightFunction | None, hidden_span: int | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Encode and weight a batch of texts; missing chunks are empty.
@@ -240,7 +242,7 @@ class Conditioner:
                 if hidden_span is not None:
                     mask = _attention_mask(texts[0][k], i, hidden_span, tokenizer.max_length)
                 # one by one, so that the bits of a text do not depend on the others in the batch
-                states = [self._states(k, row, mask) for row in rows]
+                states = [self._encode_chunk(k, row, mask) for row in rows]
                 z = torch.cat([hidden for hidden, _ in states])  # (B, T, D)
                 w = torch.ones(z.shape[:2])
                 for row, chunk in zip(w, rows, strict=True):
@@ -252,7 +254,7 @@ class Conditioner:
             contexts.append(torch.cat(columns, dim=1))
         return contexts, pooled
 
-    def _states(self, encoder: int, chunk: Chunk, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _encode_chunk(self, encoder: int, chunk: Chunk, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the hidden states (1, T, D) and the pooled vector (1, P) of a chunk, in float32."""
         tokenizer, model = self.tokenizers[encoder], self.encoders[encoder]
         table = model.text_model.embeddings.token_embedding

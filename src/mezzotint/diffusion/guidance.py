@@ -179,7 +179,7 @@ class Guided:
         """Return the denoised estimate, of the shape of x (B, C, h, w)."""
         if self._scale_at(self._step(sigma)) > 1.0:
             return self.pair(x, sigma)[0]
-        return self._unguided(x, sigma)
+        return self._denoise_conditional(x, sigma)
 
     def pair(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Return the (guided, unconditional) denoised estimates, for the CFG++ solvers.
@@ -188,7 +188,7 @@ class Guided:
         """
         step = self._step(sigma)
         if not self._is_guided(sigma, step):
-            return (self._unguided(x, sigma),) * 2
+            return (self._denoise_conditional(x, sigma),) * 2
         outputs, scale = self.outputs(x, sigma), self._scale_at(step)
         conditional = weighted_sum(self._weights, outputs[: len(self._weights)])
         unconditional, *negatives = outputs[len(self.weights) :]
@@ -204,7 +204,7 @@ class Guided:
             output = output * (self.rescale * ratio + (1.0 - self.rescale))
         return self.prediction.denoised(output, x, sigma), self.prediction.denoised(unconditional, x, sigma)
 
-    def _unguided(self, x: Tensor, sigma: float) -> Tensor:
+    def _denoise_conditional(self, x: Tensor, sigma: float) -> Tensor:
         """Return the estimate of the conditions; the unconditional is computed unless their weights sum to 1."""
         output = weighted_sum(self._weights, self.outputs(x, sigma, len(self._weights)))
         return self.prediction.denoised(output, x, sigma)

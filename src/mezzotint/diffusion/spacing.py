@@ -153,7 +153,7 @@ def _sigma_spacing(levels: Callable[..., Iterable[float]]) -> Spacing:
     """
 
     @wraps(levels)
-    def spaced(
+    def sigma_levels(
         schedule: Schedule,
         count: int,
         *,
@@ -170,7 +170,7 @@ def _sigma_spacing(levels: Callable[..., Iterable[float]]) -> Spacing:
             ends = others[0], others[-1]
         return levels(sigma_max or ends[0], sigma_min or ends[1], count, **options)
 
-    return _from_levels(spaced)
+    return _from_levels(sigma_levels)
 
 
 @_sigma_spacing

@@ -152,15 +152,15 @@ def _check_syntax(syntax: str) -> str:
 
 def _clauses(text: str, syntax: str) -> Sequence[Clause]:
     """Return the clauses of a prompt."""
-    traced = SourceText.from_source(text)
+    source = SourceText.from_source(text)
     match _check_syntax(syntax):
         case "a1111":
-            return [Clause(tuple(a1111.spans(traced)))]
+            return [Clause(tuple(a1111.spans(source)))]
         case "comfy":
-            return [Clause(tuple(comfy.spans(traced)))]
+            return [Clause(tuple(comfy.spans(source)))]
         case "compel":
-            return compel.read(traced)[0]
-    return [Clause((Span(text, 1.0, traced.places),))]
+            return compel.read(source)[0]
+    return [Clause((Span(text, 1.0, source.places),))]
 
 
 def _check_weights(parts: tuple[Part, ...]) -> None:

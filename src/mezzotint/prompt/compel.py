@@ -96,9 +96,9 @@ class _Parser:
         position = self.text.rfind("(")
         while position >= 0:
             if self.text[position - 1 : position] != "\\":  # an escaped bracket is literal
-                self.brackets[position] = self._bracket(position)
+                self.brackets[position] = self._parse_bracket(position)
             if position in swaps:
-                self.edits[position] = self._edit(position)
+                self.edits[position] = self._parse_edit(position)
             position = self.text.rfind("(", 0, position)
 
     def skip_space(self, position: int) -> int:
@@ -115,12 +115,12 @@ class _Parser:
 
     def parse_joined(self) -> tuple[list[list[_Node]], list[float], str] | None:
         """Parse `("a", "b").and(1, 0.5)` or `("a", "b").blend(1, 0.5)`."""
-        networks, start = self._networks(0)
-        found = self._texts(start)
+        networks, start = self._parse_networks(0)
+        found = self._parse_texts(start)
         match = _JOIN.match(self.text, found[1]) if found else None
         if not (found and match) or (match[1] != "blend" and networks):
             return None
-        options, end = self._options(match.end())
+        options, end = self._parse_options(match.end())
         end = self.skip_space(end)
         if self.text[end : end + 1] != ")":
             return None
@@ -129,7 +129,7 @@ class _Parser:
             join = "blend"
             if options and options[-1] == "no_normalize":
                 options, join = options[:-1], "blend_no_normalize"
-            more, end = self._networks(end + 1)
+            more, end = self._parse_networks(end + 1)
             if end < len(self.text):
                 raise RequestError(f"prompt has {self.text[end : end + 20]!r} after .blend(); it must end there")
             networks += more
@@ -140,27 +140,27 @@ class _Parser:
             )
         return [[*networks, *texts[0]], *texts[1:]], weights, join
 
-    def _networks(self, position: int) -> tuple[list[_Node], int]:
+    def _parse_networks(self, position: int) -> tuple[list[_Node], int]:
         nodes: list[_Node] = []
         position = self.skip_space(position)
         while match := _LORA.match(self.text, position):
-            nodes.append(self._network(match))
+            nodes.append(self._parse_network(match))
             position = self.skip_space(match.end())
         return nodes, position
 
-    def _texts(self, position: int) -> tuple[list[list[_Node]], int] | None:
+    def _parse_texts(self, position: int) -> tuple[list[list[_Node]], int] | None:
         """Parse `("a", (b c), d` up to the closing bracket."""
         texts: list[list[_Node]] = []
         while self.text[position : position + 1] == ("," if texts else "("):
             position = self.skip_space(position + 1)
-            found = self._target(position) or self._quoted_prompt(position)
+            found = self._parse_target(position) or self._parse_quoted_prompt(position)
             if found is None:
                 return None
             texts.append(found[0])
             position = self.skip_space(found[1])
         return (texts, position) if texts else None
 
-    def _options(self, position: int) -> tuple[list[str], int]:
+    def _parse_options(self, position: int) -> tuple[list[str], int]:
         """Parse `1, 0.5, name=value, flag` to names and numbers."""
         options: list[str] = []
         match = _OPTION.match(self.text, position)
@@ -176,7 +176,7 @@ class _Parser:
         nodes: list[_Node] = []
         while True:
             position = self.skip_space(position)
-            found = self._element(position, bare_words=False)
+            found = self._parse_element(position, bare_words=False)
             if found is None:
                 match = _FREE_WORD.match(self.text, position)
                 if match is None:
@@ -185,12 +185,12 @@ class _Parser:
             nodes += found[0]
             position = found[1]
 
-    def _fragments(self, position: int, punctuation: bool) -> tuple[list[_Node], int]:
+    def _parse_fragments(self, position: int, punctuation: bool) -> tuple[list[_Node], int]:
         """Parse the content of brackets: like a prompt, but without bare operators."""
         nodes: list[_Node] = []
         while True:
             position = self.skip_space(position)
-            found = self._element(position, bare_words=True)
+            found = self._parse_element(position, bare_words=True)
             if found is None and punctuation and self.text[position : position + 1] in (",", "."):
                 found = [self.source.slice(position, position + 1)], position + 1
             if found is None:
@@ -198,11 +198,11 @@ class _Parser:
             nodes += found[0]
             position = found[1]
 
-    def _element(self, position: int, bare_words: bool) -> _Parsed:
+    def _parse_element(self, position: int, bare_words: bool) -> _Parsed:
         """Parse a network, or a target with or without an operator."""
         if match := _LORA.match(self.text, position):
-            return [self._network(match)], match.end()
-        target = self._target(position)
+            return [self._parse_network(match)], match.end()
+        target = self._parse_target(position)
         if target is None:
             return None
         nodes, end = target
@@ -215,33 +215,33 @@ class _Parser:
             return [_WeightedNode(nodes, _weight(match[0]))], match.end()
         return None if is_word and not bare_words else target
 
-    def _target(self, position: int) -> _Parsed:
+    def _parse_target(self, position: int) -> _Parsed:
         """Parse what an operator may follow: words in quotes or brackets, or a word."""
         match self.text[position : position + 1]:
             case '"':
-                return self._quoted(position)
+                return self._parse_quoted(position)
             case "(":
                 return self.brackets.get(position)
         match = _WORD.match(self.text, position)
         return ([self.source.slice(*match.span())], match.end()) if match else None
 
-    def _bracket(self, position: int) -> _Parsed:
-        nodes, end = self._fragments(position + 1, punctuation=True)
+    def _parse_bracket(self, position: int) -> _Parsed:
+        nodes, end = self._parse_fragments(position + 1, punctuation=True)
         return ([nodes], end + 1) if self.text[end : end + 1] == ")" else None
 
-    def _edit(self, position: int) -> _Parsed:
+    def _parse_edit(self, position: int) -> _Parsed:
         """Parse the brackets of a swap: words without punctuation, and options."""
-        nodes, end = self._fragments(position + 1, punctuation=False)
+        nodes, end = self._parse_fragments(position + 1, punctuation=False)
         if self.text[end : end + 1] == ",":
-            end = self.skip_space(self._options(end + 1)[1])
+            end = self.skip_space(self._parse_options(end + 1)[1])
         return ([nodes], end + 1) if self.text[end : end + 1] == ")" else None
 
-    def _quoted(self, position: int) -> _Parsed:
+    def _parse_quoted(self, position: int) -> _Parsed:
         if position not in self.quoted:
             self.quoted[position] = self._read_quoted(position, as_prompt=False)
         return self.quoted[position]
 
-    def _quoted_prompt(self, position: int) -> _Parsed:
+    def _parse_quoted_prompt(self, position: int) -> _Parsed:
         return self._read_quoted(position, as_prompt=True)
 
     def _read_quoted(self, position: int, as_prompt: bool) -> _Parsed:
@@ -252,10 +252,10 @@ class _Parser:
         if not content.text.strip():
             return [SourceText("", ())], match.end()
         inner = _Parser(content)
-        nodes, end = inner.parse_prompt(0) if as_prompt else inner._fragments(0, punctuation=True)
+        nodes, end = inner.parse_prompt(0) if as_prompt else inner._parse_fragments(0, punctuation=True)
         return ([nodes], match.end()) if end == len(content.text) else None
 
-    def _network(self, match: re.Match[str]) -> Network:
+    def _parse_network(self, match: re.Match[str]) -> Network:
         places = self.source.places
         start, end = places[match.start()], places[match.end() - 1] + 1
         return Network("lora", match[1], (match[2],) if match[2] else (), {}, start, end)
