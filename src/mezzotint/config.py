@@ -1,7 +1,7 @@
 """Model configurations, read from the config.json files of a diffusers folder. No torch here.
 
-Field names and defaults are those of diffusers and transformers, so a hub config validates as it is; keys that we do
-not use are ignored. Values that the files spell as one number or a list are tuples here.
+Field names and defaults are those of diffusers and transformers, so a hub configuration validates unchanged; keys that
+are not used are ignored. Values that files give as one number or a list are tuples here.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class CLIPConfig(_Config):
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
     bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407  # 2 in old files: the pooled vector is then taken at the highest id
+    eos_token_id: int | None = 49407  # 2 in old files, where the pooled vector is taken at the highest id
     pad_token_id: int | None = 1
     architectures: tuple[str, ...] = ("CLIPTextModel",)
 
     @property
     def has_projection(self) -> bool:
-        """True for CLIPTextModelWithProjection (SDXL's second encoder): the pooled vector is projected."""
+        """Whether the pooled vector is projected: CLIPTextModelWithProjection (SDXL's second encoder)."""
         return "CLIPTextModelWithProjection" in self.architectures
 
 
 class UNetConfig(_Config):
-    """A cross-attention UNet (`unet/config.json`, UNet2DConditionModel). Per-level tuples start at the top."""
+    """A cross-attention UNet (`unet/config.json`, UNet2DConditionModel). Tuples start at the top level."""
 
     sample_size: int | None = None
     in_channels: int = 4
@@ -56,7 +56,7 @@ class UNetConfig(_Config):
     layers_per_block: Numbers = 2
     cross_attention_dim: int = 1280
     transformer_layers_per_block: Numbers = 1
-    attention_head_dim: Numbers = 8  # the number of heads, whatever its name says: diffusers' historic mistake
+    attention_head_dim: Numbers = 8  # the number of heads, despite its name (a historic mistake of diffusers)
     num_attention_heads: Numbers | None = None
     use_linear_projection: bool = False
     only_cross_attention: bool = False
@@ -70,19 +70,19 @@ class UNetConfig(_Config):
     time_cond_proj_dim: int | None = None  # guidance embedding of LCM models
 
     def per_level(self, value: Numbers) -> tuple[int, ...]:
-        """One value a level, top first."""
+        """Return one value per level, from the top."""
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads a level, top first."""
+        """Number of attention heads per level, from the top."""
         return self.per_level(self.num_attention_heads or self.attention_head_dim)
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
-            raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry a level")
+            raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry per level")
         return self
 
 
@@ -105,12 +105,12 @@ class VAEConfig(_Config):
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent cell along one side (8 for Stable Diffusion)."""
+        """Pixels per latent along one side (8 for Stable Diffusion)."""
         return 1 << (len(self.block_out_channels) - 1)
 
 
 class ScheduleConfig(_Config):
-    """The training noise schedule in `scheduler/scheduler_config.json`; the sampler there is samplers/'s."""
+    """The training noise schedule in `scheduler/scheduler_config.json`. samplers/ reads the sampler."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -119,8 +119,8 @@ class ScheduleConfig(_Config):
     trained_betas: tuple[float, ...] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     rescale_betas_zero_snr: bool = False
-    float32_table: bool = False  # diffusers' own rounding, which a Brownian path in sigma feels
-    sigma_data: float | None = None  # given, the model has EDM's preconditioning (Karras et al. 2022) and no betas
+    float32_table: bool = False  # as diffusers rounds it, which matters for a Brownian path in sigma
+    sigma_data: float | None = None  # if set, the model has EDM's preconditioning (Karras et al. 2022) and no betas
     sigma_min: float | None = None
     sigma_max: float | None = None
     sigma_schedule: Literal["karras", "exponential"] = "karras"

@@ -1,1 +1,1 @@
-"""The networks, as plain nn.Modules whose attribute names are the checkpoints' key names, and the tokenizer."""
+"""The networks and the tokenizer: CLIP, UNet, VAE, and how they run (attention backends, offloading, tiles)."""

@@ -1,9 +1,9 @@
-"""What the UNet is made of: residual blocks, attention, transformers, and the resampling between levels.
+"""The building blocks of the UNet: residual blocks, attention, transformers, and resampling between levels.
 
-Feature maps are (B, C, h, w), in either memory format; tokens are (B, T, C). Nothing here knows of timesteps or
-prompts: a residual block takes its own time projection, a transformer the keys and values of its context, both made
-beforehand (UNet.time_projections, UNet.keys_values). Attribute names are the keys of diffusers' checkpoints.
-Sources: Ho et al. 2020 (residual blocks), Rombach et al. 2022 (transformer blocks), Shazeer 2020 (GEGLU).
+Feature maps are (B, C, h, w), in either memory format; tokens are (B, T, C). A residual block takes its own time
+projection, and a transformer the keys and values of its context; both are computed beforehand (UNet.time_projections,
+UNet.keys_values). Attribute names are the keys of diffusers' checkpoints. See Ho et al. 2020 (residual blocks), Rombach
+et al. 2022 (transformer blocks) and Shazeer 2020 (GEGLU).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
 
 
 def activation(x: Tensor) -> Tensor:
-    """SiLU of what a norm made, in its place where no gradient needs it."""
+    """Apply SiLU to the output of a norm, in place unless a gradient needs it."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions, the time added between them, and a shortcut: (B, inputs, h, w) -> (B, outputs, h, w)."""
+    """Two convolutions with the time embedding in between, and a shortcut: (B, inputs, h, w) -> (B, outputs, h, w)."""
 
     def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -39,17 +39,17 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`time` (B, outputs) is time_emb_proj of the activated time embedding."""
+        """Apply the block; `time` (B, outputs) is time_emb_proj of the activated time embedding."""
         h: Tensor = self.conv1(activation(self.norm1(x)))  # (B, outputs, h, w)
-        h = self.norm2(h.add_(time[:, :, None, None]))  # h's old memory is let go before the convolution
+        h = self.norm2(h.add_(time[:, :, None, None]))  # frees the input of the norm before the convolution
         h = self.conv2(activation(h))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens to themselves, or, given `context_dim`, to a context's keys and values.
+    """Multi-head self-attention or, with `context_dim`, cross-attention to the keys and values of a context.
 
-    `upcast` computes the attention itself in float32, which SD 2.1 needs in half precision.
+    `upcast` computes the attention in float32, which SD 2.1 needs in half precision.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, upcast: bool = False) -> None:
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
-        """Tokens (B, T, dim) -> (B, T, dim); cross-attention is given the result of `keys_values`."""
+        """Apply the attention to tokens (B, T, dim); cross-attention needs the result of `keys_values`."""
         if keys_values is None:
             q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)  # (B, heads, T, d)
         else:
@@ -73,14 +73,14 @@ class Attention(nn.Module):
         return y
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """Keys and values of a context (B, T, context_dim), each (B, heads, T, d)."""
+        """Return the keys and values of a context (B, T, context_dim), each (B, heads, T, d)."""
         k, v = self._project(context, self.to_k, self.to_v)
         return k, v
 
     def fuse(self) -> None:
-        """Lay the weights that meet the same input side by side in one, so that one matmul serves them all.
+        """Store the weights that share an input in one tensor, so that one matmul computes them all.
 
-        to_q, to_k, to_v stay the parameters, now views of that storage. Moving or replacing one of them undoes it.
+        to_q, to_k and to_v remain the parameters, as views of that storage. Moving or replacing one of them undoes it.
         """
         layers = (self.to_k, self.to_v) if self.cross else (self.to_q, self.to_k, self.to_v)
         if all(type(layer) is nn.Linear for layer in layers):
@@ -89,55 +89,58 @@ class Attention(nn.Module):
                 layer.weight.data = part
 
     def _project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        """Every layer's output, split into heads: (B, heads, T, d) each."""
-        weight = _stacked(layers)
+        """Return the output of every layer, split into heads, (B, heads, T, d) each."""
+        weight = _fused_weight(layers)
         parts = [layer(x) for layer in layers] if weight is None else F.linear(x, weight).chunk(len(layers), -1)
         return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
 
 
-def _stacked(layers: tuple[nn.Linear, ...]) -> Tensor | None:
-    """The one weight that these layers' weights are consecutive views of; None where they are not, or must learn."""
+def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
+    """Return the tensor that these layers' weights are consecutive views of; None if they are not, or are trained."""
     if len(layers) == 1 or any(type(layer) is not nn.Linear or adapted(layer) for layer in layers):
-        return None  # an adapter wraps or changes one
+        return None  # an adapter wraps or changes one of them
     first = layers[0].weight
     if first.requires_grad and torch.is_grad_enabled():  # the gradient belongs to three parameters, not to one
         return None
     storage, size = first.untyped_storage().data_ptr(), first.nbytes
     for position, layer in enumerate(layers[1:], start=1):
         weight = layer.weight
-        beside = weight.data_ptr() == first.data_ptr() + position * size and weight.shape == first.shape
-        if not beside or weight.untyped_storage().data_ptr() != storage:
+        is_adjacent = weight.data_ptr() == first.data_ptr() + position * size and weight.shape == first.shape
+        if not is_adjacent or weight.untyped_storage().data_ptr() != storage:
             return None
     return first.as_strided((len(layers) * first.shape[0], first.shape[1]), (first.shape[1], 1))
 
 
 class GEGLU(nn.Module):
-    """One half of a projection, gated by the gelu of the other: (B, T, dim) -> (B, T, inner)."""
+    """A projection gated by the GELU of its other half: (B, T, dim) -> (B, T, inner)."""
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the projection and the gate."""
         h, gate = self.proj(x).chunk(2, dim=-1)  # (B, T, inner) each
         gated = F.gelu(gate)
         return h * gated if torch.is_grad_enabled() else gated.mul_(h)
 
 
 class FeedForward(nn.Module):
-    """The transformer's MLP, four times as wide inside."""
+    """The MLP of a transformer block, four times as wide inside."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1 was dropout's place
+        # index 1 is dropout in diffusers
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP."""
         y: Tensor = self.net(x)
         return y
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, each on normed tokens and added to them."""
+    """Pre-norm self-attention, cross-attention and MLP with residual connections."""
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool) -> None:
         super().__init__()
@@ -149,6 +152,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """Apply the block."""
         x = self.attn1(self.norm1(x)).add_(x)  # (B, T, dim)
         x = self.attn2(self.norm2(x), keys_values).add_(x)
         y: Tensor = self.ff(self.norm3(x)).add_(x)
@@ -156,7 +160,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` transformer blocks over the cells of a feature map: (B, dim, h, w) -> the same shape."""
+    """`depth` transformer blocks over the positions of a feature map, (B, dim, h, w) -> (B, dim, h, w)."""
 
     def __init__(
         self, dim: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool, upcast: bool
@@ -169,7 +173,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
-        """Each block takes the next of `contexts`, the keys and values of its cross-attention."""
+        """Apply the blocks; each takes the next of `contexts`, the keys and values of its cross-attention."""
         size = x.shape[-2:]
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))  # (B, h*w, dim)
@@ -181,34 +185,36 @@ class Transformer(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h*w, C), no copy in channels_last."""
+    """Reshape (B, C, h, w) to (B, h*w, C), without a copy in channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _grid(x: Tensor, size: torch.Size) -> Tensor:
-    """(B, h*w, C) -> (B, C, h, w) in channels_last, no copy."""
+    """Reshape (B, h*w, C) to (B, C, h, w) in channels_last, without a copy."""
     return x.reshape(x.shape[0], *size, x.shape[2]).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
-    """Halves the size, rounding up, by a convolution of stride 2."""
+    """Halve the size, rounding up, by a convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the convolution."""
         y: Tensor = self.conv(x)
         return y
 
 
 class Upsample(nn.Module):
-    """Enlarges to `size` (the size of the skip that comes next) by the nearest cell, then convolves."""
+    """Enlarge to `size`, that of the next skip connection, by nearest-neighbor interpolation and a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """Apply the interpolation and the convolution."""
         y: Tensor = self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
         return y

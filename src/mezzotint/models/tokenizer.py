@@ -1,13 +1,13 @@
-"""CLIP's tokenizer: text -> ids of its byte-pair encoding, exactly those of transformers' CLIPTokenizer (its fast one).
+"""CLIP's tokenizer: text to token ids by byte-pair encoding, identical to transformers' fast CLIPTokenizer.
 
-Contract: `encode` gives ids without BOS and EOS, of any length; `window` makes of them one window that a text encoder
-takes: BOS, ids, EOS, padding, `max_length` in all. A Tokenizer never changes once built, and threads may share it.
+`encode` returns ids of any length, without BOS and EOS; `window` makes them one window of a text encoder: BOS, ids, EOS
+and padding, `max_length` in total. A Tokenizer is immutable and thread-safe.
 
-What the text goes through: NFC, white space runs become one space, lower case, then split into runs of letters, single
-digits, runs of other signs and English contractions, then BPE on the UTF-8 bytes of each. As in the fast tokenizer,
-HTML entities stay as they are and control characters count as signs (the old slow one, with ftfy, unescaped the
-first and dropped the others). Added tokens, special ones among them, are found in the text before all that: where "!"
-is the pad token, as in SDXL's second tokenizer, each "!" of a prompt is that token.
+A text is normalized to NFC, whitespace is collapsed to single spaces, and letters are lower-cased; then it is split
+into runs of letters, single digits, runs of other characters and English contractions, and BPE is applied to the UTF-8
+bytes of each. As in the fast tokenizer, HTML entities are not unescaped and control characters are kept (the old slow
+one with ftfy differs in both). Added tokens, including special ones, are matched in the text before that: where "!" is
+the padding token, as in SDXL's second tokenizer, each "!" of a prompt is that token.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ WORD_END = "</w>"
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _DEFAULTS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# A long text is encoded in pieces cut before a space, where no word and no combining character crosses, because the
-# library's cost per character grows with the length of what it is given.
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# A long text is encoded in pieces that end before a space, which never splits a word or a combining character, because
+# the library's cost per character grows with the length of the text.
 _PIECES = re.compile(r"(?s).{1,65536}[^ \n]*")
 
 Merges = Sequence[tuple[str, str]]
@@ -44,9 +44,13 @@ Merges = Sequence[tuple[str, str]]
 class Tokenizer:
     """A CLIP tokenizer.
 
-    vocab: token -> id. merges: pairs in the order of their rank. named: special tokens by their transformers names
-    ("pad_token" ...), where they differ from CLIP's. added: tokens found whole in the text, before words are split;
-    extra: special ones among them that come last. A token that `vocab` lacks gets the next id.
+    Args:
+        vocab: Token ids. A token that is missing gets the next id.
+        merges: Pairs in the order of their rank.
+        named: Special tokens by their transformers names ("pad_token", ...), where they differ from CLIP's.
+        added: Tokens that are matched in the text before words are split.
+        extra: Special tokens that are added last.
+        max_length: Length of a window.
     """
 
     def __init__(
@@ -59,8 +63,8 @@ class Tokenizer:
         extra: Sequence[AddedToken] = (),
         max_length: int = MAX_LENGTH,
     ) -> None:
-        given = {name: _plain(content) for name, content in _DEFAULTS.items()} | dict(named or {})
-        special = {name: given[name] for name in _NAMED if name in given}
+        given = {name: _special_token(content) for name, content in _DEFAULTS.items()} | dict(named or {})
+        special = {name: given[name] for name in _SPECIAL_NAMES if name in given}
         names = {name: token.content for name, token in special.items()}
         bpe = BPE(
             vocab=dict(vocab),
@@ -84,7 +88,7 @@ class Tokenizer:
         tokens = [*added, *(token for token in (*special.values(), *extra) if token.content not in declared)]
         for token in tokens:
             token.special = token.special or token.content in names.values()
-        backend.add_tokens(tokens)  # of two that describe the same token, the last decides, as in transformers
+        backend.add_tokens(tokens)  # of duplicates the last one counts, as in transformers
 
         self.max_length = max_length
         self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
@@ -95,40 +99,43 @@ class Tokenizer:
         self._names = names
         self._merges = merges
         self._backend = backend
-        self._in_pieces = not any(re.search(r"\s", token.content) for token in tokens)
+        self._splits_text = not any(re.search(r"\s", token.content) for token in tokens)
 
     @classmethod
     def clip(cls, pad: str = END) -> Self:
-        """CLIP's own tokenizer (49,408 tokens), from the table in this package. SDXL's second one has `pad="!"`."""
+        """Return CLIP's own tokenizer (49,408 tokens), bundled with the package. SDXL's second one has `pad="!"`."""
         merges = _clip_merges()
-        return cls(_numbered(merges), merges, named=_like_the_hub(pad))
+        return cls(_number_tokens(merges), merges, named=_hub_special_tokens(pad))
 
     @classmethod
     def subset(cls, texts: Iterable[str], max_length: int = MAX_LENGTH) -> Self:
-        """The smallest cut of CLIP's tokenizer that splits the words of `texts` as the whole one does.
+        """Return the smallest subset of CLIP's tokenizer that splits the words of `texts` in the same way.
 
-        It holds all 512 single bytes (inside a word and ending one), the merges that these words use, in CLIP's
-        order, and the two special tokens; ids are numbered anew. Any other text is still encoded, in smaller bits.
+        It has all 512 single bytes (inside a word and at its end), the merges that these words use, in CLIP's order,
+        and the two special tokens, with new ids. Any other text can still be encoded, in smaller pieces.
         """
         merges = _clip_merges()
         parents = {left + right: (left, right) for left, right in merges}
-        whole, open_, used = cls.clip(), set[str](), set[str]()
+        whole, pending, used = cls.clip(), set[str](), set[str]()
         for text in texts:
-            open_.update(whole.token(id) for id in whole.encode(text))
-        while open_:
-            token = open_.pop()
+            pending.update(whole.token(id) for id in whole.encode(text))
+        while pending:
+            token = pending.pop()
             if token in parents and token not in used:
                 used.add(token)
-                open_.update(parents[token])
+                pending.update(parents[token])
         kept = [merge for merge in merges if merge[0] + merge[1] in used]
-        return cls(_numbered(kept), kept, named=_like_the_hub(END), max_length=max_length)
+        return cls(_number_tokens(kept), kept, named=_hub_special_tokens(END), max_length=max_length)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Self:
-        """Read a tokenizer folder as transformers does: tokenizer.json, else vocab.json and merges.txt; beside them
-        tokenizer_config.json, special_tokens_map.json and added_tokens.json, whichever exist.
+        """Read a tokenizer folder as transformers does.
 
-        Raises CheckpointError when the files are missing, broken, or not those of a CLIP tokenizer.
+        That is tokenizer.json, or vocab.json and merges.txt, and, if they exist, tokenizer_config.json,
+        special_tokens_map.json and added_tokens.json.
+
+        Raises:
+            CheckpointError: If the files are missing, damaged, or not those of a CLIP tokenizer.
         """
         folder = Path(path)
         try:
@@ -136,7 +143,7 @@ class Tokenizer:
             settings = _read_settings(folder)
             known = set(vocab) | {token.content for token in settings["added"]}
             for name in ("bos_token", "eos_token"):
-                token = settings["named"].get(name, _plain(_DEFAULTS[name])).content
+                token = settings["named"].get(name, _special_token(_DEFAULTS[name])).content
                 if token not in known:
                     raise CheckpointError(
                         f"{folder} is not a CLIP tokenizer: its vocabulary lacks {token!r}, its {name}."
@@ -148,11 +155,19 @@ class Tokenizer:
             raise CheckpointError(f"The tokenizer in {folder} is damaged: {error!r}.") from error
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS, however many. Raises RequestError for text that is not Unicode."""
+        """Return all token ids of a text, without BOS and EOS.
+
+        Raises:
+            RequestError: If the text is not valid Unicode.
+        """
         return [id for _, encoding in self._encodings(text) for id in encoding.ids]
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
-        """(id, start, end) of each token: it stands for text[start:end]. Raises RequestError as `encode` does."""
+        """Return (id, start, end) of each token, which stands for text[start:end].
+
+        Raises:
+            RequestError: If the text is not valid Unicode.
+        """
         return [
             (id, first + start, first + end)
             for first, encoding in self._encodings(text)
@@ -160,29 +175,33 @@ class Tokenizer:
         ]
 
     def _encodings(self, text: str) -> Iterator[tuple[int, Encoding]]:
-        """(index of its first character, encoding) of each piece of the text."""
+        """Yield (index of its first character, encoding) of each piece of the text."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"The prompt's character {error.start + 1} is half of a surrogate pair: give it as valid UTF-8."
+                f"The prompt has half of a surrogate pair at character {error.start + 1}; it must be valid Unicode."
             ) from None
-        pieces = [(m.start(), m[0]) for m in _PIECES.finditer(text)] if self._in_pieces else [(0, text)]
+        pieces = [(m.start(), m[0]) for m in _PIECES.finditer(text)] if self._splits_text else [(0, text)]
         for first, piece in pieces:
             yield first, self._backend.encode(piece, add_special_tokens=False)
 
     def window(self, ids: Sequence[int]) -> list[int]:
-        """BOS, as many of `ids` as fit, EOS, then padding: exactly `max_length` ids."""
+        """Return BOS, as many ids as fit, EOS and padding: exactly `max_length` ids."""
         window = [self.bos, *ids[: self.max_length - 2], self.eos]
         return window + [self.pad] * (self.max_length - len(window))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, with one space after each word; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids, with a space after each word; invalid UTF-8 becomes U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text.replace(WORD_END, " ").strip()
 
     def token(self, id: int) -> str:
-        """The token as it stands in the vocabulary, such as "lemon</w>". Raises IndexError when there is none."""
+        """Return the token as it is in the vocabulary, such as "lemon</w>".
+
+        Raises:
+            IndexError: If there is no such id.
+        """
         token: str | None = self._backend.id_to_token(id) if id >= 0 else None
         if token is None:
             raise IndexError(f"No token has the id {id}: this tokenizer has {len(self.vocab)} tokens.")
@@ -194,7 +213,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
         own = self._backend.get_vocab(with_added_tokens=False)
-        described = {str(id): _described(token) for id, token in sorted(added.items())}
+        described = {str(id): _describe_token(token) for id, token in sorted(added.items())}
         by_content = {token["content"]: token for token in described.values()}
         config = {
             "added_tokens_decoder": described,
@@ -217,27 +236,28 @@ class Tokenizer:
         _write_json(folder / "tokenizer.json", json.loads(self._backend.to_str()), indent=None)
 
 
-def _plain(content: str) -> AddedToken:
-    """A special token that a file names by its text alone."""
+def _special_token(content: str) -> AddedToken:
+    """Return a special token that a file gives by its text alone."""
     return AddedToken(content, special=True)
 
 
-def _like_the_hub(pad: str) -> dict[str, AddedToken]:
-    """The special tokens as Stable Diffusion's own files describe them."""
+def _hub_special_tokens(pad: str) -> dict[str, AddedToken]:
+    """Return the special tokens as Stable Diffusion's files describe them."""
     start, end = (AddedToken(content, normalized=True, special=True) for content in (START, END))
-    return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": _plain(pad)}
+    return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": _special_token(pad)}
 
 
 @functools.cache
 def _clip_merges() -> Merges:
+    """Read CLIP's merges."""
     data = (importlib.resources.files("mezzotint") / "data" / "clip" / "merges.txt.gz").read_bytes()
     return _parse_merges(gzip.decompress(data).decode("utf-8"), "data/clip/merges.txt.gz")
 
 
-def _numbered(merges: Merges) -> dict[str, int]:
-    """CLIP's order of ids: the 256 bytes, the 256 bytes that end a word, one token a merge, start, end.
+def _number_tokens(merges: Merges) -> dict[str, int]:
+    """Number the tokens in CLIP's order: 256 bytes, 256 bytes at the end of a word, one token per merge, start, end.
 
-    A byte is written as one printable character: itself where Latin-1 has one, else the next from U+0100 on (GPT-2's
+    A byte is written as one printable character: its own in Latin-1, or the next from U+0100 on (GPT-2's
     bytes_to_unicode); the printable ones come first.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -248,6 +268,7 @@ def _numbered(merges: Merges) -> dict[str, int]:
 
 
 def _parse_merges(text: str, source: object) -> Merges:
+    """Parse a merges.txt."""
     merges = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.startswith("#version"):
@@ -260,7 +281,7 @@ def _parse_merges(text: str, source: object) -> Merges:
 
 
 def _read_table(folder: Path) -> tuple[dict[str, int], Merges]:
-    """(vocabulary, merges) of a tokenizer folder."""
+    """Read the vocabulary and the merges of a tokenizer folder."""
     if (path := folder / "tokenizer.json").is_file():
         model = _read_json(path).get("model", {})
         if model.get("type", "BPE") != "BPE" or model.get("merges") is None:
@@ -274,6 +295,8 @@ def _read_table(folder: Path) -> tuple[dict[str, int], Merges]:
 
 
 class _Settings(TypedDict):
+    """The settings of a tokenizer folder."""
+
     named: dict[str, AddedToken]
     added: list[AddedToken]
     extra: list[AddedToken]
@@ -281,46 +304,50 @@ class _Settings(TypedDict):
 
 
 def _read_settings(folder: Path) -> _Settings:
-    """What a tokenizer folder says beside the table.
+    """Read the special and added tokens of a tokenizer folder.
 
-    As in transformers, tokenizer_config.json decides alone where it has `added_tokens_decoder`; else
-    special_tokens_map.json, added_tokens.json and the tokens that tokenizer.json declares have their say.
+    As in transformers, only tokenizer_config.json is used if it has `added_tokens_decoder`; otherwise
+    special_tokens_map.json, added_tokens.json and the added tokens of tokenizer.json are.
     """
     config = _read_json(path) if (path := folder / "tokenizer_config.json").is_file() else {}
-    named = {name: _added(config[name]) for name in _NAMED if config.get(name)}
-    extra = _list(config.get("extra_special_tokens") or config.get("additional_special_tokens"))
+    named = {name: _parse_added_token(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
+    extra = _parse_added_tokens(config.get("extra_special_tokens") or config.get("additional_special_tokens"))
     added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
-        added = {int(id): _added(token) for id, token in config["added_tokens_decoder"].items()}
+        added = {int(id): _parse_added_token(token) for id, token in config["added_tokens_decoder"].items()}
     else:
         if (path := folder / "special_tokens_map.json").is_file():
             special = _read_json(path)
-            named |= {name: _added(special[name], special=True) for name in _NAMED if special.get(name)}
-            extra = _list(special.get("additional_special_tokens")) or extra
+            named |= {
+                name: _parse_added_token(special[name], special=True) for name in _SPECIAL_NAMES if special.get(name)
+            }
+            extra = _parse_added_tokens(special.get("additional_special_tokens")) or extra
         if (path := folder / "added_tokens.json").is_file():
             names = {token.content for token in (*named.values(), *extra)}
             for content, id in _read_json(path).items():
                 added[id] = AddedToken(content, normalized=content not in names, special=content in names)
         if (path := folder / "tokenizer.json").is_file():
-            added |= {token["id"]: _added(token) for token in _read_json(path).get("added_tokens", [])}
+            added |= {token["id"]: _parse_added_token(token) for token in _read_json(path).get("added_tokens", [])}
     length = config.get("model_max_length") or MAX_LENGTH
     max_length = int(length) if 2 <= length <= 1_000_000 else MAX_LENGTH  # transformers writes 1e30 for "no limit"
     return _Settings(named=named, added=[added[id] for id in sorted(added)], extra=extra, max_length=max_length)
 
 
-def _list(values: Sequence[Any] | dict[str, Any] | None) -> list[AddedToken]:
-    return [_added(value) for value in (values.values() if isinstance(values, dict) else values or ())]
+def _parse_added_tokens(values: Sequence[Any] | dict[str, Any] | None) -> list[AddedToken]:
+    """Parse a list of tokens."""
+    return [_parse_added_token(value) for value in (values.values() if isinstance(values, dict) else values or ())]
 
 
-def _added(value: str | dict[str, Any], special: bool = False) -> AddedToken:
-    """A token as a file describes it: its text alone (then it is special), or an object with flags."""
+def _parse_added_token(value: str | dict[str, Any], special: bool = False) -> AddedToken:
+    """Parse a token, given as a text (which makes it special) or as an object with flags."""
     if isinstance(value, str):
-        return _plain(value)
+        return _special_token(value)
     flags = {key: value[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in value}
     return AddedToken(value["content"], special=special or value.get("special", False), **flags)
 
 
-def _described(token: AddedToken) -> dict[str, Any]:
+def _describe_token(token: AddedToken) -> dict[str, Any]:
+    """Return a token as an object with flags."""
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {flag: getattr(token, flag) for flag in flags}
 

@@ -1,10 +1,10 @@
-"""The denoising network: a UNet whose transformers attend to the prompt (SD 1.x, 2.x, XL, and small ones alike).
+"""The denoising network: a UNet with cross-attention to the prompt (SD 1.x, 2.x, XL, and smaller ones).
 
-`unet(sample, timestep, condition)` takes noisy latents (B, C, h, w), already scaled as the network was trained, the
-timestep of each, and what they shall show, and returns the network's output (B, C_out, h, w): noise, velocity or
-picture, as trained; making a denoised picture of it is denoiser.py's work. Attribute names are the keys of diffusers'
-UNet2DConditionModel, so its checkpoints load as they are (`load_state_dict(strict=True)`).
-Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; Podell et al. 2023 (SDXL).
+`unet(sample, timestep, condition)` takes noisy latents (B, C, h, w), scaled as in training, their timesteps and their
+condition, and returns the network's output (B, C_out, h, w): noise, velocity or x0, as trained. denoiser.py converts it
+to a denoised estimate. Attribute names are the keys of diffusers' UNet2DConditionModel, so its checkpoints load
+unchanged (`load_state_dict(strict=True)`). See Rombach et al. 2022, "High-Resolution Image Synthesis with Latent
+Diffusion Models", and Podell et al. 2023 (SDXL).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Condition:
         return f"Condition({', '.join(shapes)}, {dtype} on {self.context.device})"
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """The same elsewhere. `time_ids` are numbers of pixels and keep their dtype: bfloat16 would round 1001."""
+        """Move or cast the condition. `time_ids`, numbers of pixels, keep their dtype: bfloat16 would round 1001."""
         return Condition(
             self.context.to(device=device, dtype=dtype),
             None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
@@ -62,25 +62,25 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
-        """One batch of several, which agree in T; what one of them lacks, the whole lacks."""
+        """Concatenate conditions of equal T to one batch; `pooled` and `time_ids` are None if one of them has none."""
 
-        def joined(parts: list[Tensor | None]) -> Tensor | None:
+        def cat_or_none(parts: list[Tensor | None]) -> Tensor | None:
             present = [part for part in parts if part is not None]
             return torch.cat(present) if len(present) == len(parts) else None
 
         return Condition(
             torch.cat([condition.context for condition in conditions]),
-            joined([condition.pooled for condition in conditions]),
-            joined([condition.time_ids for condition in conditions]),
+            cat_or_none([condition.pooled for condition in conditions]),
+            cat_or_none([condition.time_ids for condition in conditions]),
         )
 
     def repeat(self, n: int) -> Condition:
-        """The whole batch n times over: rows 0, 1, 0, 1 for n = 2."""
+        """Repeat the whole batch n times: rows 0, 1, 0, 1 for n = 2."""
         return Condition.cat([self] * n)
 
 
 class TimestepEmbedding(nn.Module):
-    """The MLP over a sinusoid (B, inputs) -> (B, dim), with an optional second input (guidance, of LCM models)."""
+    """An MLP over a sinusoid, (B, inputs) -> (B, dim), with an optional second input (guidance of LCM models)."""
 
     def __init__(self, inputs: int, dim: int, cond_dim: int | None = None) -> None:
         super().__init__()
@@ -89,6 +89,7 @@ class TimestepEmbedding(nn.Module):
         self.cond_proj = nn.Linear(cond_dim, inputs, bias=False) if cond_dim is not None else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Embed the sinusoid, with the second input if it is given."""
         if cond is not None:
             if self.cond_proj is None:
                 raise RequestError("timestep_cond was given, but this UNet has no time_cond_proj_dim to take it.")
@@ -98,7 +99,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: residual blocks, each followed by a transformer where the level attends."""
+    """One level of the down path: residual blocks, each followed by a transformer if the level has attention."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer], downsample: int | None) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if downsample is None else [Downsample(downsample)])
 
     def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> list[Tensor]:
-        """The feature map after every layer, for the way up; the last is where the next block begins."""
+        """Return the feature map after every layer, for the skip connections; the last is the next block's input."""
         skips = []
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             x = resnet(x, next(times))
@@ -119,7 +120,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottom: residual block, transformer, residual block."""
+    """Residual block, transformer and residual block at the lowest level."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer]) -> None:
         super().__init__()
@@ -127,6 +128,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
 
     def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> Tensor:
+        """Apply the block."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             x = resnet(x, next(times))
             x = x if transformer is None else transformer(x, contexts)
@@ -134,7 +136,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up; each residual block also sees the skip of the same size from the way down."""
+    """One level of the up path; each residual block also takes the skip connection of the same size."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer], upsample: int | None) -> None:
         super().__init__()
@@ -145,7 +147,7 @@ class UpBlock(nn.Module):
     def forward(
         self, x: Tensor, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[KeysValues]
     ) -> Tensor:
-        """Takes its skips from the end of the list."""
+        """Apply the block, taking its skip connections from the end of the list."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
             x = x if transformer is None else transformer(x, contexts)
@@ -155,15 +157,20 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down through the levels, across the bottom, and up again with the skips; the module's docstring says the rest.
+    """The UNet of Stable Diffusion; see the module's docstring.
 
-    It runs in the memory format of its weights: `.to(memory_format=torch.channels_last)` is the fast one.
+    It runs in the memory format of its weights; `.to(memory_format=torch.channels_last)` is the fastest.
     """
 
     def __init__(self, config: UNetConfig) -> None:
-        """Raises CheckpointError, naming the field, where the configuration asks for what this network has not."""
+        """Build the network.
+
+        Raises:
+            CheckpointError: If the configuration needs something that this network does not have; the message names the
+                field.
+        """
         super().__init__()
-        _check(config)
+        _check_config(config)
         self.config = config
         channels, heads = config.block_out_channels, config.heads
         layers = config.per_level(config.layers_per_block)
@@ -222,7 +229,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
-        # in module order; kept, because looking through the whole tree at each step takes a millisecond or two
+        # in module order; walking the module tree at each step would take a millisecond or two
         self._attentions = [module for module in self.modules() if isinstance(module, Attention)]
         self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
 
@@ -238,11 +245,20 @@ class UNet(nn.Module):
         down_residuals: Sequence[Tensor] | None = None,
         mid_residual: Tensor | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) at `timestep`, (B,) or one number for all -> the network's output (B, C_out, h, w).
+        """Return the network's output, (B, C_out, h, w).
 
-        `keys_values` and `time_projections`, results of the methods of those names, save doing that work again at
-        each step; the output is the same. `timestep_cond` (B, time_cond_proj_dim) is the guidance embedding of LCM
-        models. `down_residuals`, one for each skip, and `mid_residual` are added to them, as ControlNet does.
+        Args:
+            sample: Latents (B, C, h, w), scaled.
+            timestep: One timestep for each, (B,), or one number for all.
+            condition: The prompts.
+            keys_values: The result of `keys_values`, which saves computing it at each step.
+            time_projections: The result of `time_projections`, likewise.
+            timestep_cond: Guidance embedding of LCM models, (B, time_cond_proj_dim).
+            down_residuals: Residuals that ControlNet adds to the skip connections, one for each.
+            mid_residual: Residual that ControlNet adds to the output of the middle block.
+
+        Raises:
+            RequestError: If the inputs do not fit the network.
         """
         if time_projections is None:
             time_projections = self.time_projections(timestep, condition, timestep_cond)
@@ -270,13 +286,13 @@ class UNet(nn.Module):
         return output
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:
-        """Keys and values of the prompt for every cross-attention, in module order; the same at every step."""
+        """Return the keys and values of every cross-attention, in module order; they are the same at every step."""
         return [attn.keys_values(condition.context) for attn in self._attentions if attn.cross]
 
     def time_projections(
         self, timestep: Tensor | float, condition: Condition, timestep_cond: Tensor | None = None
     ) -> list[Tensor]:
-        """What the timestep adds in every residual block, in module order: (B, channels), or (1, channels) for all."""
+        """Return the time embedding's projection for every residual block, in module order: (B or 1, channels)."""
         weight = self.conv_in.weight
         timestep = torch.as_tensor(timestep, device=weight.device).reshape(-1)
         embedding = self.time_embedding(self._sinusoid(timestep, self.config.block_out_channels[0]), timestep_cond)
@@ -290,12 +306,12 @@ class UNet(nn.Module):
         return [resnet.time_emb_proj(embedding) for resnet in self._resnets]
 
     def fuse_projections(self) -> None:
-        """Fuse the attention projections (Attention.fuse); call it once the weights are where they will run."""
+        """Fuse the attention projections (Attention.fuse); call it once the weights are on their final device."""
         for attn in self._attentions:
             attn.fuse()
 
     def _sinusoid(self, numbers: Tensor, dim: int) -> Tensor:
-        """Vaswani et al. 2017, section 3.5, in float32, then in the network's dtype: (N,) -> (N, dim)."""
+        """Return the sinusoidal embedding (Vaswani et al. 2017, section 3.5), computed in float32: (N,) -> (N, dim)."""
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=numbers.device)
         frequencies = torch.exp(-math.log(10000) * steps / (half - self.config.freq_shift))
@@ -304,8 +320,8 @@ class UNet(nn.Module):
         return torch.cat(waves, dim=1).to(self.conv_in.weight.dtype)
 
 
-def _check(config: UNetConfig) -> None:
-    """Raise CheckpointError for what this network has not, before torch does it less clearly."""
+def _check_config(config: UNetConfig) -> None:
+    """Raise CheckpointError for what this network does not support, with a clearer message than torch's."""
     for field, kinds, known in (
         ("down_block_types", config.down_block_types, ("DownBlock2D", "CrossAttnDownBlock2D")),
         ("mid_block_type", (config.mid_block_type,), ("UNetMidBlock2DCrossAttn", None)),
@@ -315,9 +331,7 @@ def _check(config: UNetConfig) -> None:
     ):
         for kind in kinds:
             if kind not in known:
-                raise CheckpointError(
-                    f"The UNet's {field} holds {kind!r}; supported is {' or '.join(map(repr, known))}."
-                )
+                raise CheckpointError(f"The UNet's {field} has {kind!r}; it must be {' or '.join(map(repr, known))}.")
     levels = len(config.block_out_channels)
     heads_field = "attention_head_dim" if config.num_attention_heads is None else "num_attention_heads"
     for field in ("layers_per_block", "transformer_layers_per_block", heads_field):

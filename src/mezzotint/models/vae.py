@@ -1,7 +1,7 @@
-"""The VAE of latent diffusion (diffusers' AutoencoderKL; Rombach et al. 2022): pixels <-> latents 8 times smaller.
+"""The VAE of latent diffusion (diffusers' AutoencoderKL; Rombach et al. 2022), from pixels to 8 times smaller latents.
 
-Pixels are (B, 3, H, W) in [-1, 1]. Latents are (B, 4, H/8, W/8); the diffusion model sees them as `scale(z)`.
-Attribute names spell the checkpoint's keys.
+Pixels are (B, 3, H, W) in [-1, 1]; latents are (B, 4, H/8, W/8), and the diffusion model uses them as `scale(z)`.
+Attribute names spell the keys of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from mezzotint.models.attention import attention
 from mezzotint.models.blocks import activation
 from mezzotint.models.convolution import Conv2d, pad
 
-EPS = 1e-6  # of every group norm in this network
+EPS = 1e-6  # for every group norm of this network
 
 
 class ResnetBlock(nn.Module):
+    """Two convolutions with a shortcut."""
+
     def __init__(self, channels_in: int, channels: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels_in, EPS)
@@ -32,14 +34,15 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
         h = self.conv1(activation(self.norm1(x)))
-        h = activation(self.norm2(h))  # what it was made of ends here
+        h = activation(self.norm2(h))  # frees the input of the norm
         h = self.conv2(h)
         return h.add_(self.conv_shortcut(x))  # type: ignore[no-any-return]
 
 
 class SpatialAttention(nn.Module):
-    """One head over all positions."""
+    """Single-head self-attention over all positions."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -50,6 +53,7 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention."""
         h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)  # (B, 1, H*W, C)
         h = self.to_out[0](attention(self.to_q(h), self.to_k(h), self.to_v(h)))
         h = h.squeeze(1).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
@@ -57,30 +61,39 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve the size by a convolution of stride 2, padded at the bottom and on the right."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the convolution."""
         return self.conv(pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
 
 
 class Upsample(nn.Module):
+    """Double the size by nearest-neighbor interpolation and a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the interpolation and the convolution."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
 
 
 def _layers(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """Yield the layers of the blocks."""
     for block in blocks:
-        for part in block.children():  # its resnets, then its one sampler
+        for part in block.children():  # its resnets, then its sampler
             yield from part.children()
 
 
 class DownBlock(nn.Module):
+    """The layers of one level of the encoder."""
+
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, downsample: bool):
         super().__init__()
         widths = [channels_in] + [channels] * layers
@@ -89,6 +102,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """The layers of one level of the decoder."""
+
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, upsample: bool):
         super().__init__()
         widths = [channels_in] + [channels] * layers
@@ -97,18 +112,23 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, attention and residual block at the lowest level."""
+
     def __init__(self, channels: int, groups: int, with_attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups)] if with_attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
         for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
             x = layer(x)
         return x
 
 
 class Encoder(nn.Module):
+    """The encoder, from pixels to the moments of the latents."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -123,17 +143,20 @@ class Encoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def layers(self) -> list[nn.Module]:
-        """Between conv_in and conv_norm_out, in order."""
+        """Return the layers between conv_in and conv_norm_out, in order."""
         return [*_layers(self.down_blocks), self.mid_block]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode pixels (B, 3, H, W) to moments (B, 8, h, w)."""
         x = self.conv_in(x)
-        for layer in self.layers():  # here, not in the blocks: up the stack x would be held after its last use
+        for layer in self.layers():  # not in the blocks, whose callers would keep x alive
             x = layer(x)
         return self.conv_out(activation(self.conv_norm_out(x)))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
+    """The decoder, from latents to pixels."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -148,10 +171,11 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def layers(self) -> list[nn.Module]:
-        """Between conv_in and conv_norm_out, in order."""
+        """Return the layers between conv_in and conv_norm_out, in order."""
         return [self.mid_block, *_layers(self.up_blocks)]
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode latents (B, 4, h, w) to pixels (B, 3, 8h, 8w)."""
         x = self.conv_in(z)
         for layer in self.layers():
             x = layer(x)
@@ -160,25 +184,32 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over latents, unscaled: `mean` and `logvar` are (B, 4, h, w)."""
+    """A diagonal Gaussian distribution over unscaled latents.
+
+    Attributes:
+        mean: Its mean, (B, 4, h, w).
+        logvar: The logarithm of its variance, (B, 4, h, w).
+    """
 
     mean: Tensor
     logvar: Tensor
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """The encoder's output (B, 2 * 4, h, w)."""
+        """Return the distribution of the encoder's output (B, 8, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise. The noise is drawn on the generator's device, so a CPU generator serves every device."""
+        """Draw a sample; the noise is drawn on the generator's device, so a CPU generator works for every device."""
         device = generator.device if generator else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
 
 
 class VAE(nn.Module):
+    """A KL autoencoder."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -191,17 +222,17 @@ class VAE(nn.Module):
         )
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """pixels (B, 3, H, W) in [-1, 1], sides multiples of 8 -> the posterior of unscaled latents."""
+        """Encode pixels (B, 3, H, W) in [-1, 1], with H and W multiples of 8, to the posterior of unscaled latents."""
         return Posterior.from_moments(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] and not clamped."""
+        """Decode unscaled latents (B, 4, h, w) to pixels (B, 3, 8h, 8w), approximately in [-1, 1] and not clamped."""
         return self.decoder(self.post_quant_conv(z))  # type: ignore[no-any-return]
 
     def scale(self, z: Tensor) -> Tensor:
-        """Unscaled latents -> the unit-variance latents that the UNet denoises."""
+        """Scale latents to the unit variance that the UNet denoises."""
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """The inverse of `scale`."""
+        """Undo `scale`."""
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
