@@ -54,13 +54,19 @@ def commands_of() -> dict[str, Any]:
 
 
 def samplers() -> Iterator[str]:
-    """Yield a table of the samplers, with their names in other programs."""
-    yield "| sampler | order | calls per step | adds noise | good for | diffusers | A1111 | ComfyUI |"
-    yield "|---|---|---|---|---|---|---|---|"
+    """Yield a table of the samplers and their properties."""
+    yield from ("| sampler | order | calls per step | adds noise | good for |", "|---|---|---|---|---|")
     for sampler in TABLE:
         noise = "yes" if sampler.stochastic else "no"
-        names = (f"`{name}`" if name else "" for name in (sampler.diffusers, sampler.a1111, sampler.comfyui))
-        yield row(f"`{sampler.name}`", sampler.order, sampler.calls, noise, sampler.good_for, *names)
+        yield row(f"`{sampler.name}`", sampler.order, sampler.calls, noise, sampler.good_for)
+
+
+def sampler_names() -> Iterator[str]:
+    """Yield a table of the samplers' names in other programs."""
+    yield from ("| sampler | diffusers | A1111 | ComfyUI |", "|---|---|---|---|")
+    for sampler in TABLE:
+        names = (sampler.name, sampler.diffusers, sampler.a1111, sampler.comfyui)
+        yield row(*(f"`{name}`" if name else "" for name in names))
 
 
 def few_steps() -> Iterator[str]:
@@ -90,6 +96,7 @@ ESCAPES = {ord(letter): f"&#{ord(letter)};" for letter in "|<{}"}  # which Markd
 TABLES = {
     "request": request_fields,
     "samplers": samplers,
+    "sampler-names": sampler_names,
     "few-steps": few_steps,
     "spacings": spacings,
     "commands": commands,
