@@ -61,7 +61,7 @@ class Denoiser:
         return self.prediction.denoised(self.outputs(x, sigma, 1)[0], x, sigma)
 
     def outputs(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
-        """The network's own outputs for x (B, C, h, w), in x's dtype, one for each condition (or the first `count`).
+        """Return the network's outputs for x (B, C, h, w), in x's dtype, one per condition (or the first `count`).
 
         All of them come from one call of the UNet on a batch of count * B; those of other lengths from another, and
         each from its own where they are split.
@@ -85,7 +85,7 @@ class Denoiser:
         return [next((c for until, c in timeline if step <= until), timeline[-1][1]) for timeline in self.timelines]
 
     def timestep(self, sigma: float) -> float:
-        """The timestep that the UNet is told."""
+        """Return the timestep that the UNet is given."""
         if self.kind == "edm":
             return math.log(sigma) / 4
         own = self.levels is None or sigma in self.levels
@@ -98,7 +98,7 @@ class Denoiser:
         return timestep
 
     def _batch(self, batch: int, conditions: Sequence[Condition]) -> tuple[Condition, KeysValues]:
-        """The conditions one after another, each `batch` times, with their keys and values; made once."""
+        """Concatenate the conditions, each `batch` times, with their keys and values; computed once."""
         key = (batch, *conditions)
         if key not in self._batched:
             placed = [self._placed(condition) for condition in conditions]
@@ -110,7 +110,7 @@ class Denoiser:
         return self._batched[key]
 
     def _placed(self, condition: Condition) -> tuple[Condition, KeysValues]:
-        """The condition where the network is, and its keys and values; made once."""
+        """Return the condition on the network's device, and its keys and values; computed once."""
         if condition not in self._projected:
             placed = condition.to(next(self.unet.parameters()).device, self.dtype)
             self._projected[condition] = placed, self.unet.keys_values(placed)

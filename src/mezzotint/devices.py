@@ -15,7 +15,7 @@ def best_device() -> str:
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """The device of this name. Raises RequestError where it is not here."""
+    """Return the device of this name; raise RequestError if it is not available."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -25,7 +25,7 @@ def device_of(name: str | torch.device) -> torch.device:
 
 
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of this name. Raises RequestError where it is none that a model can have."""
+    """Return the dtype of this name; raise RequestError if a model cannot have it."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     found = known.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in known.values():

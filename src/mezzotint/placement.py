@@ -42,7 +42,7 @@ class Placement(BaseModel):
 
     @classmethod
     def of(cls, **fields: Any) -> Placement:
-        """A Placement. Raises RequestError, a sentence, for what none has."""
+        """Return a Placement with these fields; raise RequestError for an unknown field or value."""
         try:
             return cls(**fields)
         except ValidationError as error:
@@ -51,12 +51,12 @@ class Placement(BaseModel):
             raise RequestError(f"placement: {name} is {first['input']!r}: {first['msg']}") from None
 
     def changes(self) -> dict[str, Any]:
-        """The fields that are not the fast way's."""
+        """Return the fields that differ from the defaults."""
         return self.model_dump(exclude_defaults=True)
 
 
 def bytes_of(text: str | int, name: str = "memory") -> int:
-    """A number of bytes, "4GiB" or "600 MB" -> bytes. Raises BudgetError for what is no size or no budget of `name`."""
+    """Parse a size such as "4GiB" or "600 MB" to bytes; raise BudgetError, naming `name`, if it is not one."""
     if isinstance(text, int) and not isinstance(text, bool):
         count = text
     else:

@@ -23,12 +23,14 @@ Checked = tuple[int, Request | str]
 
 
 def read(path: Path, defaults: Mapping[str, Any]) -> Iterator[Checked]:
-    """(number, Request) for each row; (number, sentence) for one that is none. Of the file only a row is in memory.
+    """Yield (number, Request) for each row, or (number, error) for an invalid one; rows are read one at a time.
 
-    number: the line in a JSONL file, where empty lines are passed over; in the others that of the row, from 1.
-    defaults: for fields that a row does not have. A row with no seed gets `seed_of` its number, and with no seed for
-    its variation likewise. Raises RequestError where the file itself cannot be read, MissingExtraError for Parquet
-    without pyarrow.
+    The number is the line in a JSONL file, where empty lines are skipped, and otherwise the row, from 1. `defaults` are
+    the fields that a row leaves out. A row without a seed gets `seed_of` its number, and so does its variation.
+
+    Raises:
+        RequestError: If the file cannot be read.
+        MissingExtraError: If it is Parquet and pyarrow is not installed.
     """
     for number, fields in _rows(path):
         if isinstance(fields, str):
@@ -56,12 +58,12 @@ def measure(path: Path, defaults: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def seed_of(number: int, what: str = "") -> int:
-    """The seed of a row that names none: the first 32 bits of SHA-256 of its number, so that no two rows are alike."""
+    """Return the seed of a row without one: the first 32 bits of the SHA-256 of its number."""
     return int.from_bytes(hashlib.sha256(f"{what}{number}".encode()).digest()[:4])
 
 
 def from_text(name: str, text: str) -> Any:
-    """What a cell of a table, or an option, says of a field: "[9, 3]" is a list, all else is for Request to read."""
+    """Return the value of a table cell or option: "[9, 3]" becomes a list, other text is left to Request."""
     if name not in TEXTS and text.startswith("["):
         try:
             return json.loads(text)
@@ -71,7 +73,7 @@ def from_text(name: str, text: str) -> Any:
 
 
 def assignments(option: str, texts: Iterable[str]) -> Fields:
-    """{"steps": "20"} from ["steps=20"]. Raises RequestError where one is no field, or its value cannot be."""
+    """Parse ["steps=20"] to {"steps": "20"}; raise RequestError for an unknown field or a wrong value."""
     fields: Fields = {}
     for text in texts:
         name, mark, value = text.partition("=")
@@ -100,7 +102,7 @@ def _present(fields: Fields) -> Fields:
 
 
 def jsonl(path: Path, right: str = RIGHT_LINE) -> Iterator[Row]:
-    """The objects of a JSONL file by their lines, or what is wrong with a line; right: what would not be."""
+    """Yield the objects of a JSONL file by line number, or what is wrong with a line."""
     with path.open("rb") as file:
         for number in count(1):
             line = file.readline(MAX_LINE)
@@ -170,7 +172,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _check_columns(path: Path, names: Iterable[str]) -> None:
-    """A column that is no field would make every row a failure."""
+    """Check that every column is a field of Request; otherwise every row would fail."""
     seen: set[str] = set()
     for name in names:
         try:

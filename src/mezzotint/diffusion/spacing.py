@@ -187,7 +187,7 @@ def exponential(top: float, bottom: float, count: int) -> Iterable[float]:
 
 @_sigma_spacing
 def polyexponential(top: float, bottom: float, count: int, *, rho: float = 1.0) -> Iterable[float]:
-    """A ramp to the power of rho in log sigma (k-diffusion)."""
+    """Return a ramp to the power of rho in log sigma (k-diffusion)."""
     return [bottom * (top / bottom) ** float(part) for part in np.linspace(1, 0, count) ** rho]
 
 
@@ -231,7 +231,7 @@ def kl_optimal(schedule: Schedule, count: int, *, endpoint: bool = True) -> Iter
 
 @_from_levels
 def linear_quadratic(schedule: Schedule, count: int, *, threshold: float = 0.025) -> Iterable[float]:
-    """The linear-quadratic schedule of Movie Gen (Polyak et al. 2024, section 3.4.2).
+    """Return the linear-quadratic schedule of Movie Gen (Polyak et al. 2024, section 3.4.2).
 
     The first half of the steps covers the fraction `threshold` linearly, the second half the rest along a parabola with
     a continuous slope.

@@ -128,12 +128,12 @@ class Explanation:
         return total.clamp(min=0.0) / len(chosen)
 
     def share(self, word: str | int | Word, *, picture: int = 0) -> float:
-        """A word's part of all attention, 0 to 1, in the mean over the picture, the layers and the steps it is in."""
+        """Return a word's share of all attention, 0 to 1, averaged over the picture, its layers and its steps."""
         shares = [layer[:, self._tokens(word)].nanmean((0, 2, 3)).nansum() for layer in self.maps[picture]]
         return float(torch.stack(shares).mean())
 
     def _tokens(self, word: str | int | Word) -> list[int]:
-        """The indices of a word's tokens."""
+        """Return the indices of a word's tokens."""
         if isinstance(word, Word):
             return list(word.tokens)
         if isinstance(word, int):
@@ -211,7 +211,7 @@ def _scores(pipe: Pipeline, request: Request, grids: Grids) -> int:
 def _read(
     planned: PromptPlan, tokenizer: Tokenizer, embeddings: Embeddings
 ) -> tuple[tuple[Token, ...], tuple[Word, ...], list[Places]]:
-    """The tokens of a prompt, the words that they are pieces of, and for each step where its tokens stand.
+    """Return the tokens of a prompt, the words that they belong to, and the places of the tokens in each step.
 
     A token that several variants of an edited prompt share is one. With SDXL, the first tokenizer's.
     """
@@ -255,7 +255,7 @@ def _read(
 def _laid(
     variant: Variant, part: int, syntax: str, tokenizer: Tokenizer, embeddings: Embeddings
 ) -> Iterator[tuple[Token, int]]:
-    """The tokens of one text and their positions in the context. Those of a blend's texts share their positions."""
+    """Return the tokens of one text and their positions in the context; the texts of a blend share positions."""
     offset = 0
     for clause in variant.clauses:
         chunks = split_into_chunks(clause.spans, syntax, tokenizer, embeddings)
@@ -267,7 +267,7 @@ def _laid(
 
 
 def _layers(unet: UNet, grid: tuple[int, int]) -> dict[str, tuple[Attention, tuple[int, int]]]:
-    """The UNet's cross-attentions by name, each with the grid (h, w) of its cells, where the latents have `grid`."""
+    """Return the UNet's cross-attentions by name, each with the size (h, w) of its cells for latents of size `grid`."""
     grids = [grid]
     for _ in unet.config.block_out_channels[1:]:
         grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))  # as Downsample rounds
@@ -292,13 +292,13 @@ class _Recorder:
         self._start()
 
     def _start(self) -> None:
-        """A new batch, of `size` pictures."""
+        """Start a batch of `size` pictures."""
         self.size, self.row, self.step = min(self.batch, self.count - len(self.maps)), 0, 0
         self.sums: dict[Attention, tuple[Tensor, int]] = {}  # of this step's calls: shares, and how many
         self.kept: list[tuple[int, dict[Attention, Tensor]]] = []  # steps, and each layer's (pictures, tokens, h, w)
 
     def __call__(self, layer: Attention, q: Tensor, k: Tensor) -> None:
-        """Takes the rows under the prompt, one a picture for each of its parts; Denoiser puts them first."""
+        """Record the rows of the prompt, one per picture and part; Denoiser puts them first."""
         now, after = (self.places[min(step, len(self.places) - 1)] for step in (self.step, self.step + 1))
         self.length = self.length or k.shape[2]
         if self.step % self.every or k.shape[2] != self.length:  # the latter is what guidance adds

@@ -22,7 +22,7 @@ Array = NDArray[np.float32]
 
 
 def page(explanation: Explanation, picture: int = 0) -> Image.Image:
-    """The page of one of the pictures: on top the picture and the prompt, below the words in their order.
+    """Draw the page of one picture: the picture and the prompt at the top, then the words in order.
 
     A map is as bright as its word was looked at more than the other words there, each by its own measure: its brightest
     cell is the brightest colour. The percentage is the word's share of all attention. Function words (a, of, on ...)
@@ -67,7 +67,7 @@ def page(explanation: Explanation, picture: int = 0) -> Image.Image:
 
 
 def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """A map (H, W) over the picture of that size: cold places dark and grey, hot ones in the colours of heat."""
+    """Draw a map (H, W) over the picture of that size: low values dark and grey, high ones in warm colours."""
     level = (heat / heat.max().clamp(min=1e-12)).numpy()[..., None]  # (H, W, 1) in [0, 1]
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * np.ones(3, np.float32)
     stops = np.linspace(0, 1, len(HEAT))
@@ -81,7 +81,7 @@ def _functional(word: Word) -> bool:
 
 
 def _head(explanation: Explanation, picture: int, width: int) -> Image.Image:
-    """The prompt, and how it was drawn."""
+    """Draw the prompt, and how the picture was made."""
     request, seeds = explanation.result.request, explanation.result.seeds
     lines = _wrapped(request.prompt, _font(24), width - 2 * GAP)
     head = Image.new("RGB", (width, 32 * len(lines) + LINE + 3 * GAP), PAPER)
@@ -94,7 +94,7 @@ def _head(explanation: Explanation, picture: int, width: int) -> Image.Image:
 
 
 def _tile(explanation: Explanation, image: Image.Image, picture: int, word: Word, size: int) -> Image.Image:
-    """A word's map with the word below it."""
+    """Draw a word's map with the word below it."""
     small = size == SMALL
     heat = explanation.map(word, picture=picture)
     share = explanation.share(word, picture=picture)
@@ -109,7 +109,7 @@ def _tile(explanation: Explanation, image: Image.Image, picture: int, word: Word
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
-    """The same with its longer side of `size`."""
+    """Resize an image so that its longer side is `size`."""
     scale = size / max(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 

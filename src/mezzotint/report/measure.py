@@ -81,7 +81,7 @@ class Settings:
         return cls(tuple(texts), tuple(dict.fromkeys(chosen)), tuple(numbers), **others)
 
     def request(self, prompt: str, sampler: str, steps: int) -> Request:
-        """The pictures of one row."""
+        """Return the pictures of one row."""
         name, _, spacing = sampler.partition("/")
         return Request(
             prompt=prompt,
@@ -171,7 +171,7 @@ def measure(
 
 
 def _model(pipe: Pipeline, settings: Settings) -> tuple[Row, str, Tensor]:
-    """The model in words, what a row depends on beside its request, and the reference's first noise (seeds, C, h, w).
+    """Return the model's description, what a row depends on, and the starting noise (seeds, C, h, w).
 
     The picture that it draws to learn this also warms the machine up, before anything is timed.
     """
@@ -188,7 +188,7 @@ def _model(pipe: Pipeline, settings: Settings) -> tuple[Row, str, Tensor]:
 
 
 def _reference(pipe: Pipeline, job: _Job, noise: Tensor, folder: Path, on_step: Progress) -> dict[Space, list[Array]]:
-    """The converged latents and pictures of one prompt, run, or made again from the folder's latents."""
+    """Return the converged latents and pictures of one prompt, from the folder if it has the latents."""
     import torch
 
     path = folder / "reference" / f"{job.key}.npy"
@@ -215,7 +215,7 @@ def _measure(
     folder: Path,
     on_step: Progress,
 ) -> Row:
-    """What a row says of its run."""
+    """Return what a row records about its run."""
     calls = 0
 
     def count(*_: object) -> None:
@@ -265,7 +265,7 @@ def _save_thumbnail(folder: Path, job: _Job, image: Image.Image) -> None:
 
 
 def _read_rows(folder: Path) -> dict[str, Row]:
-    """The finished rows by key. A last line that a kill cut short is taken out, to be measured again."""
+    """Return the finished rows by key; a last line that was cut short by a kill is dropped and measured again."""
     path = folder / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:

@@ -29,7 +29,7 @@ CELL = 96  # pixels of the contact sheet
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder. Raises, before any work, what would stop the report at its end."""
+    """Create the folder, and check before any work that the report can be written."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(
             'the report draws its charts with matplotlib; pip install "mezzotint[report]" brings it'
@@ -43,7 +43,7 @@ def prepare(folder: Path) -> None:
 
 
 def write(folder: Path, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """Writes the report of these rows and returns what report.json holds."""
+    """Write the report of these rows, and return the content of report.json."""
     found = ranked(curves(rows))
     check = residual(rows)
     report = {
@@ -84,7 +84,7 @@ def ranked(found: Sequence[Curve]) -> list[Curve]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know beside the figures: a reference that has not converged, and what was left out."""
+    """Return remarks on the figures: a reference that has not converged, and what was left out."""
     error = residual(rows).latents.error
     doubt = [f"The reference itself is known to {percent(error)} only; take more reference steps."]
     steps: dict[tuple[str, str], dict[int, None]] = {}
@@ -140,7 +140,7 @@ def chart(found: Sequence[Curve], check: Point, x: str, label: str) -> bytes:
 
 
 def _lines(axes: Axes, some: Sequence[Curve], x: str) -> None:
-    """The curves, the first ones coloured, each named at the right edge, in the order of their ends."""
+    """Draw the curves, the first ones coloured, each labelled at the right edge in the order of their ends."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     ends = []
     for k, curve in enumerate(some):
@@ -193,7 +193,7 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def contact_sheet(folder: Path, rows: Sequence[Row], found: Sequence[Curve], settings: Settings) -> Image.Image:
-    """The first prompt's first picture, a line a sampler, a column a number of steps, last the converged one."""
+    """Draw the contact sheet: one row per sampler, one column per number of steps, the converged picture last."""
     own = [row for row in rows if row["prompt"] == settings.prompts[0] and "key" in row]
     keys = {(row["sampler"], row["steps"]): row["key"] for row in own}
     converged = own[0]["reference"]
@@ -290,7 +290,7 @@ whole picture's, with reading the prompt and decoding.</li>
 
 
 def _line(curve: Curve, settings: Settings) -> str:
-    """A sampler's line of the table."""
+    """Return a sampler's row of the table."""
     points = {point.steps: point for point in curve.points}
     near = curve.reached()
     cells = [f"{near.calls:g}", f"{near.seconds:.2g}"] if near else ["&ndash;", "&ndash;"]
@@ -302,7 +302,7 @@ def _line(curve: Curve, settings: Settings) -> str:
 
 
 def _cell(curve: Curve, point: Point | None) -> str:
-    """A distance, the darker the nearer."""
+    """Return a table cell with a distance, darker if it is smaller."""
     if point is None:
         return "<td>failed</td>"
     shade = min(max(-math.log10(max(curve.distance(point), 1e-3)) / 2, 0.0), 1.0)

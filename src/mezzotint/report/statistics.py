@@ -84,12 +84,12 @@ class Curve:
     points: tuple[Point, ...]
 
     def distance(self, point: Point, space: Space = "latents") -> float:
-        """What this sampler is judged by: from the same noise, or where it adds noise between the distributions."""
+        """Return the distance by which the sampler is judged: between pictures, or distributions if it adds noise."""
         distance: Distance = getattr(point, space)
         return distance.bound if self.stochastic else distance.error
 
     def reached(self, near: float = NEAR) -> Point | None:
-        """The first point from which on all are within `near`."""
+        """Return the first point from which all distances stay within `near`."""
         found = None
         for point in reversed(self.points):
             if self.distance(point) > near:
@@ -104,7 +104,7 @@ class Curve:
 
 
 def curves(rows: Iterable[Row]) -> list[Curve]:
-    """A curve for each sampler, in order of the rows, without the steps that failed on a prompt."""
+    """Return a curve for each sampler, in the order of the rows, without steps that failed on a prompt."""
     groups: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
         if row["sampler"] != CHECK_ROW:
@@ -164,9 +164,9 @@ def percent(part: float) -> str:
 
 
 def recommend(curves: Sequence[Curve], near: float = NEAR) -> str:
-    """The sampler that comes within `near` of converged with the fewest model calls, and what the others need.
+    """Recommend the sampler that converges to within `near` with the fewest network calls.
 
-    Samplers that add no noise go first: to end at one point is more than to have the distribution.
+    Samplers that add no noise are preferred: converging to one picture is more than matching a distribution.
     """
     reached = [(curve, point) for curve in curves if (point := curve.reached(near))]
     reached.sort(key=lambda pair: (pair[0].stochastic, pair[1].calls, pair[0].distance(pair[1])))
@@ -200,7 +200,7 @@ def recommend(curves: Sequence[Curve], near: float = NEAR) -> str:
 
 
 def claim(curves: Sequence[Curve]) -> str:
-    """What the curves say of the field's claim on DPM-Solver++ (Lu et al. 2022b) and DDPM, by their distributions.
+    """Compare the curves with the claim of Lu et al. (2022b) on DPM-Solver++ and DDPM, by their distributions.
 
     Equal is not to be farther from converged than the other by more than NEAR, by what chance allows at most: a test of
     non-inferiority (Schuirmann 1987), for that no difference was found is no evidence that there is none.
