@@ -10,20 +10,36 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import mezzotint
 from mezzotint import CheckpointError, Pipeline, Request
+from mezzotint.models.adapters import Changes, LayerChange, LowRank, merge_copy
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.weights import inspect_model
-from mezzotint.weights.low_rank import Lora, layers, merged, read_lora, save_lora
+from mezzotint.weights.lora import read_unet_lora
 
 RANK = 4
 FEW_STEP = {"sampler": "lcm", "steps": 3, "guidance_scale": 1.5, "lora": "lcm_lora.safetensors"}
 LEMON = Request(prompt="a lemon", seed=7, count=2)
 
 
-def random_lora(unet: UNet, scale: float = 1.0) -> Lora:
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def layers(unet: UNet) -> dict[str, nn.Linear | nn.Conv2d]:
+    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def changes(pairs: Pairs) -> Changes:
+    return {f"unet.{name}": [(LayerChange(LowRank(*pair)), 1.0)] for name, pair in pairs.items()}
+
+
+def save(path: Path, pairs: Pairs, dtype: torch.dtype = torch.float16) -> None:
+    save_lora(path, {"unet": pairs}, dtype)
+
+
+def random_lora(unet: UNet, scale: float = 1.0) -> Pairs:
     """A change of rank 4 to every layer, about `scale` times as large as the weight."""
     generator = torch.Generator().manual_seed(0)
     lora = {}
@@ -39,7 +55,7 @@ def random_lora(unet: UNet, scale: float = 1.0) -> Lora:
 def folder(sd1_folder: Path, sd1: Pipeline, tmp_path: Path) -> Path:
     """The tiny model with a few-step form: 3 steps of lcm, guidance 1.5."""
     path = Path(shutil.copytree(sd1_folder, tmp_path / "tiny"))
-    save_lora(path / "lcm_lora.safetensors", random_lora(sd1.unet), torch.float32)
+    save(path / "lcm_lora.safetensors", random_lora(sd1.unet), torch.float32)
     settle(path, FEW_STEP)
     return path
 
@@ -58,11 +74,14 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 def test_what_is_written_is_read(sd1: Pipeline, tmp_path: Path) -> None:
     lora = random_lora(sd1.unet)
-    save_lora(tmp_path / "lora.safetensors", lora, torch.float32)
-    read = read_lora(tmp_path / "lora.safetensors", sd1.unet)
-    assert list(read) == list(lora)
-    assert all(torch.equal(a, b) for name in lora for a, b in zip(read[name], lora[name], strict=True))
-    save_lora(tmp_path / "half.safetensors", lora)
+    save(tmp_path / "lora.safetensors", lora, torch.float32)
+    read = read_unet_lora(tmp_path / "lora.safetensors", sd1.unet)
+    assert read.keys() == changes(lora).keys()
+    for name, (down, up) in lora.items():
+        ((change, scale),) = read[f"unet.{name}"]
+        assert isinstance(change.weight, LowRank) and change.bias is None and scale == change.weight.factor == 1.0
+        assert torch.equal(change.weight.down, down) and torch.equal(change.weight.up, up)
+    save(tmp_path / "half.safetensors", lora)
     size = sum(2 * tensor.numel() for pair in lora.values() for tensor in pair)
     assert size < (tmp_path / "half.safetensors").stat().st_size < size + 200 * len(lora) * 2
 
@@ -70,7 +89,7 @@ def test_what_is_written_is_read(sd1: Pipeline, tmp_path: Path) -> None:
 def test_merged_weights_are_the_sum_and_the_rest_is_shared(sd1: Pipeline) -> None:
     lora = {name: pair for name, pair in random_lora(sd1.unet).items() if "attn2" not in name}
     before = {name: p.clone() for name, p in sd1.unet.named_parameters()}
-    second = merged(sd1.unet, lora)
+    second = merge_copy(sd1.unet, changes(lora))
     first = dict(sd1.unet.named_parameters())
     for name, parameter in second.named_parameters():
         layer, _, leaf = name.rpartition(".")
@@ -87,7 +106,7 @@ def test_merged_weights_are_the_sum_and_the_rest_is_shared(sd1: Pipeline) -> Non
 def test_fusing_the_second_unet_leaves_the_first_fused(sd1: Pipeline) -> None:
     queries = {name: pair for name, pair in random_lora(sd1.unet).items() if name.endswith("attn1.to_q")}
     pointers = [p.data_ptr() for p in sd1.unet.parameters()]
-    merged(sd1.unet, queries).fuse_projections()
+    merge_copy(sd1.unet, changes(queries)).fuse_projections()
     assert queries and pointers == [p.data_ptr() for p in sd1.unet.parameters()]
 
 
@@ -175,20 +194,22 @@ def test_a_missing_file_stops_only_what_needs_it(folder: Path) -> None:
 
 def test_a_foreign_or_damaged_file_is_refused(folder: Path, sd1: Pipeline) -> None:
     path, lora = folder / "lcm_lora.safetensors", random_lora(sd1.unet)
-    save_lora(path, {**lora, "another.layer": next(iter(lora.values()))})
-    with pytest.raises(CheckpointError, match=r"no place for: unet\.another\.layer\.lora_A\.weight"):
+    save(path, {**lora, "another.layer": next(iter(lora.values()))})
+    with pytest.raises(CheckpointError, match=r"match no layer of this UNet: unet\.another\.layer"):
         draw(folder)
     name = "mid_block.resnets.0.conv1"
-    save_lora(path, lora | {name: (lora[name][0][:, :3], lora[name][1])})
-    with pytest.raises(CheckpointError, match=r"of another UNet: its mid_block\.resnets\.0\.conv1 has the shapes"):
+    save(path, lora | {name: (lora[name][0][:, :3], lora[name][1])})
+    with pytest.raises(
+        CheckpointError, match=r"does not fit this model.*unet\.mid_block\.resnets\.0\.conv1, whose weight is"
+    ):
         draw(folder)
-    save_lora(path, lora | {name: (lora[name][0], lora[name][1][:, :3])})
-    with pytest.raises(CheckpointError, match="of another UNet"):
+    save(path, lora | {name: (lora[name][0], lora[name][1][:, :3])})
+    with pytest.raises(CheckpointError, match="different ranks"):
         draw(folder)
     save_file({f"unet.{name}.lora_A.weight": lora[name][0]}, path)
-    with pytest.raises(CheckpointError, match=r"has unet\.mid_block\.resnets\.0\.conv1\.lora_A\.weight alone"):
+    with pytest.raises(CheckpointError, match=r"unet\.mid_block\.resnets\.0\.conv1.*up missing"):
         draw(folder)
-    save_lora(path, lora)
+    save(path, lora)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"lcm_lora\.safetensors"):
         draw(folder)
@@ -241,10 +262,10 @@ def test_the_unet_with_adapters_of_peft_is_the_merged_one(folder: Path) -> None:
     peer = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
     peer.load_lora_adapter(folder / "lcm_lora.safetensors", prefix="unet")
     pipe = mezzotint.load(folder, device="cpu")
-    lora = read_lora(folder / "lcm_lora.safetensors", pipe.unet)
+    lora = read_unet_lora(folder / "lcm_lora.safetensors", pipe.unet)
     generator = torch.Generator().manual_seed(0)
     sample, context = torch.randn(2, 4, 4, 4, generator=generator), torch.randn(2, 5, 16, generator=generator)
     with torch.inference_mode():
-        ours = merged(pipe.unet, lora)(sample, 500.0, Condition(context))
+        ours = merge_copy(pipe.unet, lora)(sample, 500.0, Condition(context))
         theirs = peer(sample, 500, context).sample
     assert error(ours, theirs) < 1e-4

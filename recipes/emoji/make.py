@@ -38,7 +38,7 @@ from mezzotint.train.scratch.stage import Losses, Stage, train
 from mezzotint.train.scratch.text import TextToMean, text_losses
 from mezzotint.train.scratch.vae import vae_losses
 from mezzotint.weights import Parts, open_model, save_folder
-from mezzotint.weights.low_rank import Lora, save_lora
+from mezzotint.weights.save_lora import LoraPairs, save_lora
 from scenes import SIDE, Scenes
 from words import caption_words
 
@@ -207,7 +207,7 @@ def train_diffusion(
     return model.eval().requires_grad_(False)
 
 
-def distill_few_step(work: Path, model: TextToLatents, ids: Tensor, tokenizer: Tokenizer, stage: Stage) -> Lora:
+def distill_few_step(work: Path, model: TextToLatents, ids: Tensor, tokenizer: Tokenizer, stage: Stage) -> LoraPairs:
     """The change with which `lcm` draws in a few steps, without guidance."""
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
     side = SIDE // VAE_CONFIG.downscale
@@ -273,7 +273,7 @@ def run(options: argparse.Namespace) -> None:
         scheduler_config=SCHEDULER_CONFIG,
         settings=SETTINGS,
     )
-    save_lora(options.out / FEW_STEP["lora"], lora)
+    save_lora(options.out / FEW_STEP["lora"], {"unet": lora})
 
 
 if __name__ == "__main__":

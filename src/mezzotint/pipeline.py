@@ -32,7 +32,7 @@ from mezzotint.images.init_image import InitImage, fit
 from mezzotint.images.io import Picture, from_pil, to_pil
 from mezzotint.memory.planner import Budget, Plan
 from mezzotint.memory.planner import plan as planned
-from mezzotint.models.adapters import adapting
+from mezzotint.models.adapters import adapting, merge_copy
 from mezzotint.models.offload import Held, shape_of, turn
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
@@ -48,8 +48,7 @@ from mezzotint.run.prompts import PromptEncoder
 from mezzotint.run.solve import guide, step_noise, unet_outputs
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.lora import Adapters
-from mezzotint.weights.low_rank import merged, read_lora
+from mezzotint.weights.lora import Adapters, read_unet_lora
 
 Requests = Sequence[Request] | list[str] | list[Request | str]
 OnStep = Callable[[int, int], None]  # steps done, steps in all
@@ -307,7 +306,7 @@ class Pipeline:
             path = self.parts.source / few_step.lora
             if not path.exists():
                 raise CheckpointError(f"{path} is missing: mezzotint.json names it for the sampler {few_step.sampler}")
-            unet = merged(self.unet, read_lora(path, self.unet))
+            unet = merge_copy(self.unet, read_unet_lora(path, self.unet))
             unet.fuse_projections()
             self._changed[few_step.lora] = unet
         return self._changed[few_step.lora]

@@ -24,7 +24,7 @@ from mezzotint.explain.maps import Explanation, Token, Word, explain
 from mezzotint.explain.page import SMALL, TILE, overlay, page
 from mezzotint.models.attention import probabilities, recording, watcher
 from mezzotint.models.blocks import Attention
-from mezzotint.weights.low_rank import layers, save_lora
+from mezzotint.weights.save_lora import save_lora
 
 LEMON = Request(prompt="a lemon on a blue background", seed=7, steps=3, guidance_scale=3.0, negative_prompt="a lemon")
 
@@ -166,9 +166,11 @@ def test_tokens_of_a_long_prompt_are_found_in_their_windows(sd1: Pipeline) -> No
 
 def test_the_change_of_few_steps_is_watched_too(sd1: Pipeline, sd1_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sd1_folder, tmp_path / "tiny"))
-    name = next(name for name in layers(sd1.unet) if name.endswith("attn2.to_q"))
-    weight = layers(sd1.unet)[name].weight
-    save_lora(folder / "lora.safetensors", {name: (torch.ones(1, weight.shape[1]), torch.ones(len(weight), 1))})
+    name = next(name for name, _ in sd1.unet.named_modules() if name.endswith("attn2.to_q"))
+    weight = sd1.unet.get_parameter(f"{name}.weight")
+    save_lora(
+        folder / "lora.safetensors", {"unet": {name: (torch.ones(1, weight.shape[1]), torch.ones(len(weight), 1))}}
+    )
     settings = json.loads((folder / "mezzotint.json").read_text())
     settings |= {"few_step": {"sampler": "lcm", "steps": 2, "guidance_scale": 1.0, "lora": "lora.safetensors"}}
     (folder / "mezzotint.json").write_text(json.dumps(settings))

@@ -28,6 +28,7 @@ from mezzotint.again import again, judge, read_source
 from mezzotint.explain.maps import explain
 from mezzotint.images.io import save
 from mezzotint.models import backends, offload
+from mezzotint.models.adapters import ChangedWeight, LayerChange, LowRank, merge_copy
 from mezzotint.models.attention import backend, chosen
 from mezzotint.models.offload import Held, Offloaded
 from mezzotint.placement import LEAST, Placement
@@ -35,7 +36,8 @@ from mezzotint.records.record import changes, read
 from mezzotint.run.execute import possible
 from mezzotint.run.plan import RunPlan
 from mezzotint.weights import save_folder
-from mezzotint.weights.low_rank import Changed, merged, read_lora, save_lora
+from mezzotint.weights.lora import read_unet_lora
+from mezzotint.weights.save_lora import save_lora
 
 LEMON = Request(prompt="a lemon on a blue background", negative_prompt="a lemon", seed=7, steps=3, count=3, batch=2)
 MOVING = ("offload", "stream")
@@ -195,14 +197,16 @@ def test_the_few_step_form(weights: str, sd1_folder: Path, sd1: Pipeline, tmp_pa
         down = torch.randn((2, *weight.shape[1:]), generator=generator)  # type: ignore[call-overload]
         up = torch.randn((len(weight), 2, *(1 for _ in weight.shape[2:])), generator=generator)  # type: ignore
         lora[name] = down, 0.05 * up
-    save_lora(tmp_path / "a.safetensors", lora, torch.float32)
+    save_lora(tmp_path / "a.safetensors", {"unet": lora}, torch.float32)
     pipe = load(sd1_folder, weights=weights)
-    changed = merged(pipe.unet, read_lora(tmp_path / "a.safetensors", pipe.unet))
-    expected = merged(sd1.unet, lora)
+    changed = merge_copy(pipe.unet, read_unet_lora(tmp_path / "a.safetensors", pipe.unet))
+    expected = merge_copy(
+        sd1.unet, {f"unet.{name}": [(LayerChange(LowRank(*pair)), 1.0)] for name, pair in lora.items()}
+    )
     own, right = changed.state_dict(), expected.state_dict()
     assert own.keys() == right.keys()
     assert all(torch.equal(own[name], right[name]) for name in right)
-    bases = [m.held.base for m in changed.modules() if isinstance(m, Held) and isinstance(m.held, Changed)]
+    bases = [m.held.base for m in changed.modules() if isinstance(m, Held) and isinstance(m.held, ChangedWeight)]
     assert len(bases) == 3
     with offload.turn(changed):
         assert all((base._here is not None) == (weights == "offload") for base in bases if isinstance(base, Offloaded))

@@ -25,13 +25,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.models.offload import Held, Weight, shape_of
+from mezzotint.models.offload import Held, Weight, hold, shape_of
+
+if TYPE_CHECKING:  # the UNet's layers import this module
+    from mezzotint.models.unet import UNet
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)  # all that can be changed
 NAME = "adapted_name"  # attribute of a layer with a hook: what `Changes` call it
@@ -341,6 +344,28 @@ def merge(networks: Mapping[str, nn.Module], changes: Changes) -> Merged:
         kept.append((layer, before, bias))
     _stamp([*networks.values()])
     return Merged(kept, [*networks.values()])
+
+
+def merge_copy(unet: UNet, changes: Changes) -> UNet:
+    """Return a second UNet with the changes merged; the first stays as it is and shares every weight they do not touch.
+
+    Args:
+        unet: The network, on any device; its weights may be offloaded.
+        changes: Layer, as "unet.conv_in" -> each change and its scale.
+
+    Returns:
+        A UNet without gradients and without the first one's hooks.
+    """
+    with torch.device("meta"):
+        copy = type(unet)(unet.config).train(unet.training)
+    for name, module in unet.named_modules():
+        if isinstance(module, Held):
+            hold(copy.get_submodule(name), module.held, module.dtype, module.device)
+    for name, parameter in unet.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        copy.get_submodule(layer).register_parameter(leaf, nn.Parameter(parameter.detach(), requires_grad=False))
+    merge({"unet": copy}, changes)
+    return copy
 
 
 def _stamp(networks: Sequence[nn.Module]) -> None:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError, RequestError, WriteError
-from mezzotint.images.io import write_atomically
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe
@@ -26,6 +23,7 @@ from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, lo
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.keys import Levels, renamed, unet_table
 from mezzotint.weights.save import save_folder
+from mezzotint.weights.save_lora import save_lora, write_tensors
 from mezzotint.weights.save_single import check_single, save_single
 
 PEFT, KOHYA, WORD, MODEL = "pytorch_lora_weights.safetensors", "kohya.safetensors", "{}.safetensors", "model"
@@ -46,20 +44,15 @@ def save_peft(model: TrainableModel, path: Path, dtype: torch.dtype = torch.floa
 
     unet.<layer>.lora_A.weight (rank, inputs, ...), .lora_B.weight (outputs, rank, ...); text_encoder.<layer>...
     """
-    tensors: dict[str, Tensor] = {}
+    networks = {name: lora_pairs(network) for name, network in model.networks.items()}
     configs: dict[str, Any] = {}
-    for name, network in model.networks.items():
-        changes = lora_pairs(network)
-        for layer, (down, up) in changes.items():
-            tensors[f"{name}.{layer}.lora_A.weight"] = _to_cpu(down, dtype)
-            tensors[f"{name}.{layer}.lora_B.weight"] = _to_cpu(up, dtype)
+    for name, changes in networks.items():
         if changes:
             fields = {"peft_type": "LORA", "r": model.recipe.rank, "lora_alpha": _alpha(model.recipe)}
             configs |= {f"{name}.{key}": value for key, value in fields.items()}
             # endings, since the beginnings differ between transformers 5 and earlier
             configs[f"{name}.target_modules"] = sorted(TEXT_TARGETS if name in ENCODERS else changes)
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)}
-    return _write(path, tensors, metadata)
+    return save_lora(path, networks, dtype, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})
 
 
 def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype = torch.float16) -> Path:
@@ -112,14 +105,14 @@ def save_kohya(model: TrainableModel, path: Path, step: int, dtype: torch.dtype 
         "ss_seed": recipe.seed,
         "ss_output_name": path.stem,
     }
-    return _write(path, tensors, {"format": "pt"} | {key: str(value) for key, value in facts.items()})
+    return write_tensors(path, tensors, {key: str(value) for key, value in facts.items()})
 
 
 def save_embedding(model: TrainableModel, path: Path) -> Path:
     """Save a textual inversion in float32: one key, the token, as diffusers does; for SDXL clip_l and clip_g."""
     keys = [model.recipe.token] if len(model.vectors) == 1 else ["clip_l", "clip_g"]
     tensors = {key: _to_cpu(vectors, torch.float32) for key, vectors in zip(keys, model.vectors, strict=True)}
-    return _write(path, tensors, {"format": "pt"})
+    return write_tensors(path, tensors, {})
 
 
 def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.float16) -> list[Path]:
@@ -243,12 +236,3 @@ def _alpha(recipe: Recipe) -> float:
 
 def _to_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype).contiguous()
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(dict(tensors), metadata=dict(metadata)))
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
-    return path

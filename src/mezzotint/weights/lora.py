@@ -140,6 +140,18 @@ def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[s
     return Adapter(path, digest.hexdigest(), changes, coverage)
 
 
+def read_unet_lora(path: Path, unet: nn.Module) -> Changes:
+    """Read a LoRA that changes this UNet and nothing else, whole: the changes, at a scale of 1.
+
+    Raises:
+        CheckpointError: If the file is damaged, or any of its tensors does not belong to a layer of this UNet.
+    """
+    adapter = read_adapter(path, {"unet": unet})
+    if foreign := [*adapter.coverage.unmatched, *adapter.coverage.bundled]:
+        raise CheckpointError(f"{path} has tensors that match no layer of this UNet: {listed(foreign)}")
+    return {layer: [(change, 1.0)] for layer, change in adapter.changes.items()}
+
+
 def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
     """What of a file fits these networks, which may be on the meta device, from its names and shapes alone."""
     return _fitted(TensorFile(_chosen(path)), networks, stems(networks), real=False)[1]

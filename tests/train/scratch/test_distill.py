@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig
 from mezzotint.diffusion.prediction import V_PREDICTION
 from mezzotint.diffusion.schedule import Schedule
+from mezzotint.models.adapters import LayerChange, LowRank, merge_copy
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.scratch import distill as stage
 from mezzotint.train.scratch.diffusion import TextToLatents
 from mezzotint.train.scratch.distill import LoraLayers, Teacher, distill, distill_losses, refine_levels
 from mezzotint.train.scratch.stage import Stage
-from mezzotint.weights.low_rank import Lora, layers, merged
+from mezzotint.weights.save_lora import LoraPairs
 
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
@@ -167,9 +168,11 @@ def test_the_student_begins_as_the_teacher_and_is_then_the_merged_unet() -> None
             up.normal_(std=0.1)
     output = change.run(unet, *inputs)
     assert (output - plain).abs().max() > 0.1
-    torch.testing.assert_close(output, merged(unet, change.lora())(*inputs), atol=1e-5, rtol=1e-4)
+    changes = {f"unet.{name}": [(LayerChange(LowRank(*pair)), 1.0)] for name, pair in change.pairs().items()}
+    torch.testing.assert_close(output, merge_copy(unet, changes)(*inputs), atol=1e-5, rtol=1e-4)
     output.square().mean().backward()
-    assert change.lora().keys() == layers(unet).keys()
+    layers = {name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    assert change.pairs().keys() == layers
     for name, parameter in change.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
     assert all(parameter.grad is None for parameter in unet.parameters())
@@ -178,7 +181,7 @@ def test_the_student_begins_as_the_teacher_and_is_then_the_merged_unet() -> None
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, steps: int = 6) -> tuple[Lora, list[str]]:
+def run(folder: Path, steps: int = 6) -> tuple[LoraPairs, list[str]]:
     """The stage on a random model: what it gives and what it logs."""
     torch.manual_seed(0)
     model = TextToLatents(CLIPTextModel(CLIP), UNet(UNET)).eval().requires_grad_(False)

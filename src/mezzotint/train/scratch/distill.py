@@ -31,10 +31,11 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.diffusion.spacing import SPACINGS
+from mezzotint.models.adapters import LowRank
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.scratch.diffusion import TextToLatents
 from mezzotint.train.scratch.stage import Losses, Stage, train
-from mezzotint.weights.low_rank import Lora, changed, layers
+from mezzotint.weights.save_lora import LoraPairs
 
 POOL = 8  # batches of trajectories computed at once
 VISITS = 2  # to each level of each trajectory before the next pool
@@ -46,26 +47,25 @@ class LoraLayers(nn.Module):
 
     def __init__(self, unet: UNet, rank: int) -> None:
         super().__init__()
-        self.down, self.up = (
-            nn.ParameterDict(),
-            nn.ParameterDict(),
-        )  # by layer, with / for dots, which ParameterDict does not allow
-        for name, layer in layers(unet).items():
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()  # by layer, with / for the dots
+        for name, layer in unet.named_modules():
+            if not isinstance(layer, nn.Linear | nn.Conv2d):
+                continue
             key, weight = name.replace(".", "/"), layer.weight
             ones = (1,) * (weight.ndim - 2)
             self.down[key] = torch.randn((rank, *weight.shape[1:]), device=weight.device) / weight[0].numel() ** 0.5
             self.up[key] = torch.zeros((len(weight), rank, *ones), device=weight.device)
 
-    def lora(self) -> Lora:
+    def pairs(self) -> LoraPairs:
         """Return the LoRA by layer; its tensors are the parameters."""
         return {key.replace("/", "."): (self.down[key], self.up[key]) for key in self.down}
 
     def run(self, unet: UNet, sample: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Run the UNet with the LoRA; if the UNet is frozen, only the LoRA gets gradients."""
-        weights = {
-            f"{name}.weight": changed(unet.get_parameter(f"{name}.weight"), down, up)
-            for name, (down, up) in self.lora().items()
-        }
+        weights = {}
+        for name, (down, up) in self.pairs().items():
+            weight = unet.get_parameter(f"{name}.weight")
+            weights[f"{name}.weight"] = weight.float() + LowRank(down, up).delta(weight)
         output: Tensor = functional_call(unet, weights, (sample, timesteps, condition))
         return output
 
@@ -114,12 +114,12 @@ def refine_levels(schedule: Schedule, sigmas: Sequence[float], parts: int) -> li
 
 
 def distill_losses(
-    change: LoraLayers, teacher: Teacher, x: Tensor, sigma: Tensor, ends: Tensor, context: Tensor
+    lora: LoraLayers, teacher: Teacher, x: Tensor, sigma: Tensor, ends: Tensor, context: Tensor
 ) -> Losses:
     """Return the pseudo-Huber distance (Song and Dhariwal 2023, eq. 7) of the student's estimates from the ends.
 
     Args:
-        change: the student's LoRA.
+        lora: the student's LoRA.
         teacher: the frozen model.
         x: (B, C, h, w), on a trajectory.
         sigma: (B,), noise levels of x.
@@ -133,7 +133,7 @@ def distill_losses(
     timesteps = torch.tensor([schedule.timestep(value) for value in sigma.tolist()], device=x.device)
     sample = x / (level.square() + teacher.prediction.sigma_data**2).sqrt()
     sample = sample.contiguous(memory_format=torch.channels_last)
-    output = change.run(teacher.unet, sample, timesteps, Condition(context))
+    output = lora.run(teacher.unet, sample, timesteps, Condition(context))
     squared = (teacher.prediction.denoised(output, x, level) - ends).square().flatten(1)
     c = 0.00054 * math.sqrt(squared.shape[1])
     loss = (squared.sum(1) + c * c).sqrt().mean() - c
@@ -153,7 +153,7 @@ def distill(
     rank: int,
     steps: int = 4,
     log: Callable[[str], None] = print,
-) -> Lora:
+) -> LoraPairs:
     """Train a LoRA with which `lcm` generates in `steps` steps without guidance.
 
     The teacher's trajectories are computed in pools, each a function of the stage's seed and the pool's number, so that
@@ -206,9 +206,9 @@ def distill(
         x, ends, context, order = compute_pool(pool)
         chosen = order[place * stage.batch : (place + 1) * stage.batch].to(ids.device)
         row, level = chosen // steps, chosen % steps
-        return distill_losses(change, teacher, x[row, level], levels[level], ends[row], context[row])
+        return distill_losses(lora, teacher, x[row, level], levels[level], ends[row], context[row])
 
     torch.manual_seed(stage.seed)
-    change = LoraLayers(model.unet, rank)
-    train(change, losses, stage, folder, adamw_only=("conv_in", "conv_out"), log=log)
-    return change.requires_grad_(False).lora()
+    lora = LoraLayers(model.unet, rank)
+    train(lora, losses, stage, folder, adamw_only=("conv_in", "conv_out"), log=log)
+    return lora.requires_grad_(False).pairs()
