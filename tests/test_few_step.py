@@ -18,6 +18,7 @@ from mezzotint.models.adapters import Changes, LayerChange, LowRank, merge_copy
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.weights import inspect_model
 from mezzotint.weights.lora import read_unet_lora
+from mezzotint.weights.save_lora import save_lora
 
 RANK = 4
 FEW_STEP = {"sampler": "lcm", "steps": 3, "guidance_scale": 1.5, "lora": "lcm_lora.safetensors"}
