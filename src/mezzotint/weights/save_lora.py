@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mezzotint.errors import WriteError
-from mezzotint.images.io import write_whole
+from mezzotint.images.io import write_atomically
 
 LoraPairs = Mapping[str, tuple[Tensor, Tensor]]  # layer of a network -> (down, up)
 
@@ -51,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors on the CPU as a .safetensors file, whole or not at all. Raises WriteError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save(dict(tensors), metadata={"format": "pt", **metadata}))
+        write_atomically(path, save(dict(tensors), metadata={"format": "pt", **metadata}))
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
     return path
