@@ -120,7 +120,7 @@ def test_the_whole_engine_from_the_package_alone_and_without_its_oracles() -> No
     code = f"""
 import sys, mezzotint
 assert mezzotint.diffusion.solvers.SOLVERS and mezzotint.diffusion.spacing.SPACINGS
-import mezzotint.pipeline, mezzotint.train.scratch.loop, mezzotint.train.scratch.vae, mezzotint.train.scratch.diffusion
+import mezzotint.pipeline, mezzotint.train.loop, mezzotint.train.scratch.vae, mezzotint.train.scratch.diffusion
 print(sorted({peers} & set(sys.modules)))
 """
     assert python(code) == "[]"
