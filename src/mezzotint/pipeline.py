@@ -110,8 +110,8 @@ class Pipeline:
         widths = [encoder.config.hidden_size for encoder in self.text_encoders]
         self._files = RunFiles(self._adapters, widths)
         self.schedule = plan_run(self._info, Request(prompt="")).schedule
-        if self.dtype == torch.float16 and self._info.is_sdxl and self._info.force_upcast:
-            self.vae.float()  # its activations pass float16's range
+        if self._info.vae_dtype(self.dtype) != self.dtype:
+            self.vae.float()
         self.unet.fuse_projections()
         self._changed: dict[str, UNet] = {}  # by LoRA, made on their first use
 

@@ -321,9 +321,8 @@ class _Run:
         name = "encoder" if half == "encode" else "decoder"
         there = self.there(name)
         height, width = request.height or 0, request.width or 0
-        itemsize = self.itemsize
-        if self.model.dtype == torch.float16 and self.model.found.family == "sdxl" and self.model.vae.force_upcast:
-            itemsize = 4
+        itemsize = self.model.info.vae_dtype(self.model.dtype).itemsize
+        if itemsize != self.itemsize:
             there += self.model.weights[name].large * 2 if not self.held else 0
         working = replace(self.working, itemsize=itemsize)
         peak = walk.vae_peak(self.model.vae, pictures, height, width, half, self.placement.vae, working)

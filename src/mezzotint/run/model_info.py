@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from mezzotint.config import UNetConfig, VAEConfig
 from mezzotint.weights.keys import Family
 from mezzotint.weights.model_plan import FewStep
@@ -74,3 +76,7 @@ class ModelInfo:
     def is_sdxl(self) -> bool:
         """Whether the model is conditioned on sizes and crops."""
         return self.family == "sdxl"
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the VAE in a model of `dtype`: SDXL's published VAE overflows float16."""
+        return torch.float32 if dtype == torch.float16 and self.is_sdxl and self.force_upcast else dtype
