@@ -22,6 +22,7 @@ import mezzotint
 from mezzotint import Pipeline, Request, RequestError, Result, samplers
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.models.unet import UNet
+from mezzotint.run.plan import plan_run
 
 LEMON = Request(prompt="a lemon on a blue background", seed=7, steps=3)
 EULER = LEMON.replace(sampler="Euler")  # ends at sigma 0
@@ -234,11 +235,11 @@ def test_noise_of_a_wrong_shape(sd1: Pipeline, shape: tuple[int, ...]) -> None:
 # ---- several requests ------------------------------------------------------------------------------------------------
 
 
-def test_the_default_batch_is_one_on_a_cpu_and_four_elsewhere(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_batch_is_one_on_a_cpu_and_four_elsewhere(sd1: Pipeline) -> None:
     assert sd1.resolve(LEMON).batch == 1
-    elsewhere = torch.nn.Parameter(torch.empty(1, device="meta"))
-    monkeypatch.setattr(sd1.unet, "parameters", lambda: iter([elsewhere]))
-    assert sd1.resolve(LEMON).batch == 4 and sd1.resolve(LEMON.replace(batch=2)).batch == 2
+    on_gpu = replace(sd1.plan(LEMON).model, device_type="cuda")
+    assert plan_run(on_gpu, LEMON).request.batch == 4
+    assert plan_run(on_gpu, LEMON.replace(batch=2)).request.batch == 2
 
 
 def test_a_list_of_requests_shares_batches(sd1: Pipeline) -> None:
