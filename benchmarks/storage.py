@@ -20,7 +20,7 @@ import torch
 
 import mezzotint
 from mezzotint import Request, Result
-from mezzotint.models.offload import Held, Stored
+from mezzotint.models.offload import OffloadedLayer, StoredWeight
 from mezzotint.placement import Placement
 
 WAYS: list[dict[str, Any]] = [
@@ -96,9 +96,9 @@ def _held(pipe: mezzotint.Pipeline) -> int:
     for network in (pipe.unet, pipe.vae, *pipe.text_encoders):
         total += sum(parameter.nbytes for parameter in network.parameters())
         for layer in network.modules():
-            if isinstance(layer, Held) and isinstance(layer.held, Stored):
-                scale = layer.held.scale
-                total += layer.held.kept.nbytes + (0 if scale is None else scale.nbytes)
+            if isinstance(layer, OffloadedLayer) and isinstance(layer.weight_source, StoredWeight):
+                scale = layer.weight_source.scale
+                total += layer.weight_source.data.nbytes + (0 if scale is None else scale.nbytes)
     return total
 
 

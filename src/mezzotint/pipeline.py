@@ -33,7 +33,7 @@ from mezzotint.images.io import Picture, from_pil, to_pil
 from mezzotint.memory.planner import Budget, Plan
 from mezzotint.memory.planner import plan as planned
 from mezzotint.models.adapters import adapting, merge_copy
-from mezzotint.models.offload import Held, shape_of, turn
+from mezzotint.models.offload import OffloadedLayer, onload, weight_shape
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
 from mezzotint.records.record import describe
@@ -408,7 +408,7 @@ class Pipeline:
         solver = SOLVERS[plan.sampler.solver](
             denoise, begin.x, plan.sigmas, step_noise(run, noise), **plan.solver_options
         )
-        with turn(unet):
+        with onload(unet):
             while True:
                 with computing():
                     step = next(solver, None)
@@ -502,8 +502,8 @@ class Pipeline:
 
 def _count_parameters(network: nn.Module) -> int:
     """Return the number of a network's parameters, wherever they are kept."""
-    held = sum(shape_of(module).numel() for module in network.modules() if isinstance(module, Held))
-    return held + sum(parameter.numel() for parameter in network.parameters())
+    offloaded = sum(weight_shape(module).numel() for module in network.modules() if isinstance(module, OffloadedLayer))
+    return offloaded + sum(parameter.numel() for parameter in network.parameters())
 
 
 def _as_request(request: Request | str) -> Request:

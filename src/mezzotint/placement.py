@@ -16,7 +16,7 @@ from mezzotint.errors import BudgetError, RequestError
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{letter}B": 10 ** (3 * k) for k, letter in enumerate("KMGTPE", 1)}
 UNITS |= {f"{letter}iB": 2 ** (10 * k) for k, letter in enumerate("KMGTPE", 1)}
-LEAST = 65_536  # numbers of a weight, below which it stays where it is, whatever the placement
+MIN_OFFLOAD_NUMEL = 65_536  # numbers of a weight, below which it stays where it is, whatever the placement
 SLICE = 8 * 2**20  # bytes of the scores of one slice of attention, unless said: what a processor's cache holds
 MOST = 2**50  # bytes of a budget: what no machine has
 

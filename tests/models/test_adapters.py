@@ -26,7 +26,7 @@ from mezzotint.models.adapters import (
 )
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.models.convolution import Conv2d, seamless
-from mezzotint.models.offload import Stored, hold
+from mezzotint.models.offload import StoredWeight, offload_weight
 from mezzotint.models.unet import Condition, UNet
 
 
@@ -208,16 +208,18 @@ def test_held_weights() -> None:
     torch.manual_seed(5)
     layer, x = nn.Linear(8, 8), r(2, 8)
     change = Decomposed(LowRank(r(2, 8), r(8, 2)), torch.rand(8))
-    hold(layer, Stored.of(layer.weight.detach().clone(), "int8"), torch.float32, torch.device("cpu"))
+    offload_weight(
+        layer, StoredWeight.from_tensor(layer.weight.detach().clone(), "int8"), torch.float32, torch.device("cpu")
+    )
     networks, changes = net(layer), {"unet.0": [(LayerChange(change), 1.0)]}
-    kept, plain = layer.held, layer(x)  # type: ignore[attr-defined]
+    kept, plain = layer.weight_source, layer(x)  # type: ignore[attr-defined]
     expected = F.linear(x, layer.weight + change.delta(layer.weight), layer.bias)
     with adapting(networks, changes):
         torch.testing.assert_close(layer(x), expected)
     merged = merge(networks, changes)
     torch.testing.assert_close(layer(x), expected)
     merged.undo()
-    assert layer.held is kept and torch.equal(layer(x), plain)  # type: ignore[attr-defined]
+    assert layer.weight_source is kept and torch.equal(layer(x), plain)  # type: ignore[attr-defined]
 
 
 def test_a_merged_weight_is_rounded_once_and_in_its_format() -> None:

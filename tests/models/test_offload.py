@@ -1,4 +1,4 @@
-"""Held weights: what a layer computes with is what was kept, in whatever form, wherever it is."""
+"""Offloaded weights: a layer computes the same wherever and in whatever format its weight is stored."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from torch import Tensor, nn
 
 from mezzotint.models import offload
 from mezzotint.models.convolution import Conv2d, seamless
-from mezzotint.models.offload import Ahead, Held, Offloaded, Stored, Streamed, Weight, fresh, hold, holdable, turn
-from mezzotint.models.prefetch import Staging
+from mezzotint.models.offload import (
+    OffloadedLayer,
+    OffloadedWeight,
+    Prefetcher,
+    StoredWeight,
+    StreamedWeight,
+    WeightSource,
+    allocate_weight,
+    can_offload,
+    offload_weight,
+    onload,
+)
+from mezzotint.models.prefetch import CudaPrefetcher
 
 CPU = torch.device("cpu")
 
@@ -39,46 +50,46 @@ def layers() -> list[tuple[nn.Module, Tensor]]:
     ]
 
 
-class Counted(Weight):
-    """One that is far away: says when it was asked for, and when it was told that it will be."""
+class Counted(WeightSource):
+    """A source that logs when it is read and when it is prefetched."""
 
     def __init__(self, weight: Tensor, log: list[str], name: str) -> None:
-        self.inner, self.log, self.name, self.shape = Stored(weight), log, name, weight.shape
+        self.inner, self.log, self.name, self.shape = StoredWeight(weight), log, name, weight.shape
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         self.log.append(self.name)
         return self.inner.tensor(dtype, device).clone()
 
-    def soon(self) -> None:
-        self.log.append(f"soon {self.name}")
+    def prefetch(self) -> None:
+        self.log.append(f"prefetch {self.name}")
 
 
 @pytest.mark.parametrize("kind", range(3))
-def test_a_held_layer_computes_the_same(kind: int) -> None:
+def test_an_offloaded_layer_computes_the_same(kind: int) -> None:
     layer, x = layers()[kind]
     expected = layer(x)
     weight = layer.weight.detach().clone()
-    hold(layer, Stored(weight), torch.float32, CPU)
-    assert isinstance(layer, Held)
+    offload_weight(layer, StoredWeight(weight), torch.float32, CPU)
+    assert isinstance(layer, OffloadedLayer)
     assert "weight" not in dict(layer.named_parameters())
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer.state_dict()["weight"], weight)
 
 
-def test_a_held_convolution_has_joined_sides_too() -> None:
+def test_an_offloaded_convolution_pads_circularly_too() -> None:
     layer, x = layers()[1]
     with seamless("x"):
         expected = layer(x)
-        hold(layer, Stored(layer.weight.detach()), torch.float32, CPU)
+        offload_weight(layer, StoredWeight(layer.weight.detach()), torch.float32, CPU)
         assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
 def test_16_bits_are_rounded_once(storage: str) -> None:
     weight = random(8, 5)
-    stored = Stored.of(weight.clone(), storage)
-    assert stored.kept.dtype == getattr(torch, storage)
-    assert torch.equal(stored.tensor(torch.float32, CPU), weight.to(stored.kept.dtype).float())
+    stored = StoredWeight.from_tensor(weight.clone(), storage)
+    assert stored.data.dtype == getattr(torch, storage)
+    assert torch.equal(stored.tensor(torch.float32, CPU), weight.to(stored.data.dtype).float())
 
 
 @pytest.mark.parametrize("shape", [(64, 33), (64, 5, 3, 3)])
@@ -87,8 +98,8 @@ def test_8_bits_are_within_half_a_step_of_each_row(storage: str, worst: float, s
     """int8: half of a 127th of the row's largest; e4m3: 3 bits after the leading one, so 2^-4 of the number itself."""
     weight = random(*shape)
     weight[3] = 0.0
-    stored = Stored.of(weight.clone(), storage)
-    assert stored.kept.itemsize == 1
+    stored = StoredWeight.from_tensor(weight.clone(), storage)
+    assert stored.data.itemsize == 1
     made = stored.tensor(torch.float32, CPU)
     largest = weight.flatten(1).abs().amax(1).view(-1, *(1 for _ in shape[1:]))
     off = (made - weight).abs()
@@ -102,7 +113,7 @@ def test_8_bits_are_within_half_a_step_of_each_row(storage: str, worst: float, s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_are_multiplied_in_float32(dtype: torch.dtype) -> None:
     """A scale rounded to 8 bits itself would move a whole row."""
-    stored = Stored.of(random(64, 33), "int8")
+    stored = StoredWeight.from_tensor(random(64, 33), "int8")
     exact = stored.tensor(torch.float32, CPU)
     assert torch.equal(stored.tensor(dtype, CPU), exact.to(dtype))
 
@@ -111,7 +122,7 @@ def test_rows_of_a_table_are_made_alone() -> None:
     weight = random(50, 8)
     ids = torch.tensor([[0, 49, 7], [7, 7, 1]])
     for storage in (None, "float16", "int8", "float8"):
-        stored = Stored.of(weight.clone(), storage)
+        stored = StoredWeight.from_tensor(weight.clone(), storage)
         whole = F.embedding(ids, stored.tensor(torch.float32, CPU))
         assert torch.equal(stored.rows(ids, torch.float32, CPU), whole)
 
@@ -129,7 +140,7 @@ def test_int8_dynamic_rounds_tokens_too(
     layer, weight, x = nn.Linear(12, 7), torch.randn(7, 12), torch.randn(shape)
     layer.weight.data = weight.clone()
     exact = layer(x)
-    hold(layer, Stored.of(weight.clone(), "int8_dynamic"), torch.float32, CPU)
+    offload_weight(layer, StoredWeight.from_tensor(weight.clone(), "int8_dynamic"), torch.float32, CPU)
     row = weight.abs().amax(1, keepdim=True).double() / 127
     token = x.abs().amax(-1, keepdim=True).double() / 127
     expected = (x.double() / token).round() @ (weight.double() / row).round().T * token * row.T + layer.bias.double()
@@ -140,32 +151,32 @@ def test_int8_dynamic_rounds_tokens_too(
 def test_moving_and_converting_a_network() -> None:
     network = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3))
     weight = random(7, 12)
-    hold(network[0], Stored.of(weight.clone(), "float16"), torch.bfloat16, CPU)
+    offload_weight(network[0], StoredWeight.from_tensor(weight.clone(), "float16"), torch.bfloat16, CPU)
     twin = copy.deepcopy(network).float()
     assert twin[0].weight.dtype == torch.float32 == twin[0].bias.dtype
     assert network[0].weight.dtype == torch.bfloat16
-    assert twin[0].held is network[0].held, "what is kept is kept once"
+    assert twin[0].weight_source is network[0].weight_source, "what is kept is kept once"
     assert torch.equal(twin[0].weight, weight.half().float())
 
 
-def test_only_large_weights_are_held() -> None:
-    assert holdable(nn.Linear(256, 256), torch.empty(256, 256))
-    assert not holdable(nn.Linear(256, 255), torch.empty(255, 256))
-    assert not holdable(nn.LayerNorm(70_000), torch.empty(70_000))
+def test_only_large_weights_are_offloaded() -> None:
+    assert can_offload(nn.Linear(256, 256), torch.empty(256, 256))
+    assert not can_offload(nn.Linear(256, 255), torch.empty(255, 256))
+    assert not can_offload(nn.LayerNorm(70_000), torch.empty(70_000))
 
 
-def test_a_turn_brings_once_and_drops_at_its_end() -> None:
+def test_onload_loads_once_and_offloads_at_its_end() -> None:
     log: list[str] = []
     network = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3))
     for layer, name in zip(network, "ab", strict=True):
-        hold(layer, Offloaded(Counted(layer.weight.detach(), log, name)), torch.float32, CPU)
+        offload_weight(layer, OffloadedWeight(Counted(layer.weight.detach(), log, name)), torch.float32, CPU)
     x = torch.randn(4, 12)
     away = network(x)
-    assert log == ["a", "b"], "outside a turn it works, and fetches each time"
+    assert log == ["a", "b"], "outside onload it works, and reads each time"
     log.clear()
-    with turn(network):
+    with onload(network):
         assert log == ["a", "b"]
-        with turn(network):  # another thread's
+        with onload(network):  # another thread's
             assert torch.equal(network(x), away)
         assert torch.equal(network(x), away)
         assert log == ["a", "b"]
@@ -174,17 +185,17 @@ def test_a_turn_brings_once_and_drops_at_its_end() -> None:
     assert log == ["a", "b"]
 
 
-def test_a_turn_may_end_while_another_begins() -> None:
+def test_one_onload_may_end_while_another_begins() -> None:
     """As that of a run left behind, which the garbage collector finds in the middle of it: in the same thread."""
     log: list[str] = []
     layer = nn.Linear(12, 7)
     weight = layer.weight.detach().clone()
-    hold(layer, Offloaded(Counted(weight, log, "a")), torch.float32, CPU)
-    away, make = layer.held.away, layer.held.away.tensor  # type: ignore[union-attr, attr-defined]
+    offload_weight(layer, OffloadedWeight(Counted(weight, log, "a")), torch.float32, CPU)
+    away, make = layer.weight_source.source, layer.weight_source.source.tensor  # type: ignore[union-attr, attr-defined]
 
     def interrupted(*arguments: object) -> Tensor:
         away.tensor = make  # type: ignore[assignment, method-assign]
-        with turn(layer):
+        with onload(layer):
             pass
         return make(*arguments)  # type: ignore[no-any-return, arg-type]
 
@@ -192,27 +203,27 @@ def test_a_turn_may_end_while_another_begins() -> None:
     found: list[bool] = []
 
     def work() -> None:
-        with turn(layer):
-            found.append(layer.held._here is not None and torch.equal(layer.weight, weight))  # type: ignore
+        with onload(layer):
+            found.append(layer.weight_source._onloaded is not None and torch.equal(layer.weight, weight))  # type: ignore
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
     assert found == [True]
-    assert layer.held._here is None and layer.held._turns == 0  # type: ignore[union-attr, attr-defined]
+    assert layer.weight_source._onloaded is None and layer.weight_source._users == 0  # type: ignore[union-attr, attr-defined]
 
 
-def test_a_turn_that_fails_leaves_nothing_brought() -> None:
+def test_an_onload_that_fails_leaves_nothing_on_the_device() -> None:
     log: list[str] = []
     network = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3))
     for layer, name in zip(network, "ab", strict=True):
-        hold(layer, Offloaded(Counted(layer.weight.detach(), log, name)), torch.float32, CPU)
-    with pytest.raises(KeyError), turn(network):
+        offload_weight(layer, OffloadedWeight(Counted(layer.weight.detach(), log, name)), torch.float32, CPU)
+    with pytest.raises(KeyError), onload(network):
         raise KeyError("in the middle")
-    network[1].held.away.tensor = _broken  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="gone"), turn(network):
+    network[1].weight_source.source.tensor = _broken  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="gone"), onload(network):
         pass
-    assert all(layer.held._here is None and layer.held._turns == 0 for layer in network)
+    assert all(layer.weight_source._onloaded is None and layer.weight_source._users == 0 for layer in network)
 
 
 def _broken(*_: object) -> Tensor:
@@ -220,35 +231,37 @@ def _broken(*_: object) -> Tensor:
 
 
 @pytest.mark.parametrize("storage", ["int8", "float8", "float16", None])
-def test_what_is_brought_is_as_it_is_kept(storage: str | None) -> None:
+def test_an_onloaded_weight_has_the_format_of_its_storage(storage: str | None) -> None:
     weight = random(7, 12)
     layer = nn.Linear(12, 7)
-    hold(layer, Offloaded(Counted(weight, [], "w"), storage), torch.bfloat16, CPU)
-    with turn(layer):
-        kept = layer.held._here
-        assert kept.kept.dtype == Stored.of(weight.bfloat16(), storage).kept.dtype
-        assert torch.equal(layer.weight, Stored.of(weight.clone(), storage).tensor(torch.bfloat16, CPU))
+    offload_weight(layer, OffloadedWeight(Counted(weight, [], "w"), storage), torch.bfloat16, CPU)
+    with onload(layer):
+        kept = layer.weight_source._onloaded
+        assert kept.data.dtype == StoredWeight.from_tensor(weight.bfloat16(), storage).data.dtype
+        assert torch.equal(layer.weight, StoredWeight.from_tensor(weight.clone(), storage).tensor(torch.bfloat16, CPU))
 
 
-def test_the_next_weight_is_announced_in_the_order_of_last_time() -> None:
+def test_the_next_weight_is_prefetched_in_the_order_of_last_time() -> None:
     log: list[str] = []
-    ahead = Ahead()
+    prefetcher = Prefetcher()
     network = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3), nn.Linear(3, 5))
     for layer, name in zip(network, "abc", strict=True):
-        hold(layer, Streamed(Counted(layer.weight.detach(), log, name), ahead), torch.float32, CPU)
+        offload_weight(layer, StreamedWeight(Counted(layer.weight.detach(), log, name), prefetcher), torch.float32, CPU)
     x = torch.randn(4, 12)
     expected = network(x)
     assert log == ["a", "b", "c"]
     log.clear()
     assert torch.equal(network(x), expected)
-    assert log == ["a", "soon b", "b", "soon c", "c", "soon a"]
+    assert log == ["a", "prefetch b", "b", "prefetch c", "c", "prefetch a"]
 
 
 def test_threads_that_share_a_streamed_network() -> None:
-    ahead = Ahead()
+    prefetcher = Prefetcher()
     network = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
     for layer in network:
-        hold(layer, Streamed(Stored(layer.weight.detach().clone()), ahead), torch.float32, CPU)
+        offload_weight(
+            layer, StreamedWeight(StoredWeight(layer.weight.detach().clone()), prefetcher), torch.float32, CPU
+        )
     inputs = torch.randn(4, 2, 16)
     expected = [network(x) for x in inputs]
     equal: list[bool] = []
@@ -265,13 +278,13 @@ def test_threads_that_share_a_streamed_network() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 6, 3, 3), (7,), (1024, 1100), (128, 600, 3, 3)])
-def test_fresh_memory_is_a_tensor_like_any_other(shape: tuple[int, ...]) -> None:
-    made = fresh(torch.Size(shape), torch.float32)
+def test_an_allocated_weight_is_a_tensor_like_any_other(shape: tuple[int, ...]) -> None:
+    made = allocate_weight(torch.Size(shape), torch.float32)
     assert made.shape == shape
     assert made.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
     values = torch.randn(shape)
     assert torch.equal(made.copy_(values), values)
-    if math.prod(shape) * 4 >= offload.HUGE:
+    if math.prod(shape) * 4 >= offload.HUGE_PAGE_BYTES:
         assert made.untyped_storage().nbytes() == math.prod(shape) * 4
 
 
@@ -314,14 +327,14 @@ def test_copies_wait_for_layers_and_layers_for_copies(monkeypatch: pytest.Monkey
     there; after the first time through, each weight is on its way before its layer asks.
     """
     way = Way(monkeypatch)
-    staging = Staging(CPU)
+    prefetcher = CudaPrefetcher(CPU)
     network = nn.Sequential(*(nn.Linear(size, size + 1) for size in (3, 4, 5, 6, 7)))
     for layer in network:
-        stored = Stored.of(layer.weight.detach().clone(), "int8")
-        hold(layer, Streamed(stored.pinned(CPU), staging), torch.float32, CPU)
+        stored = StoredWeight.from_tensor(layer.weight.detach().clone(), "int8")
+        offload_weight(layer, StreamedWeight(stored.pin(CPU), prefetcher), torch.float32, CPU)
     resident = nn.Sequential(*(copy.copy(layer) for layer in network))
     for layer, streamed in zip(resident, network, strict=True):
-        hold(layer, streamed.held.away, torch.float32, CPU)
+        offload_weight(layer, streamed.weight_source.source, torch.float32, CPU)
     x = torch.randn(2, 3)
     expected = resident(x)
     for _ in range(4):
@@ -349,12 +362,12 @@ def test_weights_streamed_to_a_gpu(storage: str | None, dtype: torch.dtype) -> N
     torch.manual_seed(0)
     weights = [torch.randn(1024, 1024) / 32 for _ in range(40)]
     resident, streamed = nn.Sequential(), nn.Sequential()
-    way = Staging(cuda)
+    way = CudaPrefetcher(cuda)
     for weight in weights:
-        kept = Stored.of(weight.to(dtype) if storage is None else weight.clone(), storage)
-        for network, held_as in ((resident, kept.to(cuda)), (streamed, Streamed(kept.pinned(cuda), way))):
+        kept = StoredWeight.from_tensor(weight.to(dtype) if storage is None else weight.clone(), storage)
+        for network, held_as in ((resident, kept.to(cuda)), (streamed, StreamedWeight(kept.pin(cuda), way))):
             layer = nn.Linear(1024, 1024, bias=False)
-            hold(layer, held_as, dtype, cuda)
+            offload_weight(layer, held_as, dtype, cuda)
             network.append(layer)
     x = torch.randn(64, 1024, device=cuda, dtype=dtype)
     expected = resident(x)

@@ -30,8 +30,8 @@ from mezzotint.images.io import save
 from mezzotint.models import backends, offload
 from mezzotint.models.adapters import ChangedWeight, LayerChange, LowRank, merge_copy
 from mezzotint.models.attention import backend, chosen
-from mezzotint.models.offload import Held, Offloaded
-from mezzotint.placement import LEAST, Placement
+from mezzotint.models.offload import OffloadedLayer, OffloadedWeight
+from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.records.record import changes, read
 from mezzotint.run.execute import possible
 from mezzotint.run.plan import RunPlan
@@ -56,21 +56,23 @@ QUALITY = {"float16": math.inf, "bfloat16": 50.0, "int8": 42.0, "int8_dynamic": 
 @pytest.fixture(autouse=True)
 def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly every weight of the tiny model counts as large."""
-    monkeypatch.setattr(offload, "LEAST", 100)
+    monkeypatch.setattr(offload, "MIN_OFFLOAD_NUMEL", 100)
 
 
 def load(folder: Path | None, dtype: str = "float32", **fields: Any) -> Pipeline:
     return mezzotint.load(folder, device="cpu", dtype=dtype, placement=Placement.of(**fields))
 
 
-def modules(pipe: Pipeline) -> list[Held]:
+def modules(pipe: Pipeline) -> list[OffloadedLayer]:
     networks: list[nn.Module] = [pipe.unet, pipe.vae, *pipe.text_encoders]
-    return [module for network in networks for module in network.modules() if isinstance(module, Held)]
+    return [module for network in networks for module in network.modules() if isinstance(module, OffloadedLayer)]
 
 
-def brought(pipe: Pipeline) -> int:
-    """How many offloaded weights are there at this moment."""
-    return sum(isinstance(m.held, Offloaded) and m.held._here is not None for m in modules(pipe))
+def count_onloaded(pipe: Pipeline) -> int:
+    """Count the offloaded weights that are on the device now."""
+    return sum(
+        isinstance(m.weight_source, OffloadedWeight) and m.weight_source._onloaded is not None for m in modules(pipe)
+    )
 
 
 def pixels(images: list[Any]) -> Any:
@@ -121,7 +123,7 @@ def test_what_is_exact_draws_the_same(
     assert (result.latents - expected.latents).abs().max() <= 1e-5 * expected.latents.abs().max()
     assert abs(pixels(result.images) - pixels(expected.images)).max() <= 1.0
     assert bool(modules(pipe)) == (placement.get("weights") in MOVING)
-    assert brought(pipe) == 0
+    assert count_onloaded(pipe) == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -136,7 +138,7 @@ def test_storage_on_the_bundled_model(
     storage: str, emoji: tuple[Request, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own files are float16: kept so, nothing changes."""
-    monkeypatch.setattr(offload, "LEAST", LEAST)
+    monkeypatch.setattr(offload, "MIN_OFFLOAD_NUMEL", MIN_OFFLOAD_NUMEL)
     request, expected = emoji
     pipe = load(None, storage=storage)
     assert modules(pipe), "large weights are kept otherwise"
@@ -158,7 +160,7 @@ def test_weights_are_kept_as_asked(weights: str, sd1_folder: Path) -> None:
         "offload": load(sd1_folder, weights="offload", storage="int8"),
     }
     expected = kept["resident"].generate(LEMON)
-    assert all(layer.held.kept.dtype == torch.int8 for layer in modules(kept["resident"]))  # type: ignore[attr-defined]
+    assert all(layer.weight_source.data.dtype == torch.int8 for layer in modules(kept["resident"]))  # type: ignore[attr-defined]
     assert torch.equal(kept["offload"].generate(LEMON).latents, expected.latents)
     pipe = load(sd1_folder, weights=weights)
     assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
@@ -206,11 +208,19 @@ def test_the_few_step_form(weights: str, sd1_folder: Path, sd1: Pipeline, tmp_pa
     own, right = changed.state_dict(), expected.state_dict()
     assert own.keys() == right.keys()
     assert all(torch.equal(own[name], right[name]) for name in right)
-    bases = [m.held.base for m in changed.modules() if isinstance(m, Held) and isinstance(m.held, ChangedWeight)]
+    bases = [
+        m.weight_source.base
+        for m in changed.modules()
+        if isinstance(m, OffloadedLayer) and isinstance(m.weight_source, ChangedWeight)
+    ]
     assert len(bases) == 3
-    with offload.turn(changed):
-        assert all((base._here is not None) == (weights == "offload") for base in bases if isinstance(base, Offloaded))
-    assert brought(pipe) == 0
+    with offload.onload(changed):
+        assert all(
+            (base._onloaded is not None) == (weights == "offload")
+            for base in bases
+            if isinstance(base, OffloadedWeight)
+        )
+    assert count_onloaded(pipe) == 0
 
 
 @pytest.mark.parametrize("placement", [{"weights": "offload"}, {"weights": "stream"}, {"storage": "int8"}], ids=str)
@@ -230,7 +240,7 @@ def test_what_overflows_runs_again_in_float32(part: str, placement: dict[str, An
     assert dtypes == {torch.float16, torch.float32}
     assert {tuple(json.loads(image.info["mezzotint"])["float32"]) for image in result.images} == {(part,)}
     assert pipe.dtype == torch.float16
-    assert brought(pipe) == 0
+    assert count_onloaded(pipe) == 0
 
 
 @pytest.mark.parametrize("placement", [*EXACT, {"attention": "sliced:1KiB"}], ids=str)
@@ -274,7 +284,7 @@ def test_two_threads_draw_one_after_another(weights: str, sd1_folder: Path, sd1:
         thread.join()
     assert all(torch.equal(found[k], expected[k]) for k in range(3))
     assert sum(a != b for a, b in pairwise(order)) == 2, "no two at once"
-    assert brought(pipe) == 0
+    assert count_onloaded(pipe) == 0
 
 
 @pytest.mark.parametrize("weights", MOVING)
@@ -282,13 +292,13 @@ def test_an_exception_leaves_it_usable(weights: str, sd1_folder: Path, sd1: Pipe
     pipe = load(sd1_folder, weights=weights)
 
     def stop(done: int, _: int) -> None:
-        assert brought(pipe) > 0 or weights == "stream"
+        assert count_onloaded(pipe) > 0 or weights == "stream"
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pipe.generate(LEMON, on_step=stop)
-    assert brought(pipe) == 0
+    assert count_onloaded(pipe) == 0
     assert torch.equal(pipe.generate(LEMON).latents, sd1.generate(LEMON).latents)
 
 
@@ -297,14 +307,14 @@ def test_looking_at_steps_and_leaving_early(sd1_folder: Path, sd1: Pipeline) -> 
     pipe = load(sd1_folder, weights="offload")
     steps = pipe.stream(LEMON)
     first = next(steps)
-    unet = brought(pipe)
+    unet = count_onloaded(pipe)
     assert unet
     assert len(pipe.decode(first.denoised)) == 3
     assert torch.equal(pipe.generate(LEMON).latents, sd1.generate(LEMON).latents)
-    assert brought(pipe) == unet
+    assert count_onloaded(pipe) == unet
     del steps, first
     gc.collect()
-    assert brought(pipe) == 0
+    assert count_onloaded(pipe) == 0
 
 
 def test_each_network_is_there_in_its_turn_alone(sd1_folder: Path) -> None:
@@ -317,13 +327,13 @@ def test_each_network_is_there_in_its_turn_alone(sd1_folder: Path) -> None:
             there[name] = {
                 other
                 for other, part in parts.items()
-                if any(isinstance(m, Held) and m.held._here is not None for m in part.modules())  # type: ignore
+                if any(isinstance(m, OffloadedLayer) and m.weight_source._onloaded is not None for m in part.modules())  # type: ignore
             }
 
         return note
 
     for name, part in parts.items():
-        next(m for m in part.modules() if isinstance(m, Held)).register_forward_hook(look(name))
+        next(m for m in part.modules() if isinstance(m, OffloadedLayer)).register_forward_hook(look(name))
     pipe.generate(LEMON)
     assert there == {name: {name} for name in ("text", "unet", "decoder")}
 
@@ -331,7 +341,7 @@ def test_each_network_is_there_in_its_turn_alone(sd1_folder: Path) -> None:
 def test_nothing_outlives_the_pipeline(sd1_folder: Path) -> None:
     pipe = load(sd1_folder, weights="offload")
     pipe.generate(LEMON)
-    gone = [weakref.ref(layer.held) for layer in modules(pipe)]
+    gone = [weakref.ref(layer.weight_source) for layer in modules(pipe)]
     del pipe
     gc.collect()
     assert gone and not any(reference() for reference in gone)

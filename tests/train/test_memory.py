@@ -167,7 +167,7 @@ def test_what_is_learnt_is_the_same(
 ) -> None:
     """With every exact measure at once: streamed, checkpointed, one picture at a time, the VAE in strips."""
     monkeypatch.setattr(system, "return_freed", lambda: None)
-    monkeypatch.setattr("mezzotint.models.offload.LEAST", 64)
+    monkeypatch.setattr("mezzotint.models.offload.MIN_OFFLOAD_NUMEL", 64)
     recipe = recipe_of(sd1_folder, data=str(pictures), batch=2, lr=1e-2)
     run(recipe, tmp_path / "plain", device="cpu")
     measures = budget.Measures(True, "stream", None, "strips", True, 1)

@@ -287,7 +287,7 @@ def test_reading_single_rows(old: bool, tmp_path: Path) -> None:
     file = TensorFile(tmp_path / "a.bin")
     for name, numbers in (("table", [10, 0, 0, 3]), ("t", [10, 2]), ("conv", [3])):
         assert torch.equal(file.read_rows(name, numbers), tensors[name][numbers])
-        file.soon(name)
+        file.prefetch(name)
     for number in (11, -1) if not old else (11,):
         with pytest.raises(IndexError):
             file.read_rows("table", [number])

@@ -35,7 +35,7 @@ from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.memory import system, walk
 from mezzotint.memory.walk import Working
 from mezzotint.models.tiles import Half
-from mezzotint.placement import LEAST, Placement
+from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunPlan, plan_run
@@ -77,7 +77,7 @@ class Weights:
             numbers = math.prod(entry.shape) // (1 if source.third is None else 3)
             stored += numbers * entry.dtype.itemsize
             largest = max(largest, numbers)
-            if numbers >= LEAST and len(entry.shape) > 1:
+            if numbers >= MIN_OFFLOAD_NUMEL and len(entry.shape) > 1:
                 large, rows = large + numbers, rows + max(entry.shape)
             else:
                 small += numbers
@@ -209,7 +209,7 @@ class _Run:
         own = placement.storage
         self.storage = None if own == str(model.dtype).removeprefix("torch.") else own
         self.base = (system.resident() if self.cpu else 0) if base is None else base
-        self.held = placement.weights != "resident" or self.storage is not None
+        self.offloaded = placement.weights != "resident" or self.storage is not None
         self.working = Working(
             itemsize=self.itemsize,
             relays=self.cpu,
@@ -323,7 +323,7 @@ class _Run:
         height, width = request.height or 0, request.width or 0
         itemsize = self.model.info.vae_dtype(self.model.dtype).itemsize
         if itemsize != self.itemsize:
-            there += self.model.weights[name].large * 2 if not self.held else 0
+            there += self.model.weights[name].large * 2 if not self.offloaded else 0
         working = replace(self.working, itemsize=itemsize)
         peak = walk.vae_peak(self.model.vae, pictures, height, width, half, self.placement.vae, working)
         self.most = max(self.most, peak)

@@ -33,7 +33,7 @@ from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.offload import Weight, hold, holdable
+from mezzotint.models.offload import WeightSource, can_offload, offload_weight
 from mezzotint.models.strips import Strips
 from mezzotint.models.tiles import Half
 from mezzotint.models.unet import Condition, UNet
@@ -205,7 +205,7 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
         self.made -= size
 
 
-class _MetaWeight(Weight):
+class _MetaWeight(WeightSource):
     """A weight without data, made at each use."""
 
     def __init__(self, shape: torch.Size) -> None:
@@ -251,8 +251,8 @@ def offload_to_meta(network: nn.Module) -> None:
     """Replace the network's large weights by ones without data that are made at each use."""
     for layer in network.modules():
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and holdable(layer, weight):
-            hold(layer, _MetaWeight(weight.shape), weight.dtype, weight.device)
+        if isinstance(weight, Tensor) and can_offload(layer, weight):
+            offload_weight(layer, _MetaWeight(weight.shape), weight.dtype, weight.device)
 
 
 def _walk(network: nn.Module, call: Callable[[], Tensor]) -> Footprint:

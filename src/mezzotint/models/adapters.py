@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.models.offload import Held, Weight, hold, shape_of
+from mezzotint.models.offload import OffloadedLayer, WeightSource, offload_weight, weight_shape
 
 if TYPE_CHECKING:  # the UNet's layers import this module
     from mezzotint.models.unet import UNet
@@ -54,7 +54,7 @@ class Change:
 
     def effect(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What it adds to the layer's output for x, in the dtype of x, for the scale 1."""
-        made = self.product().view(shape_of(layer))
+        made = self.product().view(weight_shape(layer))
         return _layer(layer, x, made.to(x.dtype))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Change:
@@ -281,35 +281,35 @@ def summed(tensor: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
     return torch.empty_like(tensor).copy_(total)
 
 
-class ChangedWeight(Weight):
-    """A held weight with changes made each time that it is asked for."""
+class ChangedWeight(WeightSource):
+    """An offloaded weight with changes, which are added each time it is read."""
 
-    def __init__(self, base: Weight, changes: Sequence[tuple[Change, float]]) -> None:
-        self.base, self.changes, self.shape, self.turns = base, changes, base.shape, base.turns
+    def __init__(self, base: WeightSource, changes: Sequence[tuple[Change, float]]) -> None:
+        self.base, self.changes, self.shape, self.needs_onload = base, changes, base.shape, base.needs_onload
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         weight = self.base.tensor(dtype, device)
         return summed(weight, [(change.to(device).delta(weight), scale) for change, scale in self.changes])
 
-    def bring(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.base.bring(dtype, device)
+    def onload(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.base.onload(dtype, device)
 
-    def drop(self) -> None:
-        self.base.drop()
+    def offload(self) -> None:
+        self.base.offload()
 
 
 @dataclass(frozen=True, eq=False)
 class Merged:
     """What `merge` has put aside: for each layer its own weight and bias."""
 
-    layers: Sequence[tuple[nn.Module, Weight | nn.Parameter | None, nn.Parameter | None]]
+    layers: Sequence[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]]
     networks: Sequence[nn.Module]
 
     def undo(self) -> None:
         """The tensors that were there are put back, the same objects."""
         for layer, weight, bias in self.layers:
-            if isinstance(weight, Weight):
-                layer.held = weight  # type: ignore[assignment]
+            if isinstance(weight, WeightSource):
+                layer.weight_source = weight  # type: ignore[assignment]
             elif weight is not None:
                 layer.register_parameter("weight", weight)
             if bias is not None:
@@ -319,7 +319,7 @@ class Merged:
 
 def merge(networks: Mapping[str, nn.Module], changes: Changes) -> Merged:
     """Make the changes part of the networks' weights: W + s ΔW in float32, rounded once. No run may be under way."""
-    kept: list[tuple[nn.Module, Weight | nn.Parameter | None, nn.Parameter | None]] = []
+    kept: list[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]] = []
     for full, found in changes.items():
         name, _, path = full.partition(".")
         if name not in networks:
@@ -327,9 +327,9 @@ def merge(networks: Mapping[str, nn.Module], changes: Changes) -> Merged:
         layer = networks[name].get_submodule(path)
         weights = [(change.weight, scale) for change, scale in found if change.weight is not None]
         biases = [(change.bias, scale) for change, scale in found if change.bias is not None]
-        before: Weight | nn.Parameter | None = None
-        if weights and isinstance(layer, Held):
-            before, layer.held = layer.held, ChangedWeight(layer.held, weights)
+        before: WeightSource | nn.Parameter | None = None
+        if weights and isinstance(layer, OffloadedLayer):
+            before, layer.weight_source = layer.weight_source, ChangedWeight(layer.weight_source, weights)
         elif weights:
             before = layer.weight  # type: ignore[assignment]
             assert isinstance(before, nn.Parameter)
@@ -359,8 +359,8 @@ def merge_copy(unet: UNet, changes: Changes) -> UNet:
     with torch.device("meta"):
         copy = type(unet)(unet.config).train(unet.training)
     for name, module in unet.named_modules():
-        if isinstance(module, Held):
-            hold(copy.get_submodule(name), module.held, module.dtype, module.device)
+        if isinstance(module, OffloadedLayer):
+            offload_weight(copy.get_submodule(name), module.weight_source, module.dtype, module.device)
     for name, parameter in unet.named_parameters():
         layer, _, leaf = name.rpartition(".")
         copy.get_submodule(layer).register_parameter(leaf, nn.Parameter(parameter.detach(), requires_grad=False))

@@ -1,18 +1,18 @@
-"""Large weights that are no parameters: kept elsewhere, or as something smaller, until their layer runs.
+"""Weights that are not parameters: stored elsewhere, or in a smaller dtype, until their layer runs.
 
-`hold(layer, weight, dtype, device)` takes a Linear, Conv2d or Embedding its parameter. `layer.weight` then is made anew
-each time that it is asked for, in the dtype and on the device that the layer computes with, and is not to be written
-to: nothing changes in the course of a run, so threads may share a network. Small weights, biases and norms stay
-parameters. What a large one is kept as is a Weight:
+`offload_weight(layer, source, dtype, device)` replaces the parameter `weight` of a Linear, Conv2d or Embedding by a
+`WeightSource`. `layer.weight` is then computed each time it is read, in the dtype and on the device that the layer
+computes with, and must not be written to. Reading it changes nothing, so threads may share a network. Small weights,
+biases and norms remain parameters. The sources are:
 
-    Stored      a tensor: in 16 bits, or in 8 with a scale for each output channel
-    Offloaded   another one, brought to the device for the time of its network's turn: `with turn(unet): ...`
-    Streamed    another one, fetched when its layer runs, while the next one is already on its way
-                (and in weights/: one in a model's file, and one with a LoRA's change)
+    StoredWeight      a tensor in memory, in 16 bits, or in 8 bits with a scale for each output channel
+    OffloadedWeight   another source, loaded to the device while its network runs: `with onload(unet): ...`
+    StreamedWeight    another source, read each time its layer runs, while the next weight is prefetched
+                      (weights/ adds FileWeight, a tensor in a model's file; adapters.py a weight with LoRAs applied)
 
-8 bits: float8 is e4m3 (Micikevicius et al. 2022), int8 is symmetric (Jacob et al. 2018). Each row is divided by a scale
-that makes its largest number the largest of the format. int8_dynamic multiplies integers: it also rounds each token's
-activations to 8 bits, by their own largest (as LLM.int8, Dettmers et al. 2022, without its outliers).
+8-bit formats: float8 is e4m3 (Micikevicius et al. 2022), int8 is symmetric (Jacob et al. 2018). Each row is divided by
+a scale that maps its largest absolute value to the largest value of the format. int8_dynamic also rounds the
+activations of each token to 8 bits and multiplies integers (as LLM.int8, Dettmers et al. 2022, without its outliers).
 """
 
 from __future__ import annotations
@@ -28,90 +28,101 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.models.convolution import Conv2d
-from mezzotint.placement import LEAST
+from mezzotint.placement import MIN_OFFLOAD_NUMEL
 
-HUGE = 2**21  # bytes of a huge page
+HUGE_PAGE_BYTES = 2**21
 
-SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-EIGHT = {
+STORAGE_16_BIT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+STORAGE_8_BIT = {  # dtype, and its largest value
     "float8": (torch.float8_e4m3fn, 448.0),
     "int8": (torch.int8, 127.0),
     "int8_dynamic": (torch.int8, 127.0),
 }
 
 
-class Weight:
-    """A weight of `shape` that is kept somewhere. Frozen but for what Offloaded brings; copies of a layer share it."""
+class WeightSource:
+    """Where a layer's weight comes from. Copies of a layer share it.
+
+    Attributes:
+        shape: Shape of the weight.
+        needs_onload: Whether it is loaded to the device by `onload`.
+    """
 
     shape: torch.Size
-    turns = False  # whether it is brought for a turn
+    needs_onload = False
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """It, for one use: convolutions in channels_last."""
+        """Return the weight for one use; convolution weights are in channels_last."""
         raise NotImplementedError
 
     def rows(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of a table (N, D) the rows of ids (B, T): (B, T, D)."""
+        """Return the rows of `ids` (B, T) of an embedding table (N, D), of shape (B, T, D)."""
         return F.embedding(ids, self.tensor(dtype, device))
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """x (..., inputs) times it, (..., outputs)."""
+        """Apply the weight as a linear layer: (..., inputs) -> (..., outputs)."""
         return F.linear(x, self.tensor(dtype, device), bias)
 
-    def soon(self) -> None:
-        """It will be asked for next."""
+    def prefetch(self) -> None:
+        """Start reading the weight, which will be used next."""
 
-    def bring(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Its network's turn begins."""
+    def onload(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Load the weight to the device, because its network starts to run."""
 
-    def drop(self) -> None:
-        """Its network's turn is over."""
+    def offload(self) -> None:
+        """Release the weight on the device, because its network has run."""
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Weight:
+    def __deepcopy__(self, _: dict[int, Any]) -> WeightSource:
         return self
 
 
-class Stored(Weight):
-    """A tensor, and where it is in 8 bits the scale of each row, (outputs, 1, ...) float32."""
+class StoredWeight(WeightSource):
+    """A tensor in memory.
 
-    def __init__(self, kept: Tensor, scale: Tensor | None = None, dynamic: bool = False) -> None:
-        self.kept, self.scale, self.dynamic, self.shape = kept, scale, dynamic, kept.shape
+    Attributes:
+        data: The weight, in the dtype that it is stored in.
+        scale: For 8-bit formats the scale of each row, (outputs, 1, ...) float32.
+        dynamic: Whether activations are rounded to 8 bits too.
+    """
+
+    def __init__(self, data: Tensor, scale: Tensor | None = None, dynamic: bool = False) -> None:
+        self.data, self.scale, self.dynamic, self.shape = data, scale, dynamic, data.shape
 
     @classmethod
-    def of(cls, weight: Tensor, storage: str | None) -> Stored:
-        """A weight as `storage` (Placement's) keeps it; the tensor is used up."""
+    def from_tensor(cls, weight: Tensor, storage: str | None) -> StoredWeight:
+        """Store a weight in the format `storage`, as in `Placement.storage`. The tensor may be overwritten."""
         if storage is None:
             return cls(weight)
-        if storage in SIXTEEN:
-            return cls(weight.to(SIXTEEN[storage]))
-        kind, largest = EIGHT[storage]
-        rest = tuple(range(1, weight.ndim))
-        scale = torch.maximum(weight.amax(rest, keepdim=True), -weight.amin(rest, keepdim=True)) / largest
+        if storage in STORAGE_16_BIT:
+            return cls(weight.to(STORAGE_16_BIT[storage]))
+        dtype, largest = STORAGE_8_BIT[storage]
+        axes = tuple(range(1, weight.ndim))
+        scale = torch.maximum(weight.amax(axes, keepdim=True), -weight.amin(axes, keepdim=True)) / largest
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros
         weight = weight.div_(scale)
-        return cls((weight.round_() if kind == torch.int8 else weight).to(kind), scale, storage == "int8_dynamic")
+        return cls((weight.round_() if dtype == torch.int8 else weight).to(dtype), scale, storage == "int8_dynamic")
 
-    def to(self, device: torch.device) -> Stored:
-        """It on another device."""
+    def to(self, device: torch.device) -> StoredWeight:
+        """Copy the weight to another device."""
         scale = None if self.scale is None else self.scale.to(device)
-        return Stored(self.kept.to(device, non_blocking=True), scale, self.dynamic)
+        return StoredWeight(self.data.to(device, non_blocking=True), scale, self.dynamic)
 
-    def pinned(self, device: torch.device) -> Stored:
-        """It in memory of the CPU that a CUDA device can copy from by itself; the scales, which are small, there."""
-        kept = self.kept.cpu()
+    def pin(self, device: torch.device) -> StoredWeight:
+        """Copy the weight to the CPU, pinned for a CUDA device; its scales, which are small, to the device."""
+        data = self.data.cpu()
         scale = None if self.scale is None else self.scale.to(device)
-        return Stored(kept.pin_memory() if device.type == "cuda" else kept, scale, self.dynamic)
+        return StoredWeight(data.pin_memory() if device.type == "cuda" else data, scale, self.dynamic)
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        kept = self.kept.to(device, non_blocking=True)
-        if kept.dtype == dtype:
-            return kept
-        made = fresh(kept.shape, dtype).copy_(kept) if device.type == "cpu" else kept.to(dtype)
-        return made if self.scale is None else made.mul_(self.scale.to(device))  # multiplied in float32
+        data = self.data.to(device, non_blocking=True)
+        if data.dtype == dtype:
+            return data
+        weight = allocate_weight(data.shape, dtype).copy_(data) if device.type == "cpu" else data.to(dtype)
+        return weight if self.scale is None else weight.mul_(self.scale.to(device))  # multiplied in float32
 
     def rows(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        places = ids.to(self.kept.device)
-        rows = self.kept[places].to(device, dtype)
+        places = ids.to(self.data.device)
+        rows = self.data[places].to(device, dtype)
         return rows if self.scale is None else rows.mul_(self.scale[places.to(self.scale.device)].to(device))
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -119,119 +130,125 @@ class Stored(Weight):
             return super().linear(x, bias, dtype, device)
         flat = x.reshape(-1, x.shape[-1]).float()  # (tokens, inputs)
         scale = flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
-        tokens, weight = (flat / scale).round_(), self.kept.to(device)
-        if _multiplies_integers(tokens, weight):
+        tokens, weight = (flat / scale).round_(), self.data.to(device)
+        if _has_fast_int8(tokens, weight):
             y = torch._int_mm(tokens.to(torch.int8), weight.t()).float()
         else:  # the same sums
-            y = F.linear(tokens, Stored(weight).tensor(torch.float32, device))
+            y = F.linear(tokens, StoredWeight(weight).tensor(torch.float32, device))
         y = y.mul_(scale).mul_(self.scale.to(device).t())  # (tokens, outputs)
         y = y if bias is None else y.add_(bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _multiplies_integers(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether the device does so fast: a processor with AVX-512 VNNI; CUDA with more than 16 tokens, multiples of 8."""
+def _has_fast_int8(tokens: Tensor, weight: Tensor) -> bool:
+    """Tell whether the device multiplies int8 fast: AVX-512 VNNI; CUDA with more than 16 tokens, multiples of 8."""
     if tokens.device.type == "cpu":
         return torch.cpu._is_vnni_supported()
     return tokens.device.type == "cuda" and len(tokens) > 16 and not any(size % 8 for size in weight.shape)
 
 
-class Offloaded(Weight):
-    """`away` from the device, but while its network has its turn: then it is there, as `storage` keeps it."""
+class OffloadedWeight(WeightSource):
+    """A weight that is on the device only while its network runs, stored there as `storage`."""
 
-    turns = True
+    needs_onload = True
 
-    def __init__(self, away: Weight, storage: str | None = None) -> None:
-        self.away, self.storage, self.shape = away, storage, away.shape
-        self._here: Stored | None = None
-        self._turns = 0  # more than one where threads share it
-        self._lock = threading.RLock()  # a run left behind may be found, and end its turn, while this one brings
+    def __init__(self, source: WeightSource, storage: str | None = None) -> None:
+        self.source, self.storage, self.shape = source, storage, source.shape
+        self._onloaded: StoredWeight | None = None
+        self._users = 0  # more than one where threads share the network
+        self._lock = threading.RLock()  # an abandoned run may be collected, and offload, while this one onloads
 
     @property
-    def now(self) -> Weight:
-        """What it is made of at this moment. A layer that runs outside a turn works, and is slow."""
-        return self._here or self.away
+    def current(self) -> WeightSource:
+        """The copy on the device or, outside `onload`, the source, which works but is slow."""
+        return self._onloaded or self.source
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.now.tensor(dtype, device)
+        return self.current.tensor(dtype, device)
 
     def rows(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.now.rows(ids, dtype, device)
+        return self.current.rows(ids, dtype, device)
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.now.linear(x, bias, dtype, device)
+        return self.current.linear(x, bias, dtype, device)
 
-    def bring(self, dtype: torch.dtype, device: torch.device) -> None:
+    def onload(self, dtype: torch.dtype, device: torch.device) -> None:
         with self._lock:
-            self._turns += 1
+            self._users += 1
             try:
-                self._here = self._here or self._brought(dtype, device)
+                self._onloaded = self._onloaded or self._load(dtype, device)
             except BaseException:
-                self.drop()
+                self.offload()
                 raise
 
-    def drop(self) -> None:
+    def offload(self) -> None:
         with self._lock:
-            self._turns -= 1
-            if not self._turns:
-                self._here = None
+            self._users -= 1
+            if not self._users:
+                self._onloaded = None
 
-    def _brought(self, dtype: torch.dtype, device: torch.device) -> Stored:
-        if isinstance(self.away, Stored):
-            return self.away.to(device)
-        as_is = self.storage is None
-        return Stored.of(self.away.tensor(dtype if as_is else torch.float32, device), self.storage)
+    def _load(self, dtype: torch.dtype, device: torch.device) -> StoredWeight:
+        if isinstance(self.source, StoredWeight):
+            return self.source.to(device)
+        loaded = self.source.tensor(dtype if self.storage is None else torch.float32, device)
+        return StoredWeight.from_tensor(loaded, self.storage)
 
 
-class Ahead:
-    """Knows in which order the weights of a network were asked for last time, and has the next one come meanwhile."""
+class Prefetcher:
+    """Prefetch the weights of a network in the order in which they were used the last time."""
 
     def __init__(self) -> None:
-        self._after: dict[Weight, Weight] = {}
-        self._last: Weight | None = None  # two threads at once spoil each other's guesses, and nothing else
+        self._successors: dict[WeightSource, WeightSource] = {}
+        self._last: WeightSource | None = None  # two threads at once spoil each other's guesses, nothing else
 
-    def following(self, weight: Weight) -> Weight | None:
-        """What was asked for after it, if anything was."""
+    def next_after(self, weight: WeightSource) -> WeightSource | None:
+        """Return the weight that was used after this one, if any, and record that this one is used now."""
         if self._last is not None:
-            self._after[self._last] = weight
+            self._successors[self._last] = weight
         self._last = weight
-        return self._after.get(weight)
+        return self._successors.get(weight)
 
-    def fetch(self, weight: Weight, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The weight; the next one is told that its time comes."""
-        made = weight.tensor(dtype, device)
-        if (following := self.following(weight)) is not None:
-            following.soon()
-        return made
+    def fetch(self, weight: WeightSource, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the weight, and start to prefetch the next one."""
+        tensor = weight.tensor(dtype, device)
+        if (successor := self.next_after(weight)) is not None:
+            successor.prefetch()
+        return tensor
 
 
-class Streamed(Weight):
-    """`away` from the device, fetched each time that its layer runs."""
+class StreamedWeight(WeightSource):
+    """A weight that is read from its source each time its layer runs."""
 
-    def __init__(self, away: Weight, ahead: Ahead) -> None:
-        self.away, self.ahead, self.shape = away, ahead, away.shape
+    def __init__(self, source: WeightSource, prefetcher: Prefetcher) -> None:
+        self.source, self.prefetcher, self.shape = source, prefetcher, source.shape
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.ahead.fetch(self.away, dtype, device)
+        return self.prefetcher.fetch(self.source, dtype, device)
 
     def rows(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.away.rows(ids, dtype, device)
+        return self.source.rows(ids, dtype, device)
 
 
-class Held(nn.Module):
-    """A layer whose weight is a Weight."""
+class OffloadedLayer(nn.Module):
+    """A layer whose weight comes from a `WeightSource`.
 
-    held: Weight
-    dtype: torch.dtype  # that it computes in
+    Attributes:
+        weight_source: The source.
+        dtype: The dtype that the layer computes in.
+        device: The device that it computes on.
+    """
+
+    weight_source: WeightSource
+    dtype: torch.dtype
     device: torch.device
 
     @property
     def weight(self) -> Tensor:
-        """Made for whoever asks: ask once for each use."""
-        return self.held.tensor(self.dtype, self.device)
+        """The weight, computed at each access."""
+        return self.weight_source.tensor(self.dtype, self.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Held:
-        """`.to()`, `.float()` and the like."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedLayer:
+        """Implement `.to()`, `.float()` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         self.dtype, self.device = moved.dtype, moved.device
@@ -242,62 +259,84 @@ class Held(nn.Module):
         destination[f"{prefix}weight"] = self.weight
 
 
-class HeldLinear(Held, nn.Linear):  # type: ignore[override]  # `weight` can only be read
+class OffloadedLinear(OffloadedLayer, nn.Linear):  # type: ignore[override]  # `weight` can only be read
+    """A linear layer."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.held.linear(x, self.bias, self.dtype, self.device)
+        """Apply the layer: (..., inputs) -> (..., outputs)."""
+        return self.weight_source.linear(x, self.bias, self.dtype, self.device)
 
 
-class HeldConv2d(Held, Conv2d):  # type: ignore[override]  # `weight` can only be read
-    pass
+class OffloadedConv2d(OffloadedLayer, Conv2d):  # type: ignore[override]  # `weight` can only be read
+    """A convolution."""
 
 
-class HeldEmbedding(Held, nn.Embedding):  # type: ignore[override]  # `weight` can only be read
+class OffloadedEmbedding(OffloadedLayer, nn.Embedding):  # type: ignore[override]  # `weight` can only be read
+    """An embedding table."""
+
     def forward(self, ids: Tensor) -> Tensor:
-        return self.held.rows(ids, self.dtype, self.device)
+        """Look up the rows of ids: (B, T) -> (B, T, D)."""
+        return self.weight_source.rows(ids, self.dtype, self.device)
 
 
-KINDS: dict[type[nn.Module], type[Held]] = {nn.Linear: HeldLinear, Conv2d: HeldConv2d, nn.Embedding: HeldEmbedding}
+OFFLOADED_TYPES: dict[type[nn.Module], type[OffloadedLayer]] = {
+    nn.Linear: OffloadedLinear,
+    Conv2d: OffloadedConv2d,
+    nn.Embedding: OffloadedEmbedding,
+}
 
 
-def holdable(layer: nn.Module, weight: Tensor) -> bool:
-    """Whether this weight of the layer is large, and of a kind that can be held."""
-    return type(layer) in KINDS and weight.numel() >= LEAST
+def can_offload(layer: nn.Module, weight: Tensor) -> bool:
+    """Tell whether the layer is of a type that can be offloaded, and this weight of it large enough."""
+    return type(layer) in OFFLOADED_TYPES and weight.numel() >= MIN_OFFLOAD_NUMEL
 
 
-def hold(layer: nn.Module, weight: Weight, dtype: torch.dtype, device: torch.device) -> None:
-    """Put a Weight in the place of the layer's parameter."""
-    if not isinstance(layer, Held):
+def offload_weight(layer: nn.Module, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the layer's parameter `weight` by a source, in place.
+
+    Args:
+        layer: A Linear, Conv2d or Embedding, or one that is offloaded already.
+        source: The new source of its weight.
+        dtype: The dtype that the layer computes in.
+        device: The device that it computes on.
+    """
+    if not isinstance(layer, OffloadedLayer):
         del layer._parameters["weight"]
-        layer.__class__ = KINDS[type(layer)]
-    layer.held, layer.dtype, layer.device = weight, dtype, device  # type: ignore[assignment]
+        layer.__class__ = OFFLOADED_TYPES[type(layer)]
+    layer.weight_source, layer.dtype, layer.device = source, dtype, device  # type: ignore[assignment]
 
 
-def shape_of(layer: nn.Module) -> torch.Size:
-    """Of its weight, without making it."""
-    return layer.held.shape if isinstance(layer, Held) else layer.weight.shape  # type: ignore[return-value]
+def weight_shape(layer: nn.Module) -> torch.Size:
+    """Return the shape of the layer's weight without loading it."""
+    return layer.weight_source.shape if isinstance(layer, OffloadedLayer) else layer.weight.shape  # type: ignore[return-value]
 
 
 @contextmanager
-def turn(*networks: nn.Module) -> Iterator[None]:
-    """Inside it the networks' offloaded weights are on their device; after it, or an exception, no more."""
-    held = [m for network in networks for m in network.modules() if isinstance(m, Held) and m.held.turns]
-    with ExitStack() as brought:
-        if any(layer.device.type == "cuda" for layer in held):
-            brought.callback(torch.cuda.empty_cache)  # what torch reserves counts as taken
-        for layer in held:
-            layer.held.bring(layer.dtype, layer.device)
-            brought.callback(layer.held.drop)
+def onload(*networks: nn.Module) -> Iterator[None]:
+    """Keep the networks' offloaded weights on their device inside the block."""
+    layers = [
+        module
+        for network in networks
+        for module in network.modules()
+        if isinstance(module, OffloadedLayer) and module.weight_source.needs_onload
+    ]
+    with ExitStack() as stack:
+        if any(layer.device.type == "cuda" for layer in layers):
+            stack.callback(torch.cuda.empty_cache)  # memory that torch reserves counts as used
+        for layer in layers:
+            layer.weight_source.onload(layer.dtype, layer.device)
+            stack.callback(layer.weight_source.offload)
         yield
 
 
-def fresh(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory on the CPU for a weight, which the system has back as soon as the tensor is let go; 4-D in channels_last.
+def allocate_weight(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Allocate a weight on the CPU whose memory returns to the system when it is freed; 4-D in channels_last.
 
-    A large one lies in huge pages where the system has them: the first touch of each page of 4 KiB would cost more time
-    than what is written there.
+    A large one lies in huge pages where the system has them: the first access to each page of 4 KiB would take longer
+    than writing the weight.
     """
     size = shape.numel() * dtype.itemsize
-    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+    if size >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(memory, dtype=dtype)

@@ -1,8 +1,8 @@
-"""Weights on their way to a CUDA device: copied by a stream of their own, the next while this one's layer runs.
+"""Prefetch weights to a CUDA device: the next one is copied on a stream of its own while the current layer runs.
 
-There are two buffers on the device, each as large as the largest weight. A copy into one waits until the weight that
-was in it has been taken out; a layer waits until its own has arrived. Both are waits of the device's streams: the CPU
-goes on.
+There are two buffers on the device, each as large as the largest weight. A copy into a buffer waits until the weight
+in it has been used, and a layer waits until its weight has arrived. Both waits are between streams of the device, so
+the CPU continues.
 """
 
 from __future__ import annotations
@@ -13,66 +13,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.models.offload import Ahead, Stored, Weight
+from mezzotint.models.offload import Prefetcher, StoredWeight, WeightSource
 
 
-class Staging(Ahead):
-    """The way of a network's weights to its device; they lie in pinned memory."""
+class CudaPrefetcher(Prefetcher):
+    """Prefetch a network's weights from pinned memory to a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self._lock = device, threading.Lock()
-        self._slots = [_Slot(device), _Slot(device)]
+        self._buffers = [_Buffer(device), _Buffer(device)]
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def fetch(self, weight: Weight, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if not isinstance(weight, Stored) or device != self.device:  # somebody moved the network
+    def fetch(self, weight: WeightSource, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the weight on the device, and start to copy the next one."""
+        if not isinstance(weight, StoredWeight) or device != self.device:  # the network was moved
             return super().fetch(weight, dtype, device)
         with self._lock:
-            here, other = self._slots if self._slots[0].weight is weight else self._slots[::-1]
-            if here.weight is not weight:
-                here.send(weight, self._stream)
-            made = here.taken(dtype)
-            following = self.following(weight)
-            if isinstance(following, Stored) and following is not weight and other.weight is not following:
-                other.send(following, self._stream)
-            return made
+            current, other = self._buffers if self._buffers[0].weight is weight else self._buffers[::-1]
+            if current.weight is not weight:
+                current.send(weight, self._stream)
+            tensor = current.take(dtype)
+            successor = self.next_after(weight)
+            if isinstance(successor, StoredWeight) and successor is not weight and other.weight is not successor:
+                other.send(successor, self._stream)
+            return tensor
 
 
-class _Slot:
-    """One buffer, and what was sent into it last."""
+class _Buffer:
+    """A buffer on the device, and the weight that was last copied into it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.weight: Stored | None = None
-        self._device, self._buffer = device, torch.empty(0, dtype=torch.uint8, device=device)
+        self.weight: StoredWeight | None = None
+        self._device, self._memory = device, torch.empty(0, dtype=torch.uint8, device=device)
         self._arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._left: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def send(self, weight: Stored, stream: Any) -> None:
-        """Begin the copy of a weight into the buffer, after what is in it has left."""
-        if self._buffer.numel() < weight.kept.nbytes:
+    def send(self, weight: StoredWeight, stream: Any) -> None:
+        """Start to copy a weight into the buffer, once the one in it has been used."""
+        if self._memory.numel() < weight.data.nbytes:
             self.weight = None
             stream.synchronize()  # the old buffer's memory goes back to torch's pool
-            self._buffer = torch.empty(weight.kept.nbytes, dtype=torch.uint8, device=self._device)
+            self._memory = torch.empty(weight.data.nbytes, dtype=torch.uint8, device=self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))
-        stream.wait_event(self._left)
-        with torch.inference_mode(), torch.cuda.stream(stream):  # the buffer may have been made in it
-            self._view(weight).copy_(weight.kept, non_blocking=True)
+        stream.wait_event(self._used)
+        with torch.inference_mode(), torch.cuda.stream(stream):  # the buffer may have been made in inference mode
+            self._view(weight).copy_(weight.data, non_blocking=True)
             self._arrived.record(stream)
         self.weight = weight
 
-    def taken(self, dtype: torch.dtype) -> Tensor:
-        """The weight, in memory that belongs to the current stream."""
+    def take(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, in memory that belongs to the current stream."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._arrived)
         assert self.weight is not None
-        sent = Stored(self._view(self.weight), self.weight.scale)
-        made = sent.tensor(dtype, self._device)
-        made = made.clone() if made is sent.kept else made
-        self._left.record(current)
-        return made
+        sent = StoredWeight(self._view(self.weight), self.weight.scale)
+        tensor = sent.tensor(dtype, self._device)
+        tensor = tensor.clone() if tensor is sent.data else tensor
+        self._used.record(current)
+        return tensor
 
-    def _view(self, weight: Stored) -> Tensor:
-        """The buffer as a tensor of the weight's dtype, shape and format."""
-        flat = self._buffer[: weight.kept.nbytes].view(weight.kept.dtype)
-        return flat.as_strided(weight.kept.shape, weight.kept.stride())
+    def _view(self, weight: StoredWeight) -> Tensor:
+        """View the buffer as a tensor of the weight's dtype, shape and memory format."""
+        flat = self._memory[: weight.data.nbytes].view(weight.data.dtype)
+        return flat.as_strided(weight.data.shape, weight.data.stride())

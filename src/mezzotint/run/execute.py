@@ -16,7 +16,7 @@ from torch import Tensor
 from mezzotint.errors import MissingExtraError
 from mezzotint.models.attention import backend, chosen, watcher
 from mezzotint.models.convolution import seamless
-from mezzotint.models.offload import turn
+from mezzotint.models.offload import onload
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.models.vae_modes import decode, encode
 from mezzotint.placement import Placement
@@ -82,7 +82,7 @@ class Executor:
         """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]. upcast_parts: of nan_guard.py."""
 
         def run(vae: VAE) -> Tensor:
-            with turn(vae.decoder):
+            with onload(vae.decoder):
                 return decode(vae, z.to(vae.decoder.conv_in.weight.dtype), self.placement.vae)
 
         return with_fp32_fallback("vae", vae, run, lambda x: [x], upcast_parts)
@@ -91,7 +91,7 @@ class Executor:
         """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
 
         def run(vae: VAE) -> Posterior:
-            with turn(vae.encoder):
+            with onload(vae.encoder):
                 return encode(vae, pixels.to(vae.encoder.conv_in.weight.dtype), self.placement.vae)
 
         return with_fp32_fallback("vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar], upcast_parts)

@@ -20,7 +20,7 @@ from mezzotint.denoiser import Timeline
 from mezzotint.models.adapters import adapting, weights_version
 from mezzotint.models.attention import chosen
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.offload import turn
+from mezzotint.models.offload import onload
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
 from mezzotint.prompt import PromptPlan
@@ -155,7 +155,7 @@ def _encode_finite(conditioner: Conditioner, prompt: PromptPlan) -> list[Encoded
     """Encode a prompt, in float32 where the encoders' own dtype overflows."""
 
     def encode(encoders: torch.nn.ModuleList) -> list[EncodedPart]:
-        with turn(encoders):
+        with onload(encoders):
             return replace(conditioner, encoders=list(encoders)).encode(prompt)  # type: ignore[arg-type]
 
     def tensors(parts: list[EncodedPart]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from PIL import Image
 from mezzotint.errors import RequestError, WriteError
 from mezzotint.images.io import write_atomically
 from mezzotint.memory.footprint import Model
-from mezzotint.models.offload import turn
+from mezzotint.models.offload import onload
 from mezzotint.models.unet import UNet
 from mezzotint.pipeline import Pipeline
 from mezzotint.placement import Placement
@@ -97,7 +97,7 @@ def run(
     def batches(pictures: Dataset, **changes: Any) -> Batches:
         options = DataOptions(**{field.name: getattr(recipe, field.name) for field in fields(DataOptions)})
         options = replace(options, **changes)
-        with accelerator.main_process_first(), turn(parts.vae.encoder):
+        with accelerator.main_process_first(), onload(parts.vae.encoder):
             decodable = prepare_dataset(pictures, options, latents, recipe.broken)
         for line in decodable.skipped:
             tell(f"Skipped: {line}")
@@ -113,7 +113,7 @@ def run(
     train = batches(dataset)
     texts = Texts(parts.tokenizers, parts.text_encoders, cache)
     if "text_encoder" in placements and not recipe.shuffle_tags:
-        with accelerator.main_process_first(), turn(*parts.text_encoders):
+        with accelerator.main_process_first(), onload(*parts.text_encoders):
             for caption in {
                 "",
                 *(example.caption for one in (train, prior, validation) if one for example in one.examples),

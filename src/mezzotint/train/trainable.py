@@ -24,7 +24,7 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.offload import Held
+from mezzotint.models.offload import OffloadedLayer
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.keyed_rng import generator
 from mezzotint.train.latents import Texts
@@ -119,10 +119,12 @@ class TrainableModel(nn.Module):
 
     def count_parameters(self) -> tuple[int, int]:
         """Return the number of trained parameters and that of all parameters of the UNet and text encoders."""
-        held = sum(module.held.shape.numel() for module in self.modules() if isinstance(module, Held))
+        offloaded = sum(
+            module.weight_source.shape.numel() for module in self.modules() if isinstance(module, OffloadedLayer)
+        )
         return sum(p.numel() for p in self.trainable_parameters().values()), sum(
             p.numel() for p in self.parameters()
-        ) + held
+        ) + offloaded
 
     def forward(
         self, batch: Batch | None, prior: Batch | None = None, shares: tuple[float, float] = (1.0, 1.0)

@@ -152,7 +152,7 @@ class TensorFile:
         rows = [self._bytes(entry.start + n * row * entry.dtype.itemsize, row, entry.dtype) for n in numbers]
         return torch.stack(rows).view(len(rows), *entry.shape[1:])
 
-    def soon(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Have the system read the tensor ahead, into memory that it takes back when it needs it."""
         if hasattr(os, "posix_fadvise") and name not in self._held:
             entry = self.entries[name]

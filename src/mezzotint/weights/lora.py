@@ -34,7 +34,7 @@ from mezzotint.models.adapters import (
     Merged,
     merge,
 )
-from mezzotint.models.offload import shape_of
+from mezzotint.models.offload import weight_shape
 from mezzotint.weights.embeddings import BUNDLED
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource
@@ -219,7 +219,9 @@ def _fitted(
         problem = _misfit(name, layer, empty)
         if problem:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in empty.values())
-            wrong[name] = f"{name}, whose weight is {tuple(shape_of(layer))}, has tensors of {shapes}{problem}".rstrip()
+            wrong[name] = (
+                f"{name}, whose weight is {tuple(weight_shape(layer))}, has tensors of {shapes}{problem}".rstrip()
+            )
         elif real:
             parts = {role: _read(file, key) for role, key in roles.items()}
             changes[name] = _change(parts, partial(alphas.factor, name, parts.get("alpha")))
@@ -235,7 +237,7 @@ def _misfit(name: str, layer: nn.Module, parts: Parts) -> str | None:
         return f": {error}"
     except (RuntimeError, IndexError, AttributeError, AssertionError):
         return " "
-    shape, bias = tuple(shape_of(layer)), getattr(layer, "bias", None)
+    shape, bias = tuple(weight_shape(layer)), getattr(layer, "bias", None)
     if change.bias is not None and (bias is None or change.bias.shape != bias.shape):
         return " "
     if change.weight is None:

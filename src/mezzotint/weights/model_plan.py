@@ -20,14 +20,14 @@ from mezzotint import samplers
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.offload import hold, holdable
+from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Source, Sources
-from mezzotint.weights.offload import FileWeight, Keeper
+from mezzotint.weights.offload import FileWeight, WeightPlacer
 
 Config = UNetConfig | VAEConfig | CLIPConfig
 Overrides = Mapping[str, Mapping[str, Any]]  # part -> fields of its config
@@ -144,14 +144,14 @@ class Part:
         held where the placement keeps them otherwise. Raises RequestError where it cannot.
         """
         dtype = dtype or self.natural_dtype()
-        keeper = Keeper(placement, dtype, device)
+        placer = WeightPlacer(placement, dtype, device)
         for name, empty in network.state_dict(keep_vars=True).items():
             source = self.sources[name]
             weight = FileWeight(self.files[source.key], source, empty.shape)
             owner, _, leaf = name.rpartition(".")
             layer = network.get_submodule(owner)
-            if keeper.holds and leaf == "weight" and holdable(layer, empty):
-                hold(layer, keeper.keep(weight), dtype, device)
+            if placer.replaces_parameters and leaf == "weight" and can_offload(layer, empty):
+                offload_weight(layer, placer.place(weight), dtype, device)
             else:
                 layer.register_parameter(leaf, nn.Parameter(weight.tensor(dtype, device)))
 
