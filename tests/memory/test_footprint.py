@@ -26,6 +26,7 @@ def foreseen(fields: dict[str, object], placement: dict[str, object] | None = No
     return predict(model, Request(prompt="a", **fields), Placement(**placement or {}), base=BASE).most  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "row",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from live_bytes import live_bytes
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.memory import walk
@@ -78,6 +78,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peaks_are_those_of_fresh_processes() -> None:
     """Above by at most 10 %, below by at most 3 %, and 1.5 MB for what is smaller than a walk looks at."""
@@ -95,16 +96,8 @@ def test_peaks_are_those_of_fresh_processes() -> None:
 
 
 def live(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that exist at once while `run` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = most = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        total += change.nbytes()
-        most = max(most, total)
-    return most
+    """Return the most bytes of tensors that exist at once while `run` runs."""
+    return live_bytes(run)[1]
 
 
 TENSORS = Working(relays=False)  # oneDNN's copies of weights are no tensors

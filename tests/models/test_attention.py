@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import live_bytes
 from torch import Tensor
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
@@ -176,6 +177,17 @@ for name in ("sliced:8MiB", "sliced:32MiB", "math"):
 """
 
 
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("sliced:8MiB", 8, 8 + 8), ("sliced:32MiB", 32, 32 + 8), ("math", 256, 400)]
+)
+def test_the_bytes_of_the_slices_are_live(name: str, least: int, most: int) -> None:
+    """8 heads of 2048 tokens: a table of scores takes 128 MiB, and what is written 2.5 MiB."""
+    q = torch.randn(1, 2048, 8, 40).transpose(1, 2)
+    with backend(name), torch.inference_mode():
+        assert least <= live_bytes(lambda: attention(q, q, q))[1] / 2**20 <= most
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_bytes_of_the_slices_are_kept() -> None:
     """8 heads of 2048 tokens: a table of scores takes 128 MiB, what is written 2.5 MiB, the allocator what it likes."""
