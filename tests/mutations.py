@@ -166,7 +166,7 @@ MUTATIONS = [
     ),
     # pipeline
     Mutation(
-        "pipeline.py", "len(batches[-1]) == r.batch", "len(batches[-1]) > r.batch", "tests/test_pipeline.py", "batch"
+        "run/batches.py", "len(groups[-1]) == r.batch", "len(groups[-1]) > r.batch", "tests/test_pipeline.py", "batch"
     ),
     Mutation(
         "pipeline.py",

@@ -1,15 +1,15 @@
-"""The page: a Request becomes pictures. encode -> start -> solve -> decode; no mathematics, no file formats here.
+"""The pipeline: load a model, and generate pictures from requests.
 
     pipe = mezzotint.load()
     image = pipe("a lemon on a blue background", seed=7)
 
-A Pipeline keeps nothing of a call but the prompts that it has encoded, which give the same whoever asks; what a run
-needs travels in the run, so two threads may share one.
+A run is planned (run/plan.py) and split into batches; for each batch the prompts are encoded, the initial latents are
+prepared, a solver takes its steps, and the VAE decodes the result. Between calls a Pipeline keeps only caches, whose
+content does not depend on who fills them, so threads may share one.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,38 +19,37 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from mezzotint.conditioning.encode import EncodedPart
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.diffusion.noise import SeededNoise
-from mezzotint.diffusion.solvers import SOLVERS, Step
-from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.images.init_image import InitImage, fit
-from mezzotint.images.io import Picture, from_pil, to_pil
+from mezzotint.diffusion.solvers import Step
+from mezzotint.errors import RequestError
+from mezzotint.images.io import from_pil, to_pil
 from mezzotint.memory.planner import Budget, Plan
 from mezzotint.memory.planner import plan as planned
-from mezzotint.models.adapters import adapting, merge_copy
+from mezzotint.models.adapters import adapting
 from mezzotint.models.offload import OffloadedLayer, onload, weight_shape
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
-from mezzotint.records.record import describe
 from mezzotint.request import Job, Request, Result
-from mezzotint.run.execute import Executor
-from mezzotint.run.initial import Run, Start, start
+from mezzotint.run.batches import Batch, finish_pictures, group_pictures, picture_seeds, split_results, step_counter
+from mezzotint.run.execute import Executor, iterate_inside
+from mezzotint.run.few_step import FewStepUNets
+from mezzotint.run.initial import enlarge_batch, prepare_latents
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
-from mezzotint.run.nan_guard import require_finite
 from mezzotint.run.plan import RunFiles, RunPlan, plan_run
 from mezzotint.run.prompts import PromptEncoder
-from mezzotint.run.solve import guide, step_noise, unet_outputs
+from mezzotint.run.solve import solve
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.lora import Adapters, read_unet_lora
+from mezzotint.weights.lora import Adapters
 
-Requests = Sequence[Request] | list[str] | list[Request | str]
+OneRequest = Request | RunPlan | str
+Requests = Sequence[Request] | Sequence[RunPlan] | list[str] | list[Request | RunPlan | str]
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
 
@@ -65,14 +64,22 @@ def load(
     request: Request | Sequence[Request] | None = None,
     **options: Any,
 ) -> Pipeline:
-    """A pipeline of the bundled model, or of a diffusers folder, a single file or a hub id.
+    """Load a pipeline.
 
-    device: the best there is. dtype: float32 on the CPU, bfloat16 elsewhere; or a name such as "float16". placement:
-    where the weights are and how the work is cut, for less memory. memory: what the process may take, "4GiB" or "auto":
-    then the placement is planned for that and for `request`, or several; the pipeline makes a batch smaller that would
-    take more, and refuses a picture that would.
-    options: `variant`, `family`, `prediction` and `config` of `open_model`. Raises CheckpointError, RequestError,
-    BudgetError.
+    Args:
+        path_or_id: A diffusers folder, a single file or a hub id; None is the bundled model.
+        device: Where the model runs; None is the best device there is.
+        dtype: Of the weights, also as a name such as "float16"; None is float32 on the CPU and bfloat16 elsewhere.
+        placement: Where the weights are kept and how the work is cut, to save memory.
+        memory: What the process may take, such as "4GiB" or "auto". The placement is then planned for it; the
+            pipeline makes a batch smaller that would take more, and refuses a picture that would.
+        request: The request, or requests, that `memory` is planned for.
+        options: `variant`, `family`, `prediction` and `config` of `open_model`.
+
+    Raises:
+        CheckpointError: If the model is missing, damaged or of an unsupported kind.
+        RequestError: If an argument is invalid.
+        BudgetError: If the request does not fit into `memory`.
     """
     if placement is not None and memory is not None:
         raise RequestError("placement and memory are both given; a budget chooses the placement: leave one of them out")
@@ -89,7 +96,16 @@ def load(
 
 
 class Pipeline:
-    """A loaded model. `unet`, `vae`, `text_encoders`, `tokenizers` and `schedule` are the parts, plain modules."""
+    """A loaded model.
+
+    Attributes:
+        unet: The denoising network.
+        vae: The autoencoder.
+        text_encoders: One text encoder, or SDXL's two.
+        tokenizers: The tokenizer of each text encoder.
+        schedule: The training schedule as the model's own sampler reads it.
+        parts: The opened model that these came from.
+    """
 
     def __init__(self, parts: Parts, placement: Placement | None = None, budget: Budget | None = None) -> None:
         """Wrap opened parts.
@@ -97,10 +113,10 @@ class Pipeline:
         Args:
             parts: The networks and what belongs to them.
             placement: The placement that `parts` were opened with.
-            budget: What a request may not exceed.
+            budget: The memory that a request may not exceed.
         """
         self.parts, self._budget = parts, budget
-        self._executor = Executor(placement or Placement(), one=budget is not None)
+        self._executor = Executor(placement or Placement(), exclusive=budget is not None)
         self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
         self.tokenizers = parts.tokenizers
@@ -113,50 +129,177 @@ class Pipeline:
         if self._info.vae_dtype(self.dtype) != self.dtype:
             self.vae.float()
         self.unet.fuse_projections()
-        self._changed: dict[str, UNet] = {}  # by LoRA, made on their first use
-
-    def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        millions = sum(map(_count_parameters, (self.unet, self.vae, *self.text_encoders))) / 1e6
-        return f"Pipeline({self.name!r}, {self.parts.family}, {dtype} on {self.device}, {millions:,.1f}M parameters)"
-
-    @property
-    def name(self) -> str:
-        """Name of the model's file or folder."""
-        return self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name
-
-    @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """The model's scheduler_config.json; another may be put in its place."""
-        return self._info.scheduler_config
-
-    @scheduler_config.setter
-    def scheduler_config(self, config: dict[str, Any]) -> None:
-        self._info = replace(self._info, scheduler_config=config)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks that a LoRA may change, by the names that its file has for them."""
-        return self._adapters.networks
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the UNet's weights."""
-        return self.unet.conv_in.weight.dtype
-
-    @property
-    def placement(self) -> Placement:
-        """Where its weights are and how its work is cut."""
-        return self._executor.placement
+        self._few_step = FewStepUNets(self.unet, parts.source)
 
     def __call__(self, prompt: str, **fields: Any) -> Image.Image:
-        """One picture; `fields` are those of a Request."""
+        """Generate one picture.
+
+        Args:
+            prompt: The prompt.
+            fields: Other fields of a Request.
+        """
         return self.generate(Request(prompt=prompt, **fields)).images[0]
+
+    @overload
+    def generate(
+        self,
+        request: OneRequest,
+        latents: Tensor | None = ...,
+        *,
+        on_step: OnStep | None = ...,
+        on_image: OnImage | None = ...,
+    ) -> Result: ...
+    @overload
+    def generate(
+        self,
+        request: Requests,
+        latents: Tensor | None = ...,
+        *,
+        on_step: OnStep | None = ...,
+        on_image: OnImage | None = ...,
+    ) -> list[Result]: ...
+
+    def generate(
+        self,
+        request: OneRequest | Requests,
+        latents: Tensor | None = None,
+        *,
+        on_step: OnStep | None = None,
+        on_image: OnImage | None = None,
+    ) -> Result | list[Result]:
+        """Generate the pictures of a request, or of several.
+
+        Neighbours in a list that differ only in prompts and seeds share a batch.
+
+        Args:
+            request: A request, a prompt, or a plan made by `plan`; or a list of them.
+            latents: Unit-variance starting noise of shape (pictures, C, h, w), instead of drawn noise.
+            on_step: Called after each step with (steps done, steps in all). What it raises ends the run.
+            on_image: Called with (index, picture) when a picture is finished. What it raises ends the run.
+
+        Returns:
+            A Result, or one for each request of a list.
+
+        Raises:
+            RequestError: If a request does not fit the model, or `latents` the requests.
+            BudgetError: If one picture at a time takes more memory than the pipeline was loaded for.
+        """
+        if isinstance(request, Request | RunPlan | str):
+            return self.generate([request], latents, on_step=on_step, on_image=on_image)[0]
+        with self._executor.exclusive():
+            return self._generate([self._plan(each) for each in request], latents, on_step, on_image)
+
+    def stream(self, request: OneRequest, latents: Tensor | None = None) -> Iterator[Step]:
+        """Generate a request step by step, all its pictures in one batch.
+
+        Args:
+            request: A request, a prompt or a plan.
+            latents: As in `generate`.
+
+        Returns:
+            An iterator of the steps; Step.x and Step.denoised are of shape (count, C, h, w). With hires the steps of
+            the second pass follow, which are larger.
+        """
+        plan = self._check_budget(self._plan(request))
+        return self._steps(Batch.of([(plan, seed) for seed in picture_seeds(plan.request)], latents))
+
+    def draw(self, jobs: Sequence[Job], on_step: OnStep | None = None) -> list[Image.Image]:
+        """Generate pictures in one batch, whatever the `batch` of their requests.
+
+        Args:
+            jobs: The request and the seed of each picture. The requests may differ only in prompts and seeds.
+            on_step: As in `generate`.
+        """
+        with self._executor.exclusive():
+            plans: list[tuple[Request, RunPlan]] = []
+            for request, _ in jobs:
+                known = next((plan for other, plan in plans if other == request), None)
+                plans.append((request, known or self._check_budget(self.plan(request), len(jobs))))
+            batch = Batch.of([(plan, seed) for (_, plan), (_, seed) in zip(plans, jobs, strict=True)])
+            return self._decode_batch(batch, self._solve(batch, step_counter(on_step, batch.plan.steps)))
+
+    # ---- a run -------------------------------------------------------------------------------------------------------
+
+    def _generate(
+        self, plans: list[RunPlan], latents: Tensor | None, on_step: OnStep | None, on_image: OnImage | None
+    ) -> list[Result]:
+        """Run the batches of these plans and split their pictures into results."""
+        count = sum(plan.request.count for plan in plans)
+        if latents is not None and latents.shape[:1] != (count,):
+            raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {count}")
+        if self._budget:
+            plans = [self._budget.fitted(plan, self._executor.effective_placement, count) for plan in plans]
+        groups = group_pictures(plans, self._prompts.batch_shape)
+        report = step_counter(on_step, sum(group[0][0].steps for group in groups))
+        images: list[Image.Image] = []
+        finals: list[Tensor] = []
+        notices: list[tuple[str, ...]] = []
+        timings = {"denoise": 0.0, "decode": 0.0}
+        for group in groups:
+            start = time.perf_counter()
+            batch = Batch.of(group, None if latents is None else latents[len(images) : len(images) + len(group)])
+            x = self._solve(batch, report)
+            solved = time.perf_counter()
+            for image in self._decode_batch(batch, x):
+                images.append(image)
+                if on_image:
+                    on_image(len(images) - 1, image)
+            finals += x.unbind()
+            notices += [batch.notices] * len(group)
+            timings["denoise"] += solved - start
+            timings["decode"] += time.perf_counter() - solved
+        return split_results(plans, images, finals, notices, timings)
+
+    def _solve(self, batch: Batch, report: Callable[[], None]) -> Tensor:
+        """Return the final latents of a batch; `report` is called after each step."""
+        for step in self._steps(batch):
+            last = step
+            report()
+        return last.x / batch.plan.last_pass.final_scale(last.sigma)
+
+    def _steps(self, batch: Batch) -> Iterator[Step]:
+        """Yield the steps of a batch, with hires those of both passes."""
+        for step in self._pass(batch):
+            last = step
+            yield step
+        if batch.plan.second_pass:
+            decode = partial(self._decode, upcast_parts=batch.upcast_parts, seamless=batch.request.seamless)
+            second = enlarge_batch(batch, last.x / batch.plan.final_scale(last.sigma), decode)
+            for step in self._pass(second):
+                yield replace(step, index=last.index + 1 + step.index)
+
+    def _pass(self, batch: Batch) -> Iterator[Step]:
+        """Run one pass of a batch: encode the prompts, prepare the initial latents, solve."""
+        plan, unet = batch.plan, self.unet_for(batch.plan)
+        changes = self._adapters.changes(plan.scaled_adapters)
+        noise = SeededNoise(batch.seeds, plan.latent_shape, self.device, plan.request.noise or "seeded")
+
+        @contextmanager
+        def inference() -> Iterator[None]:
+            with self._executor.inference(plan.request.seamless), adapting({"unet": unet}, changes):
+                yield
+
+        with inference():
+            conditions = self._prompts.encode_batch(batch.plans, batch.upcast_parts)
+            encode_image = partial(self._executor.encode, self.vae, upcast_parts=batch.upcast_parts)
+            initial = prepare_latents(batch, self.vae, encode_image, noise)
+            split = self._executor.effective_placement.guidance == "split"
+            steps = solve(batch, unet, conditions, initial, noise, split)
+        with onload(unet):
+            yield from iterate_inside(inference, steps)
+
+    def _decode_batch(self, batch: Batch, x: Tensor) -> list[Image.Image]:
+        """Decode the final latents of a batch to finished pictures with their records."""
+        images = self._decode(x, batch.upcast_parts, batch.request.seamless)
+        return finish_pictures(batch, images, self._model_record)
+
+    def _decode(self, latents: Tensor, upcast_parts: list[str], seamless: str | None = None) -> list[Image.Image]:
+        """Decode latents; `seamless` names the directions in which the pictures tile."""
+        with self._executor.inference(seamless):
+            z = self.vae.unscale(latents.to(self.device))
+            return to_pil(self._executor.decode(self.vae, z, upcast_parts))
+
+    # ---- planning ----------------------------------------------------------------------------------------------------
 
     def plan(self, request: Request | str) -> RunPlan:
         """Plan the run of a request: its values, noise levels, parsed prompts, LoRAs and embeddings.
@@ -175,315 +318,142 @@ class Pipeline:
         """
         return plan_run(self._info, _as_request(request)).request
 
-    @overload
-    def generate(
-        self,
-        request: Request | str,
-        latents: Tensor | None = ...,
-        *,
-        on_step: OnStep | None = ...,
-        on_image: OnImage | None = ...,
-    ) -> Result: ...
-    @overload
-    def generate(
-        self,
-        request: Requests,
-        latents: Tensor | None = ...,
-        *,
-        on_step: OnStep | None = ...,
-        on_image: OnImage | None = ...,
-    ) -> list[Result]: ...
-
-    def generate(
-        self,
-        request: Request | str | Requests,
-        latents: Tensor | None = None,
-        *,
-        on_step: OnStep | None = None,
-        on_image: OnImage | None = None,
-    ) -> Result | list[Result]:
-        """Generate the pictures of a request, or of several.
-
-        Neighbours in a list that differ only in words and seeds share a batch.
-
-        Args:
-            request: A request, or a prompt; or a list of them.
-            latents: Unit-variance starting noise of shape (pictures, C, h, w), instead of drawn noise.
-            on_step: Called after each step with (steps done, steps in all). What it raises ends the run.
-            on_image: Called with (index, picture) when a picture is finished. What it raises ends the run.
-
-        Returns:
-            A Result, or one for each request of a list.
-
-        Raises:
-            RequestError: If a request does not fit the model, or `latents` the requests.
-            BudgetError: If one picture at a time takes more memory than the pipeline was loaded for.
-        """
-        one = isinstance(request, Request | str)
-        requests = [request] if isinstance(request, Request | str) else request
-        with self._executor.alone():
-            results = self._generate([self.plan(each) for each in requests], latents, on_step, on_image)
-        return results[0] if one else results
-
-    def _generate(
-        self, plans: list[RunPlan], latents: Tensor | None, on_step: OnStep | None, on_image: OnImage | None
-    ) -> list[Result]:
-        """Run the batches of these plans and sort their pictures into Results."""
-        pictures = sum(plan.request.count for plan in plans)
-        if self._budget:
-            plans = [self._budget.fitted(plan, self._executor.now, pictures) for plan in plans]
-        batches = self._batches(plans)
-        if latents is not None and latents.shape[:1] != (pictures,):
-            raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {pictures}")
-        report = _report_steps(on_step, sum(batch[0][0].steps for batch in batches))
-        images: list[Image.Image] = []
-        finals: list[Tensor] = []
-        notices: list[tuple[str, ...]] = []  # one a picture
-        timings = {"denoise": 0.0, "decode": 0.0}
-        for batch in batches:
-            begin = time.perf_counter()
-            run = _make_run(batch, None if latents is None else latents[len(images) : len(images) + len(batch)])
-            x = self._solve(run, report)
-            finals += x.unbind()
-            middle = time.perf_counter()
-            for image in self._finish(run, x):
-                images.append(image)
-                if on_image:
-                    on_image(len(images) - 1, image)
-            notices += [(*run.notices, *run.plan.notices)] * len(batch)
-            timings["denoise"] += middle - begin
-            timings["decode"] += time.perf_counter() - middle
-        results: list[Result] = []
-        first = 0
-        for request in (plan.request for plan in plans):
-            part = slice(first, first + request.count)
-            results.append(
-                Result(images[part], torch.stack(finals[part]), _seeds(request), request, timings, notices[first])
-            )
-            first += request.count
-        return results
-
-    def draw(self, group: Sequence[Job], on_step: OnStep | None = None) -> list[Image.Image]:
-        """Draw the pictures of one batch, whatever `batch` their requests say.
-
-        Args:
-            group: The request and the seed of each picture. The requests differ in words and seeds alone, as those
-                that `generate` puts together do.
-            on_step: As in `generate`.
-        """
-        with self._executor.alone():
-            plans: list[tuple[Request, RunPlan]] = []
-            for request, _ in group:
-                known = next((plan for other, plan in plans if other == request), None)
-                plans.append((request, known or self._affordable(request, len(group))))
-            run = _make_run([(plan, seed) for (_, plan), (_, seed) in zip(plans, group, strict=True)])
-            return self._finish(run, self._solve(run, _report_steps(on_step, run.plan.steps)))
-
-    def stream(self, request: Request | str, latents: Tensor | None = None) -> Iterator[Step]:
-        """Generate a request step by step, all its pictures in one batch.
-
-        Args:
-            request: A request, or a prompt.
-            latents: As in `generate`.
-
-        Returns:
-            An iterator of the steps; Step.x and Step.denoised are of shape (count, C, h, w). With hires those of the
-            second pass follow, larger.
-        """
-        plan = self._affordable(_as_request(request))
-        return self._steps(_make_run([(plan, seed) for seed in _seeds(plan.request)], latents))
-
-    def unet_for(self, plan: RunPlan) -> UNet:
-        """Return the UNet that a plan runs: with its change merged where that is the model's few-step form.
-
-        Raises:
-            CheckpointError: If the change is missing or another UNet's.
-        """
-        few_step = plan.few_step
-        if few_step is None:
-            return self.unet
-        if few_step.lora not in self._changed:  # two threads at once make the same one twice
-            path = self.parts.source / few_step.lora
-            if not path.exists():
-                raise CheckpointError(f"{path} is missing: mezzotint.json names it for the sampler {few_step.sampler}")
-            unet = merge_copy(self.unet, read_unet_lora(path, self.unet))
-            unet.fuse_projections()
-            self._changed[few_step.lora] = unet
-        return self._changed[few_step.lora]
-
-    def merge(self, loras: Any) -> None:
-        """Make LoRA files part of the weights, in the place of those that are: as `loras` of a Request.
-
-        The picture is that of the same `loras` in a request, up to rounding, and faster. No run may be under way.
-        """
-        self._adapters.merge(named_loras(Request(prompt="", loras=loras)))
-        self._reweighted()
-
-    def unmerge(self) -> None:
-        """Put the weights back that were there before `merge`, bit for bit."""
-        self._adapters.unmerge()
-        self._reweighted()
-
-    def _reweighted(self) -> None:
-        self._changed.clear()
-        self.unet.fuse_projections()
-
     def spare_memory(self, plan: RunPlan) -> int | None:
-        """Return the bytes that a run of this plan leaves of the budget, guidance in one batch; None without one."""
+        """Return the bytes of the budget that a run leaves free, with guidance in one batch; None without a budget."""
         if self._budget is None:
             return None
-        return self._budget.spare(plan, self._executor.now.model_copy(update={"guidance": "batched"}))
+        placement = self._executor.effective_placement.model_copy(update={"guidance": "batched"})
+        return self._budget.spare(plan, placement)
 
-    def _affordable(self, request: Request, batch: int | None = None) -> RunPlan:
-        """Plan a request. Raises BudgetError where `batch` such pictures (all) at once exceed the budget."""
-        plan = self.plan(request)
+    def _plan(self, request: OneRequest) -> RunPlan:
+        """Plan a request that is not planned yet."""
+        return request if isinstance(request, RunPlan) else self.plan(request)
+
+    def _check_budget(self, plan: RunPlan, batch: int | None = None) -> RunPlan:
+        """Return the plan if `batch` such pictures at once, or all, fit into the budget; raise BudgetError if not."""
         if self._budget:
             batch = batch or plan.request.count
-            self._budget.check(plan.with_batch(batch, count=batch), self._executor.now)
+            self._budget.check(plan.with_batch(batch, count=batch), self._executor.effective_placement)
         return plan
 
-    def _batches(self, plans: Sequence[RunPlan]) -> list[list[tuple[RunPlan, int]]]:
-        """Return pictures in order, cut where the batch is full or plans differ in more than words and seed.
-
-        Prompts of different lengths, or of other parts, do not share a batch: a neighbour's length would change the
-        picture.
-        """
-        batches: list[list[tuple[RunPlan, int]]] = []
-        last: tuple[Any, ...] | None = None
-        for plan in plans:
-            r = plan.request
-            alike = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
-            shape = self._prompts.batch_shape(plan)
-            for seed in _seeds(r):
-                if (alike, shape) != last or len(batches[-1]) == r.batch:
-                    batches.append([])
-                batches[-1].append((plan, seed))
-                last = alike, shape
-        return batches
-
-    def _solve(self, run: Run, report: Callable[[], None]) -> Tensor:
-        """Return the last x of a batch as the VAE takes it; `report` is called after each step."""
-        for step in self._steps(run):
-            last = step
-            report()
-        return last.x / _last_plan(run.plan).final_scale(last.sigma)
-
-    def _steps(self, run: Run) -> Iterator[Step]:
-        """Run one batch to its last x; with hires, then the second pass on its larger form."""
-        for last in self._pass(run):
-            yield last
-        if run.plan.second_pass:
-            second = self._second_run(run, run.plan.second_pass, last.x / run.plan.final_scale(last.sigma))
-            for step in self._pass(second):
-                yield replace(step, index=last.index + 1 + step.index)
-
-    def _second_run(self, run: Run, plan: RunPlan, x: Tensor) -> Run:
-        """Return hires-fix's second pass on the first one's final latents."""
-        plans = [each.second_pass or plan for each in run.plans]
-        pictures: list[InitImage | Tensor]
-        if run.request.hires_upscale == "latent":
-            pictures = [*F.interpolate(x.float(), plan.latent_shape[1:], mode="bilinear")[:, None]]
-        else:
-            size = plan.request.width or 0, plan.request.height or 0
-            images = self._decode(x, run.upcast_parts, run.request.seamless)
-            pictures = [InitImage(fit(image, size)) for image in images]
-        return Run(plans, run.seeds, pictures=pictures, upcast_parts=run.upcast_parts)
-
-    def _pass(self, run: Run) -> Iterator[Step]:
-        """Run one pass of a batch along its noise levels: encode, start, solve."""
-        plan, unet = run.plan, self.unet_for(run.plan)
-        changes = self._adapters.changes(plan.scaled_adapters)
-        noise = SeededNoise(run.seeds, plan.latent_shape, self.device, plan.request.noise or "seeded")
-
-        @contextmanager
-        def computing() -> Iterator[None]:
-            with self._executor.computing(plan.request.seamless), adapting({"unet": unet}, changes):
-                yield
-
-        with computing():
-            begin = self._start(run, noise)
-            conditions = self._prompts.encode_batch(run.plans, run.upcast_parts)
-            split = self._executor.now.guidance == "split"
-            denoise = begin.wrap(guide(plan, unet_outputs(run, unet, conditions, begin, split)))
-        solver = SOLVERS[plan.sampler.solver](
-            denoise, begin.x, plan.sigmas, step_noise(run, noise), **plan.solver_options
-        )
-        with onload(unet):
-            while True:
-                with computing():
-                    step = next(solver, None)
-                    if step is None:
-                        return
-                    if step.sigma == plan.sigmas[-1]:
-                        step = replace(step, x=begin.kept(step.x, plan.final_scale(step.sigma)))
-                yield require_finite(step)
-
-    def _start(self, run: Run, noise: SeededNoise) -> Start:
-        """Return where a run starts: from noise, or from its picture under noise."""
-        plan, encode = run.plan, partial(self._executor.encode, self.vae, upcast_parts=run.upcast_parts)
-        return start(run, self.vae, encode, noise, plan.sigmas[0], plan.noise_scale, plan.model.unet_channels)
+    # ---- the steps of a run on their own -----------------------------------------------------------------------------
 
     def encode(self, prompt: str, request: Request | None = None) -> Condition:
-        """What a prompt means to the UNet: context (1, T, D) float32, and for SDXL pooled (1, P).
+        """Encode a prompt to what the UNet is conditioned on.
 
-        Of a prompt that changes in the course of the run, what it means in the first step; of one with AND, its first
-        part: `encode_parts` gives all of it.
+        Args:
+            prompt: The prompt. If it changes in the course of a run, the condition of the first step is returned, and
+                for a prompt with AND that of its first part; `encode_parts` returns all of them.
+            request: Gives the syntax, the steps, clip_skip, emphasis and embeddings.
+
+        Returns:
+            A Condition with the context (1, T, D) in float32, and for SDXL the pooled output (1, P).
         """
         return self.encode_parts(prompt, request)[0].timeline[0][1]
 
     def encode_parts(self, prompt: str, request: Request | None = None) -> list[EncodedPart]:
-        """The whole meaning of a prompt: for each part (AND) its weight and its timeline of (last step that it holds
-        for, Condition of batch 1). `request` says the syntax, the steps, clip_skip, emphasis and embeddings.
+        """Encode every part of a prompt.
+
+        Args:
+            prompt: The prompt.
+            request: As in `encode`.
+
+        Returns:
+            For each part that AND joins its weight and its timeline: pairs of the last step that a Condition of batch
+            1 holds for, and the Condition.
         """
         plan = self.plan(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
-        with self._executor.computing():
+        with self._executor.inference():
             return [part.copy() for part in self._prompts.encode_prompt(plan, plan.positive)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B, C, h, w) as a run leaves them -> B pictures."""
+        """Decode the final latents of a run, (B, C, h, w), to B pictures."""
         return self._decode(latents, [])
 
-    def _decode(self, latents: Tensor, upcast_parts: list[str], seamless: str | None = None) -> list[Image.Image]:
-        """Decode latents; `seamless` says which of the pictures' sides join."""
-        with self._executor.computing(seamless):
-            z = self.vae.unscale(latents.to(self.device))
-            return to_pil(self._executor.decode(self.vae, z, upcast_parts))
-
-    def _finish(self, run: Run, x: Tensor) -> list[Image.Image]:
-        """Return the pictures of a batch, put into what they were drawn on, each with its record."""
-        images = self._decode(x, run.upcast_parts, run.request.seamless)
-        if run.placed:
-            images = [placed.finish(image) for placed, image in zip(run.placed, images, strict=True)]
-        images = [Picture.from_image(image) for image in images]  # whose save() keeps the record
-        inputs = run.placed[0].digests if run.placed else {}
-        for k, (plan, seed, image) in enumerate(zip(run.plans, run.seeds, images, strict=True)):
-            image.info.update(
-                describe(
-                    plan.request,
-                    seed,
-                    self._facts(plan),
-                    run.group,
-                    k,
-                    image=image,
-                    float32=run.upcast_parts,
-                    latents=None if run.latents is None else run.latents[k],
-                    inputs=inputs,
-                )
-            )
-        return images
-
     def encode_image(self, image: Image.Image) -> Tensor:
-        """A picture, its sides multiples of 8 -> the latents (1, C, h, w) float32 of its posterior's mean."""
+        """Encode a picture to latents (1, C, h, w) float32, the mean of the VAE's posterior.
+
+        Raises:
+            RequestError: If a side is not a multiple of the VAE's factor, 8.
+        """
         side = self.vae.config.downscale
         if image.width % side or image.height % side:
             raise RequestError(f"the picture is {image.width}x{image.height}; both must be multiples of {side}")
-        with self._executor.computing():
+        with self._executor.inference():
             return self.vae.scale(self._executor.encode(self.vae, from_pil(image).to(self.device), []).mean).float()
 
-    def _facts(self, plan: RunPlan) -> dict[str, Any]:
-        """Return what the same bits depend on, beside the request."""
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def merge(self, loras: Any) -> None:
+        """Merge LoRA files into the weights, in place of those that are merged now. No run may be under way.
+
+        The pictures are those of a request with the same `loras`, up to rounding, and take less time.
+
+        Args:
+            loras: As `loras` of a Request.
+        """
+        self._adapters.merge(named_loras(Request(prompt="", loras=loras)))
+        self._refresh_unets()
+
+    def unmerge(self) -> None:
+        """Restore the weights that were there before `merge`, bit for bit."""
+        self._adapters.unmerge()
+        self._refresh_unets()
+
+    def _refresh_unets(self) -> None:
+        """Discard what was derived from weights that have changed."""
+        self._few_step.clear()
+        self.unet.fuse_projections()
+
+    def unet_for(self, plan: RunPlan) -> UNet:
+        """Return the UNet that a plan runs: the model's own, or its few-step form."""
+        return self._few_step.unet_for(plan)
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Name of the model's file or folder."""
+        return self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The model's scheduler_config.json; it may be replaced."""
+        return self._info.scheduler_config
+
+    @scheduler_config.setter
+    def scheduler_config(self, config: dict[str, Any]) -> None:
+        self._info = replace(self._info, scheduler_config=config)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that a LoRA may change, by their names in LoRA files."""
+        return self._adapters.networks
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the UNet."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the UNet's weights."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights are kept and how the work is cut."""
+        return self._executor.placement
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        millions = sum(map(_count_parameters, (self.unet, self.vae, *self.text_encoders))) / 1e6
+        return f"Pipeline({self.name!r}, {self.parts.family}, {dtype} on {self.device}, {millions:,.1f}M parameters)"
+
+    def _model_record(self, plan: RunPlan) -> dict[str, Any]:
+        """Return what the record of a picture says of the model and the machine."""
         optional = {
-            "placement": self._executor.now.changes(),
+            "placement": self._executor.effective_placement.changes(),
             "lora": plan.few_step and plan.few_step.lora,
             "embeddings": plan.embedding_digests,
             "loras": plan.lora_digests,
@@ -501,40 +471,11 @@ class Pipeline:
 
 
 def _count_parameters(network: nn.Module) -> int:
-    """Return the number of a network's parameters, wherever they are kept."""
+    """Return the number of a network's parameters, offloaded ones included."""
     offloaded = sum(weight_shape(module).numel() for module in network.modules() if isinstance(module, OffloadedLayer))
     return offloaded + sum(parameter.numel() for parameter in network.parameters())
 
 
 def _as_request(request: Request | str) -> Request:
-    """Return the request, or that of a prompt."""
+    """Return the request, or one for a prompt."""
     return Request(prompt=request) if isinstance(request, str) else request
-
-
-def _seeds(request: Request) -> list[int]:
-    """Return the seed of each picture of a resolved request."""
-    return [(request.seed or 0) + k for k in range(request.count)]
-
-
-def _make_run(batch: Sequence[tuple[RunPlan, int]], latents: Tensor | None = None) -> Run:
-    """Return a batch of (plan, seed) with what its pictures are drawn on."""
-    init_image = batch[0][0].init_image
-    plans, seeds = [plan for plan, _ in batch], [seed for _, seed in batch]
-    return Run(plans, seeds, latents, [init_image] * len(batch) if init_image else ())
-
-
-def _last_plan(plan: RunPlan) -> RunPlan:
-    """Return the plan of the last pass."""
-    return plan.second_pass or plan
-
-
-def _report_steps(on_step: OnStep | None, total: int) -> Callable[[], None]:
-    """Return a function that tells `on_step` how many steps are done each time it is called."""
-    count = itertools.count(1)
-
-    def report() -> None:
-        done = next(count)
-        if on_step:
-            on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
-
-    return report

@@ -34,7 +34,7 @@ from mezzotint.models.attention import backend, chosen
 from mezzotint.models.offload import OffloadedLayer, OffloadedWeight
 from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.records.record import changes, read
-from mezzotint.run.execute import possible
+from mezzotint.run.execute import adapt_placement
 from mezzotint.run.plan import RunPlan
 from mezzotint.weights import save_folder
 from mezzotint.weights.lora import read_unet_lora
@@ -463,12 +463,12 @@ def test_a_record_of_another_machine_is_followed_as_far_as_it_can_be(monkeypatch
     here = torch.device("cpu")
     monkeypatch.setattr(backends, "_import", lambda name: "is not installed")
     asked = Placement(attention="xformers", guidance="split")
-    assert possible(asked, here, "float32") == Placement(guidance="split")
+    assert adapt_placement(asked, here, "float32") == Placement(guidance="split")
     streamed = Placement(weights="stream", storage="float8")
-    assert possible(streamed, here, "float32") == Placement(weights="offload", storage="float8")
+    assert adapt_placement(streamed, here, "float32") == Placement(weights="offload", storage="float8")
     for same in (Placement(weights="stream", storage="bfloat16"), Placement(weights="stream"), Placement()):
-        assert possible(same, here, "bfloat16") == same
-    assert possible(streamed, torch.device("cuda"), "float32") == streamed
+        assert adapt_placement(same, here, "bfloat16") == same
+    assert adapt_placement(streamed, torch.device("cuda"), "float32") == streamed
 
 
 def test_an_attention_that_is_not_here_is_said_on_loading(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

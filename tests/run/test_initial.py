@@ -201,7 +201,7 @@ def test_what_does_not_fit_gets_a_sentence(sd1: Pipeline, changes: dict[str, Any
 def test_a_mask_that_falls_between_the_cells(sd1: Pipeline) -> None:
     speck = Image.new("L", (32, 32))
     speck.paste(255, (10, 10, 15, 15))
-    with pytest.raises(RequestError, match="mask is too small: it reaches no cell of 8x8 pixels"):
+    with pytest.raises(RequestError, match="mask is too small: it covers no cell of 8x8 pixels"):
         sd1.generate(MASKED.replace(mask=speck))
     image = sd1.generate(MASKED.replace(mask=speck, only_masked=4)).images[0]
     changed = (levels(image) != levels(photograph())).any(-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mezzotint
 from mezzotint import MezzotintError, Pipeline, Request
 from mezzotint.diffusion.solvers import SOLVERS, Step
-from mezzotint.run.nan_guard import finite, in_float32
+from mezzotint.run.nan_guard import all_finite, copy_in_float32
 
 REQUEST = Request(prompt="a lemon on a blue background", seed=7, steps=3, guidance_scale=3.0, count=2, batch=2)
 ENCODER, UNET, VAE = "text_encoder", "unet", "vae"
@@ -99,7 +99,7 @@ def test_what_is_no_number_in_float32_either_is_an_error(sd1_folder: Path, point
     pipe = load(sd1_folder, dtype)
     with (
         poisoned(pipe, part, name, -1, math.nan, only_low=False),
-        pytest.raises(MezzotintError, match=f"the {part} gave values that are not numbers .* in float32 too"),
+        pytest.raises(MezzotintError, match=f"the {part} returned values that are not finite .* in float32 too"),
     ):
         pipe.generate(REQUEST, on_image=lambda *made: seen.append(made))
     assert not seen, "no picture was handed out"
@@ -121,31 +121,31 @@ def test_a_solver_that_makes_nan_of_numbers(sd1: Pipeline, monkeypatch: pytest.M
         yield Step(0, sigmas[1], x / 0.0, denoised)
 
     monkeypatch.setitem(SOLVERS, "euler", broken)
-    with pytest.raises(MezzotintError, match=r"step 1 gave values that are not numbers"):
+    with pytest.raises(MezzotintError, match=r"step 1 has values that are not finite"):
         sd1.generate(REQUEST.replace(sampler="euler"))
 
 
 def test_latents_that_are_no_numbers(sd1: Pipeline) -> None:
     noise = torch.zeros(2, 4, 4, 4)
     noise[1, 2, 3, 0] = math.nan
-    with pytest.raises(MezzotintError, match=r"what the UNet was to denoise .* the latents that were given"):
+    with pytest.raises(MezzotintError, match=r"the UNet's input at sigma .* the latents that were given"):
         sd1.generate(REQUEST, noise)
-    with pytest.raises(MezzotintError, match="the vae gave"):
+    with pytest.raises(MezzotintError, match="the vae returned"):
         sd1.decode(noise)
 
 
 def test_finite() -> None:
     large = torch.full((1000,), 6e4, dtype=torch.float16)
-    assert finite([large, torch.zeros(0), -large]) and finite([])
+    assert all_finite([large, torch.zeros(0), -large]) and all_finite([])
     for bad in (math.nan, math.inf, -math.inf):
-        assert not finite([torch.zeros(3), torch.tensor([0.0, bad])])
-    assert not finite([torch.tensor([math.inf, -math.inf])])
+        assert not all_finite([torch.zeros(3), torch.tensor([0.0, bad])])
+    assert not all_finite([torch.tensor([math.inf, -math.inf])])
 
 
 def test_a_copy_in_float32_computes_the_same(sd1_folder: Path) -> None:
     """Its fused projections follow its weights, and the network that it was made of stays as it is."""
     low = load(sd1_folder, "bfloat16").unet
-    copy, exact = in_float32(low), load(sd1_folder, "float32").unet
+    copy, exact = copy_in_float32(low), load(sd1_folder, "float32").unet
     exact.load_state_dict(low.state_dict())
     exact.fuse_projections()
     condition = mezzotint.models.unet.Condition(torch.randn(1, 77, 16))  # type: ignore[attr-defined]

@@ -130,13 +130,15 @@ class Pipes:
         import torch
 
         from mezzotint.devices import best_device, device_of
-        from mezzotint.run.execute import possible
+        from mezzotint.run.execute import adapt_placement
 
         facts = source.record.model if source.record else None
         here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         device = self._device or (facts.device if facts and here.get(facts.device) else None)
         dtype = self._dtype or (facts.dtype if facts and facts.dtype in ("float32", "bfloat16", "float16") else None)
-        placement = possible(facts.placement if facts else Placement(), device_of(device or best_device()), dtype)
+        placement = adapt_placement(
+            facts.placement if facts else Placement(), device_of(device or best_device()), dtype
+        )
         key = (model, device, dtype, placement)
         if key not in self._loaded:
             self._loaded[key] = load(model, device, dtype, placement=placement)

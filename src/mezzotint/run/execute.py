@@ -1,14 +1,14 @@
-"""What a run of a placed model computes inside: its attention, its VAE's way, and alone where weights move.
+"""How a placed model computes: exclusively if weights move, with the placement's attention and VAE mode.
 
-A Placement's words about weights were followed when the model was loaded (weights/offload.py); the rest of them are
-here and in the Denoiser, which takes the conditions one by one where guidance is "split".
+The weights themselves were placed when the model was loaded (weights/offload.py). Split guidance is the Denoiser's.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ from mezzotint.models.vae_modes import decode, encode
 from mezzotint.placement import Placement
 from mezzotint.run.nan_guard import with_fp32_fallback
 
+Item = TypeVar("Item")
 
-def possible(placement: Placement, device: torch.device, dtype: str | None) -> Placement:
-    """A placement that another machine may have made, or what is nearest to it and can be on this device: attention
-    without the package that is not here; weights kept as they are, and moved otherwise.
+
+def adapt_placement(placement: Placement, device: torch.device, dtype: str | None) -> Placement:
+    """Return a placement from another machine, or the nearest one that is possible here.
+
+    Attention falls back to "auto" if its package is missing, and streaming to offloading if the weights cannot be
+    streamed in this dtype on the CPU.
     """
     changes = {}
     try:
@@ -38,21 +42,42 @@ def possible(placement: Placement, device: torch.device, dtype: str | None) -> P
     return placement.model_copy(update=changes)
 
 
-class Executor:
-    """Of one pipeline."""
+def iterate_inside(context: Callable[[], AbstractContextManager[None]], items: Iterator[Item]) -> Iterator[Item]:
+    """Advance an iterator inside a context, and yield its items outside of it.
 
-    def __init__(self, placement: Placement, one: bool = False) -> None:
-        """one: run at a time, whatever the placement. Raises MissingExtraError where its attention needs a package that
-        is not here.
+    Contexts belong to the thread, so they must not stay open while a caller looks at a step.
+    """
+    while True:
+        with context():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+class Executor:
+    """Runs one pipeline's networks as its placement says."""
+
+    def __init__(self, placement: Placement, exclusive: bool = False) -> None:
+        """Check that the placement is possible.
+
+        Args:
+            placement: Where the weights are and how the work is cut.
+            exclusive: Whether runs exclude each other even if no weights move.
+
+        Raises:
+            MissingExtraError: If the placement's attention needs a package that is not installed.
         """
         with backend(placement.attention):
             self.placement = placement
-        self._lock = threading.RLock() if one or placement.weights != "resident" else None
+        self._lock = threading.RLock() if exclusive or placement.weights != "resident" else None
 
     @property
-    def now(self) -> Placement:
-        """What a run here follows: the placement, with the attention that the caller has chosen, and where a recorder
-        looks on with the conditions side by side, in an order that it knows.
+    def effective_placement(self) -> Placement:
+        """The placement of a run that starts now: with the attention that the caller has chosen.
+
+        While a recorder watches attention, guidance is batched, whose order of conditions the recorder knows.
         """
         changes: dict[str, str] = {"guidance": "batched"} if watcher.get() else {}
         if (own := chosen()) is not None:
@@ -60,26 +85,32 @@ class Executor:
         return self.placement.model_copy(update=changes)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other thread's run is inside with this one where weights move, or a budget is kept: two would need twice
-        the memory.
-        """
+    def exclusive(self) -> Iterator[None]:
+        """Exclude other threads' runs if weights move or a budget is kept: two runs would need twice the memory."""
         with self._lock or nullcontext():
             yield
 
     @contextmanager
-    def computing(self, joined: str | None = None) -> Iterator[None]:
-        """What networks run inside: alone, without gradients, with the placement's attention (unless the caller has
-        chosen another by `with backend(...)`) and with the sides of `joined` joined.
+    def inference(self, tiled: str | None = None) -> Iterator[None]:
+        """Enter the context in which networks run: exclusive, without gradients, with the placement's attention.
 
-        All of it is the thread's, so it must not stay on while a caller looks at a step.
+        Attention that the caller has chosen by `with backend(...)` takes precedence.
+
+        Args:
+            tiled: The directions, "x", "y" or "xy", in which the picture tiles.
         """
         attention = nullcontext() if chosen() else backend(self.placement.attention)
-        with self.alone(), torch.inference_mode(), attention, seamless(joined):
+        with self.exclusive(), torch.inference_mode(), attention, seamless(tiled):
             yield
 
     def decode(self, vae: VAE, z: Tensor, upcast_parts: list[str]) -> Tensor:
-        """Unscaled latents (B, C, h, w) -> pixels (B, 3, H, W), about in [-1, 1]. upcast_parts: of nan_guard.py."""
+        """Decode unscaled latents (B, C, h, w) to pixels (B, 3, H, W), about in [-1, 1].
+
+        Args:
+            vae: The autoencoder.
+            z: The latents.
+            upcast_parts: Receives "vae" if it had to run in float32.
+        """
 
         def run(vae: VAE) -> Tensor:
             with onload(vae.decoder):
@@ -88,7 +119,13 @@ class Executor:
         return with_fp32_fallback("vae", vae, run, lambda x: [x], upcast_parts)
 
     def encode(self, vae: VAE, pixels: Tensor, upcast_parts: list[str]) -> Posterior:
-        """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] to the posterior of unscaled latents.
+
+        Args:
+            vae: The autoencoder.
+            pixels: The pixels.
+            upcast_parts: Receives "vae" if it had to run in float32.
+        """
 
         def run(vae: VAE) -> Posterior:
             with onload(vae.encoder):

@@ -1,8 +1,8 @@
-"""Nothing silently broken: what a network gave is looked at, and where it is no number the network runs in float32.
+"""Guard against NaN: check what a network returns, and run it in float32 if a value is not finite.
 
-float16 ends at 65504, and activations of some networks do not: they become infinite, then NaN, and the picture black.
-A part that gave such values is run again with a float32 copy of its network, made for this run alone, and its name is
-upcast_parts for the picture's record. What is no number in float32 either is an error, never a picture.
+float16 ends at 65504, and the activations of some networks exceed it: they become infinite, then NaN, and the picture
+turns black. A network that returned such values runs again as a float32 copy, made for this run alone, and its name is
+added to `upcast_parts` for the picture's record. What is not finite in float32 either is an error, never a picture.
 """
 
 from __future__ import annotations
@@ -22,67 +22,82 @@ from mezzotint.errors import MezzotintError
 from mezzotint.models.unet import UNet
 
 Network = TypeVar("Network", bound=nn.Module)
-Made = TypeVar("Made")
+Output = TypeVar("Output")
 
 
-def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are numbers; one look at the device, whatever the number of tensors."""
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all values are finite; the device is synchronized once, whatever the number of tensors."""
     sums = [tensor.float().sum() for tensor in tensors]  # NaN stays NaN in a sum, and infinity becomes one of the two
     return math.isfinite(float(torch.stack(sums).sum())) if sums else True
 
 
-def in_float32(network: Network) -> Network:
-    """A copy of the network in float32."""
+def copy_in_float32(network: Network) -> Network:
+    """Return a copy of the network in float32."""
     copy = deepcopy(network).float()
     if isinstance(copy, UNet):
-        copy.fuse_projections()  # what was one weight became three
+        copy.fuse_projections()  # the fused weight was copied as three
     return copy
 
 
 def with_fp32_fallback(
     name: str,
     network: Network,
-    run: Callable[[Network], Made],
-    tensors: Callable[[Made], Iterable[Tensor]],
+    run: Callable[[Network], Output],
+    tensors: Callable[[Output], Iterable[Tensor]],
     upcast_parts: list[str],
-) -> Made:
-    """What `run` makes with the network; where its tensors are not finite, what it makes with a float32 copy of it.
+) -> Output:
+    """Run a network, and again in float32 if its output is not finite.
 
-    upcast_parts: gets the name of the part where it ran again. Raises MezzotintError where float32 does not help.
+    Args:
+        name: The network's name.
+        network: The network.
+        run: Computes the output with a network.
+        tensors: Returns the tensors of an output.
+        upcast_parts: Receives the name if the network ran in float32.
+
+    Raises:
+        MezzotintError: If the output is not finite in float32 either.
     """
-    made = run(network)
-    if finite(tensors(made)):
-        return made
+    output = run(network)
+    if all_finite(tensors(output)):
+        return output
     if _is_float32(network):
         raise MezzotintError(_sentence(name))
-    made = run(in_float32(network))
-    if not finite(tensors(made)):
+    output = run(copy_in_float32(network))
+    if not all_finite(tensors(output)):
         raise MezzotintError(_sentence(name))
     upcast_parts.append(name)
-    return made
+    return output
 
 
 def guard_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], upcast_parts: list[str]) -> Outputs:
-    """A denoiser's outputs, looked at after each call; from the first that is not finite on, a float32 UNet's.
+    """Return a denoiser's outputs, checked at each call; from the first one that is not finite on, in float32.
 
-    denoiser: makes one of a UNet. upcast_parts: gets "unet". Raises MezzotintError where float32 does not help.
+    Args:
+        unet: The network.
+        denoiser: Makes a denoiser of a UNet.
+        upcast_parts: Receives "unet" if it ran in float32.
+
+    Returns:
+        A function like `Denoiser.outputs`. It raises MezzotintError if its input is not finite, or its output is not in
+        float32 either.
     """
     current = denoiser(unet)
 
     def outputs(x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
         nonlocal current
         found = current.outputs(x, sigma, count)
-        if finite(found):
+        if all_finite(found):
             return found
-        if not finite([x]):
+        if not all_finite([x]):
             raise MezzotintError(
-                f"what the UNet was to denoise at sigma {sigma:.4g} has values that are not numbers (NaN or infinite); "
-                "the sampler made them, or the latents that were given"
+                f"the UNet's input at sigma {sigma:.4g} has values that are not finite (NaN or infinite); they come "
+                "from the sampler, or from the latents that were given"
             )
         if current.unet is unet and not _is_float32(unet):
-            current = denoiser(in_float32(unet))
+            current = denoiser(copy_in_float32(unet))
             found = current.outputs(x, sigma, count)
-            if finite(found):
+            if all_finite(found):
                 upcast_parts.append("unet")
                 return found
         raise MezzotintError(f"{_sentence('unet')} (at sigma {sigma:.4g})")
@@ -91,11 +106,15 @@ def guard_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], upcast_parts
 
 
 def require_finite(step: Step) -> Step:
-    """The step. Raises MezzotintError where the solver made something that is no number of what were numbers."""
-    if not finite([step.x, step.denoised]):
+    """Return the step.
+
+    Raises:
+        MezzotintError: If the solver made values that are not finite from the UNet's, which were.
+    """
+    if not all_finite([step.x, step.denoised]):
         raise MezzotintError(
-            f"step {step.index + 1} gave values that are not numbers (NaN or infinite), though the UNet's were; a "
-            "lower guidance_scale, another sampler or other sigmas may help"
+            f"step {step.index + 1} has values that are not finite (NaN or infinite), although the UNet's output is "
+            "finite; a lower guidance_scale, another sampler or other sigmas may help"
         )
     return step
 
@@ -106,6 +125,6 @@ def _is_float32(network: nn.Module) -> bool:
 
 def _sentence(name: str) -> str:
     return (
-        f"the {name} gave values that are not numbers (NaN or infinite), in float32 too; its weights are damaged, or "
-        "something given to it is (an embedding, a LoRA)"
+        f"the {name} returned values that are not finite (NaN or infinite), in float32 too; its weights are damaged, "
+        "or something that it is given is, such as an embedding or a LoRA"
     )

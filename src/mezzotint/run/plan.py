@@ -102,6 +102,11 @@ class RunPlan:
         return len(self.sigmas) - 1 + (self.second_pass.steps if self.second_pass else 0)
 
     @property
+    def last_pass(self) -> RunPlan:
+        """The plan of the last pass: hires-fix's second, or this one."""
+        return self.second_pass or self
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """Weight of each part of the prompt; one of 1.0 unless it is joined with AND."""
         return tuple(part.weight for part in self.positive.parts)

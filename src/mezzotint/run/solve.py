@@ -1,28 +1,45 @@
-"""The denoiser and the noise that a plan's solver is given."""
+"""Solve a run: the guided denoiser and the noise of a plan, and the solver that takes its steps."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 from mezzotint.denoiser import Denoiser, Timeline
 from mezzotint.diffusion.guidance import METHODS, Guided, Outputs
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
-from mezzotint.diffusion.solvers import Noise
+from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.models.unet import UNet
-from mezzotint.run.initial import Run, Start
-from mezzotint.run.nan_guard import guard_outputs
+from mezzotint.run.batches import Batch
+from mezzotint.run.initial import InitialLatents
+from mezzotint.run.nan_guard import guard_outputs, require_finite
 from mezzotint.run.plan import RunPlan
 
 
-def unet_outputs(run: Run, unet: UNet, conditions: list[Timeline], start: Start, split: bool) -> Outputs:
-    """Return the UNet's outputs under these conditions, each call looked at for values that are not finite.
+def solve(
+    batch: Batch, unet: UNet, conditions: list[Timeline], initial: InitialLatents, noise: SeededNoise, split: bool
+) -> Iterator[Step]:
+    """Return an iterator of the steps of one pass, from the initial latents to the last noise level.
 
     Args:
-        run: The batch; its `upcast_parts` gets "unet" if that had to run in float32.
+        batch: The batch; its `upcast_parts` receives "unet" if that had to run in float32.
         unet: The network.
-        conditions: Of `PromptEncoder.encode_batch`.
-        start: Where the run starts, with what an inpainting network is given.
+        conditions: The result of `PromptEncoder.encode_batch`.
+        initial: What the run starts from.
+        noise: The noise of the run.
         split: Whether the network is given one condition at a time.
     """
-    plan = run.plan
+    plan = batch.plan
+    denoise = initial.wrap(guide(plan, unet_outputs(batch, unet, conditions, initial, split)))
+    steps = SOLVERS[plan.sampler.solver](
+        denoise, initial.x, plan.sigmas, step_noise(batch, noise), **plan.solver_options
+    )
+    return _check_steps(plan, initial, steps)
+
+
+def unet_outputs(batch: Batch, unet: UNet, conditions: list[Timeline], initial: InitialLatents, split: bool) -> Outputs:
+    """Return the UNet's outputs under these conditions, guarded against values that are not finite."""
+    plan = batch.plan
 
     def denoiser(unet: UNet) -> Denoiser:
         return Denoiser(
@@ -32,11 +49,11 @@ def unet_outputs(run: Run, unet: UNet, conditions: list[Timeline], start: Start,
             conditions,
             plan.sampler.timestep,
             plan.sigmas,
-            start.inpaint_channels,
+            initial.inpaint_channels,
             split,
         )
 
-    return guard_outputs(unet, denoiser, run.upcast_parts)
+    return guard_outputs(unet, denoiser, batch.upcast_parts)
 
 
 def guide(plan: RunPlan, outputs: Outputs) -> Guided:
@@ -57,14 +74,22 @@ def guide(plan: RunPlan, outputs: Outputs) -> Guided:
     )
 
 
-def step_noise(run: Run, noise: SeededNoise) -> Noise:
+def step_noise(batch: Batch, noise: SeededNoise) -> Noise:
     """Return the noise of the solver's steps: the run's own stream, or a Brownian path.
 
-    The path is one of the whole list of levels, as in diffusers: it does not depend on where a run from a picture
+    The path spans the whole list of noise levels, as in diffusers: it does not depend on where a run from a picture
     begins.
     """
-    plan = run.plan
+    plan = batch.plan
     if plan.sampler.noise == "seeded":
         return noise
     midpoints = plan.sampler.noise == "brownian midpoints"
-    return BrownianNoise(run.seeds, noise.shape, plan.all_sigmas, noise.device, midpoints=midpoints)
+    return BrownianNoise(batch.seeds, noise.shape, plan.all_sigmas, noise.device, midpoints=midpoints)
+
+
+def _check_steps(plan: RunPlan, initial: InitialLatents, steps: Iterator[Step]) -> Iterator[Step]:
+    """Yield each step if it is finite, the last one with the original restored where it is kept."""
+    for step in steps:
+        if step.sigma == plan.sigmas[-1]:
+            step = replace(step, x=initial.restore(step.x, plan.final_scale(step.sigma)))
+        yield require_finite(step)

@@ -1,0 +1,176 @@
+"""Batches: which pictures are generated together, and which result each of them belongs to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mezzotint.images.init_image import InitImage
+from mezzotint.images.io import Picture
+from mezzotint.records.record import describe
+from mezzotint.request import Job, Request, Result
+from mezzotint.run.plan import RunPlan
+
+PlannedPicture = tuple[RunPlan, int]  # one picture: the plan of its request and its own seed
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures that are generated together; their plans differ only in prompts and seeds.
+
+    Attributes:
+        plans: The plan of each picture.
+        seeds: The seed of each picture.
+        latents: Starting noise of shape (pictures, C, h, w) if it is given instead of drawn.
+        init_images: What each picture starts from; empty for a run from noise. Tensors are latents (1, C, h, w).
+        upcast_parts: Receives the names of networks that had to run in float32.
+    """
+
+    plans: Sequence[RunPlan]
+    seeds: Sequence[int]
+    latents: Tensor | None = None
+    init_images: Sequence[InitImage | Tensor] = ()
+    upcast_parts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pictures: Sequence[PlannedPicture], latents: Tensor | None = None) -> Batch:
+        """Make a batch and open the picture that it starts from."""
+        init_image = pictures[0][0].init_image
+        plans, seeds = [plan for plan, _ in pictures], [seed for _, seed in pictures]
+        return cls(plans, seeds, latents, [init_image] * len(pictures) if init_image else ())
+
+    @property
+    def plan(self) -> RunPlan:
+        """The first plan, for everything that all of them share."""
+        return self.plans[0]
+
+    @property
+    def request(self) -> Request:
+        """The first plan's request."""
+        return self.plan.request
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The request and the seed of each picture."""
+        return [(plan.request, seed) for plan, seed in zip(self.plans, self.seeds, strict=True)]
+
+    @property
+    def opened_images(self) -> list[InitImage]:
+        """The init images that came from files, into which the results are put back."""
+        return [image for image in self.init_images if isinstance(image, InitImage)]
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Remarks for the user on each picture."""
+        images = distinct_images(self.opened_images)
+        return (*(notice for image in images for notice in image.notices), *self.plan.notices)
+
+
+def group_pictures(
+    plans: Sequence[RunPlan], batch_shape: Callable[[RunPlan], tuple[object, ...]]
+) -> list[list[PlannedPicture]]:
+    """Group the pictures of several plans into batches, in order.
+
+    A batch ends when it is full, or when the next plan differs in more than prompts and seed. Prompts of different
+    lengths do not share a batch: the padding would change the picture.
+
+    Args:
+        plans: The plans.
+        batch_shape: What the prompts of two plans must have in common, `PromptEncoder.batch_shape`.
+    """
+    groups: list[list[PlannedPicture]] = []
+    last: tuple[Any, ...] | None = None
+    for plan in plans:
+        r = plan.request
+        common = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
+        key = common, batch_shape(plan)
+        for seed in picture_seeds(r):
+            if key != last or len(groups[-1]) == r.batch:
+                groups.append([])
+            groups[-1].append((plan, seed))
+            last = key
+    return groups
+
+
+def picture_seeds(request: Request) -> list[int]:
+    """Return the seed of each picture of a resolved request."""
+    return [(request.seed or 0) + k for k in range(request.count)]
+
+
+def distinct_images(images: Sequence[InitImage]) -> list[InitImage]:
+    """Return each init image once, in order."""
+    return list({id(image): image for image in images}.values())
+
+
+def finish_pictures(
+    batch: Batch, images: Sequence[Image.Image], model_record: Callable[[RunPlan], Mapping[str, Any]]
+) -> list[Image.Image]:
+    """Put decoded pictures back into what they were drawn on, and attach their records.
+
+    Args:
+        batch: The batch.
+        images: Its decoded pictures.
+        model_record: Returns what the record of a plan's pictures says of the model.
+    """
+    opened = batch.opened_images
+    if opened:
+        images = [init_image.finish(image) for init_image, image in zip(opened, images, strict=True)]
+    finished: list[Image.Image] = [Picture.from_image(image) for image in images]  # whose save() keeps the record
+    for k, (plan, seed, image) in enumerate(zip(batch.plans, batch.seeds, finished, strict=True)):
+        record = describe(
+            plan.request,
+            seed,
+            model_record(plan),
+            batch.jobs,
+            k,
+            image=image,
+            float32=batch.upcast_parts,
+            latents=None if batch.latents is None else batch.latents[k],
+            inputs=opened[0].digests if opened else {},
+        )
+        image.info.update(record)
+    return finished
+
+
+def split_results(
+    plans: Sequence[RunPlan],
+    images: Sequence[Image.Image],
+    latents: Sequence[Tensor],
+    notices: Sequence[tuple[str, ...]],
+    timings: dict[str, float],
+) -> list[Result]:
+    """Split pictures into one Result for each plan.
+
+    Args:
+        plans: The plans, in the order of their pictures.
+        images: All pictures.
+        latents: The final latents of each picture, (C, h, w).
+        notices: The notices on each picture.
+        timings: Seconds by stage, of all of them.
+    """
+    results: list[Result] = []
+    first = 0
+    for request in (plan.request for plan in plans):
+        own = slice(first, first + request.count)
+        seeds = picture_seeds(request)
+        results.append(Result([*images[own]], torch.stack([*latents[own]]), seeds, request, timings, notices[first]))
+        first += request.count
+    return results
+
+
+def step_counter(on_step: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+    """Return a function to be called after each step, which passes (steps done, steps in all) to `on_step`."""
+    count = itertools.count(1)
+
+    def report() -> None:
+        done = next(count)
+        if on_step:
+            on_step(done, max(done, total))  # dpm_adaptive takes as many as it needs
+
+    return report
