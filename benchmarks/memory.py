@@ -122,14 +122,14 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
 
     said: dict[str, Any] = {}
     if memory is None:
-        peak = predict(Model.of(folder, device="cpu", dtype=dtype), request, placement)
+        estimate = predict(Model.of(folder, device="cpu", dtype=dtype), request, placement)
         foreseen = time.perf_counter() - last
         last = time.perf_counter()
         pipe = mezzotint.load(folder, device="cpu", dtype=dtype, placement=placement)
     else:
         made = plan(folder, memory, request, device="cpu", dtype=dtype)
-        foreseen, peak = time.perf_counter() - last, made.peak
-        said = {"placement": made.placement.changes(), "limit": made.limit, "slower": round(made.slower, 3)}
+        foreseen, estimate = time.perf_counter() - last, made.estimate
+        said = {"placement": made.placement.changes(), "limit": made.limit, "slower": round(made.slowdown, 3)}
         last = time.perf_counter()
         pipe = mezzotint.load(folder, device="cpu", dtype=dtype, memory=made)
     mark("load")
@@ -143,10 +143,10 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     mark("png")
     most = max(measured.values())
     return said | {
-        "predicted": peak.most,
+        "predicted": estimate.peak,
         "measured": most,
-        "predicted_over_measured": round(peak.most / most, 4),
-        "stages": {stage: [peak.stages.get(stage, 0), count] for stage, count in measured.items()},
+        "predicted_over_measured": round(estimate.peak / most, 4),
+        "stages": {stage: [estimate.stages.get(stage, 0), count] for stage, count in measured.items()},
         "seconds": seconds,
         "foreseen_s": round(foreseen, 3),
     }

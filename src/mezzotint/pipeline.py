@@ -28,8 +28,8 @@ from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import RequestError
 from mezzotint.images.io import from_pil, to_pil
-from mezzotint.memory.planner import Budget, Plan
-from mezzotint.memory.planner import plan as planned
+from mezzotint.memory.planner import Budget, MemoryPlan
+from mezzotint.memory.planner import plan as plan_memory
 from mezzotint.models.adapters import adapting
 from mezzotint.models.offload import OffloadedLayer, onload, weight_shape
 from mezzotint.models.unet import Condition, UNet
@@ -60,7 +60,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     placement: Placement | None = None,
-    memory: int | str | Plan | None = None,
+    memory: int | str | MemoryPlan | None = None,
     request: Request | Sequence[Request] | None = None,
     **options: Any,
 ) -> Pipeline:
@@ -87,8 +87,8 @@ def load(
     dtype = dtype_of(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
     budget = None
     if memory is not None:
-        plan = planned(path_or_id, memory, request, device=device, dtype=dtype, **options)
-        plan.keep()
+        plan = plan_memory(path_or_id, memory, request, device=device, dtype=dtype, **options)
+        plan.prepare()
         placement, budget = plan.placement, plan.budget
     placement = placement or Placement()
     parts = open_model(path_or_id or BUNDLED, device=device, dtype=dtype, placement=placement, **options)
@@ -228,7 +228,7 @@ class Pipeline:
         if latents is not None and latents.shape[:1] != (count,):
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {count}")
         if self._budget:
-            plans = [self._budget.fitted(plan, self._executor.effective_placement, count) for plan in plans]
+            plans = [self._budget.fit_batch(plan, self._executor.effective_placement, count) for plan in plans]
         groups = group_pictures(plans, self._prompts.batch_shape)
         report = step_counter(on_step, sum(group[0][0].steps for group in groups))
         images: list[Image.Image] = []

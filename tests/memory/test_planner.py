@@ -17,8 +17,8 @@ from mezzotint.explain.maps import explain
 from mezzotint.images.io import CHUNKS, read_metadata
 from mezzotint.memory import planner as memory
 from mezzotint.memory import system
-from mezzotint.memory.footprint import Model, Peak
-from mezzotint.memory.planner import Budget, Plan, plan
+from mezzotint.memory.footprint import MemoryEstimate, Model
+from mezzotint.memory.planner import Budget, MemoryPlan, plan
 from mezzotint.placement import Placement
 from mezzotint.records.record import read
 from mezzotint.request import Request
@@ -29,16 +29,17 @@ LARGE = Request(prompt="a lemon", width=1024, height=1024)
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The bundled one, in a process that takes 250 MiB without it."""
+    """The bundled model, in a process of 250 MiB with libraries of a fixed size, which the system may map or not."""
     monkeypatch.setattr(system, "resident", lambda: BASE)
+    monkeypatch.setattr(system, "mapped", lambda: 100 * 2**20)
     return Model.of(device="cpu")
 
 
 def test_with_room_nothing_is_done(model: Model) -> None:
     made = plan(model, "20GiB", LARGE)
-    assert made.placement == Placement() and not made.costs and not made.tight
-    assert made.slower == 0.0 and made.peak == made.fast
-    assert "nothing needs to be done" in made.table()
+    assert made.placement == Placement() and not made.costs and not made.returns_freed
+    assert made.slowdown == 0.0 and made.estimate == made.baseline
+    assert "no measures are needed" in made.table()
 
 
 def test_less_memory_is_never_faster_and_always_kept(model: Model) -> None:
@@ -46,48 +47,48 @@ def test_less_memory_is_never_faster_and_always_kept(model: Model) -> None:
     made = [plan(model, "20GiB", LARGE)]
     while True:
         try:
-            made.append(plan(model, int(made[-1].peak.most * memory.SAFETY) - 1, LARGE))
+            made.append(plan(model, int(made[-1].estimate.peak * memory.SAFETY) - 1, LARGE))
         except mezzotint.BudgetError as error:
             least = int(str(error).rpartition(" ")[2].removesuffix("MiB"))
             break
     assert len(made) > 4
-    assert all(one.peak.most * memory.SAFETY <= one.limit for one in made)
-    costs = [one.slower for one in made if "vae tiles" not in one.table() and one.placement.vae != "tiles"]
+    assert all(one.estimate.peak * memory.SAFETY <= one.limit for one in made)
+    costs = [one.slowdown for one in made if "tiles" not in one.table() and one.placement.vae != "tiles"]
     assert costs == sorted(costs)
-    assert plan(model, f"{least}MiB", LARGE).peak.most <= least * 2**20
+    assert plan(model, f"{least}MiB", LARGE).estimate.peak <= least * 2**20
     with pytest.raises(mezzotint.BudgetError, match=f"at least {least}MiB"):
         plan(model, f"{least - 1}MiB", LARGE)
 
 
 def test_exact_before_approximate(model: Model) -> None:
     """A byte below the least that exact placements need, one is chosen that is not exact."""
-    exact = min(memory.predict(model, LARGE, way, base=BASE).most for way in memory._ways(model, 0))
+    exact = min(memory.predict(model, LARGE, way, base=BASE).peak for way in memory._placements(model, 0))
     made = plan(model, int(exact * memory.SAFETY) + 1, LARGE)
     assert made.placement.vae != "tiles" and made.placement.storage in (None, "float16")
     assert model.file_dtypes == {"float16"}, "so float16 loses nothing"
     less = plan(model, int(exact * memory.SAFETY) - 1, LARGE)
     assert less.placement.vae == "tiles" or less.placement.storage == "int8"
-    assert less.peak.most < exact
+    assert less.estimate.peak < exact
 
 
 def test_a_smaller_batch_comes_before_slower_measures(model: Model) -> None:
     request = LARGE.replace(count=4, batch=4)
     whole = plan(model, "40GiB", request)
-    made = plan(model, int(whole.peak.most * 0.6), request)
+    made = plan(model, int(whole.estimate.peak * 0.6), request)
     assert made.request.batch in (1, 2) and made.placement == Placement()
     assert "batch" in made.costs and f"{made.request.batch} at a time" in made.table()
-    several = plan(model, int(whole.peak.most * 0.6), [request, LARGE])
+    several = plan(model, int(whole.estimate.peak * 0.6), [request, LARGE])
     assert [r.batch for r in several.requests] == [4, 1], "of several, whose batches they share, none is changed"
 
 
 def test_the_table_says_everything(model: Model) -> None:
-    limit = int(plan(model, "40GiB", LARGE).peak.most * 0.85)
+    limit = int(plan(model, "40GiB", LARGE).estimate.peak * 0.85)
     made = plan(model, limit, LARGE)
     assert made.placement.changes()
     text = made.table()
     for stage in ("load", "encode", "step", "decode", "png"):
         assert f"\n{stage}" in text
-    assert f"of {memory.size(limit)}" in text and set(made.costs) == set(made.placement.changes())
+    assert f"of {memory.format_size(limit)}" in text and set(made.costs) == set(made.placement.changes())
     record = made.to_dict()
     assert json.loads(json.dumps(record)) == record
     assert record["peak"] == max(record["stages"].values()) and record["memory"] == limit
@@ -98,11 +99,11 @@ def test_freed_memory_goes_back_only_where_it_must(model: Model, monkeypatch: py
     called: list[int] = []
     monkeypatch.setattr(system, "return_freed", lambda: called.append(1))
     made = plan(model, "20GiB", LARGE)
-    made.keep()
+    made.prepare()
     assert not called
-    tight = Plan(**{**vars(made), "limit": made.peak.most + 1})
-    tight.keep()
-    assert called and tight.tight and "goes back" in tight.table()
+    tight = MemoryPlan(**{**vars(made), "limit": made.estimate.peak + 1})
+    tight.prepare()
+    assert called and tight.returns_freed and "returns to the system" in tight.table()
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "4 gigs", "10EiB", "lots", "", "99999999GiB", "9" * 400, 0, -5])
@@ -113,7 +114,7 @@ def test_what_is_no_budget(size: str | int) -> None:
 
 def test_auto_is_what_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "available", lambda: 2**30)
-    assert plan(model, "auto").limit == int(BASE + memory.AUTO * 2**30)
+    assert plan(model, "auto").limit == int(BASE + memory.AUTO_SHARE * 2**30)
     monkeypatch.setattr(system, "available", lambda: None)
     with pytest.raises(mezzotint.BudgetError, match="not known"):
         plan(model, "auto")
@@ -128,11 +129,11 @@ def test_a_plan_is_itself(model: Model) -> None:
 def test_a_pipeline_keeps_its_budget() -> None:
     pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
     assert isinstance(pipe._budget, Budget)
-    with pytest.raises(mezzotint.BudgetError, match="this request takes"):
+    with pytest.raises(mezzotint.BudgetError, match="this request needs"):
         pipe.generate(Request(prompt="a", width=2048, height=2048))
     larger = Request(prompt="a", width=640, height=640)
     pipe._budget.check(larger, pipe.placement)
-    with mezzotint.attention.backend("math"), pytest.raises(mezzotint.BudgetError, match="this request takes"):
+    with mezzotint.attention.backend("math"), pytest.raises(mezzotint.BudgetError, match="this request needs"):
         pipe.generate(larger)
     assert pipe("a lemon", steps=1, seed=1).size == (128, 128)
 
@@ -141,24 +142,24 @@ def test_a_batch_is_made_smaller_where_that_makes_it_fit(model: Model) -> None:
     """As the plan does, so that what was planned for is drawn: of one request, and of several that share a batch."""
     run = model.plan(LARGE.replace(count=4, batch=4))
     request = run.request
-    made = plan(model, int(plan(model, "40GiB", request).peak.most * 0.6), request)
+    made = plan(model, int(plan(model, "40GiB", request).estimate.peak * 0.6), request)
     budget, way, smaller = made.budget, made.placement, made.request.batch
     assert smaller in (1, 2)
-    assert budget.fitted(run, way, 4).request.batch == smaller
+    assert budget.fit_batch(run, way, 4).request.batch == smaller
     one = run.with_batch(4, 1)
-    assert budget.fitted(one, way, 4).request.batch == smaller, "its neighbours fill the batch"
-    assert budget.fitted(one, way, 1) is one, "nobody else is in it"
-    with pytest.raises(mezzotint.BudgetError, match="this request takes"):
-        budget.fitted(model.plan(request.replace(width=4096, height=4096)), way, 4)
+    assert budget.fit_batch(one, way, 4).request.batch == smaller, "its neighbours fill the batch"
+    assert budget.fit_batch(one, way, 1) is one, "nobody else is in it"
+    with pytest.raises(mezzotint.BudgetError, match="this request needs"):
+        budget.fit_batch(model.plan(request.replace(width=4096, height=4096)), way, 4)
 
 
 def test_requests_that_share_a_batch_are_planned_together(model: Model) -> None:
     together = LARGE.replace(count=8, batch=8)
     alone = plan(model, "90GiB", LARGE.replace(batch=8))
-    assert plan(model, "90GiB", [LARGE.replace(batch=8, seed=k) for k in range(8)]).peak == (
-        plan(model, "90GiB", together).peak
+    assert plan(model, "90GiB", [LARGE.replace(batch=8, seed=k) for k in range(8)]).estimate == (
+        plan(model, "90GiB", together).estimate
     )
-    assert plan(model, "90GiB", together).peak.most > alone.peak.most
+    assert plan(model, "90GiB", together).estimate.peak > alone.estimate.peak
 
 
 def test_placement_and_memory_are_one_or_the_other() -> None:
@@ -167,7 +168,7 @@ def test_placement_and_memory_are_one_or_the_other() -> None:
 
 
 def test_the_peak_is_of_the_largest_stage() -> None:
-    assert Peak({"load": 3, "step": 5, "png": 1}).most == 5
+    assert MemoryEstimate({"load": 3, "step": 5, "png": 1}).peak == 5
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_generate_and_bulk_say_it_before_they_load(said, tmp_path: Path) -> None
     first = next(path for path in sorted((tmp_path / "out").glob("*.png")))
     first.unlink()
     code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
-    assert code == 2 and "leave out memory, to go on as it was begun" in err
+    assert code == 2 and "leave out --memory" in err
     code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--device", "cpu")
     record = read(read_metadata(first, CHUNKS))
     assert code == 0 and record is not None and record.model.placement.guidance == "split"
@@ -232,14 +233,14 @@ def test_loras_count(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """As they are in the file, and in float32; what is no pair of factors is made whole as it is used."""
     monkeypatch.setattr(system, "mapped", lambda: 100 * 2**20)
     plain = LARGE.replace(loras=())
-    peak = memory.predict(model, plain, base=BASE).most
+    peak = memory.predict(model, plain, base=BASE).peak
     tensors = {"lora_unet_x.lora_down.weight": torch.zeros(4, 1000, dtype=torch.float16)}
     save_file(tensors, tmp_path / "pair.safetensors")
     one = LARGE.replace(loras=((str(tmp_path / "pair.safetensors"), 1.0),))
-    assert memory.predict(model, one, base=BASE).most == peak + 4000 * (2 + 4)
+    assert memory.predict(model, one, base=BASE).peak == peak + 4000 * (2 + 4)
     save_file({"lora_unet_x.hada_w1_a": torch.zeros(4, 1000)}, tmp_path / "pair.safetensors")
     largest = max(w.largest for w in model.weights.values())
-    assert memory.predict(model, one, base=BASE).most == peak + 4000 * 4 + 12 * largest
+    assert memory.predict(model, one, base=BASE).peak == peak + 4000 * 4 + 12 * largest
 
 
 def test_maps_of_an_explanation_count() -> None:

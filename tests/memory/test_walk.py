@@ -16,7 +16,7 @@ from live_bytes import live_bytes
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.memory import walk
-from mezzotint.memory.walk import Moment, Working, vae_peak, walk_text_encoder, walk_unet, walk_vae
+from mezzotint.memory.walk import Moment, Workspace, vae_peak, walk_text_encoder, walk_unet, walk_vae
 from mezzotint.models import tiles, vae_modes
 from mezzotint.models.attention import backend
 from mezzotint.models.clip import CLIPTextModel
@@ -87,9 +87,9 @@ def test_peaks_are_those_of_fresh_processes() -> None:
     unet, vae = UNetConfig.model_validate(UNET), VAEConfig.model_validate(VAE_SHAPE)
     step = walk_unet(unet, 32, 32, 77)
     predicted = {
-        "unet 2 auto": step.peak(Working(), 2),
-        "unet 1 math": step.peak(Working(attention="math")),
-        "vae whole": vae_peak(vae, 1, 192, 192, "decode", "whole", Working()),
+        "unet 2 auto": step.peak(Workspace(), 2),
+        "unet 1 math": step.peak(Workspace(attention="math")),
+        "vae whole": vae_peak(vae, 1, 192, 192, "decode", "whole", Workspace()),
     }
     for name, peak in predicted.items():
         assert 0.97 * measured[name] - 1.5e6 < peak < 1.10 * measured[name] + 1.5e6, (name, peak, measured)
@@ -100,7 +100,7 @@ def live(run: Callable[[], object]) -> int:
     return live_bytes(run)[1]
 
 
-TENSORS = Working(relays=False)  # oneDNN's copies of weights are no tensors
+TENSORS = Workspace(copies_conv_weights=False)  # oneDNN's copies of weights are no tensors
 
 
 @pytest.mark.parametrize("name", ["sdpa", "math", "sliced:64KiB"])
@@ -114,7 +114,7 @@ def test_a_step_holds_what_the_walk_says(name: str, batch: int) -> None:
     given, times = network.keys_values(condition), network.time_projections(1.0, condition)
     with backend(name):
         held = live(lambda: network(x, 1.0, condition, keys_values=given, time_projections=times))
-    predicted = walk_unet(config, 32, 24, 77).peak(Working(relays=False, attention=name), batch)
+    predicted = walk_unet(config, 32, 24, 77).peak(Workspace(copies_conv_weights=False, attention=name), batch)
     assert predicted == pytest.approx(held, rel=0.03)
 
 
@@ -162,10 +162,10 @@ def test_the_vae_holds_what_the_walk_says(changes: dict[str, object], monkeypatc
 def test_the_strips_between_need_no_more(mode: vae_modes.VAEMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk that takes every strip and tile finds the same peak."""
     config = VAEConfig.model_validate(VAE_SHAPE | {"block_out_channels": (32, 32, 64, 64)})
-    few = {half: vae_peak(config, 2, 512, 768, half, mode, Working()) for half in ("decode", "encode")}
+    few = {half: vae_peak(config, 2, 512, 768, half, mode, Workspace()) for half in ("decode", "encode")}
     monkeypatch.setattr(walk._FewStrips, "each", lambda self, pieces: pieces)
     walk_vae.cache_clear()
-    assert few == {half: vae_peak(config, 2, 512, 768, half, mode, Working()) for half in few}
+    assert few == {half: vae_peak(config, 2, 512, 768, half, mode, Workspace()) for half in few}
     walk_vae.cache_clear()
 
 
@@ -176,7 +176,7 @@ def test_keys_and_values_are_the_networks() -> None:
     assert walk.keys_values_numel(config, 77) == sum(k.numel() + v.numel() for k, v in made)
 
 
-def test_work_is_torchs_count() -> None:
+def test_macs_are_torchs_count() -> None:
     """Multiplications, within 2 %: torch counts two operations for each."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -190,33 +190,33 @@ def test_work_is_torchs_count() -> None:
     condition = Condition(torch.zeros(2, 77, 64))
     given = network.keys_values(condition)
     step = count(lambda: network(torch.zeros(2, 4, 16, 16), 1.0, condition, keys_values=given))
-    assert 2 * walk_unet(config, 16, 16, 77).work == pytest.approx(step, rel=0.02)
+    assert 2 * walk_unet(config, 16, 16, 77).macs == pytest.approx(step, rel=0.02)
     vae = VAE(VAEConfig.model_validate(VAE_SHAPE))
     z, pixels = torch.zeros(1, 4, 16, 16), torch.zeros(1, 3, 32, 32)
-    assert walk_vae(vae.config, 32, 32, "decode").work == pytest.approx(count(lambda: vae.decode(z)), rel=0.02)
-    assert walk_vae(vae.config, 32, 32, "encode").work == pytest.approx(count(lambda: vae.encode(pixels)), rel=0.02)
+    assert walk_vae(vae.config, 32, 32, "decode").macs == pytest.approx(count(lambda: vae.decode(z)), rel=0.02)
+    assert walk_vae(vae.config, 32, 32, "encode").macs == pytest.approx(count(lambda: vae.encode(pixels)), rel=0.02)
 
 
 def test_placement_of_weights_and_attention_count() -> None:
     step = walk_unet(UNetConfig.model_validate(UNET), 8, 8, 77)
 
     def peak(**fields: Any) -> int:
-        return step.peak(Working(**fields), 2)
+        return step.peak(Workspace(**fields), 2)
 
     largest = 256 * 128 * 9 * 4  # of the first resnet on the way up
-    assert peak(makes=True, buffer=1000) - peak() == largest + 1000
-    assert peak() - peak(relays=False) > 0.6 * largest
-    assert peak(itemsize=4, unfolds=True) > peak(relays=False)
-    assert Working(attention="math").scores(8, 64, 77) == 2 * 8 * 64 * 77 * 4
-    assert Working(attention="sliced:1KiB").scores(8, 64, 77) < Working(attention="math").scores(8, 64, 77)
+    assert peak(materializes_weights=True, buffer=1000) - peak() == largest + 1000
+    assert peak() - peak(copies_conv_weights=False) > 0.6 * largest
+    assert peak(itemsize=4, unfolds_conv_inputs=True) > peak(copies_conv_weights=False)
+    assert Workspace(attention="math").scores(8, 64, 77) == 2 * 8 * 64 * 77 * 4
+    assert Workspace(attention="sliced:1KiB").scores(8, 64, 77) < Workspace(attention="math").scores(8, 64, 77)
 
 
 def test_a_moment_counts_what_exists() -> None:
-    moment = Moment(tensors=10, weights=100, relaid=1000, unfolded=10**4, scores=(1, 2, 3))
-    assert moment.bytes(Working(), 2) == 20 + 1000
-    assert moment.bytes(Working(makes=True, buffer=1), 2) == 20 + 101 + 1000
-    assert moment.bytes(Working(unfolds=True), 2) == 20 + 2 * 10**4
-    assert moment.bytes(Working(relays=False, attention="math"), 2) == 20 + 2 * 2 * 2 * 3 * 4
+    moment = Moment(tensors=10, weights=100, conv_weight=1000, unfolded=10**4, scores=(1, 2, 3))
+    assert moment.bytes(Workspace(), 2) == 20 + 1000
+    assert moment.bytes(Workspace(materializes_weights=True, buffer=1), 2) == 20 + 101 + 1000
+    assert moment.bytes(Workspace(unfolds_conv_inputs=True), 2) == 20 + 2 * 10**4
+    assert moment.bytes(Workspace(copies_conv_weights=False, attention="math"), 2) == 20 + 2 * 2 * 2 * 3 * 4
 
 
 def test_a_walk_imports_no_compiler() -> None:

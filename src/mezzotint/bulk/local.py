@@ -31,7 +31,7 @@ from mezzotint.request import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mezzotint.memory.planner import Plan as MemoryPlan
+    from mezzotint.memory.planner import MemoryPlan
     from mezzotint.pipeline import Pipeline
 
 GPU_BATCH = 4  # pictures in a batch on a GPU if a row does not set it

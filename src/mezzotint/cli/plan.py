@@ -49,9 +49,9 @@ def plan(
 
     check_memory(memory)
     request = Request(prompt="", **fields_of(options))
-    from mezzotint.memory.planner import plan as planned
+    from mezzotint.memory.planner import plan as plan_memory
 
-    made = planned(model, memory, request, device=device, dtype=dtype)
+    made = plan_memory(model, memory, request, device=device, dtype=dtype)
     if as_json:
         print_json(made.to_dict())
     else:

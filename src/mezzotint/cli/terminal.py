@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mezzotint.placement import bytes_of
+from mezzotint.placement import parse_size
 
 if TYPE_CHECKING:
-    from mezzotint.memory.planner import Plan
+    from mezzotint.memory.planner import MemoryPlan
     from mezzotint.pipeline import OnStep, Pipeline
     from mezzotint.request import Request
 
@@ -53,12 +53,12 @@ def check_memory(memory: str | None) -> None:
         BudgetError: If it is not a size.
     """
     if memory is not None and memory != "auto":
-        bytes_of(memory)
+        parse_size(memory)
 
 
 def fitted(
     model: str | None, memory: str | None, request: Request | Sequence[Request], device: str | None, dtype: str | None
-) -> Plan | None:
+) -> MemoryPlan | None:
     """Return the plan for a memory budget and print it; None without a budget."""
     if memory is None:
         return None

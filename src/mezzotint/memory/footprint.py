@@ -1,21 +1,22 @@
-"""How much memory a request takes, from shapes alone.
+"""Predict how much memory a request needs, from shapes alone.
 
-    predict(model, request, placement)   ->  Peak: bytes at most in each stage of a run
+    predict(model, request, placement)   ->  MemoryEstimate: the peak of each stage of a run, in bytes
 
-`model` is a `Model`: what the files' headers and configs say. No weight is read, no tensor made, no network run.
+`model` is a `Model`, which is read from the headers of the files and the configs. No weight is read and no network
+runs with data.
 
-A stage's peak is the sum of
+The peak of a stage is the sum of
 
-    what the process takes before the model is opened (its RSS now; on a GPU nothing: there only torch's own memory is
-    counted) and LIBRARIES, what torch's libraries take when they first compute
-    the tokenizers, TOKEN bytes a token of their vocabulary
-    the weights that are there in this stage: numbers times bytes of what they are kept as (placement.storage), and 4
-    bytes a row for the scales of 8-bit ones
+    what the process uses before the model is opened (on the CPU its RSS at that time; on a GPU nothing, since only
+    torch's own memory is counted there), and what torch's libraries use when they first compute (LIBRARY_MEMORY)
+    the tokenizers: TOKENIZER_BYTES_PER_TOKEN for each token of their vocabularies
+    the weights that are in memory in this stage, in the dtype they are stored in (Placement.storage), and 4 bytes a
+    row for the scales of 8-bit formats
     the request's LoRA files
-    what the stage holds while it works (walk.py: each tensor from when it is made until nothing refers to it)
+    the tensors that exist while the stage runs (walk.py)
 
-The constants are of torch's CPU build and of the tokenizers, measured once, and the same for every model, size and
-placement. On the CPU freed memory must go back to the system for the sum to be right: `system.return_freed`.
+The constants belong to torch's CPU build and to the tokenizers. They were measured once and are the same for every
+model, size and placement. On the CPU the sum is right if freed memory returns to the system: `system.return_freed`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.memory import system, walk
-from mezzotint.memory.walk import Working
+from mezzotint.memory.walk import Workspace
 from mezzotint.models.tiles import Half
 from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.request import Request
@@ -43,21 +44,28 @@ from mezzotint.weights.checkpoint import look_through
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_plan import Part
-from mezzotint.weights.model_plan import Plan as Found
+from mezzotint.weights.model_plan import Plan as ModelFiles
 
-LIBRARIES = {"cpu": 0.42, "cuda": 40 * 2**20}  # share of what is mapped of them on import; bytes, mostly cuBLAS' own
-MAPPED = 90 * 10**6  # bytes of libraries in memory after the import, where the system does not say
-TOKEN = 650  # bytes of a tokenizer for each token that it knows
-PIECE = 2 * 2**22  # bytes in which a weight comes out of its file, as they are there and as they shall be
-KEPT_AS = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}  # bytes of a number
-MADE_WHOLE = ("hada_", "lokr_", "dora_scale", "magnitude", ".diff")  # in names of what is no plain pair of factors
-MOVED = 20  # multiplications in the time of one byte, read from the page cache or written to fresh memory
+# On the CPU a share of the bytes of libraries that are mapped after the import; on CUDA bytes, mostly cuBLAS's.
+LIBRARY_MEMORY = {"cpu": 0.42, "cuda": 40 * 2**20}
+DEFAULT_MAPPED_BYTES = 90 * 10**6  # bytes of mapped libraries where the system does not tell
+TOKENIZER_BYTES_PER_TOKEN = 650
+READ_BUFFER_BYTES = 2 * 2**22  # a piece of a weight as it is in its file, and converted
+STORAGE_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}
+FULL_SIZE_KEYS = ("hada_", "lokr_", "dora_scale", "magnitude", ".diff")  # of adapters that are not a pair of factors
+MACS_PER_BYTE = 20  # multiply-accumulates in the time of one byte, read from the page cache or written to new memory
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers in the weights of a network: of those that a placement may keep elsewhere, their rows, and the others;
-    the largest; bytes in the files.
+    """Sizes of a network's weights.
+
+    Attributes:
+        large: Elements of the weights that can be offloaded.
+        rows: Rows of those.
+        small: Elements of the other weights.
+        largest: Elements of the largest weight.
+        stored: Bytes in the files.
     """
 
     large: int = 0
@@ -68,7 +76,7 @@ class Weights:
 
     @classmethod
     def of(cls, part: Part, begins: str = "") -> Weights:
-        """Those of a part whose names begin so, from the files' tables of contents."""
+        """Count the weights of a part whose names start with `begins`, from the headers of the files."""
         large = rows = small = largest = stored = 0
         for name, source in part.sources.items():
             if not name.startswith(begins):
@@ -83,19 +91,25 @@ class Weights:
                 small += numbers
         return cls(large, rows, small, largest, stored)
 
-    def kept(self, storage: str | None, itemsize: int) -> int:
-        """Bytes of the large ones."""
+    def stored_bytes(self, storage: str | None, itemsize: int) -> int:
+        """Return the bytes of the large weights in a storage format; None: with `itemsize` bytes an element."""
         if storage is None:
             return self.large * itemsize
-        each = KEPT_AS[storage]
+        each = STORAGE_ITEMSIZE[storage]
         return self.large * each + (4 * self.rows if each == 1 else 0)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the configs and headers of its files describe it, to run on `device` in `dtype`."""
+    """A model as its configs and the headers of its files describe it.
 
-    found: Found
+    Attributes:
+        found: Its files.
+        device: The device that it will run on.
+        dtype: The dtype that it will compute in.
+    """
+
+    found: ModelFiles
     device: torch.device
     dtype: torch.dtype
 
@@ -108,7 +122,12 @@ class Model:
         dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Model:
-        """The arguments of `mezzotint.load`. Raises CheckpointError, RequestError."""
+        """Describe a model; the arguments are those of `mezzotint.load`.
+
+        Raises:
+            CheckpointError: If the files are not a model.
+            RequestError: If the device or dtype is not available.
+        """
         place = device_of(device or best_device())
         kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.bfloat16
         return cls(look_through(path_or_id or BUNDLED, **options), place, kind)
@@ -118,7 +137,7 @@ class Model:
 
     @cached_property
     def weights(self) -> dict[str, Weights]:
-        """Of "text" (all encoders), "unet", "encoder" and "decoder" of the VAE."""
+        """Sizes of "text" (all text encoders), "unet", and the VAE's "encoder" and "decoder"."""
         parts = {part.name: part for part in self.found.parts}
         texts = [Weights.of(part) for name, part in parts.items() if name.startswith("text_encoder")]
         return {
@@ -136,7 +155,7 @@ class Model:
 
     @cached_property
     def file_dtypes(self) -> set[str]:
-        """What the files keep most of each network as."""
+        """The dtypes that most weights of each network have in the files."""
         return {str(part.natural_dtype()).removeprefix("torch.") for part in self.found.parts}
 
     @property
@@ -160,26 +179,33 @@ class Model:
         return ModelInfo.of(self.found, self.unet, self.vae, self.device.type)
 
     def plan(self, request: Request) -> RunPlan:
-        """Plan the run of a request, from configurations alone. Raises RequestError where it does not fit the model."""
+        """Plan the run of a request, from configurations alone.
+
+        Raises:
+            RequestError: If the request does not fit the model.
+        """
         return plan_run(self.info, request)
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Bytes at most in each stage: load, encode (words), image (a picture that is drawn on), step, decode, png.
+class MemoryEstimate:
+    """The predicted memory of a run, in bytes.
 
-    working: of them, bytes that a stage holds only while it works. work: multiplications; moved: bytes of weights read
-    again or made anew, beyond what the fast way does.
+    Attributes:
+        stages: The peak of each stage: load, encode (the prompts), image (of an initial image), step, decode, png.
+        workspace: The part of it that a stage needs only while it runs, at most.
+        macs: Multiply-accumulates of the run.
+        bytes_moved: Bytes of weights that are read or converted again, which the default placement does not do.
     """
 
     stages: Mapping[str, int]
-    working: int = 0
-    work: int = 0
-    moved: int = 0
+    workspace: int = 0
+    macs: int = 0
+    bytes_moved: int = 0
 
     @property
-    def most(self) -> int:
-        """Of the whole run."""
+    def peak(self) -> int:
+        """The peak of the whole run."""
         return max(self.stages.values())
 
 
@@ -189,18 +215,27 @@ def predict(
     placement: Placement = Placement(),  # noqa: B008  # frozen
     *,
     base: int | None = None,
-) -> Peak:
-    """The peak of opening the model and drawing the request. base: bytes that the process takes without the model; its
-    RSS now, unless said.
+) -> MemoryEstimate:
+    """Predict the peak of loading the model and drawing a request.
 
-    Raises RequestError where the request does not fit the model.
+    Args:
+        model: The model.
+        request: A request, or its planned run.
+        placement: How the model is run.
+        base: Bytes that the process uses before the model is loaded; None: its RSS now on the CPU, 0 elsewhere.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        RequestError: If the request does not fit the model.
     """
     plan = request if isinstance(request, RunPlan) else model.plan(request)
-    return _Run(model, plan, placement, base).peak()
+    return _Run(model, plan, placement, base).estimate()
 
 
 class _Run:
-    """One request, resolved, under one placement."""
+    """Predict one planned run with one placement."""
 
     def __init__(self, model: Model, plan: RunPlan, placement: Placement, base: int | None) -> None:
         self.model, self.plan, self.request, self.placement = model, plan, plan.request, placement
@@ -210,27 +245,27 @@ class _Run:
         self.storage = None if own == str(model.dtype).removeprefix("torch.") else own
         self.base = (system.resident() if self.cpu else 0) if base is None else base
         self.offloaded = placement.weights != "resident" or self.storage is not None
-        self.working = Working(
+        self.workspace = Workspace(
             itemsize=self.itemsize,
-            relays=self.cpu,
-            unfolds=self.cpu and not _convolves(model.dtype),
-            makes=placement.weights == "stream" or self.storage is not None,
-            buffer=PIECE if placement.weights == "stream" else 0,
+            copies_conv_weights=self.cpu,
+            unfolds_conv_inputs=self.cpu and not _has_convolution(model.dtype),
+            materializes_weights=placement.weights == "stream" or self.storage is not None,
+            buffer=READ_BUFFER_BYTES if placement.weights == "stream" else 0,
             attention=placement.attention,
         )
-        self.always = self.base
+        self.constant = self.base
         if self.cpu:
-            self.always += TOKEN * sum(config.vocab_size for config in model.encoders)
-        self.always += sum(w.small for w in model.weights.values()) * self.itemsize + self.adapters()
+            self.constant += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in model.encoders)
+        self.constant += sum(w.small for w in model.weights.values()) * self.itemsize + self.lora_bytes()
         if placement.weights == "resident":
-            self.always += sum(self.kept(name) for name in model.weights)
-        self.loaded = self.always
-        libraries = LIBRARIES.get(model.device.type, 0)
-        self.always += int(libraries * (system.mapped() or MAPPED)) if self.cpu else int(libraries)
-        self.work = self.moved = self.most = 0
+            self.constant += sum(self.weight_bytes(name) for name in model.weights)
+        self.loaded = self.constant
+        libraries = LIBRARY_MEMORY.get(model.device.type, 0)
+        self.constant += int(libraries * (system.mapped() or DEFAULT_MAPPED_BYTES)) if self.cpu else int(libraries)
+        self.macs = self.bytes_moved = self.workspace_peak = 0
 
-    def peak(self) -> Peak:
-        """All stages; with hires both passes."""
+    def estimate(self) -> MemoryEstimate:
+        """Estimate all stages, with hires those of both passes."""
         first, stages = self.plan, {"load": self.load(), "encode": self.encode()}
         passes = [first, *([first.second_pass] if first.second_pass else [])]
         for plan in passes:
@@ -240,12 +275,13 @@ class _Run:
                 stages["image"] = max(stages.get("image", 0), self.vae(one, 1, "encode"))
             stages["step"] = max(stages.get("step", 0), self.step(plan, pictures))
             stages["decode"] = max(stages.get("decode", 0), self.vae(one, pictures, "decode"))
-        stages["png"] = self.always + 4 * self.pixels(passes[-1].request) * 3
-        return Peak(stages, self.most, self.work, self.moved)
+        stages["png"] = self.constant + 4 * self.picture_bytes(passes[-1].request) * 3
+        return MemoryEstimate(stages, self.workspace_peak, self.macs, self.bytes_moved)
 
-    def adapters(self) -> int:
-        """Bytes of the request's LoRA files: as they are read, and in the dtype that they are added in; and of a change
-        that is made whole each time (any but a LoRA's and a LoCon's) three times the largest weight.
+    def lora_bytes(self) -> int:
+        """Return the bytes of the request's LoRA files, as they are and in the dtype that they are added in.
+
+        Adapters that are not a pair of factors are computed at full size: three times the largest weight more.
         """
         total, made = 0, 0
         for name, _ in self.plan.loras:
@@ -255,110 +291,112 @@ class _Run:
                 entries = TensorFile(path).entries
                 total += sum(e.count * (e.dtype.itemsize + (e.dtype != self.model.dtype) * self.itemsize)
                              for e in entries.values())  # fmt: skip
-                if any(word in key for key in entries for word in MADE_WHOLE):
+                if any(word in key for key in entries for word in FULL_SIZE_KEYS):
                     made = 3 * 4 * max(w.largest for w in self.model.weights.values())
         return total + made
 
-    def kept(self, name: str) -> int:
-        """Bytes of a network's large weights where they are kept."""
-        return self.model.weights[name].kept(self.storage, self.itemsize)
+    def weight_bytes(self, name: str) -> int:
+        """Return the bytes of a network's large weights as they are stored."""
+        return self.model.weights[name].stored_bytes(self.storage, self.itemsize)
 
-    def there(self, name: str) -> int:
-        """Bytes in a network's own stage beyond what is always there; and what bringing them costs."""
+    def onload_bytes(self, name: str) -> int:
+        """Return the bytes that are loaded for a network's own stage, and count that they are read."""
         weights = self.model.weights[name]
         if self.placement.weights == "offload":
-            self.moved += weights.stored
-            return self.kept(name)
+            self.bytes_moved += weights.stored
+            return self.weight_bytes(name)
         return 0
 
-    def uses(self, name: str, times: int) -> None:
-        """Notes that a network is used so often."""
-        if self.working.makes:
+    def count_calls(self, name: str, times: int) -> None:
+        """Count calls of a network, each of which may convert or read its weights."""
+        if self.workspace.materializes_weights:
             read = self.model.weights[name].stored if self.placement.weights == "stream" else 0
-            self.moved += times * (self.model.weights[name].large * self.itemsize + read)
+            self.bytes_moved += times * (self.model.weights[name].large * self.itemsize + read)
 
     def load(self) -> int:
-        """Weights one after another: at last all, and the largest while it is made what it is kept as."""
+        """Return the peak of loading: all weights that stay, and the largest one while it is converted."""
         largest = max(w.largest for w in self.model.weights.values())
         if self.placement.weights == "resident":
-            return self.loaded + (4 * largest if self.storage else PIECE)
-        return self.loaded + PIECE
+            return self.loaded + (4 * largest if self.storage else READ_BUFFER_BYTES)
+        return self.loaded + READ_BUFFER_BYTES
 
     def encode(self) -> int:
-        """The text encoders, on one window of one text at a time."""
+        """Return the peak of the text encoders, which take one window of one text at a time."""
         walks = [walk.walk_text_encoder(config, self.itemsize) for config in self.model.encoders]
-        windows = 2 * self.windows()
-        self.work += windows * sum(one.work for one in walks)
-        self.uses("text", windows)
-        there = self.there("text") + max(one.peak(self.working) for one in walks)
-        if self.placement.weights == "offload" and self.storage:  # the table of tokens comes first, and is large
-            there = max(there, self.model.weights["text"].largest * (4 + KEPT_AS[self.storage]))
-        return self.always + there
+        windows = 2 * self.count_windows()
+        self.macs += windows * sum(one.macs for one in walks)
+        self.count_calls("text", windows)
+        onloaded = self.onload_bytes("text") + max(one.peak(self.workspace) for one in walks)
+        if self.placement.weights == "offload" and self.storage:  # the token embeddings are converted first
+            onloaded = max(onloaded, self.model.weights["text"].largest * (4 + STORAGE_ITEMSIZE[self.storage]))
+        return self.constant + onloaded
 
     def step(self, plan: RunPlan, pictures: int) -> int:
-        """A step: the UNet, the run's keys and values, the latents of a multistep solver."""
-        tokens = self.model.encoders[0].max_position_embeddings * self.windows()
+        """Return the peak of a step: the UNet, the run's keys and values, the latents of a multistep solver."""
+        tokens = self.model.encoders[0].max_position_embeddings * self.count_windows()
         channels, height, width = plan.latent_shape
         conditions = self.plan.condition_count
         split = self.placement.guidance == "split"
         batch = pictures * (1 if split else conditions)
         step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize)
-        peak = step.peak(self.working, batch)
+        peak = step.peak(self.workspace, batch)
         groups = math.ceil(plan.request.count / pictures)
         calls = (len(plan.sigmas) - 1) * groups * (conditions if split else 1)
-        self.work += calls * batch * step.work
-        self.uses("unet", calls)
-        self.moved += self.model.weights["unet"].large * self.itemsize * (calls - calls // conditions if split else 0)
-        self.most = max(self.most, peak)
+        self.macs += calls * batch * step.macs
+        self.count_calls("unet", calls)
+        if split:
+            self.bytes_moved += self.model.weights["unet"].large * self.itemsize * (calls - calls // conditions)
+        self.workspace_peak = max(self.workspace_peak, peak)
         run = walk.keys_values_numel(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize
-        run *= self.variants()
+        run *= self.count_variants()
         run += 16 * pictures * channels * height * width * 4
-        merged = self.kept("unet") if plan.few_step and self.placement.weights == "resident" else 0
-        return self.always + self.there("unet") + merged + run + peak
+        merged = self.weight_bytes("unet") if plan.few_step and self.placement.weights == "resident" else 0
+        return self.constant + self.onload_bytes("unet") + merged + run + peak
 
     def vae(self, request: Request, pictures: int, half: Half) -> int:
-        """One half of the VAE, and the pictures that are done."""
+        """Return the peak of one half of the VAE, with the finished pictures."""
         name = "encoder" if half == "encode" else "decoder"
-        there = self.there(name)
+        onloaded = self.onload_bytes(name)
         height, width = request.height or 0, request.width or 0
         itemsize = self.model.info.vae_dtype(self.model.dtype).itemsize
         if itemsize != self.itemsize:
-            there += self.model.weights[name].large * 2 if not self.offloaded else 0
-        working = replace(self.working, itemsize=itemsize)
-        peak = walk.vae_peak(self.model.vae, pictures, height, width, half, self.placement.vae, working)
-        self.most = max(self.most, peak)
+            onloaded += self.model.weights[name].large * 2 if not self.offloaded else 0
+        workspace = replace(self.workspace, itemsize=itemsize)
+        peak = walk.vae_peak(self.model.vae, pictures, height, width, half, self.placement.vae, workspace)
+        self.workspace_peak = max(self.workspace_peak, peak)
         times = math.ceil(request.count / pictures) * pictures
-        work = times * walk.walk_vae(self.model.vae, height, width, half, itemsize=itemsize).work
-        self.work += work
+        work = times * walk.walk_vae(self.model.vae, height, width, half, itemsize=itemsize).macs
+        self.macs += work
         if self.placement.vae != "whole":
-            self.moved += work // MOVED // 5  # a fifth slower, as measured
-        self.uses(name, times if self.placement.vae != "whole" else times // pictures)
-        return self.always + there + peak + self.pixels(request) * (1 if half == "decode" else 0)
+            self.bytes_moved += work // MACS_PER_BYTE // 5  # a fifth slower, as measured
+        self.count_calls(name, times if self.placement.vae != "whole" else times // pictures)
+        return self.constant + onloaded + peak + self.picture_bytes(request) * (1 if half == "decode" else 0)
 
-    def pixels(self, request: Request) -> int:
-        """Bytes of the finished pictures."""
+    def picture_bytes(self, request: Request) -> int:
+        """Return the bytes of the finished pictures."""
         return (request.width or 0) * (request.height or 0) * 3 * request.count
 
-    def windows(self) -> int:
-        """Of tokens that the longer prompt takes."""
-        longest = max(_tokens(self.request.prompt), _tokens(self.request.negative_prompt or ""))
+    def count_windows(self) -> int:
+        """Return the number of windows of tokens that the longer prompt needs, at most."""
+        longest = max(_count_tokens(self.request.prompt), _count_tokens(self.request.negative_prompt or ""))
         return max(math.ceil(longest / (self.model.encoders[0].max_position_embeddings - 2)), 1)
 
-    def variants(self) -> int:
-        """How many things the prompts say in the course of the run, one after another: keys and values of all stay."""
+    def count_variants(self) -> int:
+        """Return how many variants of the prompts the run uses; keys and values of all of them stay in memory."""
         parts = [*self.plan.positive.parts, *self.plan.negative.parts]
         return len({tuple(part.at(step).text for part in parts) for step in range(self.plan.schedule_steps)})
 
 
-def _tokens(text: str) -> int:
-    """About how many a text has at the most: one for 3 letters, for a sign, for a byte of what is not ASCII."""
+def _count_tokens(text: str) -> int:
+    """Return about the most tokens of a text: one for 3 letters, for a sign, for a byte of what is not ASCII."""
     found = re.findall(r"[A-Za-z]{1,3}|[^A-Za-z\s]", text)
     return sum(1 if piece.isascii() else len(piece.encode()) for piece in found)
 
 
-def _convolves(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has convolutions in this dtype on this processor: in bfloat16 from AVX-512 on; of float16's, which
-    few have, it is not known.
+def _has_convolution(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN has convolutions in this dtype on this processor.
+
+    It has them in bfloat16 from AVX-512 on. In float16, which few processors have, torch does not tell.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     return dtype == torch.float32 or (dtype == torch.bfloat16 and capability.startswith("AVX512"))

@@ -1,11 +1,11 @@
-"""A byte budget, and what to do so that it is kept.
+"""Choose how to run a model so that it fits a memory budget.
 
-    plan("model", "4GiB", request)   ->  Plan: the cheapest Placement whose predicted peak fits, or BudgetError
-    mezzotint.load("model", memory="4GiB", request=request)   # which makes that plan, and keeps to it
+    plan("model", "4GiB", request)   ->  MemoryPlan: the fastest Placement whose predicted peak fits, or BudgetError
+    mezzotint.load("model", memory="4GiB", request=request)   # makes that plan, and keeps the budget
 
-Exact measures come before approximate ones, and of those that fit the one that costs least time. What a measure costs
-is estimated from counts: the multiplications of the run, and the bytes of weights that it reads again or makes anew,
-each of which takes as long as MOVED multiplications.
+Exact measures are tried before approximate ones, and of those that fit the one that takes the least time is chosen.
+Time is estimated from counts: the multiply-accumulates of the run, and the bytes of weights that a measure reads or
+converts again, each of which takes as long as MACS_PER_BYTE multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -21,56 +21,75 @@ import torch
 
 from mezzotint.errors import BudgetError, RequestError
 from mezzotint.memory import system
-from mezzotint.memory.footprint import MOVED, Model, Peak, predict
-from mezzotint.placement import Placement, bytes_of, size
+from mezzotint.memory.footprint import MACS_PER_BYTE, MemoryEstimate, Model, predict
+from mezzotint.placement import Placement, format_size, parse_size
 from mezzotint.request import MAX_COUNT, Request
 from mezzotint.run.plan import RunPlan
 
-SAFETY = 1.03  # what is predicted may be so much too low
-AUTO = 0.9  # of what is free
-HEAP = 2  # times what a stage works in, that glibc's heap may keep of it where nothing is done about it; measured 1.1
-STAGES = {  # of a Placement's fields: where they matter most
+SAFETY = 1.03  # the prediction may be 3 % too low
+AUTO_SHARE = 0.9  # of the free memory
+HEAP_FACTOR = 2  # times a stage's workspace, that glibc's heap may keep unless it returns freed memory; measured 1.1
+STAGES = {  # the stage that each field of a Placement affects most
     "weights": "load",
     "storage": "load",
     "attention": "step",
     "guidance": "step",
     "vae": "decode",
 }
-DONE = {
-    ("weights", "offload"): "each network read from its files when its turn comes",
-    ("weights", "stream"): "each layer's weights read from the files when it runs",
-    ("guidance", "split"): "the conditions one after another",
-    ("vae", "strips"): "the VAE layer by layer, in strips",
-    ("vae", "tiles"): "the VAE in overlapping tiles: approximate",
+DESCRIPTIONS = {
+    ("weights", "offload"): "each network is read from its files when it runs",
+    ("weights", "stream"): "each layer's weights are read from the files when it runs",
+    ("guidance", "split"): "one condition at a time",
+    ("vae", "strips"): "the VAE runs layer by layer in strips",
+    ("vae", "tiles"): "the VAE runs in overlapping tiles (approximate)",
 }
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pipeline that was loaded for a budget may take: `limit` bytes, of which `base` were there before it."""
+    """The memory that a pipeline may use.
+
+    Attributes:
+        model: The model of the pipeline.
+        limit: The budget in bytes.
+        base: Bytes of it that the process used before the model was loaded.
+    """
 
     model: Model
     limit: int
     base: int
 
     def spare(self, request: Request | RunPlan, placement: Placement) -> int:
-        """Bytes that are left beside drawing the request so; below 0 where it takes more."""
-        return int(self.limit - predict(self.model, request, placement, base=self.base).most * SAFETY)
+        """Return the bytes of the budget that drawing the request leaves; negative if it needs more."""
+        return int(self.limit - predict(self.model, request, placement, base=self.base).peak * SAFETY)
 
     def check(self, request: Request | RunPlan, placement: Placement) -> None:
-        """Raises BudgetError where drawing the request so would take more."""
-        peak = predict(self.model, request, placement, base=self.base)
-        if peak.most * SAFETY > self.limit:
-            stage = max(peak.stages, key=lambda name: peak.stages[name])
+        """Check that drawing the request fits the budget.
+
+        Raises:
+            BudgetError: If it does not.
+        """
+        estimate = predict(self.model, request, placement, base=self.base)
+        if estimate.peak * SAFETY > self.limit:
+            stage = max(estimate.stages, key=lambda name: estimate.stages[name])
             raise BudgetError(
-                f"this request takes {size(peak.most * SAFETY)} ({stage}), and the model was loaded for "
-                f"{size(self.limit)}; ask for less, or load it with memory for this request"
+                f"this request needs {format_size(estimate.peak * SAFETY)} ({stage}), but the model was loaded with a "
+                f"budget of {format_size(self.limit)}; make the request smaller, or load the model with more memory"
             )
 
-    def fitted(self, run: RunPlan, placement: Placement, pictures: int) -> RunPlan:
-        """Return the plan of a run with its batch halved until it fits; `pictures` like it may share one.
+    def fit_batch(self, run: RunPlan, placement: Placement, pictures: int) -> RunPlan:
+        """Halve the batch of a run until it fits the budget.
 
-        Raises BudgetError where one picture at a time takes more.
+        Args:
+            run: The planned run.
+            placement: The placement of the pipeline.
+            pictures: Number of pictures that may share a batch with this run's.
+
+        Returns:
+            The plan with a batch that fits.
+
+        Raises:
+            BudgetError: If one picture at a time does not fit.
         """
         request = run.request
         batch = request.batch or 1
@@ -79,212 +98,229 @@ class Budget:
         except BudgetError:
             if batch == 1:
                 raise
-            return self.fitted(run.with_batch(batch // 2), placement, pictures)
+            return self.fit_batch(run.with_batch(batch // 2), placement, pictures)
         return run
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is done so that `requests`, resolved, take no more than `limit` bytes, and what is then predicted.
+class MemoryPlan:
+    """A placement with which requests fit a budget, and the memory that they are predicted to need.
 
-    peak: of the one that takes most. fast: the same without any measure. costs: of each measure its share of the fast
-    way's time, in the placement's order.
+    Attributes:
+        model: The model.
+        requests: The requests, resolved, with the batch that was planned.
+        placement: The placement that was chosen.
+        estimate: The prediction for the request that needs the most memory.
+        baseline: The same without any measure.
+        limit: The budget in bytes.
+        base: Bytes that the process used before the model was loaded.
+        costs: For each measure the time that it adds, as a share of the baseline's.
     """
 
     model: Model
     requests: tuple[Request, ...]
     placement: Placement
-    peak: Peak
-    fast: Peak
+    estimate: MemoryEstimate
+    baseline: MemoryEstimate
     limit: int
     base: int
     costs: dict[str, float]
 
     @property
     def request(self) -> Request:
-        """The first one, with the batch that was planned."""
+        """The first request, with the batch that was planned."""
         return self.requests[0]
 
     @property
     def budget(self) -> Budget:
-        """For the pipeline to keep."""
+        """The budget that the pipeline keeps."""
         return Budget(self.model, self.limit, self.base)
 
     @property
-    def slower(self) -> float:
-        """How much longer than the fast way, as a share of it."""
-        return _cost(self.peak) / _cost(self.fast) - 1.0
+    def slowdown(self) -> float:
+        """The time that the measures add, as a share of the baseline's."""
+        return _cost(self.estimate) / _cost(self.baseline) - 1.0
 
     @property
     def heap(self) -> int:
-        """Bytes beyond the peak that glibc may keep of what was freed, unless it is made to return it."""
-        return HEAP * self.peak.working if self.model.device.type == "cpu" else 0
+        """Bytes beyond the peak that glibc may keep after they were freed, unless it is told to return them."""
+        return HEAP_FACTOR * self.estimate.workspace if self.model.device.type == "cpu" else 0
 
     @property
-    def tight(self) -> bool:
-        """Whether freed memory must go back to the system at once, which costs time, for the budget to be kept."""
-        return bool(self.heap) and self.peak.most * SAFETY + self.heap > self.limit
+    def returns_freed(self) -> bool:
+        """Whether freed memory must return to the system at once, which costs time, to keep the budget."""
+        return bool(self.heap) and self.estimate.peak * SAFETY + self.heap > self.limit
 
-    def keep(self) -> None:
-        """To be called before loading."""
-        if self.tight:
+    def prepare(self) -> None:
+        """Set up the process; call this before the model is loaded."""
+        if self.returns_freed:
             system.return_freed()
 
     def table(self) -> str:
-        """For a person: a line a stage, with what was done and what it costs in time; and the sum."""
-        rows = [("stage", "peak", "what is done", "time")]
-        said = {stage: list[tuple[str, float]]() for stage in self.peak.stages}
+        """Format the plan for people: the peak of each stage, the measures and what they cost, and the sum."""
+        rows = [("stage", "peak", "measures", "time")]
+        measures = {stage: list[tuple[str, float]]() for stage in self.estimate.stages}
         for name, cost in self.costs.items():
-            said[STAGES.get(name, "step")].append((self._done(name), cost))
-        for stage, count in self.peak.stages.items():
-            first, *more = said[stage] or [("", 0.0)]
-            rows.append((stage, size(count), first[0], _share(first[1]) if first[0] else ""))
-            rows += [("", "", done, _share(cost)) for done, cost in more]
+            measures[STAGES.get(name, "step")].append((self._describe(name), cost))
+        for stage, count in self.estimate.stages.items():
+            first, *more = measures[stage] or [("", 0.0)]
+            rows.append((stage, format_size(count), first[0], _percent(first[1]) if first[0] else ""))
+            rows += [("", "", measure, _percent(cost)) for measure, cost in more]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        total = f"peak {format_size(self.estimate.peak)} of {format_size(self.limit)}"
         lines.append(
-            f"at most {size(self.peak.most)} of {size(self.limit)}, {_share(self.slower)} in time against the fast "
-            f"way, which takes {size(self.fast.most)}"
+            f"{total}, {_percent(self.slowdown)} time; without measures the peak would be "
+            f"{format_size(self.baseline.peak)}"
             if self.costs
-            else f"at most {size(self.peak.most)} of {size(self.limit)}; nothing needs to be done"
+            else f"{total}; no measures are needed"
         )
-        if self.tight:
-            lines.append("freed memory goes back to the system at once, which makes small pictures up to half slower")
+        if self.returns_freed:
+            lines.append("freed memory returns to the system at once, which makes small pictures up to 50 % slower")
         elif self.heap:
-            lines.append(f"the allocator may keep up to {size(self.heap)} of what is freed; there is room for it")
+            lines.append(f"the allocator may keep up to {format_size(self.heap)} of freed memory; the budget allows it")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a program."""
+        """Return the plan as JSON values: sizes in bytes, costs as shares of the baseline's time."""
         return {
             "memory": self.limit,
-            "peak": self.peak.most,
-            "stages": dict(self.peak.stages),
+            "peak": self.estimate.peak,
+            "stages": dict(self.estimate.stages),
             "placement": self.placement.changes(),
             "batch": self.request.batch,
-            "heap": 0 if self.tight else self.heap,
-            "slower": round(self.slower, 4),
+            "heap": 0 if self.returns_freed else self.heap,
+            "slower": round(self.slowdown, 4),
             "costs": {name: round(cost, 4) for name, cost in self.costs.items()},
-            "fast_peak": self.fast.most,
+            "fast_peak": self.baseline.peak,
         }
 
-    def _done(self, name: str) -> str:
+    def _describe(self, name: str) -> str:
         if name == "batch":
             return f"{self.request.batch} at a time"
         value = getattr(self.placement, name)
         if name == "storage":
             exact = value in self.model.file_dtypes
-            return f"weights kept as {value}{', as in the files' if exact else ': approximate'}"
-        return DONE.get((name, value), f"{name} {value}")
+            return f"weights are stored as {value}{', as in the files' if exact else ' (approximate)'}"
+        return DESCRIPTIONS.get((name, value), f"{name} {value}")
 
 
 def plan(
     model: Model | str | Path | None,
-    memory: int | str | Plan,
+    memory: int | str | MemoryPlan,
     request: Request | Sequence[Request] | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     **options: Any,
-) -> Plan:
-    """The cheapest way to draw a request, or each of several, within `memory`: bytes, "4GiB", or "auto", what is free.
+) -> MemoryPlan:
+    """Plan the fastest way to draw one or several requests within a memory budget.
 
-    A budget counts the whole process on the CPU, and torch's memory on a GPU. model, device, dtype, options: as in
-    `mezzotint.load`. request: None is the model's own picture; the batch of a single one may be made smaller. A Plan
-    in the place of `memory` is returned as it is.
+    Args:
+        model: A model, as in `mezzotint.load`.
+        memory: The budget: bytes, a size such as "4GiB", or "auto" for 90 % of the free memory. On the CPU it counts
+            the whole process, on a GPU torch's memory. A MemoryPlan is returned as it is.
+        request: What will be drawn; None for one picture of the model's native size. The batch of a single request
+            may be made smaller.
+        device: As in `mezzotint.load`.
+        dtype: As in `mezzotint.load`.
+        options: More arguments of `mezzotint.load`.
 
-    Raises BudgetError, with the least that would do, where there is no way; RequestError where a request does not fit
-    the model, or a Plan is for another one; CheckpointError.
+    Returns:
+        The plan, which `mezzotint.load` accepts as `memory`.
+
+    Raises:
+        BudgetError: If no placement fits; the message has the smallest budget that would.
+        RequestError: If a request does not fit the model, or `memory` is a plan for another model.
+        CheckpointError: If the model's files are not valid.
     """
-    if isinstance(memory, Plan):
-        _check_same(memory.model, model, device, dtype, options)
+    if isinstance(memory, MemoryPlan):
+        _check_same_model(memory.model, model, device, dtype, options)
         return memory
     if memory != "auto":
-        bytes_of(memory)  # what is no size is said before files are opened
+        parse_size(memory)  # an invalid size is reported before files are opened
     if not isinstance(model, Model):
         model = Model.of(model, device=device, dtype=dtype, **options)
     base = system.resident() if model.device.type == "cpu" else 0
-    limit = _free(model, base) if memory == "auto" else bytes_of(memory)
+    limit = _auto_limit(model, base) if memory == "auto" else parse_size(memory)
     asked = [request] if isinstance(request, Request) else list(request or [Request(prompt="")])
     runs = [model.plan(one) for one in asked]
     requests = tuple(run.request for run in runs)
-    unlike = _unlike(runs)
-    asked_batch = max(min(run.request.batch or 1, run.request.count) for run in unlike)
+    distinct = _distinct(runs)
+    asked_batch = max(min(run.request.batch or 1, run.request.count) for run in distinct)
     batches = [asked_batch]
     if isinstance(request, Request):
         batches = sorted({max(asked_batch >> shift, 1) for shift in range(14)}, reverse=True)
-    best: tuple[Peak, Placement, int] | None = None
-    least: tuple[Peak, Placement, int] | None = None
+    best: tuple[MemoryEstimate, Placement, int] | None = None
+    smallest: tuple[MemoryEstimate, Placement, int] | None = None
     for rank in range(4):
-        for placement, batch in product(_ways(model, rank), batches):
-            found = _peak(model, unlike, placement, batch, base), placement, batch
-            if least is None or found[0].most < least[0].most:
-                least = found
-            if found[0].most * SAFETY <= limit and (best is None or _cost(found[0]) < _cost(best[0])):
-                best = found
+        for placement, batch in product(_placements(model, rank), batches):
+            candidate = _estimate(model, distinct, placement, batch, base), placement, batch
+            if smallest is None or candidate[0].peak < smallest[0].peak:
+                smallest = candidate
+            if candidate[0].peak * SAFETY <= limit and (best is None or _cost(candidate[0]) < _cost(best[0])):
+                best = candidate
         if best:
             break
     if best is None:
-        assert least
-        needed = math.ceil(least[0].most * SAFETY / 2**20)
+        assert smallest
+        needed = math.ceil(smallest[0].peak * SAFETY / 2**20)
         largest = max(requests, key=lambda r: (r.width or 0) * (r.height or 0))
         raise BudgetError(
-            f"memory is {size(limit)}, and a picture of {largest.width}x{largest.height} with this model takes at "
-            f"least {needed}MiB"
+            f"memory is {format_size(limit)}, but a picture of {largest.width}x{largest.height} with this model needs "
+            f"at least {needed}MiB"
         )
-    peak, placement, batch = best
-    fast = _peak(model, unlike, Placement(), asked_batch, base)
+    estimate, placement, batch = best
+    baseline = _estimate(model, distinct, Placement(), asked_batch, base)
     costs = {}
     for name in placement.changes():
         without = placement.model_copy(update={name: Placement.model_fields[name].default})
-        costs[name] = (_cost(peak) - _cost(_peak(model, unlike, without, batch, base))) / _cost(fast)
+        costs[name] = (_cost(estimate) - _cost(_estimate(model, distinct, without, batch, base))) / _cost(baseline)
     if batch < asked_batch:
-        costs["batch"] = (_cost(peak) - _cost(_peak(model, unlike, placement, asked_batch, base))) / _cost(fast)
+        whole = _estimate(model, distinct, placement, asked_batch, base)
+        costs["batch"] = (_cost(estimate) - _cost(whole)) / _cost(baseline)
     smaller = tuple(r.replace(batch=min(r.batch or 1, batch)) for r in requests)
-    return Plan(model, smaller, placement, peak, fast, limit, base, costs)
+    return MemoryPlan(model, smaller, placement, estimate, baseline, limit, base, costs)
 
 
-def _check_same(planned: Model, model: Model | str | Path | None, device: Any, dtype: Any, options: Any) -> None:
-    """Raises RequestError where a plan's model is not the one that is asked for now."""
+def _check_same_model(planned: Model, model: Model | str | Path | None, device: Any, dtype: Any, options: Any) -> None:
     asked = model if isinstance(model, Model) else Model.of(model, device=device, dtype=dtype, **options)
-    now = planned if device is None and not isinstance(model, Model) else asked  # nothing is said of where
+    now = planned if device is None and not isinstance(model, Model) else asked  # no device or dtype was given
     if asked.found.files != planned.found.files or (now.device, now.dtype) != (planned.device, planned.dtype):
         raise RequestError(
-            f"memory is a plan for {planned.found.path} ({planned}), and the model is {asked.found.path} ({now}); "
+            f"memory is a plan for {planned.found.path} ({planned}), but the model is {asked.found.path} ({now}); "
             "make a plan for this one"
         )
 
 
-def _ways(model: Model, rank: int) -> Iterator[Placement]:
-    """Placements: rank 0 exact, 1 weights rounded to 16 bits, 2 the VAE in tiles, 3 weights in 8 bits."""
+def _placements(model: Model, rank: int) -> Iterator[Placement]:
+    """Yield placements: rank 0 exact, 1 weights rounded to 16 bits, 2 the VAE in tiles, 3 weights in 8 bits."""
     wide = model.dtype == torch.float32
     exact = [name for name in ("float16", "bfloat16") if wide and model.file_dtypes == {name}]
     storages: list[str | None] = [None, *exact]
     if rank == 1:
         storages = ["float16"] if wide and not exact else []
     elif rank == 3:
-        storages = ["int8"] if model.device.type == "cpu" else ["int8", "float8"]  # the better and the quicker first
-    vaes = ("tiles",) if rank == 2 else ("whole", "strips")
+        storages = ["int8"] if model.device.type == "cpu" else ["int8", "float8"]  # the better and faster first
+    vae_modes = ("tiles",) if rank == 2 else ("whole", "strips")
     for weights, storage, guidance, vae in product(
-        ("resident", "offload", "stream"), storages, ("batched", "split"), vaes
+        ("resident", "offload", "stream"), storages, ("batched", "split"), vae_modes
     ):
         if weights == "stream" and storage and model.device.type == "cpu":
             continue
         yield Placement.of(weights=weights, storage=storage, guidance=guidance, vae=vae)
 
 
-def _peak(model: Model, runs: Sequence[RunPlan], placement: Placement, batch: int, base: int) -> Peak:
-    """Of all of them: stage by stage the largest, and the work of the longest."""
-    peaks = [predict(model, run.with_batch(min(run.request.batch or 1, batch)), placement, base=base) for run in runs]
-    stages = {stage: max(peak.stages.get(stage, 0) for peak in peaks) for peak in peaks for stage in peak.stages}
-    longest = max(peaks, key=_cost)
-    return Peak(stages, max(peak.working for peak in peaks), longest.work, longest.moved)
+def _estimate(model: Model, runs: Sequence[RunPlan], placement: Placement, batch: int, base: int) -> MemoryEstimate:
+    """Return the largest peak of each stage over all runs, and the work of the longest run."""
+    every = [predict(model, run.with_batch(min(run.request.batch or 1, batch)), placement, base=base) for run in runs]
+    stages = {stage: max(one.stages.get(stage, 0) for one in every) for one in every for stage in one.stages}
+    longest = max(every, key=_cost)
+    return MemoryEstimate(stages, max(one.workspace for one in every), longest.macs, longest.bytes_moved)
 
 
-def _unlike(runs: Sequence[RunPlan]) -> list[RunPlan]:
-    """One of each kind, where they differ in nothing that takes memory, with the pictures of all, which may share a
-    batch; of their prompts the longest.
-    """
+def _distinct(runs: Sequence[RunPlan]) -> list[RunPlan]:
+    """Merge runs that need the same memory: one run with the longest prompt and all pictures, which share batches."""
     kinds: dict[Any, RunPlan] = {}
     for run in sorted(runs, key=lambda run: len(run.request.prompt)):
         one = run.request
@@ -294,22 +330,22 @@ def _unlike(runs: Sequence[RunPlan]) -> list[RunPlan]:
     return list(kinds.values())
 
 
-def _free(model: Model, base: int) -> int:
-    """The bytes that "auto" is. Raises BudgetError where the system does not say."""
+def _auto_limit(model: Model, base: int) -> int:
+    """Return the bytes that "auto" stands for."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        return int(AUTO * (free + torch.cuda.memory_reserved(model.device)))
+        return int(AUTO_SHARE * (free + torch.cuda.memory_reserved(model.device)))
     free_now = system.available()
     if model.device.type != "cpu" or free_now is None:
-        raise BudgetError("memory is 'auto', and what is free is not known here; name a size such as 4GiB")
-    return int(base + AUTO * free_now)
+        raise BudgetError("memory is 'auto', but the free memory is not known here; give a size such as 4GiB")
+    return int(base + AUTO_SHARE * free_now)
 
 
-def _cost(peak: Peak) -> float:
-    """In multiplications."""
-    return peak.work + MOVED * peak.moved
+def _cost(estimate: MemoryEstimate) -> float:
+    """Return the estimated time in multiply-accumulates."""
+    return estimate.macs + MACS_PER_BYTE * estimate.bytes_moved
 
 
-def _share(share: float) -> str:
-    """+12 %"""
+def _percent(share: float) -> str:
+    """Format a share as a signed percentage, such as "+12 %"."""
     return f"{100 * share:+.0f} %"

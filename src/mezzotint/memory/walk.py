@@ -1,12 +1,12 @@
-"""What the networks hold while they run, and how much they compute: a walk through their own forward, without memory.
+"""Count the memory and the operations of the networks by running them on the meta device, without data.
 
-A network is built on torch's meta device, where tensors have shapes and no data, and called once. `TensorCounter` sees
-every operation and counts each tensor from the operation that makes it until nothing refers to it. What torch's CPU
-kernels allocate beyond their results is added by formula (`Working`):
+A network is built on torch's meta device, where tensors have a shape but no data, and called once. `TensorCounter` sees
+every operation and counts each tensor from the operation that creates it until nothing refers to it. What torch's CPU
+kernels allocate beyond their results is added by formula (`Workspace`):
 
     the weight of a convolution larger than 1x1, which oneDNN copies into its own layout at each call; in a dtype that
     oneDNN has no convolution for on this processor, the unfolded input instead
-    a weight that is stored elsewhere or in another dtype, made whole for the one call that uses it
+    a weight that is stored elsewhere or in another dtype, and is computed for the call that uses it
     the attention scores, where the backend writes them to memory
 
 Walks are cached: one for each configuration, size, dtype and, for a VAE, mode. Batch, placement of the weights and
@@ -39,29 +39,30 @@ from mezzotint.models.tiles import Half
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.models.vae import VAE
 from mezzotint.models.vae_modes import VAEMode
-from mezzotint.placement import SLICE, bytes_of
+from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
 
 CONVOLUTION_WEIGHTS = {aten.conv2d: 1, aten.convolution: 1, aten.convolution_backward: 2}  # where in their arguments
 SIXTEEN_BITS = 2
 
 
 @dataclass(frozen=True)
-class Working:
-    """How networks run.
+class Workspace:
+    """How networks run, and what their kernels allocate.
 
     Attributes:
         itemsize: Bytes of a number.
-        relays: Whether convolutions copy their weights into another layout (on the CPU).
-        unfolds: Whether convolutions unfold their inputs instead (on the CPU, in some dtypes).
-        makes: Whether a large weight is made for each use, because it is stored elsewhere or in another dtype.
-        buffer: Bytes needed beside a weight while it is made.
+        copies_conv_weights: Whether convolutions copy their weights into another layout (on the CPU).
+        unfolds_conv_inputs: Whether convolutions unfold their inputs instead (on the CPU, in some dtypes).
+        materializes_weights: Whether a large weight is computed at each use, because it is stored elsewhere or in
+            another dtype.
+        buffer: Bytes needed in addition to a weight while it is computed.
         attention: The attention backend, as in `Placement.attention`.
     """
 
     itemsize: int = 4
-    relays: bool = True
-    unfolds: bool = False
-    makes: bool = False
+    copies_conv_weights: bool = True
+    unfolds_conv_inputs: bool = False
+    materializes_weights: bool = False
     buffer: int = 0
     attention: str = "auto"
 
@@ -69,12 +70,12 @@ class Working:
         """Return the bytes of attention scores that the backend writes to memory; `heads` counts the whole batch."""
         whole = 2 * heads * queries * keys * self.itemsize  # and their softmax
         if self.attention.startswith("sliced"):
-            return min(whole, bytes_of(self.attention.partition(":")[2] or SLICE))
+            return min(whole, parse_size(self.attention.partition(":")[2] or DEFAULT_SLICE_BYTES))
         return whole if self.attention == "math" else 0
 
 
 class TensorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of all tensors that are made inside, for as long as they exist.
+    """Count the bytes of all tensors that are created inside the block, for as long as they exist.
 
     Attributes:
         now: Bytes that exist now.
@@ -82,7 +83,7 @@ class TensorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, *networks: nn.Module) -> None:
-        """`networks`: those whose parameters and buffers do not count."""
+        """Start at 0; parameters and buffers of `networks` do not count."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         tensors = (t for network in networks for t in (*network.parameters(), *network.buffers()))
@@ -120,46 +121,58 @@ class TensorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Moment:
-    """One operation, for one picture: bytes of the tensors that exist; of the weights made for the layer; of a copied
-    convolution weight; of an unfolded input; (heads, queries, keys) of an attention.
+    """The memory during one operation, for one picture.
+
+    Attributes:
+        tensors: Bytes of the tensors that exist.
+        weights: Bytes of weights that were computed for the layer.
+        conv_weight: Bytes of the convolution weight that is copied.
+        unfolded: Bytes of the convolution's unfolded input.
+        scores: (heads, queries, keys) of an attention.
     """
 
     tensors: int
     weights: int = 0
-    relaid: int = 0
+    conv_weight: int = 0
     unfolded: int = 0
     scores: tuple[int, int, int] | None = None
 
-    def bytes(self, working: Working, batch: int) -> int:
+    def bytes(self, workspace: Workspace, batch: int) -> int:
         """Return what exists at this moment in a batch."""
         total = batch * self.tensors
-        if working.makes and self.weights:
-            total += self.weights + working.buffer
-        if working.unfolds:
+        if workspace.materializes_weights and self.weights:
+            total += self.weights + workspace.buffer
+        if workspace.unfolds_conv_inputs:
             total += batch * self.unfolded
-        elif working.relays:
-            total += self.relaid
+        elif workspace.copies_conv_weights:
+            total += self.conv_weight
         if self.scores:
             heads, queries, keys = self.scores
-            total += working.scores(batch * heads, queries, keys)
+            total += workspace.scores(batch * heads, queries, keys)
         return total
 
 
 @dataclass
 class Footprint:
-    """A walk's moments and its multiplications, for one picture; and bytes of its result."""
+    """What a walk counted, for one picture.
+
+    Attributes:
+        moments: The memory during each operation.
+        macs: Multiply-accumulates.
+        result: Bytes of the result.
+    """
 
     moments: set[Moment] = field(default_factory=set)
-    work: int = 0
+    macs: int = 0
     result: int = 0
 
-    def peak(self, working: Working, batch: int = 1) -> int:
+    def peak(self, workspace: Workspace, batch: int = 1) -> int:
         """Return the bytes that exist at most, beyond the weights and the inputs."""
-        return max(moment.bytes(working, batch) for moment in self.moments)
+        return max(moment.bytes(workspace, batch) for moment in self.moments)
 
 
 class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
-    """Record a forward pass without gradients. Weights are made by `_MetaWeight`, which are counted apart."""
+    """Record a forward pass without gradients. Weights from `_MetaWeight` are counted separately."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
@@ -185,7 +198,7 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
         if op is aten.conv2d:
             self._convolution(args[1], result)
         elif op is aten.linear:
-            self.footprint.work += result.numel() * args[1].shape[1]
+            self.footprint.macs += result.numel() * args[1].shape[1]
         return result
 
     def record(self, **more: Any) -> None:
@@ -194,11 +207,11 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
 
     def _convolution(self, weight: Tensor, result: Tensor) -> None:
         _, inputs, height, width = weight.shape
-        self.footprint.work += result.numel() * inputs * height * width
+        self.footprint.macs += result.numel() * inputs * height * width
         if height * width > 1:
             cells = result.shape[0] * result.shape[2] * result.shape[3]
             unfolded = cells * inputs * height * width * result.itemsize
-            self.record(relaid=weight.nbytes, unfolded=unfolded)
+            self.record(conv_weight=weight.nbytes, unfolded=unfolded)
 
     def _release_weight(self, key: int, size: int) -> None:
         self._sizes.pop(key)
@@ -206,7 +219,7 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
 
 
 class _MetaWeight(WeightSource):
-    """A weight without data, made at each use."""
+    """A weight without data, created at each use."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
@@ -219,7 +232,7 @@ class _MetaWeight(WeightSource):
 
 
 class _Attention(Backend):
-    """Attention that allocates its result alone, and records how large its scores would be."""
+    """Attention that allocates only its result, and records the size of its scores."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         batch, heads, queries, _ = q.shape
@@ -227,12 +240,12 @@ class _Attention(Backend):
         walk = torch.utils._python_dispatch._get_current_dispatch_mode()
         assert isinstance(walk, _Walk)
         walk.record(scores=(batch * heads, queries, k.shape[2]))
-        walk.footprint.work += batch * heads * queries * k.shape[2] * (q.shape[-1] + v.shape[-1])
+        walk.footprint.macs += batch * heads * queries * k.shape[2] * (q.shape[-1] + v.shape[-1])
         return result
 
 
 class _FewStrips(Strips):
-    """The first and the last strips of each layer and tiles of a picture: those between need no more memory."""
+    """Only the first and last strips of each layer and tiles of a picture; those between need no more memory."""
 
     def each(self, pieces: Any) -> Any:
         return pieces if len(pieces) < 6 else [*pieces[:3], *pieces[-2:]]
@@ -240,7 +253,7 @@ class _FewStrips(Strips):
 
 @lru_cache(maxsize=8)
 def _build(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> Any:
-    """A network on the meta device, its large weights made at each use."""
+    """Build a network on the meta device whose large weights are created at each use."""
     with torch.device("meta"):
         network = kind(config).eval().requires_grad_(False).to(dtype)
     offload_to_meta(network)
@@ -248,7 +261,7 @@ def _build(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) ->
 
 
 def offload_to_meta(network: nn.Module) -> None:
-    """Replace the network's large weights by ones without data that are made at each use."""
+    """Replace the network's large weights by weights without data that are created at each use."""
     for layer in network.modules():
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and can_offload(layer, weight):
@@ -332,16 +345,16 @@ def walk_vae(
 
 
 def vae_peak(
-    config: VAEConfig, batch: int, height: int, width: int, half: Half, mode: VAEMode, working: Working
+    config: VAEConfig, batch: int, height: int, width: int, half: Half, mode: VAEMode, workspace: Workspace
 ) -> int:
     """Return the bytes that one half of the VAE needs on a batch of pictures, beyond its weights.
 
     Strips and tiles take one picture after another, and their results are put together at the end.
     """
-    walk = walk_vae(config, height, width, half, mode, working.itemsize)
+    walk = walk_vae(config, height, width, half, mode, workspace.itemsize)
     if mode == "whole":
-        return walk.peak(working, batch)
-    return walk.peak(working) + 2 * (batch - 1) * walk.result
+        return walk.peak(workspace, batch)
+    return walk.peak(workspace) + 2 * (batch - 1) * walk.result
 
 
 def _contiguous(shape: torch.Size) -> list[int]:

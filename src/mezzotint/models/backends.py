@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mezzotint.errors import MissingExtraError, RequestError
-from mezzotint.placement import SLICE, bytes_of
+from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
 
 log = logging.getLogger("mezzotint")
 
@@ -40,7 +40,7 @@ class Backend:
     """One way, as chosen: its name, and for `sliced` the bytes that the scores may take."""
 
     name: str = "auto"
-    bytes: int = SLICE
+    bytes: int = DEFAULT_SLICE_BYTES
 
     @classmethod
     def of(cls, text: str, size: int | str | None = None) -> Backend:
@@ -56,7 +56,7 @@ class Backend:
             raise RequestError(f"attention is {text!r} with a size; only sliced takes one")
         if name in PACKAGES and isinstance(found := _import(name), str):
             raise MissingExtraError(f"attention backend {name} {found}")
-        return cls(name, bytes_of((written or SLICE) if size is None else size, "attention's size"))
+        return cls(name, parse_size((written or DEFAULT_SLICE_BYTES) if size is None else size, "attention's size"))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """Attention as in attention.py."""
@@ -90,7 +90,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal
 
 
 def sliced(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, size: int = SLICE
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    size: int = DEFAULT_SLICE_BYTES,
 ) -> Tensor:
     """`plain`, exactly, in float32 at least, a slice of heads and queries at a time.
 

@@ -25,14 +25,21 @@ from torch import Tensor, nn
 
 from mezzotint.errors import BudgetError
 from mezzotint.memory import system, walk
-from mezzotint.memory.footprint import LIBRARIES, MAPPED, PIECE, TOKEN, Model, predict
-from mezzotint.memory.planner import AUTO, HEAP, SAFETY
+from mezzotint.memory.footprint import (
+    DEFAULT_MAPPED_BYTES,
+    LIBRARY_MEMORY,
+    READ_BUFFER_BYTES,
+    TOKENIZER_BYTES_PER_TOKEN,
+    Model,
+    predict,
+)
+from mezzotint.memory.planner import AUTO_SHARE, HEAP_FACTOR, SAFETY
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.models.unet import Condition
 from mezzotint.models.vae_modes import VAEMode
-from mezzotint.placement import Placement, bytes_of, size
+from mezzotint.placement import Placement, format_size, parse_size
 from mezzotint.request import Request
 from mezzotint.train.buckets import Size
 from mezzotint.train.latents import Texts
@@ -86,7 +93,7 @@ class TrainingPlan:
     @property
     def tight(self) -> bool:
         """As in memory.Plan."""
-        return self.cpu and self.most * SAFETY + HEAP * self.work > self.limit
+        return self.cpu and self.most * SAFETY + HEAP_FACTOR * self.work > self.limit
 
     def keep(self) -> None:
         """To be called before loading."""
@@ -102,8 +109,10 @@ class TrainingPlan:
 
     def table(self) -> str:
         """For a person."""
-        lines = [f"{stage:<9} {size(count)}" for stage, count in self.stages.items()]
-        lines.append("of a step: " + ", ".join(f"{name} {size(count)}" for name, count in self.parts.items() if count))
+        lines = [f"{stage:<9} {format_size(count)}" for stage, count in self.stages.items()]
+        lines.append(
+            "of a step: " + ", ".join(f"{name} {format_size(count)}" for name, count in self.parts.items() if count)
+        )
         done, measures = [], self.measures
         if measures.aside:
             done.append("the VAE and text encoders are read from their files when they are needed")
@@ -123,11 +132,10 @@ class TrainingPlan:
         if self.tight:
             done.append("freed memory goes back to the system at once")
         lines.append(f"done: {'; '.join(done) or 'nothing needs to be'}")
-        lines.append(f"at most {size(self.most)} of {size(self.limit)}")
+        lines.append(f"at most {format_size(self.most)} of {format_size(self.limit)}")
         if self.cpu and not self.tight:
-            lines.append(
-                f"the allocator may keep up to {size(HEAP * self.work)} of what is freed; there is room for it"
-            )
+            heap = format_size(HEAP_FACTOR * self.work)
+            lines.append(f"the allocator may keep up to {heap} of freed memory; the budget allows it")
         return "\n".join(lines)
 
 
@@ -157,7 +165,7 @@ def fitted(recipe: Recipe, model: Model, pictures: Sequence[Size], buckets: Sequ
     assert least
     stage = max(least.stages, key=lambda name: least.stages[name])
     raise BudgetError(
-        f"memory is {size(limit)}, and this training takes at least {math.ceil(least.most * SAFETY / 2**20)}MiB "
+        f"memory is {format_size(limit)}, and this training takes at least {math.ceil(least.most * SAFETY / 2**20)}MiB "
         f"({stage}); {run.advice()}"
     )
 
@@ -184,13 +192,13 @@ class _Run:
     def limit(self) -> int:
         """The budget in bytes. Raises BudgetError for what is none."""
         if self.recipe.memory != "auto":
-            return bytes_of(self.recipe.memory or "")
+            return parse_size(self.recipe.memory or "")
         if not self.cpu:
-            return int(AUTO * torch.cuda.mem_get_info(self.model.device)[0])
+            return int(AUTO_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
         free = system.available()
         if free is None:
             raise BudgetError("memory is 'auto', and what is free is not known here; name a size such as 4GiB")
-        return int(self.base + AUTO * free)
+        return int(self.base + AUTO_SHARE * free)
 
     def ways(self) -> Iterator[Measures]:
         """From the quickest to the smallest; those that round weights last."""
@@ -224,15 +232,17 @@ class _Run:
         own = 0 if self.change == "full" else 4 * self.numbers  # of what is added to the networks
         base = self.base
         if self.cpu:
-            base += int(LIBRARIES["cpu"] * (system.mapped() or MAPPED))
-            base += TOKEN * sum(config.vocab_size for config in model.encoders)
+            base += int(LIBRARY_MEMORY["cpu"] * (system.mapped() or DEFAULT_MAPPED_BYTES))
+            base += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in model.encoders)
         else:
-            base += int(LIBRARIES["cuda"])
+            base += int(LIBRARY_MEMORY["cuda"])
         kept = {name: (w.small + w.large) * self.itemsize for name, w in weights.items()}
         if measures.weights == "stream":
             kept["unet"] = weights["unet"].small * self.itemsize
         elif measures.storage:
-            kept["unet"] = weights["unet"].small * self.itemsize + weights["unet"].kept(measures.storage, self.itemsize)
+            kept["unet"] = weights["unet"].small * self.itemsize + weights["unet"].stored_bytes(
+                measures.storage, self.itemsize
+            )
         away: set[str] = set()
         if measures.aside:
             away = {"encoder", "decoder"} if self.texts_learn else {"text", "encoder", "decoder"}
@@ -243,7 +253,7 @@ class _Run:
         if measures.aside and self.cpu:  # the UNet is loaded when pictures and captions are done
             before -= kept["unet"] - weights["unet"].small * self.itemsize
         largest = max(w.largest for w in weights.values())
-        stages = {"load": there + (4 * largest if measures.storage else PIECE)}
+        stages = {"load": there + (4 * largest if measures.storage else READ_BUFFER_BYTES)}
         if self.change == "full":
             there += (4 - self.itemsize) * self.numbers  # what learns is float32
         parts = {
@@ -253,13 +263,13 @@ class _Run:
         }
         states, gradients = own + parts["optimiser"] + parts["averages"], 4 * self.numbers
         beside = states + gradients  # what there is while a batch is made ready in the course of training
-        working = walk.Working(self.itemsize, relays=self.cpu, makes=measures.aside)
+        workspace = walk.Workspace(self.itemsize, copies_conv_weights=self.cpu, materializes_weights=measures.aside)
         opened = DECODED * max(width * height for width, height in self.pictures)
-        encoding = max(walk.vae_peak(model.vae, 1, h, w, "encode", measures.vae, working) for w, h in self.buckets)
+        encoding = max(walk.vae_peak(model.vae, 1, h, w, "encode", measures.vae, workspace) for w, h in self.buckets)
         first = there + beside if recipe.random_crop else before
         stages["pictures"] = first + brought["encoder"] + max(opened, encoding)
         if not self.texts_learn:
-            text = max(walk.walk_text_encoder(config, self.itemsize).peak(working) for config in model.encoders)
+            text = max(walk.walk_text_encoder(config, self.itemsize).peak(workspace) for config in model.encoders)
             stages["captions"] = (there + beside if recipe.shuffle_tags else before) + brought["text"] + text
         copied = 4 * (weights["unet"].large + weights["text"].large)
         if recipe.method == "dreambooth" and recipe.class_prompt:
@@ -274,11 +284,11 @@ class _Run:
 
     def drawn(self) -> int:
         """Bytes that drawing a picture of the model's own size takes, beyond the weights."""
-        peak = predict(self.model, Request(prompt=""), Placement(weights="offload"), base=0)
+        estimate = predict(self.model, Request(prompt=""), Placement(weights="offload"), base=0)
         own = sum(w.small for w in self.model.weights.values()) * self.itemsize
-        bare = peak.stages["png"] - own
-        step = peak.stages["step"] - bare - self.model.weights["unet"].large * self.itemsize
-        return max(step, peak.stages["decode"] - bare, peak.stages["encode"] - bare) - own
+        bare = estimate.stages["png"] - own
+        step = estimate.stages["step"] - bare - self.model.weights["unet"].large * self.itemsize
+        return max(step, estimate.stages["decode"] - bare, estimate.stages["encode"] - bare) - own
 
     def advice(self) -> str:
         """What the recipe could ask less of."""
