@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint import Pipeline, Request, RequestError, cli, samplers
-from mezzotint.again import DEPENDENT_FIELDS, FILE_FIELDS, again, inputs_of, judge, model_for, read_source
+from mezzotint.again import DEPENDENT_FIELDS, FILE_FIELDS, again, find_inputs, judge, read_source, select_model
 from mezzotint.images.io import read_metadata, save, save_png
 from mezzotint.records.record import read
 
@@ -165,7 +165,8 @@ def test_one_flipped_pixel(run: Any, lemon: Path) -> None:
     save_png(picture, lemon)
     ran = run("lemon.png", "--verify", "--model", "tiny")
     assert ran.code == 1
-    assert ran.out.startswith("lemon.png: differs: max 1/255 in 0.10 % of pixels; what the record asks for was drawn")
+    said = "lemon.png: differs: max 1/255 in 0.10 % of pixels; the new picture matches the record's hash"
+    assert ran.out.startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -189,13 +190,14 @@ def test_an_edited_record_with_pixels_and_hash_untouched(run: Any, lemon: Path, 
         assert ran.code in (0, 1)
     else:
         assert (ran.code, ran.out.split(":")[1]) == (1, " differs")
-        assert "what the record asks for was drawn" not in ran.out
+        assert "the new picture matches" not in ran.out
 
 
 def test_an_edited_hash(run: Any, lemon: Path) -> None:
     edit(lemon, pixels="ab" * 32)
     ran = run("lemon.png", "--verify", "--model", "tiny")
-    assert (ran.code, ran.out) == (1, "lemon.png: differs: the pixels are the same, but the record's hash is another\n")
+    assert ran.code == 1
+    assert ran.out == "lemon.png: differs: the pixels are identical, but do not match the record's hash\n"
 
 
 def test_what_changed_is_named(run: Any, lemon: Path) -> None:
@@ -248,12 +250,12 @@ def test_what_cannot_be_judged(run: Any, lemon: Path, scene: Path) -> None:
     broken.info["mezzotint"] = edit_to
     save_png(broken, scene / "broken.png")
     for name, sentence in {
-        "bare.png": "'bare.png': there is no record in it",
+        "bare.png": "'bare.png': the file has no generation record",
         "text.png": "'text.png' is not a PNG, JPEG or WebP file",
         "x.gif": "'x.gif' is not a PNG, JPEG or WebP file",
         "missing.png": "'missing.png' cannot be read",
         "broken.png": "'broken.png': the record's request is invalid",
-        "lemon.png": "it was drawn with the model 'tiny' (SHA-256 ",
+        "lemon.png": "it was generated with the model 'tiny' (SHA-256 ",
     }.items():
         ran = run(name, "--verify")
         assert (ran.code, ran.out) == (2, "")
@@ -265,7 +267,7 @@ def test_what_cannot_be_judged(run: Any, lemon: Path, scene: Path) -> None:
 def test_given_latents_cannot_be_drawn_again(run: Any, sd1: Pipeline, scene: Path) -> None:
     save_png(sd1.generate(LEMON, torch.zeros(1, 4, 4, 4)).images[0], scene / "x.png")
     ran = run("x.png", "--verify", "--model", "tiny")
-    assert ran.code == 2 and "latents that were given" in ran.err
+    assert ran.code == 2 and "generated from given latents" in ran.err
 
 
 # ---- the pictures it was drawn from ----------------------------------------------------------------------------------
@@ -287,7 +289,8 @@ def test_input_pictures_are_found_by_what_they_are(run: Any, orange: Path, scene
     (scene / "renamed.PNG").rename(scene / "elsewhere" / "deep.png")
     ran = run(*verify)
     assert ran.code == 2
-    assert "is changed or missing: no picture here has the SHA-256" in ran.err and "--image names another" in ran.err
+    assert "was changed or is missing: no picture with the SHA-256" in ran.err
+    assert "give the picture or its folder with --image" in ran.err
     assert run(*verify, "--image", "elsewhere").code == 0
     assert run(*verify, "--image", "elsewhere/deep.png").code == 0
 
@@ -296,10 +299,10 @@ def test_a_changed_input_picture_is_said(run: Any, orange: Path, scene: Path) ->
     with Image.open(scene / "scene.png") as image:
         image.transpose(Image.Transpose.ROTATE_90).save(scene / "scene.png")
     ran = run("orange.png", "--verify", "--model", "tiny")
-    assert ran.code == 2 and "changed or missing" in ran.err
+    assert ran.code == 2 and "was changed or is missing" in ran.err
     ran = run("orange.png", "--verify", "--model", "tiny", "--image", "scene.png")
     assert ran.code == 1
-    assert "the input picture (image) was " in ran.out and "is not the picture that the record names" in ran.out
+    assert "the input picture (image) was " in ran.out and "whose SHA-256 is not the one in the record" in ran.out
 
 
 def test_bytes_and_pictures_in_memory_must_be_named(run: Any, sd1: Pipeline, scene: Path) -> None:
@@ -375,8 +378,8 @@ def test_the_same_but(run: Any, sd1: Pipeline, lemon: Path) -> None:
 
 def test_wrong_options_get_a_sentence(run: Any, lemon: Path) -> None:
     for options, sentence in {
-        "lemon.png --verify --steps 3": "steps is given with --verify",
-        "lemon.png --verify --out x.png": "out is given with --verify",
+        "lemon.png --verify --steps 3": "steps is given together with --verify",
+        "lemon.png --verify --out x.png": "out is given together with --verify",
         "lemon.png lemon.png --out x.png": "it must be a folder that exists",
         "lemon.png --model tiny --steps 0": "steps is 0; it must be",
         "lemon.png --model tiny --out missing/x.png": "cannot be written",
@@ -417,21 +420,21 @@ def test_ours_can_be_drawn_from_its_a1111_text_alone(run: Any, sd1: Pipeline, sc
         assert run(f"{k}.png", "--verify", "--model", "tiny").out == f"{k}.png: identical\n"
 
 
-def test_model_for(lemon: Path) -> None:
+def test_select_model(lemon: Path) -> None:
     source = read_source(lemon)
-    assert model_for(source, "x") == "x"
-    with pytest.raises(RequestError, match=r"the model 'tiny' \(SHA-256 \w{10}\.\.\.\); --model names it"):
-        model_for(source, None)
+    assert select_model(source, "x") == "x"
+    with pytest.raises(RequestError, match=r"the model 'tiny' \(SHA-256 \w{10}\.\.\.\); give it with --model"):
+        select_model(source, None)
     edit(lemon, model={"name": "emoji"})
-    assert model_for(read_source(lemon), None) is None
+    assert select_model(read_source(lemon), None) is None
     edit(lemon, model={"name": ""})
-    with pytest.raises(RequestError, match="does not say which model"):
-        model_for(read_source(lemon), None)
+    with pytest.raises(RequestError, match="does not name its model"):
+        select_model(read_source(lemon), None)
 
 
 def test_a_folder_of_many_files_is_not_searched_without_end(orange: Path, scene: Path) -> None:
     source = read_source(orange)
-    paths, said = inputs_of(source, {}, [scene / "missing", scene])
-    assert paths == {"image": str(scene / "scene.png"), "mask": str(scene / "hole.png")} and not said
+    paths, warnings = find_inputs(source, {}, [scene / "missing", scene])
+    assert paths == {"image": str(scene / "scene.png"), "mask": str(scene / "hole.png")} and not warnings
     os.mkfifo(scene / "a.png")  # it would never end
-    assert inputs_of(source, {}, [scene])[0] == paths
+    assert find_inputs(source, {}, [scene])[0] == paths

@@ -56,7 +56,7 @@ LEMON = Request(prompt="a lemon (lemon:1.2)", negative_prompt="no lemon")
 
 def test_cells_are_every_combination_and_stand_where_the_axes_say(tmp_path: Path) -> None:
     pipe: Any = FakePipeline()
-    plan = grid.planned(pipe, LEMON, "steps=1,2,3", "prompt=lemon,whale", "seed=5,6")
+    plan = grid.plan_grid(pipe, LEMON, "steps=1,2,3", "prompt=lemon,whale", "seed=5,6")
     assert plan.shape == (3, 2, 2)
     wanted = [
         (seed, what, steps) for seed in (5, 6) for what in ("lemon", "whale") for steps in (1, 2, 3)
@@ -78,9 +78,9 @@ def test_cells_are_every_combination_and_stand_where_the_axes_say(tmp_path: Path
 def test_labels_are_drawn_beside_the_cells_and_do_not_touch_them(tmp_path: Path) -> None:
     pipe: Any = FakePipeline()
     words = "lemon,whale with a name that is far too long for one line and " + "w" * 200
-    plan = grid.planned(pipe, LEMON, f"prompt={words}", "guidance_scale=3,[9,3]", "sampler=euler,ddim")
+    plan = grid.plan_grid(pipe, LEMON, f"prompt={words}", "guidance_scale=3,[9,3]", "sampler=euler,ddim")
     sheet = np.asarray(grid.sheet(plan, grid.draw(pipe, plan, tmp_path)))
-    bare = grid.planned(pipe, LEMON, "steps=1,2")
+    bare = grid.plan_grid(pipe, LEMON, "steps=1,2")
     plain = np.asarray(grid.sheet(bare, grid.draw(pipe, bare, tmp_path)))
     assert sheet.shape[0] > 2 * plain.shape[0] and sheet.shape[1] > plain.shape[1] + 40
     dark = (sheet < 100).all(axis=-1)  # letters; no cell is that dark
@@ -92,7 +92,7 @@ def test_labels_are_drawn_beside_the_cells_and_do_not_touch_them(tmp_path: Path)
 
 def test_pictures_may_be_larger_than_their_requests(tmp_path: Path) -> None:
     """As hires and outpaint make them."""
-    plan = grid.planned(FakePipeline(), LEMON, "steps=1,2")  # type: ignore[arg-type]
+    plan = grid.plan_grid(FakePipeline(), LEMON, "steps=1,2")  # type: ignore[arg-type]
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path, width in zip(paths, (40, 80), strict=True):
         Image.new("RGB", (width, 24), (1, 2, 3)).save(path)
@@ -102,18 +102,18 @@ def test_pictures_may_be_larger_than_their_requests(tmp_path: Path) -> None:
 
 def test_a_grid_that_grows_draws_what_is_new(tmp_path: Path) -> None:
     pipe: Any = FakePipeline()
-    paths = grid.draw(pipe, grid.planned(pipe, LEMON, "steps=1,2"), tmp_path)
+    paths = grid.draw(pipe, grid.plan_grid(pipe, LEMON, "steps=1,2"), tmp_path)
     assert len(pipe.drawn) == 2 and pipe.drawn[0].seed == 0
-    longer = grid.draw(pipe, grid.planned(pipe, LEMON, "steps=2,3,1"), tmp_path)
+    longer = grid.draw(pipe, grid.plan_grid(pipe, LEMON, "steps=2,3,1"), tmp_path)
     assert [request.steps for request in pipe.drawn] == [1, 2, 3]
     assert [longer[2], longer[0]] == paths
     pipe.parts = SimpleNamespace(identity={"weights": "other"})
-    assert not set(grid.draw(pipe, grid.planned(pipe, LEMON, "steps=1,2"), tmp_path)) & set(paths)
+    assert not set(grid.draw(pipe, grid.plan_grid(pipe, LEMON, "steps=1,2"), tmp_path)) & set(paths)
 
 
 def test_a_grid_that_is_stopped_goes_on(tmp_path: Path) -> None:
     pipe: Any = FakePipeline()
-    plan = grid.planned(pipe, LEMON, "steps=1,2,3,4")
+    plan = grid.plan_grid(pipe, LEMON, "steps=1,2,3,4")
     told: list[tuple[int, int]] = []
 
     def on_step(done: int, total: int) -> None:
@@ -133,7 +133,7 @@ def test_a_grid_that_is_stopped_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_cell_is_the_picture_that_generate_draws(sd1: Pipeline, tmp_path: Path) -> None:
-    plan = grid.planned(sd1, Request(prompt="a lemon", seed=3), "steps=1,2", "sampler=ddim,DPM++ 2M Karras")
+    plan = grid.plan_grid(sd1, Request(prompt="a lemon", seed=3), "steps=1,2", "sampler=ddim,DPM++ 2M Karras")
     for path, cell in zip(grid.draw(sd1, plan, tmp_path), plan.cells, strict=True):
         wanted = sd1.generate(cell).images[0]
         with Image.open(path) as image:
@@ -170,20 +170,20 @@ def test_what_an_axis_says(text: str, values: Any) -> None:
         (["steps=1,x"], "steps is 'x'; it must be a whole number"),
         (["steps=1,0"], "steps is 0; it must be a whole number from 1 to 1000"),
         (["steps="], "a value of steps is empty"),
-        (["steps=1,1"], "a value of steps is there twice"),
+        (["steps=1,1"], "a value of steps occurs twice"),
         (["count=1,2"], "x is count, which cannot be an axis"),
         (["steps=1,2", "steps=3"], "steps is the field of two axes"),
         (["prompt=orange,lemon"], "begins with 'orange', which is not in the prompt"),
         (["sampler=eulr"], "eulr"),
         (["eta=0.5", "sampler=euler_a,heun"], "heun takes no eta"),
         ([f"seed={','.join(map(str, range(40)))}", f"steps={','.join(map(str, range(1, 41)))}"], "1,600 cells"),
-        (["width=2048", f"seed={','.join(map(str, range(7)))}", "height=8192"], "it may have 100,000,000 pixels"),
+        (["width=2048", f"seed={','.join(map(str, range(7)))}", "height=8192"], "must have at most 100,000,000 pixels"),
     ],
 )
 def test_a_wrong_axis_is_a_sentence_before_anything_is_drawn(axes: list[str], sentence: str) -> None:
     pipe: Any = FakePipeline()
     with pytest.raises(RequestError) as error:
-        grid.planned(pipe, LEMON, *axes)
+        grid.plan_grid(pipe, LEMON, *axes)
     assert sentence in str(error.value)
     assert not pipe.drawn
 

@@ -49,14 +49,14 @@ def write_jsonl(path: Path, table: list[dict[str, Any]]) -> None:
 def test_the_formats_say_the_same(tmp_path: Path, write: Any) -> None:
     path = tmp_path / f"prompts.{write.__name__.removeprefix('write_')}"
     write(path, TABLE)
-    wanted = [Request.model_validate({"seed": rows.seed_of(k), "steps": 20, **row}) for k, row in enumerate(TABLE, 1)]
+    wanted = [Request.model_validate({"seed": rows.row_seed(k), "steps": 20, **row}) for k, row in enumerate(TABLE, 1)]
     assert list(rows.read(path, {"steps": 20})) == list(enumerate(wanted, 1))
     assert rows.measure(path, {"count": "3"}) == (3, 9)
 
 
 def test_the_seed_of_a_row_is_what_the_docs_say() -> None:
-    assert rows.seed_of(12) == 0x6B51D431  # printf 12 | sha256sum
-    assert len({rows.seed_of(k) for k in range(10_000)}) == 10_000
+    assert rows.row_seed(12) == 0x6B51D431  # printf 12 | sha256sum
+    assert len({rows.row_seed(k) for k in range(10_000)}) == 10_000
 
 
 def test_nothing_of_a_row_is_left_to_chance(tmp_path: Path, sd1: Pipeline) -> None:
@@ -77,7 +77,7 @@ def test_nothing_of_a_row_is_left_to_chance(tmp_path: Path, sd1: Pipeline) -> No
         (b'{"prompt": null}', "prompt is missing"),
         (b'{"prompt": "a lemon", "steps": 0}', "steps is 0; it must be a whole number from 1 to 1000"),
         (b'{"prompt": "a lemon"', "the row is not JSON"),
-        (b"[" * 100_000, "the row is not JSON (nested too deep)"),
+        (b"[" * 100_000, "the row is not JSON (nested too deeply)"),
         (b'["a lemon"]', "the row is not an object"),
         (b'{"prompt": "\xff"}', "the row is not UTF-8"),
         (b'{"prompt": "' + b"a" * 5_000_000 + b'"}', "longer than 4,194,304 bytes"),
@@ -91,8 +91,8 @@ def test_a_row_that_is_no_request_says_why_and_the_next_is_read(tmp_path: Path, 
     assert (first[0], wrong[0], last[0]) == (1, 3, 4), "numbers are those of the lines"
     assert isinstance(wrong[1], str) and sentence in wrong[1]
     assert len(wrong[1]) < 1000
-    assert first[1] == Request(prompt="first", seed=rows.seed_of(1))
-    assert last[1] == Request(prompt="last", seed=rows.seed_of(4))
+    assert first[1] == Request(prompt="first", seed=rows.row_seed(1))
+    assert last[1] == Request(prompt="last", seed=rows.row_seed(4))
 
 
 def test_a_csv_row_that_is_no_request(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_a_csv_row_that_is_no_request(tmp_path: Path) -> None:
     path.write_bytes(b"prompt,steps\na lemon,3\n\na,1,2\n\xff,1\n,4\na cat\n" + b"a" * 200_000 + b"\na whale,x\n")
     read = dict(rows.read(path, {}))
     assert list(read) == [1, 2, 3, 4, 5, 6, 7]
-    assert read[1] == Request(prompt="a lemon", steps=3, seed=rows.seed_of(1))
+    assert read[1] == Request(prompt="a lemon", steps=3, seed=rows.row_seed(1))
     assert read[2] == "the row has 3 cells; the header has 2"
     assert "valid Unicode" in str(read[3])
     assert str(read[4]).startswith("prompt is missing")
-    assert read[5] == Request(prompt="a cat", seed=rows.seed_of(5))
+    assert read[5] == Request(prompt="a cat", seed=rows.row_seed(5))
     assert "the row is not CSV: field larger than field limit" in str(read[6])
     assert "steps is 'x'; it must be a whole number" in str(read[7])
 
@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "empty.jsonl": (b"\n", "has no rows"),
         "header.csv": (b"prompt,seed\n", "has no rows"),
         "column.csv": (b"prompt,promt\na,b\n", "no field 'promt'; the nearest is prompt"),
-        "twice.csv": (b"prompt,prompt\na,b\n", "the column 'prompt' is there twice"),
+        "twice.csv": (b"prompt,prompt\na,b\n", "the column 'prompt' occurs twice"),
     }
     for name, (content, sentence) in files.items():
         (tmp_path / name).write_bytes(content)

@@ -1,11 +1,11 @@
 """Generate a picture again from its file, and verify that the result is identical.
 
     source = read_source("lemon.png")
-    image = again(pipe, source)               # drawn as its record says, its whole batch with it
-    verdict = judge(source, image)            # verdict.identical, .sentences
+    images = again(pipe, source)              # generated from the record, together with the rest of its batch
+    verdict = judge(source, images[0])        # verdict.identical, verdict.sentences
 
-What a file says is data. No path and no hub id in it is ever opened: a model and embeddings are named by whoever asks,
-and a picture that the run started from is named too, or found by its SHA-256 among pictures where the caller says.
+Metadata is untrusted. No path or hub id in a file is ever opened: the caller gives the model, LoRAs and embeddings. The
+caller also gives the input pictures (image, mask), or the folders in which they are looked up by their SHA-256.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from mezzotint.pipeline import OnStep, Pipeline
 
-MAX_FILES = 10_000  # that are looked at in a folder for an input picture
-PICTURES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")  # endings of what is looked at
-# what else was resolved for the sake of a field, and is so again when that is changed
+MAX_FILES = 10_000  # per folder, in the search for an input picture
+PICTURE_SUFFIXES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")
+# fields whose resolved values depend on another field; they are resolved anew when that field is overridden
 DEPENDENT_FIELDS = {
     "sampler": ("spacing", "sigmas", "timesteps", "eta", "guidance_scale"),
     "spacing": ("sigmas", "timesteps"),
@@ -55,7 +55,7 @@ DEPENDENT_FIELDS = {
     ),
     "prompt_syntax": ("emphasis", "choices"),
 }
-# fields of a Request of which a record is never believed
+# fields of a Request that name files; their values in a record are never used
 FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder")
 
 
@@ -67,7 +67,7 @@ class Source:
         path: The file.
         record: Our record, or None if another program wrote the metadata.
         request: The request in either.
-        notes: What another program's metadata asks for and is not supported.
+        notes: What another program's metadata requests but is not supported.
         model_name: The model's name in the metadata.
         model_hash: The first digits of the SHA-256 of the model's file, from A1111's text.
     """
@@ -77,7 +77,7 @@ class Source:
     request: Request
     notes: list[str] = field(default_factory=list)
     model_name: str = ""
-    model_hash: str = ""  # the first digits of a file's SHA-256, of A1111's text
+    model_hash: str = ""
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
@@ -97,7 +97,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         text = infotext.parse(texts.get("parameters", ""))
         if not text.fields:
             raise RequestError(
-                "there is no record in it: neither mezzotint's nor A1111's text, nor ComfyUI's or InvokeAI's"
+                "the file has no generation record; records of mezzotint, A1111, ComfyUI and InvokeAI can be read"
             )
         request, notes = infotext.to_request(text)
     except RequestError as error:
@@ -106,40 +106,48 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     return Source(Path(path), None, request, notes, fields.get("Model", ""), fields.get("Model hash", ""))
 
 
-def inputs_of(
+def find_inputs(
     source: Source, given: Mapping[str, str | None], folders: Iterable[Path]
 ) -> tuple[dict[str, str], list[str]]:
-    """The paths of the pictures that the run started from, by field, and what is to be said of them.
+    """Find the input pictures (image, mask) of a file's record.
 
-    given: by field the file that the caller names, or a folder to look in; else `folders` are looked through for a
-    picture file with the record's SHA-256. Raises RequestError where there is none.
+    Args:
+        source: The metadata of the file.
+        given: For each field a picture file or a folder to search, or None.
+        folders: The folders to search for a field without a file or folder of its own.
+
+    Returns:
+        The path of each field's picture, and warnings about them.
+
+    Raises:
+        RequestError: If no picture has the SHA-256 in the record.
     """
     paths: dict[str, str] = {}
-    said: list[str] = []
-    known = source.record.inputs if source.record else {}
-    files = [name for name, place in given.items() if place and not os.path.isdir(place)]
-    for name in dict.fromkeys([*known, *source.request.sources, *files]):
-        place, input = given.get(name), known.get(name)
-        if place is not None and not os.path.isdir(place):
-            if input is not None and digest(read(place, name)) != input.sha256:
-                said.append(f"{name} is {place!r}, which is not the picture that the record names (another SHA-256)")
-            paths[name] = place
+    warnings: list[str] = []
+    recorded = source.record.inputs if source.record else {}
+    files = [name for name, path in given.items() if path and not os.path.isdir(path)]
+    for name in dict.fromkeys([*recorded, *source.request.sources, *files]):
+        path, input = given.get(name), recorded.get(name)
+        if path is not None and not os.path.isdir(path):
+            if input is not None and digest(read(path, name)) != input.sha256:
+                warnings.append(f"{name} is {path!r}, whose SHA-256 is not the one in the record")
+            paths[name] = path
             continue
         if input is None:
-            raise RequestError(f"it was drawn from a picture that its record does not identify; --{name} names it")
-        found = _find(input.sha256, [Path(place)] if place else folders)
+            raise RequestError(f"the record does not identify the input picture ({name}); give it with --{name}")
+        found = _find_by_sha256(input.sha256, [Path(path)] if path else folders)
         if found is None:
-            was = f" ({input.path!r})" if input.path else ""
+            recorded_path = f" {input.path!r}" if input.path else ""
             raise RequestError(
-                f"the picture that it was drawn from{was} is changed or missing: no picture here has the SHA-256 "
-                f"{input.sha256[:10]}... of the record's {name}; --{name} names another place. What a file names is "
-                "not opened for that alone"
+                f"the input picture ({name}){recorded_path} was changed or is missing: no picture with the SHA-256 "
+                f"{input.sha256[:10]}... was found; give the picture or its folder with --{name}, since a path in a "
+                "record is never opened"
             )
         paths[name] = str(found)
-    return paths, said
+    return paths, warnings
 
 
-def _find(sha256: str, folders: Iterable[Path]) -> Path | None:
+def _find_by_sha256(sha256: str, folders: Iterable[Path]) -> Path | None:
     """Find a picture file by its SHA-256 in the folders, without subfolders."""
     for folder in folders:
         try:
@@ -148,26 +156,26 @@ def _find(sha256: str, folders: Iterable[Path]) -> Path | None:
             continue
         for name in names:
             path = folder / name
-            if path.suffix.lower() in PICTURES:
-                with suppress(RequestError):  # no plain file, or too large a one
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                with suppress(RequestError):  # not a regular file, or too large
                     if digest(read(str(path), name)) == sha256:
                         return path
     return None
 
 
-def model_for(source: Source, given: str | None) -> str | None:
+def select_model(source: Source, given: str | None) -> str | None:
     """Return the model to load for a file: the given one, or None for the bundled model.
 
     Raises:
-        RequestError: If the file names another model, since a name in a file opens nothing.
+        RequestError: If none is given and the record is not of the bundled model. A name in a record is never opened.
     """
     if given or source.model_name == BUNDLED.name:
         return given
     if not source.model_name:
-        raise RequestError("it does not say which model drew it; --model names one")
+        raise RequestError("the file does not name its model; give one with --model")
     digest = source.model_hash or next(iter(source.record.model.files.values() if source.record else ()), "")
     known = f" (SHA-256 {digest[:10]}...)" if digest else ""
-    raise RequestError(f"it was drawn with the model {source.model_name[:100]!r}{known}; --model names it")
+    raise RequestError(f"it was generated with the model {source.model_name[:100]!r}{known}; give it with --model")
 
 
 def again(
@@ -179,39 +187,51 @@ def again(
     embeddings: tuple[str, ...] | None = None,
     loras: Sequence[Any] | None = None,
     on_step: OnStep | None = None,
-    kept: dict[Any, list[Image.Image]] | None = None,
+    cache: dict[Any, list[Image.Image]] | None = None,
 ) -> list[Image.Image]:
-    """Draw a file's picture again: one, or as many as a changed `count` says.
+    """Generate a file's picture again.
 
-    changes: fields of the Request that shall be others. Without any the whole batch that the picture was drawn in is
-    drawn, with the record's number of threads, and its picture of it returned. inputs: from `inputs_of`. embeddings:
-    files, folders or hub ids, instead of what the record says; loras: as a Request's, likewise. kept: holds the last
-    batch, for files that share it.
-    Raises RequestError where it cannot be drawn.
+    Without changes the picture's whole batch is generated, with the record's number of threads.
+
+    Args:
+        pipe: The pipeline.
+        source: The metadata of the file.
+        changes: Fields of the Request to override.
+        inputs: The paths of the input pictures, from `find_inputs`.
+        embeddings: Files, folders or hub ids of the embeddings.
+        loras: The LoRAs, as a Request takes them.
+        on_step: Called with (steps done, steps in total) after each step.
+        cache: Holds the last batch, for files that share it.
+
+    Returns:
+        One picture, or as many as an overridden `count` asks for.
+
+    Raises:
+        RequestError: If the picture cannot be generated from its record.
     """
     record = source.record
-    named: dict[str, Any] = {**dict.fromkeys(FILE_FIELDS), **(inputs or {}), "embeddings": embeddings, "loras": loras}
+    files: dict[str, Any] = {**dict.fromkeys(FILE_FIELDS), **(inputs or {}), "embeddings": embeddings, "loras": loras}
     if record and record.model.embeddings and not embeddings:
         names = ", ".join(sorted(record.model.embeddings))
-        raise RequestError(f"it was drawn with the embeddings {names[:200]}; --embedding names their files")
+        raise RequestError(f"it was generated with the embeddings {names[:200]}; give their files with --embedding")
     if record and record.model.loras and not loras and "lora_folder" not in (changes or {}):
         names = ", ".join(sorted(record.model.loras))
-        raise RequestError(f"it was drawn with the LoRAs {names[:200]}; --lora names their files")
+        raise RequestError(f"it was generated with the LoRAs {names[:200]}; give their files with --lora")
     with threads(record):
         if changes or record is None:
-            dropped = {name: None for changed in changes or () for name in DEPENDENT_FIELDS.get(changed, ())}
+            dependent = {name: None for changed in changes or () for name in DEPENDENT_FIELDS.get(changed, ())}
             own = {"count": 1, "seed": record.seed} if record else {}
-            request = source.request.replace(**{**own, **dropped, **named, **(changes or {})})
+            request = source.request.replace(**{**own, **dependent, **files, **(changes or {})})
             return pipe.generate(request, on_step=on_step).images
         if record.latents:
-            raise RequestError("it was drawn from latents that were given, of which the record has only the SHA-256")
-        jobs = record.jobs(named)
+            raise RequestError("it was generated from given latents, of which the record has only the SHA-256")
+        jobs = record.jobs(files)
         key = tuple((job.replace(seed=0, count=1), seed) for job, seed in jobs)
-        kept = {} if kept is None else kept
-        if key not in kept:
-            kept.clear()
-            kept[key] = pipe.draw(jobs, on_step=on_step)
-        return [kept[key][record.place]]
+        cache = {} if cache is None else cache
+        if key not in cache:
+            cache.clear()
+            cache[key] = pipe.draw(jobs, on_step=on_step)
+        return [cache[key][record.place]]
 
 
 @contextmanager
@@ -220,9 +240,9 @@ def threads(record: Record | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    wanted = record.model.threads if record else before
-    if wanted <= 4 * (os.cpu_count() or 1):  # an untrusted number must not overload the machine
-        torch.set_num_threads(wanted)
+    recorded = record.model.threads if record else before
+    if recorded <= 4 * (os.cpu_count() or 1):  # an untrusted number must not overload the machine
+        torch.set_num_threads(recorded)
     try:
         yield
     finally:
@@ -231,40 +251,48 @@ def threads(record: Record | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """identical: the same pixels, drawn from an honest record. sentences: the verdict, then what may explain it."""
+    """The result of comparing a file with the picture generated again.
+
+    Attributes:
+        identical: Whether the pixels are the same and match the record's hash.
+        sentences: The verdict, followed by possible reasons for a difference.
+    """
 
     identical: bool
     sentences: list[str]
 
 
 def judge(source: Source, image: Image.Image) -> Verdict:
-    """Compare a file with the picture that was drawn again. Raises RequestError where its pixels cannot be read.
+    """Compare a file with the picture generated again.
 
-    A JPEG's pixels are not those that were drawn: it is compared with the JPEG that would be written of the new ones.
+    JPEG is lossy, so a JPEG file is compared with the new picture encoded as JPEG.
+
+    Raises:
+        RequestError: If the file's pixels cannot be read.
     """
     pixels = read_picture(source.path)
     record = source.record
-    drawn = image
+    new = image
     if FORMATS.get(source.path.suffix.lower()) == "JPEG" or _is_jpeg(source.path):
-        drawn = Image.open(io.BytesIO(encode_file(image, "JPEG"))).convert("RGB")
+        new = Image.open(io.BytesIO(encode_file(image, "JPEG"))).convert("RGB")
     now = read_record({"mezzotint": image.info["mezzotint"]})
     changed = list(record_changes(record, now)) if record and now else []
     digest = pixels_digest(image)
     try:
-        most, share = difference(pixels, drawn)
+        largest, share = difference(pixels, new)
     except MezzotintError as error:
         return Verdict(False, [f"differs: {error}", *changed])
-    if most == 0:
+    if largest == 0:
         if record and record.pixels not in (None, digest):
-            return Verdict(False, ["differs: the pixels are the same, but the record's hash is another", *changed])
+            return Verdict(False, ["differs: the pixels are identical, but do not match the record's hash", *changed])
         return Verdict(True, ["identical"])
-    sentences = [f"differs: max {most}/255 in {_percent(share)} % of pixels", *changed]
+    sentences = [f"differs: max {largest}/255 in {_percent(share)} % of pixels", *changed]
     if record and record.pixels == digest:
-        sentences.append("what the record asks for was drawn, bit for bit: the file's pixels were changed since")
+        sentences.append("the new picture matches the record's hash, so the file's pixels were edited")
     elif record and not changed:
         sentences.append(
-            "nothing that is recorded of model and machine has changed: the record or the pixels were edited, "
-            "or this is another processor"
+            "the recorded model and environment have not changed: the record or the pixels were edited, or the "
+            "picture was generated on a different processor"
         )
     return Verdict(False, sentences)
 
@@ -275,5 +303,6 @@ def _percent(share: float) -> str:
 
 
 def _is_jpeg(path: Path) -> bool:
+    """Return whether a file starts with the JPEG signature."""
     with path.open("rb") as file:
         return file.read(3) == b"\xff\xd8\xff"

@@ -1,11 +1,11 @@
-"""Grids: one request drawn with every combination of up to three fields' values, on one labelled sheet.
+"""X/Y/Z grids: one request, generated with every combination of up to three fields' values, on one labelled sheet.
 
-    plan = planned(pipe, request, x="steps=10,20,30", y="sampler=euler,dpmpp_2m", z="seed=1,2")
-    for cell in plan.cells: ...          # or draw(pipe, plan, folder), which keeps each finished cell
-    sheet(plan, images) -> one picture
+    plan = plan_grid(pipe, request, x="steps=10,20,30", y="sampler=euler,dpmpp_2m", z="seed=1,2")
+    paths = draw(pipe, plan, folder)     # one picture for each of plan.cells
+    image = sheet(plan, paths)
 
-x runs to the right, y downwards, each value of z is a grid of its own below the last. A cell is kept in a file whose
-name is a hash of its request and of the model, so a grid that grows by a value draws only what is new.
+x runs to the right and y downwards; each value of z is a separate grid below the previous one. The file name of a cell
+is a hash of its request and of the model, so adding a value to a grid generates only the new cells.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from mezzotint.pipeline import Pipeline
 
 MAX_CELLS = 1000
-MAX_PIXELS = 100_000_000  # of the sheet: 300 MB in memory
-GAP, LABEL, TITLE = 6, 16, 18  # pixels: between cells, and sizes of letters
-MAX_LINES = 6  # of a label
+MAX_PIXELS = 100_000_000  # of the sheet; 300 MB in memory
+GAP, LABEL, TITLE = 6, 16, 18  # pixels: the gap between cells, and font sizes
+MAX_LINES = 6  # per label
 PAPER, INK = "white", (25, 25, 28)
 
 OnStep = Callable[[int, int], None]
@@ -41,10 +41,15 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Axis:
-    """A field and its values in order, as text for the labels and as a Request takes them.
+    """A field of Request and its values.
 
-    field "prompt" searches and replaces, as A1111's "Prompt S/R": each value stands in for the first one, in the prompt
+    The field "prompt" is search and replace, like A1111's "Prompt S/R": each value replaces the first one in the prompt
     and the negative prompt.
+
+    Attributes:
+        field: The name of the field.
+        texts: The values as text, for the labels.
+        values: The values as a Request takes them.
     """
 
     field: str
@@ -53,26 +58,31 @@ class Axis:
 
     @classmethod
     def parse(cls, name: str, text: str) -> Axis:
-        """From "steps=10,20,30". A value with a comma is in double quotes, a list is as in JSON. Raises RequestError.
+        """Parse an axis such as "steps=10,20,30".
 
-        name: "x", "y" or "z", for what an error says.
+        Args:
+            name: "x", "y" or "z", for error messages.
+            text: The field and its values. A value with a comma is in double quotes; a list is written as in JSON.
+
+        Raises:
+            RequestError: If the text has another form, or a value is empty or occurs twice.
         """
         field, mark, listed = text.partition("=")
         field = field.strip()
         if not mark or not field:
             raise RequestError(f"{name} is {text[:60]!r}; it must be FIELD=VALUE,VALUE,..., such as steps=10,20,30")
         if field == "count":
-            raise RequestError(f"{name} is count, which cannot be an axis: a cell is one picture; take seed")
-        values = _values(field, listed)
+            raise RequestError(f"{name} is count, which cannot be an axis; use seed, since a cell is one picture")
+        values = _parse_values(field, listed)
         if not all(value != "" for value in values):
             raise RequestError(f"{name} is {text[:60]!r}; a value of {field} is empty")
         texts = tuple(value if isinstance(value, str) else json.dumps(value) for value in values)
         if len(set(texts)) < len(texts):
-            raise RequestError(f"{name} is {text[:60]!r}; a value of {field} is there twice")
+            raise RequestError(f"{name} is {text[:60]!r}; a value of {field} occurs twice")
         return cls(field, texts, tuple(values))
 
     def apply(self, request: Request, k: int) -> Request:
-        """The request with value k."""
+        """Return the request with value k."""
         value = self.values[k]
         if self.field != "prompt":
             return request.replace(**{self.field: value})
@@ -80,30 +90,43 @@ class Axis:
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
         if not any(search in (text or "") for text in texts.values()):
             raise RequestError(
-                f"the axis prompt begins with {search[:60]!r}, which is not in the prompt; the first value is what the "
-                "others replace"
+                f"the axis prompt begins with {search[:60]!r}, which is not in the prompt; the first value must be the "
+                "text that the others replace"
             )
         return request.replace(**{name: text and text.replace(search, str(value)) for name, text in texts.items()})
 
 
 @dataclass(frozen=True)
 class GridPlan:
-    """axes: of x, y and z those that were given, None for the others. cells: resolved requests, z by y by x."""
+    """The cells of a grid.
+
+    Attributes:
+        axes: The axes x, y and z; y and z may be None.
+        cells: Resolved requests, ordered by z, then y, then x.
+    """
 
     axes: tuple[Axis | None, Axis | None, Axis | None]
     cells: list[Request]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """How many values x, y and z have."""
+        """Return the number of values of x, y and z."""
         x, y, z = (len(axis.values) if axis else 1 for axis in self.axes)
         return x, y, z
 
 
-def planned(pipe: Pipeline, request: Request, x: str, y: str | None = None, z: str | None = None) -> GridPlan:
-    """The cells of a grid, checked before the first is drawn. A request with no seed gets 0, the same in every cell.
+def plan_grid(pipe: Pipeline, request: Request, x: str, y: str | None = None, z: str | None = None) -> GridPlan:
+    """Make and validate the cells of a grid. A request without a seed gets seed 0 in every cell.
 
-    Raises RequestError for an axis that is none, a value that its field cannot take, and a grid that is too large.
+    Args:
+        pipe: The pipeline, which resolves the requests.
+        request: The request that the axes vary.
+        x: The axis to the right, such as "steps=10,20,30".
+        y: The axis downwards.
+        z: The axis of separate grids.
+
+    Raises:
+        RequestError: If an axis or a value is invalid, or the grid is too large.
     """
     axes = parse(x, y, z)
     request = request.replace(count=1, seed=request.seed or 0)
@@ -120,12 +143,16 @@ def planned(pipe: Pipeline, request: Request, x: str, y: str | None = None, z: s
 
 
 def parse(x: str, y: str | None, z: str | None) -> tuple[Axis | None, Axis | None, Axis | None]:
-    """The axes, checked as far as can be done without a model. Raises RequestError."""
+    """Parse the axes and validate their values as far as possible without a model.
+
+    Raises:
+        RequestError: If an axis or a value is invalid, or there are too many cells.
+    """
     axes = tuple(None if text is None else Axis.parse(name, text) for name, text in (("x", x), ("y", y), ("z", z)))
     given = [axis for axis in axes if axis]
     fields = [axis.field for axis in given]
     if len(set(fields)) < len(fields):
-        raise RequestError(f"{max(fields, key=fields.count)} is the field of two axes; it can only be of one")
+        raise RequestError(f"{max(fields, key=fields.count)} is the field of two axes; give each axis its own field")
     cells = 1
     for axis in given:
         cells *= len(axis.values)
@@ -133,26 +160,36 @@ def parse(x: str, y: str | None, z: str | None) -> tuple[Axis | None, Axis | Non
             for value in axis.values:
                 Request.model_validate({"prompt": "", axis.field: value})  # raises
     if cells > MAX_CELLS:
-        raise RequestError(f"the grid has {cells:,} cells; it may have {MAX_CELLS:,}")
+        raise RequestError(f"the grid has {cells:,} cells; it must have at most {MAX_CELLS:,}")
     return axes  # type: ignore[return-value]
 
 
 def draw(pipe: Pipeline, plan: GridPlan, folder: Path, on_step: OnStep = lambda done, total: None) -> list[Path]:
-    """Draws the cells that `folder` does not hold, and returns the files of all of them.
+    """Generate the cells that are not in the folder yet.
 
-    on_step(done, total) counts the steps of those to be drawn; what it raises ends the work, and no finished cell is
-    lost. Raises RequestError.
+    Args:
+        pipe: The pipeline.
+        plan: The grid.
+        folder: The folder of the cells' pictures.
+        on_step: Called with (steps done, steps in total) of the missing cells. An exception that it raises ends the
+            work; finished cells are kept.
+
+    Returns:
+        The files of all cells, in the plan's order.
+
+    Raises:
+        RequestError: If the folder or a file cannot be written.
     """
-    depends = json.dumps([pipe.parts.identity, pipe.device.type, str(pipe.dtype)], sort_keys=True)
+    dependencies = json.dumps([pipe.parts.identity, pipe.device.type, str(pipe.dtype)], sort_keys=True)
     paths = []
     for cell in plan.cells:
-        asked = cell.model_dump_json(exclude_defaults=True)  # a field that comes later changes no name
-        paths.append(folder / f"{hashlib.sha256(f'{depends}{asked}'.encode()).hexdigest()[:16]}.png")
+        fields = cell.model_dump_json(exclude_defaults=True)  # so that a new field of Request changes no name
+        paths.append(folder / f"{hashlib.sha256(f'{dependencies}{fields}'.encode()).hexdigest()[:16]}.png")
     missing = {path: cell for path, cell in zip(paths, plan.cells, strict=True) if not path.exists()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"{str(folder)!r} cannot be made ({error.strerror})") from None
+        raise RequestError(f"{str(folder)!r} cannot be created ({error.strerror})") from None
     done, total = 0, sum(cell.steps or 0 for cell in missing.values())
     for path, cell in missing.items():
         before = done
@@ -169,9 +206,14 @@ def draw(pipe: Pipeline, plan: GridPlan, folder: Path, on_step: OnStep = lambda 
 
 
 def sheet(plan: GridPlan, paths: Sequence[Path]) -> Image.Image:
-    """The cells of a plan on white, with the values beside them. Labels have the letters of Pillow's own font.
+    """Compose the cells' pictures and their labels, in Pillow's own font, on a white sheet.
 
-    Raises RequestError where the pictures turned out larger than their requests and the sheet would be too large.
+    Args:
+        plan: The grid.
+        paths: The pictures of its cells.
+
+    Raises:
+        RequestError: If the sheet would be too large, since pictures are larger than their requests (as with hires).
     """
     sizes = []
     for path in paths:
@@ -203,22 +245,22 @@ def sheet(plan: GridPlan, paths: Sequence[Path]) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Layout:
-    """In pixels. A block is one grid, as many as z has values: title, head of labels, then cells of width x height."""
+    """The layout of a sheet in pixels. A block is the grid of one value of z: title, column labels, then the cells."""
 
-    columns: list[str]  # the labels, lines broken
+    columns: list[str]  # labels, wrapped to lines
     rows: list[str]
     titles: list[str]
     left: int  # of the first cell
-    title: int  # heights
-    head: int
-    block: int
+    title: int  # height of the title
+    head: int  # height of the column labels
+    block: int  # height of a block
     width: int  # of the largest cell
     height: int
     size: tuple[int, int]  # of the sheet
 
 
 def _layout(plan: GridPlan, sizes: Sequence[tuple[int, int]]) -> _Layout:
-    """For pictures of these sizes. Raises RequestError where the sheet would be too large."""
+    """Lay out pictures of these sizes. Raises RequestError if the sheet would be too large."""
     width, height = (max(side) for side in zip(*sizes, strict=True))
     columns, lines, blocks = plan.shape
     x, y, z = plan.axes
@@ -233,24 +275,25 @@ def _layout(plan: GridPlan, sizes: Sequence[tuple[int, int]]) -> _Layout:
     block = title + head + lines * (height + GAP)
     size = across, blocks * block + GAP
     if math.prod(size) > MAX_PIXELS:
-        right = f"it may have {MAX_PIXELS:,} pixels. Take fewer values, or smaller pictures"
-        raise RequestError(f"the grid would be {size[0]}x{size[1]}; {right}")
+        right = f"it must have at most {MAX_PIXELS:,} pixels, so use fewer values or smaller pictures"
+        raise RequestError(f"the sheet would be {size[0]}x{size[1]}; {right}")
     return _Layout(heads, sides, titles, left, title, head, block, width, height, size)
 
 
 def _labels(axis: Axis | None) -> list[str]:
-    """What stands beside the cells: "steps 20", or of a prompt the words alone."""
+    """Return an axis's labels: "steps 20", or the replaced text alone for a prompt."""
     if axis is None:
         return []
     return [text if axis.field == "prompt" else f"{axis.field} {text}" for text in axis.texts]
 
 
 def _height(labels: Sequence[str], size: int) -> int:
+    """Return the height of the tallest label at a font size."""
     return max((label.count("\n") + 1 for label in labels), default=0) * (size + 4) + GAP
 
 
 def _wrap(text: str, font: Any, width: int) -> str:
-    """At most MAX_LINES lines no wider than `width` pixels; a word that is wider is cut where it has to be."""
+    """Wrap a text to at most MAX_LINES lines of at most `width` pixels; a longer word is broken."""
     lines = [""]
     for word in text[:1000].split():
         longer = f"{lines[-1]} {word}".strip()
@@ -270,16 +313,16 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _values(field: str, listed: str) -> list[Any]:
-    """The values of an axis: JSON ("10,20", "[0.3,5],[1,4]") or else texts with commas between, as in a CSV file."""
-    if field not in rows.TEXTS:
+def _parse_values(field: str, text: str) -> list[Any]:
+    """Parse the values of an axis as JSON ("10,20", "[0.3,5],[1,4]") or, failing that, as a row of CSV."""
+    if field not in rows.TEXT_FIELDS:
         try:
-            values: list[Any] = json.loads(f"[{listed}]")
+            values: list[Any] = json.loads(f"[{text}]")
             return values or [""]
         except (ValueError, RecursionError):
             pass
     try:
-        (cells,) = csv.reader([listed], skipinitialspace=True)
+        (cells,) = csv.reader([text], skipinitialspace=True)
     except (ValueError, csv.Error):
         return [""]
     return [cell.strip() for cell in cells]

@@ -1,4 +1,4 @@
-"""Tables of requests: a JSONL, CSV or Parquet file whose rows are Requests, read as a stream. No torch here."""
+"""Read Requests from the rows of a JSONL, CSV or Parquet file, one row at a time. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from typing import Any
 from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.request import Request
 
-MAX_LINE = 4_194_304  # bytes of a JSONL row: two prompts of the greatest length, each character escaped, and the rest
-RIGHT_LINE = 'it must be a JSON object on one line, such as {"prompt": "a lemon"}'
-TEXTS = ("prompt", "negative_prompt")  # may begin with a bracket
+MAX_LINE = 4_194_304  # bytes of a JSONL row: enough for two prompts of maximal length with every character escaped
+EXPECTED_LINE = 'it must be a JSON object on one line, such as {"prompt": "a lemon"}'
+TEXT_FIELDS = ("prompt", "negative_prompt")  # a leading bracket is text, not JSON
 
 Fields = dict[str, Any]
-Row = tuple[int, Fields | str]  # its number, and its fields or what is wrong with it
-Checked = tuple[int, Request | str]
+Row = tuple[int, Fields | str]  # the row's number, and its fields or an error message
+ParsedRow = tuple[int, Request | str]  # the row's number, and its Request or an error message
 
 
-def read(path: Path, defaults: Mapping[str, Any]) -> Iterator[Checked]:
+def read(path: Path, defaults: Mapping[str, Any]) -> Iterator[ParsedRow]:
     """Yield (number, Request) for each row, or (number, error) for an invalid one; rows are read one at a time.
 
-    The number is the line in a JSONL file, where empty lines are skipped, and otherwise the row, from 1. `defaults` are
-    the fields that a row leaves out. A row without a seed gets `seed_of` its number, and so does its variation.
+    Args:
+        path: The file; its suffix gives the format.
+        defaults: Values of the fields that a row leaves out. A row without a seed gets `row_seed` of its number, and so
+            does a row's variation.
+
+    Yields:
+        The number, from 1, and the Request or an error message. The number is the line of a JSONL file, in which empty
+        lines are skipped, or the row of a CSV or Parquet file.
 
     Raises:
         RequestError: If the file cannot be read.
@@ -37,16 +43,20 @@ def read(path: Path, defaults: Mapping[str, Any]) -> Iterator[Checked]:
             yield number, fields
             continue
         try:
-            request = Request.model_validate({"seed": seed_of(number), **defaults, **fields})
+            request = Request.model_validate({"seed": row_seed(number), **defaults, **fields})
             if request.variation_strength is not None and request.variation_seed is None:
-                request = request.replace(variation_seed=seed_of(number, "variation "))
+                request = request.replace(variation_seed=row_seed(number, "variation "))
             yield number, request
         except RequestError as error:
             yield number, str(error)
 
 
 def measure(path: Path, defaults: Mapping[str, Any]) -> tuple[int, int]:
-    """How many rows a file has, and how many pictures they ask for, as far as can be told without checking them."""
+    """Count a file's rows and the pictures that they ask for, without validating the rows.
+
+    Raises:
+        RequestError: If the file cannot be read or has no rows.
+    """
     rows = pictures = 0
     for _, fields in _rows(path):
         rows += 1
@@ -57,14 +67,14 @@ def measure(path: Path, defaults: Mapping[str, Any]) -> tuple[int, int]:
     return rows, pictures
 
 
-def seed_of(number: int, what: str = "") -> int:
+def row_seed(number: int, prefix: str = "") -> int:
     """Return the seed of a row without one: the first 32 bits of the SHA-256 of its number."""
-    return int.from_bytes(hashlib.sha256(f"{what}{number}".encode()).digest()[:4])
+    return int.from_bytes(hashlib.sha256(f"{prefix}{number}".encode()).digest()[:4])
 
 
-def from_text(name: str, text: str) -> Any:
-    """Return the value of a table cell or option: "[9, 3]" becomes a list, other text is left to Request."""
-    if name not in TEXTS and text.startswith("["):
+def parse_cell(name: str, text: str) -> Any:
+    """Parse the text of a table cell or option: "[9, 3]" becomes a list, other text is left to Request."""
+    if name not in TEXT_FIELDS and text.startswith("["):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -73,36 +83,45 @@ def from_text(name: str, text: str) -> Any:
 
 
 def assignments(option: str, texts: Iterable[str]) -> Fields:
-    """Parse ["steps=20"] to {"steps": "20"}; raise RequestError for an unknown field or a wrong value."""
+    """Parse the values of an option: ["steps=20"] becomes {"steps": "20"}.
+
+    Args:
+        option: The option's name, for error messages.
+        texts: Its values, each FIELD=VALUE.
+
+    Raises:
+        RequestError: If a field is unknown or its value is invalid.
+    """
     fields: Fields = {}
     for text in texts:
         name, mark, value = text.partition("=")
         if not mark:
             raise RequestError(f"{option} is {text[:60]!r}; it must be FIELD=VALUE, such as steps=20")
-        fields[name] = from_text(name, value)
+        fields[name] = parse_cell(name, value)
     Request.model_validate({"prompt": "", **fields})  # raises
     return fields
 
 
 def _rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file in any of the formats."""
     readers = {".jsonl": jsonl, ".ndjson": jsonl, ".csv": _csv, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise RequestError(f"{str(path)!r} must end in {', '.join(readers)}: the ending says how it is read")
+        raise RequestError(f"{str(path)!r} has an unknown format; its name must end in {', '.join(readers)}")
     try:
         for number, fields in reader(path):
-            yield number, _present(fields) if isinstance(fields, dict) else fields
+            yield number, _drop_nulls(fields) if isinstance(fields, dict) else fields
     except OSError as error:
         raise RequestError(f"{str(path)!r} cannot be read ({error.strerror or error})") from None
 
 
-def _present(fields: Fields) -> Fields:
-    """Without what is null: as good as not there in any of the formats."""
+def _drop_nulls(fields: Fields) -> Fields:
+    """Remove fields that are null; in every format a null field counts as left out."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def jsonl(path: Path, right: str = RIGHT_LINE) -> Iterator[Row]:
-    """Yield the objects of a JSONL file by line number, or what is wrong with a line."""
+def jsonl(path: Path, expected: str = EXPECTED_LINE) -> Iterator[Row]:
+    """Yield (line number, object) for each line of a JSONL file, or (line number, error) for an invalid one."""
     with path.open("rb") as file:
         for number in count(1):
             line = file.readline(MAX_LINE)
@@ -111,22 +130,23 @@ def jsonl(path: Path, right: str = RIGHT_LINE) -> Iterator[Row]:
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)
-                yield number, f"the row is longer than {MAX_LINE:,} bytes; {right}"
+                yield number, f"the row is longer than {MAX_LINE:,} bytes; {expected}"
                 continue
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                yield number, f"the row is not UTF-8; {right}"
+                yield number, f"the row is not UTF-8; {expected}"
             except (ValueError, RecursionError) as error:
-                yield number, f"the row is not JSON ({getattr(error, 'msg', 'nested too deep')}); {right}"
+                yield number, f"the row is not JSON ({getattr(error, 'msg', 'nested too deeply')}); {expected}"
             else:
-                yield number, fields if isinstance(fields, dict) else f"the row is not an object; {right}"
+                yield number, fields if isinstance(fields, dict) else f"the row is not an object; {expected}"
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    # what is not UTF-8 becomes lone surrogates, which a Request refuses row by row
+    """Yield the rows of a CSV file."""
+    # bytes that are not UTF-8 become lone surrogates, which Request rejects row by row
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         try:
@@ -149,11 +169,12 @@ def _csv(path: Path) -> Iterator[Row]:
             number += 1
             if len(cells) > len(header):
                 yield number, f"the row has {len(cells)} cells; the header has {len(header)}"
-            else:  # an empty cell is as good as none
-                yield number, {name: from_text(name, cell) for name, cell in zip(header, cells, strict=False) if cell}
+            else:  # an empty cell counts as left out
+                yield number, {name: parse_cell(name, cell) for name, cell in zip(header, cells, strict=False) if cell}
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    """Yield the rows of a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -173,13 +194,13 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _check_columns(path: Path, names: Iterable[str]) -> None:
     """Check that every column is a field of Request; otherwise every row would fail."""
-    seen: set[str] = set()
+    names_so_far: set[str] = set()
     for name in names:
         try:
-            if name in seen:
-                raise RequestError(f"the column {name!r} is there twice")
+            if name in names_so_far:
+                raise RequestError(f"the column {name!r} occurs twice")
             if name not in Request.model_fields:
                 Request.model_validate({"prompt": "", name: None})  # raises, with the nearest name
         except RequestError as error:
             raise RequestError(f"{str(path)!r}: {error}") from None
-        seen.add(name)
+        names_so_far.add(name)

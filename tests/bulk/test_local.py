@@ -115,7 +115,7 @@ def test_the_pictures_are_those_of_the_rows_requests(sd1: Pipeline, tmp_path: Pa
     ]
     run(write(tmp_path / "p.jsonl", table), tmp_path / "out", sd1, fields={"steps": "2"})
     for number, row in enumerate(table, 1):
-        request = Request.model_validate({"seed": bulk.rows.seed_of(number), "steps": 2, **row})
+        request = Request.model_validate({"seed": bulk.rows.row_seed(number), "steps": 2, **row})
         for k, image in enumerate(sd1.generate(request).images):
             path = tmp_path / "out" / f"00000{number}-{k}.png"
             with Image.open(path) as written:
@@ -140,7 +140,7 @@ def test_units_are_of_pictures_that_are_drawn_alike(tmp_path: Path) -> None:
         list("79"),
         list("e"),
     ]
-    first = bulk.rows.seed_of(11)
+    first = bulk.rows.row_seed(11)
     assert sorted(r.seed - first for group in pipe.groups for r in group if r.prompt == "whale") == [0, 1, 2, 3, 4]  # type: ignore[operator]
 
 

@@ -445,7 +445,7 @@ def test_the_record_has_its_hash_and_again_asks_for_the_file(sd1: Pipeline, file
     save(result.images[0], tmp_path / "a.png")
     source = read_source(tmp_path / "a.png")
     with pytest.raises(
-        RequestError, match=r"it was drawn with the LoRAs .*style.safetensors; --lora names their files"
+        RequestError, match=r"it was generated with the LoRAs .*style.safetensors; give their files with --lora"
     ):
         again(sd1, source)
     (drawn,) = again(sd1, source, loras=((file, 0.5),))

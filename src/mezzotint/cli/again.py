@@ -59,7 +59,7 @@ def again(
 
     The options of generate override the file: --steps 40 draws the same picture with 40 steps.
     """
-    from mezzotint.again import again, inputs_of, judge, model_for, read_source
+    from mezzotint.again import again, find_inputs, judge, read_source, select_model
 
     changes = fields_of(options)
     if options.get("prompt") is not None:
@@ -74,18 +74,18 @@ def again(
 
     places = {"image": image, "mask": mask}
     pipes = Pipes(model, device, dtype)
-    kept: dict[Any, Any] = {}
+    cache: dict[Any, Any] = {}
     told: list[dict[str, Any]] = []
     for file in files:
         code, sentences, written = UNKNOWN, list[str](), list[Path]()
         try:
             source = read_source(file)
-            path = model_for(source, model)
-            inputs, said = inputs_of(source, places, [file.parent, Path()])
+            path = select_model(source, model)
+            inputs, notes = find_inputs(source, places, [file.parent, Path()])
             if not verify:
                 check_out(out, _named(source, changes), SUFFIXES)
             pipe = pipes.of(source, path)
-            said += [f"ignored: {note}" for note in source.notes] + _other_model(source, pipe)
+            notes += [f"ignored: {note}" for note in source.notes] + _other_model(source, pipe)
             with _progress(file) as on_step:
                 images = again(
                     pipe,
@@ -95,15 +95,15 @@ def again(
                     embeddings=tuple(embedding) if embedding else None,
                     loras=tuple(map(lora_of, lora)) if lora else None,
                     on_step=on_step,
-                    kept=kept,
+                    cache=cache,
                 )
             if verify:
                 verdict = judge(source, images[0])
-                code, sentences = (IDENTICAL if verdict.identical else DIFFERS), [*verdict.sentences, *said]
+                code, sentences = (IDENTICAL if verdict.identical else DIFFERS), [*verdict.sentences, *notes]
             else:
                 named = _named(source, changes)
                 written = [save_one(made, out, named, k) for k, made in enumerate(images)]
-                code, sentences = 0, [wrote(written), *said]
+                code, sentences = 0, [wrote(written), *notes]
         except MezzotintError as error:
             sentences = [f"cannot be {'judged' if verify else 'drawn again'}: {error}"]
         told.append({"file": str(file), "code": code, "sentences": sentences, "paths": [str(path) for path in written]})

@@ -57,7 +57,7 @@ def grid(
     check_out(str(out), request.replace(count=1))
 
     pipe = load(model, device, dtype)
-    plan = work.planned(pipe, request, x, y, z)
+    plan = work.plan_grid(pipe, request, x, y, z)
     cells = out.with_name(f"{out.stem}-cells")
     with long_work(
         "drawing", lambda: f"finished cells are in {cells}, and the same command continues from there"

@@ -32,7 +32,7 @@ BrokenPolicy = Literal["stop", "skip"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 TEXTS = ("text", "caption", "prompt")  # names of the caption's column or field
 METADATA = "metadata.jsonl"
-RIGHT_LINE = 'it must be a JSON object on one line, such as {"file_name": "cat.jpg", "text": "a cat"}'
+EXPECTED_LINE = 'it must be a JSON object on one line, such as {"file_name": "cat.jpg", "text": "a cat"}'
 NO_EXTRA = "a Parquet file needs pyarrow: pip install 'mezzotint[train]'"
 
 
@@ -217,13 +217,13 @@ def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[
 
 
 def _jsonl(path: Path, default: str | None) -> Iterator[Found]:
-    for number, row in rows.jsonl(path, RIGHT_LINE):
+    for number, row in rows.jsonl(path, EXPECTED_LINE):
         if isinstance(row, str):
             yield f"line {number} of {str(path)!r}: {row}"
             continue
         name, caption = row.get("file_name"), _caption_in(row, default)
         if not isinstance(name, str) or not name or "\0" in name:
-            yield f"line {number} of {str(path)!r} names no picture; {RIGHT_LINE}"
+            yield f"line {number} of {str(path)!r} names no picture; {EXPECTED_LINE}"
         elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             yield f"line {number} of {str(path)!r} names {name!r}; it must be below the folder of {METADATA}"
         else:
