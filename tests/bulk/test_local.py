@@ -187,7 +187,7 @@ def test_only_the_missing_files_of_a_unit_are_written(tmp_path: Path) -> None:
     assert files(folder) == before
     assert {path.name: path.stat().st_ino for path in folder.iterdir() if path.name in kept} == kept
     assert [[request.prompt for request in group] for group in pipe.groups] == [["lemon 3", "lemon 4", "lemon 5"]]
-    assert (sum(one.drawn for one in outcomes), sum(one.found for one in outcomes)) == (1, 5)
+    assert (sum(one.drawn for one in outcomes), sum(one.existing for one in outcomes)) == (1, 5)
 
 
 def test_parts_of_windows_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,14 +293,14 @@ def test_a_folder_belongs_to_one_file_and_its_settings(tmp_path: Path) -> None:
     model = FakePipeline()
     model.parts = SimpleNamespace(identity={"weights": "abd"})
     for arguments, options, sentence in [
-        ((other, folder), {}, r"^file is \".*\" and .* was started with \".*\"; use the same file, or another folder"),
+        ((other, folder), {}, r"^file is \".*\", but .* was started with \".*\"; use the same file, or choose another"),
         (
             (file, folder),
             {"threads": 1},
-            "threads is 1 and .* was started with 2; use the same threads",
+            "threads is 1, but .* was started with 2; use the same threads",
         ),
-        ((file, folder), {"fields": {"steps": 2}}, "fields steps is 2 and .* was started with null"),
-        ((file, folder, model), {}, 'model weights is "abd" and .* was started with "abc"'),
+        ((file, folder), {"fields": {"steps": 2}}, "fields steps is 2, but .* was started with null"),
+        ((file, folder, model), {}, 'model weights is "abd", but .* was started with "abc"'),
     ]:
         with pytest.raises(RequestError, match=sentence):
             run(*arguments, **options)  # type: ignore[arg-type]
@@ -308,13 +308,13 @@ def test_a_folder_belongs_to_one_file_and_its_settings(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="not the record of a bulk run"):
         run(file, folder)
     (folder / "bulk.json").unlink()
-    with pytest.raises(RequestError, match=r"has pictures but no bulk\.json"):
+    with pytest.raises(RequestError, match=r"contains pictures but no bulk\.json"):
         run(file, folder)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    with bulk.prepare(file, tmp_path / "out", {}), pytest.raises(WriteError, match="written to by another run"):
+    with bulk.prepare(file, tmp_path / "out", {}), pytest.raises(WriteError, match="in use by another run"):
         run(file, tmp_path / "out")
     run(file, tmp_path / "out")
 

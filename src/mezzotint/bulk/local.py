@@ -1,7 +1,7 @@
 """Generate the pictures of a file of requests into one folder. An interrupted run can be resumed.
 
     with prepare(file, folder, fields) as plan:
-        for outcome in run(plan, Worker.start(plan), on_step):  # or bulk_ray.run(plan): the same on a cluster's workers
+        for outcome in run(plan, Worker.start(plan), on_step):  # or ray.run(plan), on the workers of a cluster
             ...
 
 The file is read in windows of WINDOW rows. Within a window, pictures that differ only in prompts and seed are grouped
@@ -100,11 +100,18 @@ class Failure(NamedTuple):
 
 @dataclass
 class Outcome:
-    """The result of a part of a window: numbers of pictures written and already present, and the failures."""
+    """The result of a part of a window.
+
+    Attributes:
+        window: The index of the window.
+        drawn: The number of pictures generated and written.
+        existing: The number of pictures that were there already.
+        failures: The rows and pictures that failed.
+    """
 
     window: int
     drawn: int = 0
-    found: int = 0
+    existing: int = 0
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -156,10 +163,10 @@ def prepare(
     except OSError as error:
         raise WriteError(f"{str(folder)!r} cannot be written to ({error.strerror or error})") from None
     with _lock(folder):
-        begun = _read_record(folder)
-        if begun is None and next(folder.glob("[0-9]*-[0-9]*.png"), None):
-            raise RequestError(f"{str(folder)!r} has pictures but no {RECORD}; choose an empty folder")
-        threads = threads or (begun or {}).get("threads", cores)
+        recorded = _read_record(folder)
+        if recorded is None and next(folder.glob("[0-9]*-[0-9]*.png"), None):
+            raise RequestError(f"{str(folder)!r} contains pictures but no {RECORD}; choose an empty folder")
+        threads = threads or (recorded or {}).get("threads", cores)
         absolute = file.absolute(), folder.absolute()
         yield BulkPlan(*absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory)
 
@@ -175,15 +182,14 @@ def plan_memory(plan: BulkPlan) -> MemoryPlan | None:
     from mezzotint.memory.planner import plan as plan_for
 
     kinds: dict[Request, Request] = {}  # request without prompts and seed -> the one with the longest prompt
-    for _, given in rows.read(plan.file, plan.fields):
-        if isinstance(given, Request):
-            alike = given.replace(prompt="", seed=0, negative_prompt=given.negative_prompt and "")
-            if len(given.prompt) >= len(kinds.get(alike, alike).prompt):
-                kinds[alike] = given
-    full = [
-        kind.replace(count=max(kind.count, kind.batch or GPU_BATCH)) for kind in kinds.values()
-    ]  # rows share a batch
-    return plan_for(plan.model, plan.memory, full or None, device=plan.device, dtype=plan.dtype)
+    for _, request in rows.read(plan.file, plan.fields):
+        if isinstance(request, Request):
+            kind = request.replace(prompt="", seed=0, negative_prompt=request.negative_prompt and "")
+            if len(request.prompt) >= len(kinds.get(kind, kind).prompt):
+                kinds[kind] = request
+    # rows of a kind share batches, so assume full ones
+    requests = [request.replace(count=max(request.count, request.batch or GPU_BATCH)) for request in kinds.values()]
+    return plan_for(plan.model, plan.memory, requests or None, device=plan.device, dtype=plan.dtype)
 
 
 @contextmanager
@@ -194,32 +200,32 @@ def _lock(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows; there two runs would only generate the same pictures twice
         yield
         return
-    held = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise WriteError(f"{str(folder)!r} is being written to by another run; wait until it ends") from None
+                raise WriteError(f"{str(folder)!r} is in use by another run; wait until it ends") from None
         for part in folder.glob(".mezzotint-*.part"):  # left by a killed run
             part.unlink(missing_ok=True)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 # ---- the work --------------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """Generates windows of a plan's file with one model; each process has one. It reads the file once, in order."""
+    """Generates the pictures of a plan's windows with one pipeline. It reads the file once if windows come in order."""
 
     def __init__(self, plan: BulkPlan, pipe: Pipeline) -> None:
         self.plan, self.pipe = plan, pipe
         _write_or_check_record(plan, pipe)
-        self._windows: Iterator[list[rows.Checked]] = iter(())
-        self._next = plan.windows + 1  # of the window that comes next; the first call opens the file
-        self._window: list[rows.Checked] = []
+        self._windows: Iterator[list[rows.ParsedRow]] = iter(())
+        self._next = plan.windows + 1  # index of the next window to read; the first call opens the file
+        self._window: list[rows.ParsedRow] = []
 
     @classmethod
     def start(cls, plan: BulkPlan, memory_plan: MemoryPlan | None = None) -> Worker:
@@ -253,65 +259,66 @@ class Worker:
         Raises:
             WriteError: If a picture cannot be written.
         """
-        checked = self._read(window)
-        refused = [Failure(number, None, given) for number, given in checked if isinstance(given, str)]
-        asked = [(number, given) for number, given in checked if isinstance(given, Request)]
-        pictures = sum(request.count for _, request in asked)
-        if all(self._has(number, k) for number, request in asked for k in range(request.count)):
-            yield Outcome(window, 0, 0 if part else pictures, [] if part else refused)
-            return
-        for n, unit in enumerate(units(self._pictures(asked, refused))):
-            if n % parts == part:
-                yield self._unit(window, unit, on_step)
-        yield Outcome(window, 0, 0, [] if part else refused)
+        parsed = self._read_window(window)
+        failures = [Failure(number, None, row) for number, row in parsed if isinstance(row, str)]
+        requests = [(number, row) for number, row in parsed if isinstance(row, Request)]
+        existing = 0
+        if all(self._exists(number, k) for number, request in requests for k in range(request.count)):
+            existing = sum(request.count for _, request in requests)
+        else:
+            for n, unit in enumerate(units(self._pictures(requests, failures))):
+                if n % parts == part:
+                    yield self._generate_unit(window, unit, on_step)
+        yield Outcome(window) if part else Outcome(window, existing=existing, failures=failures)
 
-    def _read(self, window: int) -> list[rows.Checked]:
+    def _read_window(self, window: int) -> list[rows.ParsedRow]:
+        """Return the rows of a window."""
         if window < self._next - 1:
             self._windows, self._next = _windows(self.plan), 0
         while self._next <= window:
             self._window, self._next = next(self._windows, []), self._next + 1
         return self._window
 
-    def _has(self, row: int, image: int) -> bool:
+    def _exists(self, row: int, image: int) -> bool:
+        """Return whether a picture has been written."""
         return os.path.exists(self.plan.folder / picture_name(row, image))
 
-    def _pictures(self, asked: Iterable[tuple[int, Request]], refused: list[Failure]) -> Iterator[Picture]:
-        """Yield each picture of each row; rows that do not fit the model are added to `refused`."""
-        for number, request in asked:
+    def _pictures(self, requests: Iterable[tuple[int, Request]], failures: list[Failure]) -> Iterator[Picture]:
+        """Yield each picture of each row; add the rows that do not fit the model to `failures`."""
+        for number, request in requests:
             try:
                 resolved = self.pipe.resolve(request)
             except Exception as error:
-                refused.append(Failure(number, None, _sentence(error)))
+                failures.append(Failure(number, None, _error_message(error)))
                 continue
             for k in range(resolved.count):
                 yield Picture(number, k, resolved.replace(seed=(resolved.seed or 0) + k, count=1))
 
-    def _unit(self, window: int, unit: list[Picture], on_step: OnStep) -> Outcome:
+    def _generate_unit(self, window: int, unit: list[Picture], on_step: OnStep) -> Outcome:
         """Generate a unit if one of its files is missing. If it fails, generate its pictures one by one."""
-        missing = [picture for picture in unit if not self._has(picture.row, picture.image)]
-        outcome = Outcome(window, found=len(unit) - len(missing))
-        if not missing:
-            return outcome
+        missing = [picture for picture in unit if not self._exists(picture.row, picture.image)]
+        outcome = Outcome(window, existing=len(unit) - len(missing))
         try:
-            self._draw(unit, on_step)
+            if missing:
+                self._generate(unit, on_step)
+            outcome.drawn = len(missing)
         except WriteError:
             raise
         except Exception as error:
-            if len(unit) > 1:
-                alone = [self._unit(window, [picture], on_step) for picture in missing]
-                outcome.drawn = sum(one.drawn + one.found for one in alone)  # found: written before the failure
-                outcome.failures = [failure for one in alone for failure in one.failures]
+            if len(unit) == 1:
+                outcome.failures = [Failure(unit[0].row, unit[0].image, _error_message(error))]
             else:
-                outcome.failures = [Failure(unit[0].row, unit[0].image, _sentence(error))]
-            return outcome
-        outcome.drawn = len(missing)
+                alone = [self._generate_unit(window, [picture], on_step) for picture in missing]
+                outcome.drawn = sum(one.drawn + one.existing for one in alone)  # existing: written before the failure
+                outcome.failures = [failure for one in alone for failure in one.failures]
         return outcome
 
-    def _draw(self, unit: list[Picture], on_step: OnStep) -> None:
+    def _generate(self, unit: list[Picture], on_step: OnStep) -> None:
+        """Generate a unit and write its missing pictures."""
         from mezzotint.images.io import save_png
 
         def on_image(k: int, image: Image) -> None:
-            if self._has(unit[k].row, unit[k].image):
+            if self._exists(unit[k].row, unit[k].image):
                 return
             path = self.plan.folder / unit[k].name
             try:
@@ -330,23 +337,25 @@ def run(plan: BulkPlan, worker: Worker, on_step: OnStep) -> Iterator[Outcome]:
 
 def units(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
     """Group pictures that differ only in prompts and seed into batches of their `batch`."""
-    begun: dict[str, list[Picture]] = {}
+    incomplete: dict[str, list[Picture]] = {}
     for picture in pictures:
-        alike = picture.request.model_dump_json(exclude={"prompt", "negative_prompt", "seed"})
-        unit = begun.setdefault(alike, [])
+        kind = picture.request.model_dump_json(exclude={"prompt", "negative_prompt", "seed"})
+        unit = incomplete.setdefault(kind, [])
         unit.append(picture)
         if len(unit) == picture.request.batch:
-            yield begun.pop(alike)
-    yield from begun.values()
+            yield incomplete.pop(kind)
+    yield from incomplete.values()
 
 
-def _windows(plan: BulkPlan) -> Iterator[list[rows.Checked]]:
-    checked = rows.read(plan.file, plan.fields)
-    while window := list(islice(checked, WINDOW)):
+def _windows(plan: BulkPlan) -> Iterator[list[rows.ParsedRow]]:
+    """Yield the rows of each window of the file."""
+    parsed = rows.read(plan.file, plan.fields)
+    while window := list(islice(parsed, WINDOW)):
         yield window
 
 
-def _sentence(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
+    """Return the message of an error, with the type of one that is not mezzotint's own."""
     if isinstance(error, MezzotintError):
         return str(error)
     return f"unexpected error ({' '.join(f'{type(error).__name__}: {error}'.split())[:500]})"
@@ -358,7 +367,7 @@ def _sentence(error: Exception) -> str:
 class Failures:
     """Writes failures.jsonl, in the order of the rows.
 
-    Each run starts the file afresh, since earlier failures are tried again; without failures it does not exist.
+    A run starts with a new file, since it retries the rows that failed; without failures there is no file.
 
     Attributes:
         rows: The number of rows that failed so far.
@@ -367,7 +376,7 @@ class Failures:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FAILURES
         self._path.unlink(missing_ok=True)
-        self._window, self._held = 0, list[Failure]()
+        self._window, self._pending = 0, list[Failure]()
         self.rows = 0
 
     def add(self, outcome: Outcome) -> None:
@@ -375,13 +384,13 @@ class Failures:
         if outcome.window != self._window:
             self.write()
         self._window = outcome.window
-        self._held += outcome.failures
+        self._pending += outcome.failures
 
     def write(self) -> None:
         """Append the collected failures to the file. Raises WriteError."""
-        ordered = sorted(self._held, key=lambda failure: (failure.row, failure.image or 0))
+        ordered = sorted(self._pending, key=lambda failure: (failure.row, failure.image or 0))
         lines = [{name: value for name, value in one._asdict().items() if value is not None} for one in ordered]
-        self._held = []
+        self._pending = []
         self.rows += len({failure.row for failure in ordered})
         try:
             if lines:
@@ -407,12 +416,12 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 def _placement(folder: Path) -> Placement:
     """Return the placement of the run to resume, or the default."""
-    begun = (_read_record(folder) or {}).get("placement")
-    return Placement.of(**begun) if isinstance(begun, dict) else Placement()
+    recorded = (_read_record(folder) or {}).get("placement")
+    return Placement.of(**recorded) if isinstance(recorded, dict) else Placement()
 
 
 def _write_or_check_record(plan: BulkPlan, pipe: Pipeline) -> None:
-    """Write what the pictures depend on into the folder, or compare it if the run is resumed. Raises RequestError."""
+    """Write bulk.json, which holds what the pictures depend on; of a resumed run compare it, or raise RequestError."""
     import torch
 
     from mezzotint.images.io import write_atomically
@@ -428,30 +437,30 @@ def _write_or_check_record(plan: BulkPlan, pipe: Pipeline) -> None:
         "placement": pipe.placement.changes(),
         "versions": {"mezzotint": version("mezzotint"), "torch": torch.__version__},
     }
-    begun = _read_record(plan.folder)
-    if begun is None:
+    recorded = _read_record(plan.folder)
+    if recorded is None:
         try:
             write_atomically(plan.folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:
             raise WriteError(f"{str(plan.folder)!r} cannot be written to ({error.strerror or error})") from None
         return
-    for name, now in record.items():
-        was = begun.get(name, {} if name == "placement" else None)  # missing in older records
-        if isinstance(was, dict) and isinstance(now, dict):  # compare part by part
-            name, was, now = next(
-                (
-                    (f"{name} {part}", was.get(part), now.get(part))
-                    for part in was | now
-                    if was.get(part) != now.get(part)
-                ),
-                (name, was, was),
-            )
-        if was != now:
+    before, now = (_flatten({name: each.get(name) for name in record}) for each in (recorded, record))
+    for name in now | before:
+        was, value = before.get(name), now.get(name)
+        if was != value:
             fix = "leave out --memory" if name.startswith("placement") else f"use the same {name}"
             raise RequestError(
-                f"{name} is {json.dumps(now)[:80]} and {str(plan.folder)!r} was started with {json.dumps(was)[:80]}; "
-                f"{fix}, or another folder"
+                f"{name} is {json.dumps(value)[:80]}, but {str(plan.folder)!r} was started with "
+                f"{json.dumps(was)[:80]}; {fix}, or choose another folder"
             )
+
+
+def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten {"fields": {"steps": 2}} to {"fields steps": 2}."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= {f"{name} {part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def to_json(outcome: Outcome) -> str:

@@ -68,7 +68,7 @@ def bulk(
             with _progress(plan.pictures) as progress:
                 for outcome in outcomes:
                     drawn += outcome.drawn
-                    found += outcome.found
+                    found += outcome.existing
                     failures.add(outcome)
                     progress(drawn + found, drawn)
             failures.write()
