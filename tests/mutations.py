@@ -279,7 +279,7 @@ MUTATIONS = [
         "tests/images/test_init_image.py tests/run/test_initial.py",
         "outpaint",
     ),
-    Mutation("images/io.py", "if not overwrite:", "if overwrite:", "tests/images/test_io.py"),
+    Mutation("atomic.py", "if not overwrite:", "if overwrite:", "tests/images/test_io.py"),
     Mutation("bulk/local.py", "if len(unit) > 1:", "if len(unit) > 2:", "tests/bulk", "not killed"),
     # explain, report, grid, again, cli
     Mutation("explain/maps.py", "self.step += 1", "self.step += 2", "tests/explain"),

@@ -145,7 +145,7 @@ def test_a_full_disk(train: Said, folder: Path, tmp_path: Path, monkeypatch: pyt
 
             patch.setattr(Path, "open", no_room)
         else:
-            patch.setattr("mezzotint.weights.save_lora.write_atomically", full)
+            patch.setattr("mezzotint.weights.save_tensors.save_file", full)
         code, out, err = train(str(folder))
     assert code == 1 and not out and "No space left on device" in sentence(err)
     found = checkpoints.load_newest(tmp_path / "run")

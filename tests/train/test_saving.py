@@ -219,7 +219,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     model = TrainableModel(parts_of("sd1"), full(layout="file"))
     (tmp_path / "model.safetensors").write_bytes(b"the last one")
-    monkeypatch.setattr("mezzotint.weights.save_single.save_file", full_disk)
+    monkeypatch.setattr("mezzotint.weights.save_tensors.save_file", full_disk)
     with pytest.raises(WriteError, match=r"model\.safetensors cannot be written: No space left on device"):
         save_model(model, tmp_path / "model")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.safetensors", b"the last one")]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mezzotint.errors import CheckpointError
+from mezzotint.errors import CheckpointError, WriteError
 from mezzotint.weights import open_model, save_folder
 
 
@@ -69,8 +69,8 @@ def test_a_failed_save_leaves_the_old_model(tiny_model: Any, tmp_path: Path, mon
     def disk_full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mezzotint.weights.save.save_file", disk_full)
-    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+    monkeypatch.setattr("mezzotint.weights.save_tensors.save_file", disk_full)
+    with pytest.raises(WriteError, match="cannot be written: No space left on device"):
         save(folder, tiny_model)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -83,7 +83,7 @@ def test_a_scheduler_needs_its_class(tiny_model: Any, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tiny_model: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         save(tmp_path / "file", tiny_model)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mezzotint import rows
+from mezzotint.atomic import remove_leftovers, write_atomically
 from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.placement import Placement
 from mezzotint.request import Request
@@ -207,8 +208,7 @@ def _lock(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise WriteError(f"{str(folder)!r} is in use by another run; wait until it ends") from None
-        for part in folder.glob(".mezzotint-*.part"):  # left by a killed run
-            part.unlink(missing_ok=True)
+        remove_leftovers(folder)
         yield
     finally:
         os.close(descriptor)
@@ -424,7 +424,6 @@ def _write_or_check_record(plan: BulkPlan, pipe: Pipeline) -> None:
     """Write bulk.json, which holds what the pictures depend on; of a resumed run compare it, or raise RequestError."""
     import torch
 
-    from mezzotint.images.io import write_atomically
     from mezzotint.records.record import version
 
     record = {

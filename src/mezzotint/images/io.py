@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
+from mezzotint.atomic import write_atomically
 from mezzotint.errors import MezzotintError, RequestError
 
 CHUNKS = ("mezzotint", "parameters")
@@ -163,26 +163,6 @@ def _exif(texts: Mapping[str, str]) -> bytes:
         fields[Base.MakerNote] = texts["mezzotint"].encode()
     exif[IFD.Exif] = fields
     return exif.tobytes()
-
-
-def write_atomically(path: Path, data: bytes, *, overwrite: bool = True) -> None:
-    """Write a file so that it appears whole or not at all.
-
-    Raises:
-        FileExistsError: If the file exists and `overwrite` is False.
-        OSError: If the file cannot be written.
-    """
-    part = path.with_name(f".mezzotint-{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if not overwrite:
-            path.open("xb").close()  # reserves the name until the rename
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mezzotint import samplers
+from mezzotint.atomic import atomic_path
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.report.statistics import CHECK_ROW, Row, Space
 from mezzotint.request import Request
@@ -199,10 +200,8 @@ def _reference(pipe: Pipeline, job: _Job, noise: Tensor, folder: Path, on_step: 
         result = pipe.generate(job.request, latents=noise, on_step=on_step)
         latents, images = result.latents.cpu(), result.images
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, latents.numpy())
-        part.replace(path)  # whole or not at all
     _save_thumbnail(folder, job, images[0])
     return {"latents": [*latents.numpy()], "pictures": [np.asarray(image) for image in images]}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mezzotint.atomic import atomic_path, remove_leftovers
 from mezzotint.errors import CheckpointError, WriteError
 
 NAME = re.compile(r"checkpoint-(\d{8})")
@@ -39,27 +39,18 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
     Raises:
         WriteError: if the checkpoint cannot be written; the older ones are then all still there.
     """
-    new, target = folder / f".checkpoint-{step:08}.new", folder / f"checkpoint-{step:08}"
+    target = folder / f"checkpoint-{step:08}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        with (new / STATE).open("w+b") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with (new / RECORD).open("w", encoding="utf-8") as record:
-            json.dump({"step": step, "sha256": digest}, record)
-            record.flush()
-            os.fsync(record.fileno())
-        _sync(new)
-        shutil.rmtree(target, ignore_errors=True)  # an existing one of this step is damaged: it was not resumed from
-        new.rename(target)
-        _sync(folder)
+        remove_leftovers(folder)
+        with atomic_path(target) as new:  # an existing one of this step is damaged: it was not resumed from
+            new.mkdir()
+            with (new / STATE).open("w+b") as file:
+                torch.save(dict(state), file)
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            (new / RECORD).write_text(json.dumps({"step": step, "sha256": digest}), encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        shutil.rmtree(new, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:200]
         raise WriteError(f"the checkpoint of step {step} cannot be written in {folder}: {reason}") from error
     for old in list_all(folder)[keep:]:
@@ -103,13 +94,3 @@ def _read(path: Path) -> dict[str, Any] | None:
             return state
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _sync(folder: Path) -> None:
-    """Sync a folder's entries to the disk, where the system supports it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mezzotint.errors import CheckpointError, MissingExtraError, WriteError
-from mezzotint.images.io import write_atomically
+from mezzotint.atomic import report_write_errors, write_atomically
+from mezzotint.errors import CheckpointError, MissingExtraError
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.train import keyed_rng, sharding
 from mezzotint.train.loop import MetricsLog, TrainingLoop
@@ -304,8 +304,6 @@ def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, per_step:
 def _start_logs(folder: Path, recipe: Recipe, step: int) -> MetricsLog:
     """Write recipe.toml and open log.jsonl. Raises WriteError."""
     log = MetricsLog(folder, step)
-    try:
+    with report_write_errors(folder):
         write_atomically(folder / RECIPE, recipe.toml().encode())
-    except OSError as error:
-        raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
     return log

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mezzotint.atomic import report_write_errors, write_atomically
 from mezzotint.errors import CheckpointError, TrainingError, WriteError
-from mezzotint.images.io import write_atomically
 from mezzotint.train import checkpoints, sharding
 
 LOG = "log.jsonl"
@@ -189,12 +189,10 @@ class MetricsLog:
             WriteError: if the folder cannot be written.
         """
         self.path = folder / LOG
-        try:
+        with report_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
             write_atomically(self.path, "".join(line for line in lines if _is_done(line, step)).encode())
-        except OSError as error:
-            raise WriteError(f"{folder} cannot be written: {error.strerror}") from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> str:
         """Append a line, numbers with six significant digits, and return it. Raises WriteError."""

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from mezzotint.errors import RequestError, WriteError
-from mezzotint.images.io import write_atomically
+from mezzotint.atomic import report_write_errors, write_atomically
+from mezzotint.errors import RequestError
 from mezzotint.memory.footprint import Model
 from mezzotint.models.offload import onload
 from mezzotint.models.unet import UNet
@@ -193,11 +193,9 @@ def _save_picture(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically. Raises WriteError."""
     data = io.BytesIO()
     image.save(data, format="PNG")
-    try:
+    with report_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.getvalue())
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _tensorboard_writer(folder: Path, recipe: Recipe) -> Any:

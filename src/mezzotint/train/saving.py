@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.errors import CheckpointError, RequestError, WriteError
+from mezzotint.atomic import atomic_path, report_write_errors
+from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe
@@ -23,8 +24,9 @@ from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, lo
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.keys import Levels, renamed, unet_table
 from mezzotint.weights.save import save_folder
-from mezzotint.weights.save_lora import save_lora, write_tensors
+from mezzotint.weights.save_lora import save_lora
 from mezzotint.weights.save_single import check_single, save_single
+from mezzotint.weights.save_tensors import write_tensors
 
 PEFT, KOHYA, WORD, MODEL = "pytorch_lora_weights.safetensors", "kohya.safetensors", "{}.safetensors", "model"
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's ss_base_model_version
@@ -112,7 +114,7 @@ def save_embedding(model: TrainableModel, path: Path) -> Path:
     """Save a textual inversion in float32: one key, the token, as diffusers does; for SDXL clip_l and clip_g."""
     keys = [model.recipe.token] if len(model.vectors) == 1 else ["clip_l", "clip_g"]
     tensors = {key: _to_cpu(vectors, torch.float32) for key, vectors in zip(keys, model.vectors, strict=True)}
-    return write_tensors(path, tensors, {})
+    return write_tensors(path, tensors)
 
 
 def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.float16) -> list[Path]:
@@ -125,15 +127,12 @@ def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.flo
     check_saving(model.recipe, model.parts)
     parts, layout = inference_parts(model), model.recipe.layout
     made = []
-    try:
-        if layout != "file":
-            _save_folder(path, parts, _few_step_file(model.recipe, model.parts), dtype)
-            made.append(path)
-        if layout != "folder":
-            made.append(path.with_suffix(".safetensors"))
-            save_single(made[-1], parts, dtype)
-    except CheckpointError as error:
-        raise WriteError(str(error)) from error
+    if layout != "file":
+        _save_folder(path, parts, _few_step_file(model.recipe, model.parts), dtype)
+        made.append(path)
+    if layout != "folder":
+        made.append(path.with_suffix(".safetensors"))
+        save_single(made[-1], parts, dtype)
     return made
 
 
@@ -187,10 +186,9 @@ def _save_folder(folder: Path, parts: Parts, few_step: Path | None, dtype: torch
         shard_bytes=2_000_000_000,
     )
     if few_step:
-        try:
-            shutil.copyfile(few_step, folder / few_step.name)
-        except OSError as error:
-            raise WriteError(f"{folder / few_step.name} cannot be written: {error.strerror}") from error
+        target = folder / few_step.name
+        with report_write_errors(target), atomic_path(target) as temporary:
+            shutil.copyfile(few_step, temporary)
 
 
 def inference_parts(model: TrainableModel) -> Parts:

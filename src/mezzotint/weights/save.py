@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mezzotint.atomic import atomic_path, remove_leftovers, report_write_errors, write_atomically
 from mezzotint.errors import CheckpointError
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
+from mezzotint.weights.save_tensors import save_safetensors
 
 DIFFUSERS = "0.30.0"  # the release whose folder layout this is
 
@@ -37,22 +36,40 @@ def save_folder(
     dtype: torch.dtype = torch.float16,
     shard_bytes: int = 15_000_000,
 ) -> None:
-    """Write a model; weights as safetensors of `dtype` in shards of at most `shard_bytes` bytes.
+    """Write a model as a diffusers folder.
 
-    `second`: SDXL's other text encoder. `model_index`: further fields of that file, as force_zeros_for_empty_prompt.
-    `settings` becomes mezzotint.json (native size, steps, guidance). Each part's folder is written whole beside the old
-    one and then takes its place, so a kill leaves the old part or the new, never half of one; other files in `folder`
-    stay. Raises CheckpointError when a scheduler has no `_class_name` or the folder cannot be written.
+    Each network's folder is written whole under another name and then replaces the old one, so a killed process leaves
+    the old folder or the new one. Other files in `folder` stay.
+
+    Args:
+        folder: The folder to write.
+        unet: The UNet.
+        vae: The VAE.
+        text_encoder: The text encoder; SDXL's first one.
+        tokenizer: Its tokenizer.
+        scheduler_config: The content of scheduler_config.json, with a `_class_name`.
+        second: SDXL's second text encoder and its tokenizer.
+        model_index: More fields for model_index.json, such as force_zeros_for_empty_prompt.
+        settings: The content of mezzotint.json: native size, steps, guidance scale, ...
+        dtype: The dtype of the weights.
+        shard_bytes: The largest size of a file of weights, in bytes. Networks that need more are split into shards.
+
+    Raises:
+        CheckpointError: If `scheduler_config` has no `_class_name`.
+        WriteError: If the folder cannot be written.
     """
     if "_class_name" not in scheduler_config:
         raise CheckpointError("scheduler_config needs a _class_name, such as 'DDIMScheduler'")
     root = Path(folder)
     levels = len(vae.config.block_out_channels)
-    vae_fields = {
+    unet_config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": DIFFUSERS, **unet.config.model_dump()}
+    vae_config = {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS,
+        **vae.config.model_dump(),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    encoders = {"": (text_encoder, tokenizer)} | ({"_2": second} if second else {})
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if second else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS,
@@ -64,94 +81,67 @@ def save_folder(
     }
     if not second:
         index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
-    try:
+    encoders = {"": (text_encoder, tokenizer)} | ({"_2": second} if second else {})
+    with report_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        with _Swapped(root / "unet") as part:
-            _write_json(part / "config.json", _described("UNet2DConditionModel", unet.config.model_dump(), {}))
-            _write_weights(part, "diffusion_pytorch_model", unet.state_dict(), dtype, shard_bytes)
-        with _Swapped(root / "vae") as part:
-            _write_json(part / "config.json", _described("AutoencoderKL", vae.config.model_dump(), vae_fields))
-            _write_weights(part, "diffusion_pytorch_model", vae.state_dict(), dtype, shard_bytes)
-        for number, (encoder, its_tokenizer) in encoders.items():
-            kind = "CLIPTextModelWithProjection" if encoder.config.has_projection else "CLIPTextModel"
-            index[f"text_encoder{number}"] = ["transformers", kind]
-            index[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"]
+        remove_leftovers(root)
+        with _new_folder(root / "unet") as new:
+            _write_json(new / "config.json", unet_config)
+            _write_weights(new, "diffusion_pytorch_model", unet.state_dict(), dtype, shard_bytes)
+        with _new_folder(root / "vae") as new:
+            _write_json(new / "config.json", vae_config)
+            _write_weights(new, "diffusion_pytorch_model", vae.state_dict(), dtype, shard_bytes)
+        for suffix, (encoder, encoder_tokenizer) in encoders.items():
+            class_name = "CLIPTextModelWithProjection" if encoder.config.has_projection else "CLIPTextModel"
+            index[f"text_encoder{suffix}"] = ["transformers", class_name]
+            index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
             fields = {
-                "architectures": [kind],
+                "architectures": [class_name],
                 "model_type": "clip_text_model",
-                "torch_dtype": "float32",  # else transformers alone would take the file's dtype, and diffusers mix both
+                "torch_dtype": "float32",  # transformers would otherwise take the file's dtype, and diffusers mix both
             }
-            with _Swapped(root / f"text_encoder{number}") as part:
-                _write_json(part / "config.json", encoder.config.model_dump() | fields)
-                _write_weights(part, "model", encoder.state_dict(), dtype, shard_bytes)
-            with _Swapped(root / f"tokenizer{number}") as part:
-                its_tokenizer.save(part)
-        with _Swapped(root / "scheduler") as part:
-            _write_json(part / "scheduler_config.json", {"_diffusers_version": DIFFUSERS, **scheduler_config})
+            with _new_folder(root / f"text_encoder{suffix}") as new:
+                _write_json(new / "config.json", encoder.config.model_dump() | fields)
+                _write_weights(new, "model", encoder.state_dict(), dtype, shard_bytes)
+            with _new_folder(root / f"tokenizer{suffix}") as new:
+                encoder_tokenizer.save(new)
+        with _new_folder(root / "scheduler") as new:
+            _write_json(new / "scheduler_config.json", {"_diffusers_version": DIFFUSERS, **scheduler_config})
         if settings is not None:
             _write_json(root / "mezzotint.json", settings)
         _write_json(root / "model_index.json", index | dict(model_index or {}))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{root} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
-class _Swapped:
-    """A new folder to write into, which takes the place of `target` when the block ends well."""
-
-    def __init__(self, target: Path):
-        self.target = target
-        self.new = target.with_name(f".{target.name}.new")
-        self.old = target.with_name(f".{target.name}.old")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.new, ignore_errors=True)
-        self.new.mkdir()
-        return self.new
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            shutil.rmtree(self.old, ignore_errors=True)
-            if self.target.exists():
-                self.target.rename(self.old)
-            self.new.rename(self.target)
-            shutil.rmtree(self.old, ignore_errors=True)
-        else:
-            shutil.rmtree(self.new, ignore_errors=True)
-
-
-def _described(class_name: str, fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    return {"_class_name": class_name, "_diffusers_version": DIFFUSERS, **fields, **more}
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    with atomic_path(target) as new:
+        new.mkdir()
+        yield new
 
 
 def _write_json(path: Path, table: dict[str, Any]) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_atomically(path, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _write_weights(folder: Path, stem: str, weights: dict[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> None:
-    """One .safetensors, or numbered shards and their index. Tensors keep the module's order and are row-major."""
+    """Write one .safetensors file, or numbered shards and their index, in the module's order."""
     shards: list[list[str]] = [[]]
-    room = shard_bytes
+    free = shard_bytes
     for name, tensor in weights.items():
         size = tensor.numel() * dtype.itemsize
-        if size > room and shards[-1]:
+        if size > free and shards[-1]:
             shards.append([])
-            room = shard_bytes
+            free = shard_bytes
         shards[-1].append(name)
-        room -= size
-    where: dict[str, str] = {}
+        free -= size
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
-        of = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = f"{stem}{of}.safetensors"
-        where |= dict.fromkeys(names, file)
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"{stem}{suffix}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
         tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        path = folder / file
-        path.touch()
-        mode = path.stat().st_mode  # as the umask has it; save_file makes files that only their owner can read
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)
+        save_safetensors(folder / file, tensors)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from mezzotint.errors import WriteError
-from mezzotint.images.io import write_atomically
+from mezzotint.weights.save_tensors import write_tensors
 
 LoraPairs = Mapping[str, tuple[Tensor, Tensor]]  # layer of a network -> (down, up)
 
@@ -28,7 +26,7 @@ def save_lora(
     """Write a LoRA as a .safetensors file, whole or not at all.
 
     Args:
-        path: The file to write. Missing folders above it are made.
+        path: The file to write. Missing parent folders are made.
         networks: For each network ("unet", "text_encoder", "text_encoder_2") its pairs by layer.
         dtype: The dtype of the tensors in the file.
         metadata: Strings for the header. Without "lora_adapter_metadata", alpha equals the rank.
@@ -44,14 +42,4 @@ def save_lora(
         for layer, (down, up) in pairs.items():
             tensors[f"{network}.{layer}.lora_A.weight"] = down.detach().to("cpu", dtype).contiguous()
             tensors[f"{network}.{layer}.lora_B.weight"] = up.detach().to("cpu", dtype).contiguous()
-    return write_tensors(Path(path), tensors, metadata or {})
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write tensors on the CPU as a .safetensors file, whole or not at all. Raises WriteError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(dict(tensors), metadata={"format": "pt", **metadata}))
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
-    return path
+    return write_tensors(Path(path), tensors, metadata)

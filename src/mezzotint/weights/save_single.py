@@ -6,14 +6,11 @@ would be read as another one is refused, and is saved as a folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
@@ -21,6 +18,7 @@ from mezzotint.errors import CheckpointError
 from mezzotint.weights import keys
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.model_plan import ENCODERS, NETWORKS, Config, listed
+from mezzotint.weights.save_tensors import write_tensors
 from mezzotint.weights.single import complete, default_scheduler, tokenizer_of
 
 # What form each network of a family has in a file, and where its tensors begin.
@@ -59,7 +57,6 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) ->
     if architecture.endswith("v2-512") and prediction == "v_prediction":
         architecture = "stable-diffusion-v2-768-v"
     metadata = {
-        "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
         "modelspec.prediction_type": PREDICTIONS[prediction],
@@ -69,17 +66,7 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) ->
         tensors["v_pred"] = torch.empty(0)
     if zero_snr:
         tensors["ztsnr"] = torch.empty(0)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.touch()
-        mode = new.stat().st_mode  # as the umask has it; save_file makes files that only their owner can read
-        save_file(tensors, new, metadata=metadata)
-        new.chmod(mode)
-        os.replace(new, path)
-    except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    write_tensors(path, tensors, metadata)
 
 
 def check_single(parts: Parts) -> None:
