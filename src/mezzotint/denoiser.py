@@ -1,7 +1,8 @@
-"""Where network and mathematics meet: a UNet, a schedule and a prediction become `denoise(x, sigma) -> denoised`.
+"""The denoiser: a UNet, a schedule and a prediction become `denoise(x, sigma) -> denoised`.
 
-Solvers think in x = x0 + sigma * noise; the UNet was trained on x / sqrt(sigma^2 + 1) and a timestep. Input scaling,
-timesteps and dtypes are here and nowhere else. One Denoiser belongs to one run: it holds the run's conditions.
+Solvers work on x = x0 + sigma * noise, whereas the UNet was trained on x / sqrt(sigma^2 + 1) and a timestep. Input
+scaling, timesteps and dtypes are handled here and nowhere else. A Denoiser belongs to one run, whose conditions it
+holds.
 """
 
 from __future__ import annotations
@@ -18,20 +19,27 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.samplers.diffusers_classes import TimestepKind
 
-Timeline = Sequence[tuple[int, Condition]]  # (last step that it holds for, counted from 0; the condition)
+Timeline = Sequence[tuple[int, Condition]]  # (last step, counted from 0, that the condition holds for; condition)
 KeysValues = list[tuple[Tensor, Tensor]]  # of each cross-attention
 
 
 class Denoiser:
-    """The network's view of one run.
+    """A UNet as the denoiser of one run.
 
-    conditions: each of batch B or 1; with guidance (conditional, unconditional). One that changes in the course of the
-    run is a timeline, and `levels` then are the run's, by which its steps are counted. timestep: what the network is
-    told of a level between two of the table: the timestep "interpolated" in log sigma, or the "nearest" there, or log
-    sigma / 4 for EDM's ("edm", Karras et al. 2022 table 1); or, as diffusers does on the run's own `levels` (on all,
-    where none are given), "linear" in sigma, "rounded" or "truncated". What a solver asks for in between is
-    interpolated. inpaint_channels (B, C', h, w): what an inpainting network is given beside x at each call,
-    the mask and the latents of the masked picture. split: the network is given one condition at a time.
+    Args:
+        unet: The network.
+        schedule: The training schedule.
+        prediction: What the network's output is.
+        conditions: Each of batch B or 1; with guidance (conditional, unconditional). One that changes in the course of
+            the run is a timeline, whose steps are counted by `levels`.
+        timestep: How the timestep of a noise level is found. "interpolated" in log sigma and "nearest" apply to any
+            level; "edm" is log sigma / 4 (Karras et al. 2022, table 1). "linear" in sigma, "rounded" and "truncated"
+            apply to the run's own `levels`, as in diffusers, or to all if none are given; other levels, which a solver
+            asks for in between, are interpolated.
+        levels: The noise levels of the run.
+        inpaint_channels: What an inpainting network is given in addition to x, (B, C', h, w): the mask, and the
+            latents of the masked picture.
+        split: Whether the network is given one condition at a time.
     """
 
     def __init__(
@@ -53,18 +61,18 @@ class Denoiser:
         )
         self.dtype = parameter.dtype
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
-        self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # placed, each made once
+        self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # on the device
         self._batched: dict[tuple[object, ...], tuple[Condition, KeysValues]] = {}
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """denoised, like x (B, C, h, w), under the first condition."""
+        """Return denoised x (B, C, h, w) under the first condition."""
         return self.prediction.denoised(self.outputs(x, sigma, 1)[0], x, sigma)
 
     def outputs(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
         """Return the network's outputs for x (B, C, h, w), in x's dtype, one per condition (or the first `count`).
 
-        All of them come from one call of the UNet on a batch of count * B; those of other lengths from another, and
-        each from its own where they are split.
+        The UNet is called once, on a batch of count * B, for all conditions of the same length; once for each
+        condition if they are split.
         """
         conditions = self.conditions(sigma)[:count]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
@@ -72,15 +80,15 @@ class Denoiser:
         outputs: dict[int, Tensor] = {}
         calls = [k if self.split else c.context.shape[1] for k, c in enumerate(conditions)]
         for call in dict.fromkeys(calls):
-            alike = [k for k, own in enumerate(calls) if own == call]
-            condition, keys_values = self._batch(len(x), [conditions[k] for k in alike])
-            samples = torch.cat([sample] * len(alike))  # (len(alike) * B, C, h, w)
+            same = [k for k, own in enumerate(calls) if own == call]
+            condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
+            samples = torch.cat([sample] * len(same))  # (len(same) * B, C, h, w)
             output: Tensor = self.unet(samples, self.timestep(sigma), condition, keys_values=keys_values)
-            outputs |= zip(alike, output.to(x.dtype).chunk(len(alike)), strict=True)
+            outputs |= zip(same, output.to(x.dtype).chunk(len(same)), strict=True)
         return tuple(outputs[k] for k in range(len(conditions)))
 
     def conditions(self, sigma: float) -> list[Condition]:
-        """Those of the step that a call at sigma belongs to."""
+        """Return the conditions of the step that a call at this noise level belongs to."""
         step = step_index(sigma, self.levels or ()) if any(len(timeline) > 1 for timeline in self.timelines) else 0
         return [next((c for until, c in timeline if step <= until), timeline[-1][1]) for timeline in self.timelines]
 
@@ -93,7 +101,7 @@ class Denoiser:
         if self.kind == "nearest" or (self.kind == "rounded" and own):
             return float(round(timestep))
         if self.kind == "truncated" and own:
-            # as diffusers, where float32 leaves the level of a whole timestep a hair below it: 999 becomes 998
+            # as in diffusers, where float32 rounds the level of a whole timestep down: 999 becomes 998
             return float(max(math.floor(timestep - 1e-4), 0))
         return timestep
 

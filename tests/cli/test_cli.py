@@ -49,12 +49,18 @@ class FakePipeline:
         self.pause = pause
         self.requests: list[Request] = []
 
-    def resolve(self, request: Request) -> Request:
-        return request.replace(**{name: value for name, value in OWN.items() if getattr(request, name) is None})
+    def plan(self, request: Request) -> SimpleNamespace:
+        changes = {name: value for name, value in OWN.items() if getattr(request, name) is None}
+        return SimpleNamespace(request=request.replace(**changes))
 
     def generate(
-        self, request: Request, *, on_step: Callable[[int, int], None], on_image: Callable[[int, Image.Image], None]
+        self,
+        plan: SimpleNamespace,
+        *,
+        on_step: Callable[[int, int], None],
+        on_image: Callable[[int, Image.Image], None],
     ) -> Result:
+        request: Request = plan.request
         self.requests.append(request)
         assert request.seed is not None and request.steps is not None
         seeds, images, total = [request.seed + k for k in range(request.count)], [], request.count * request.steps
@@ -616,13 +622,13 @@ def test_pictures_from_pictures_with_the_bundled_model(run: Run) -> None:
     Image.new("L", (64, 64), "black").save("black.png")
     Path("svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     for arguments, sentence in (
-        ("--mask mask.png", "mask is given, and there is no image to start from"),
-        ("--strength 0.5", "strength is given, and there is no image"),
+        ("--mask mask.png", "mask is given, but there is no image to start from"),
+        ("--strength 0.5", "strength is given, but there is no image"),
         ("--image none.png", "image is 'none.png', which is not there"),
         ("--image svg.png", "image is 'svg.png', an SVG"),
-        ("--image blue.png --strength 0.01", "strength is 0.01, which of 20 steps leaves none"),
+        ("--image blue.png --strength 0.01", "strength is 0.01, which leaves none of 20 steps"),
         ("--image blue.png --mask black.png", "mask is black everywhere"),
-        ("--image blue.png --mask-blur 4", "mask_blur is given, and there is neither mask nor outpaint"),
+        ("--image blue.png --mask-blur 4", "mask_blur is given, but there is neither mask nor outpaint"),
     ):
         ran = run("generate", "a lemon", *arguments.split())
         assert (ran.code, ran.out) == (2, "") and ran.err.splitlines()[-1].startswith(f"Error: {sentence}")

@@ -285,7 +285,7 @@ def test_a_spacing_that_a_solver_cannot_use() -> None:
         ({"sigmas": (1.0,)}, "sigmas is"),
         ({"timesteps": (10, 500)}, "timesteps is .* falling timesteps"),
         ({"timesteps": ()}, "timesteps is"),
-        ({"sigmas": (1.0, 0.0), "spacing": "karras"}, "sigmas and spacing are given; .* give one"),
+        ({"sigmas": (1.0, 0.0), "spacing": "karras"}, "sigmas and spacing are given; .* give only one"),
         ({"sigmas": (1.0, 0.0), "timesteps": (1,)}, "sigmas and timesteps are given"),
         ({"timesteps": (900, 500), "steps": 3}, "steps is 3 and timesteps has 2 steps; leave steps out"),
     ],

@@ -409,13 +409,11 @@ def test_named_in_the_prompt(sd1: Pipeline, file: str) -> None:
     for prompt, lora in prompts.items():
         assert torch.equal(latents(sd1, prompt=prompt, lora_folder=folder), latents(sd1, loras=(lora,))), prompt
         assert torch.equal(latents(sd1, prompt=prompt), latents(sd1))
-    with pytest.raises(
-        RequestError, match="names the LoRA 'stile', of which lora_folder has no file; the nearest is style"
-    ):
+    with pytest.raises(RequestError, match="names the LoRA 'stile', which is not in lora_folder; the nearest is style"):
         latents(sd1, prompt="<lora:stile:1>", lora_folder=folder)
-    with pytest.raises(RequestError, match="with a scale that is no number from -100 to 100"):
+    with pytest.raises(RequestError, match="an invalid scale; it must be a number from -100 to 100"):
         latents(sd1, prompt="<lora:style:much>", lora_folder=folder)
-    with pytest.raises(RequestError, match="lora_folder is 'nowhere', which is no folder"):
+    with pytest.raises(RequestError, match="lora_folder is 'nowhere'; it must be an existing folder"):
         latents(sd1, prompt="<lora:style:1>", lora_folder="nowhere")
 
 

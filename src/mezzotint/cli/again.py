@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import SUFFIXES, check_out, fields_of, generate, lora_of, read_prompt, save_one, wrote
-from mezzotint.cli.options import FROM_PICTURE, OUTPUT, Device, Dtype, Embedding, Json, Lora, Model, option
+from mezzotint.cli.options import (
+    FROM_PICTURE,
+    OUTPUT,
+    Device,
+    Dtype,
+    Embedding,
+    Json,
+    Lora,
+    Model,
+    add_options_of,
+    option,
+)
 from mezzotint.cli.terminal import load, long_work, print_json, say
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.placement import Placement
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 IDENTICAL, DIFFERS, UNKNOWN = 0, 1, 2  # exit codes of --verify; of several files the highest
 
 
+@add_options_of(generate, without=("words",))
 def again(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="PNG, JPEG or WebP pictures that carry a record.")
@@ -73,9 +84,9 @@ def again(
         raise RequestError(f"out is {out!r} and there are {len(files)} files; it must be a folder that exists")
 
     places = {"image": image, "mask": mask}
-    pipes = Pipes(model, device, dtype)
+    pipelines = PipelineCache(model, device, dtype)
     cache: dict[Any, Any] = {}
-    told: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     for file in files:
         code, sentences, written = UNKNOWN, list[str](), list[Path]()
         try:
@@ -84,7 +95,7 @@ def again(
             inputs, notes = find_inputs(source, places, [file.parent, Path()])
             if not verify:
                 check_out(out, _named(source, changes), SUFFIXES)
-            pipe = pipes.of(source, path)
+            pipe = pipelines.get(source, path)
             notes += [f"ignored: {note}" for note in source.notes] + _other_model(source, pipe)
             with _progress(file) as on_step:
                 images = again(
@@ -106,22 +117,24 @@ def again(
                 code, sentences = 0, [wrote(written), *notes]
         except MezzotintError as error:
             sentences = [f"cannot be {'judged' if verify else 'drawn again'}: {error}"]
-        told.append({"file": str(file), "code": code, "sentences": sentences, "paths": [str(path) for path in written]})
+        reports.append(
+            {"file": str(file), "code": code, "sentences": sentences, "paths": [str(path) for path in written]}
+        )
         if not as_json:
             (say if code == UNKNOWN else typer.echo)(f"{file}: {'; '.join(sentences)}")
     if as_json:
-        print_json({"files": told})
-    raise typer.Exit(max(entry["code"] for entry in told))
+        print_json({"files": reports})
+    raise typer.Exit(max(entry["code"] for entry in reports))
 
 
-class Pipes:
+class PipelineCache:
     """The pipelines that the files need, each loaded once."""
 
     def __init__(self, model: str | None, device: str | None, dtype: str | None) -> None:
         self._device, self._dtype = device, dtype
         self._loaded: dict[tuple[str | None, str | None, str | None, Placement], Pipeline] = {}
 
-    def of(self, source: Source, model: str | None) -> Pipeline:
+    def get(self, source: Source, model: str | None) -> Pipeline:
         """Return the pipeline for a file.
 
         Device and dtype are the options', or those of the record where this machine has them; the placement is the
@@ -166,14 +179,3 @@ def _other_model(source: Source, pipe: Pipeline) -> list[str]:
     return [
         f"the text names the model {source.model_name[:100]!r} with the hash {wanted}, which this one does not have"
     ]
-
-
-def _signature() -> inspect.Signature:
-    """Return again's own parameters, followed by those of generate that describe the picture."""
-    own = list(inspect.signature(again, eval_str=True).parameters.values())[:-1]
-    known = {parameter.name for parameter in own} | {"words"}
-    more = [p for name, p in inspect.signature(generate, eval_str=True).parameters.items() if name not in known]
-    return inspect.Signature([*own, *more])
-
-
-again.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads the options from it

@@ -302,11 +302,12 @@ def generate(
 
     fit = fitted(model, memory, request, device, dtype)
     pipe = load(model, device, dtype, **({"memory": fit} if fit else {}))
-    request = pipe.resolve(fit.request if fit else request)
+    run = pipe.plan(fit.request if fit else request)
+    request = run.request
     written: list[Path] = []
     with long_work("drawing", lambda: wrote(written) if written else "no picture was finished") as on_step:
         result = pipe.generate(
-            request, on_step=on_step, on_image=lambda k, image: written.append(save_one(image, out, request, k))
+            run, on_step=on_step, on_image=lambda k, image: written.append(save_one(image, out, request, k))
         )
     for notice in result.notices:
         say(notice)

@@ -5,6 +5,8 @@ Help is printed without rich, whose import would double the time that --help tak
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Container
 from typing import Annotated, Any
 
 import typer
@@ -127,3 +129,24 @@ Dtype = Annotated[
     str | None, option("float32, bfloat16 or float16.", "DTYPE", MEMORY, default="the device's natural one")
 ]
 Json = Annotated[bool, option("Print one JSON object instead of text.", None, OUTPUT, name="--json")]
+
+
+def add_options_of(
+    other: Callable[..., None], without: Container[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command that takes **options so that it has the options of another one, too.
+
+    Args:
+        other: The other command.
+        without: Its parameters that are left out. Those that the command itself has are left out as well.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+        names = {parameter.name for parameter in own}
+        theirs = inspect.signature(other, eval_str=True).parameters.values()
+        more = [each for each in theirs if each.name not in names and each.name not in without]
+        command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]  # typer reads it
+        return command
+
+    return decorate

@@ -1,4 +1,4 @@
-"""The noise levels of a run: the sampler's whole list, and the part of it that a run from a picture takes."""
+"""The noise levels of a run: the sampler's whole list, and the part of it that img2img runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mezzotint.errors import RequestError
 from mezzotint.request import Request
 from mezzotint.samplers import Sampler
 
-# A1111 rounds strength * steps to t_enc and then runs this many steps more
+# A1111 truncates strength * steps to t_enc and then runs this many more steps
 STEP_OFFSET = {"a1111": 1, "a1111 timesteps": -1, "a1111 unipc": 0}
 
 
@@ -25,7 +25,7 @@ def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[f
 
 
 def run_sigmas(request: Request, sampler: Sampler, levels: list[float]) -> list[float]:
-    """Return the levels that the run takes: all of them or, from a picture, the last ones.
+    """Return the levels that the run takes: all of them or, for img2img, the last ones.
 
     Raises:
         RequestError: If `strength` leaves no step.
@@ -36,19 +36,19 @@ def run_sigmas(request: Request, sampler: Sampler, levels: list[float]) -> list[
     left = min(_steps_left(request, sampler, steps), steps)
     if left < 1:
         raise RequestError(
-            f"strength is {request.strength}, which of {steps} steps leaves none; it must be at least 1/{steps}, "
-            "or the steps more"
+            f"strength is {request.strength}, which leaves none of {steps} steps; it must be at least 1/{steps}, or "
+            "steps must be larger"
         )
     return levels[steps - left :]
 
 
 def schedule_steps(request: Request, sampler: Sampler, levels: list[float]) -> int:
-    """Return the number of steps by which the prompt changes: all, though a run from a picture skips the first."""
+    """Return the number of steps that prompt schedules count, including those that img2img skips."""
     return len(levels) - 1 if _has_own_list(request, sampler) else request.steps or 1
 
 
 def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
-    """Return how many of a list's `steps` a run from a picture takes."""
+    """Return how many of a list's `steps` an img2img run takes."""
     own = _has_own_list(request, sampler)
     fixed = bool(request.fix_steps) and not own
     steps = steps if own else request.steps or 1
@@ -57,10 +57,10 @@ def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
 
 
 def _has_own_list(request: Request, sampler: Sampler) -> bool:
-    """Return whether the list of levels may be longer or shorter than the request's steps."""
+    """Return whether the list of levels may have another length than the request's steps."""
     return bool(request.sigmas or request.timesteps or "calls" in sampler.spacing_options)
 
 
 def _cap_strength(sampler: Sampler, strength: float) -> float:
-    """Return the strength as the sampler's program computes with it."""
+    """Return the strength, limited to 0.999 for A1111 samplers, as A1111 does."""
     return min(strength, 0.999) if sampler.counts.startswith("a1111") else strength

@@ -25,7 +25,7 @@ def named_loras(request: Request, networks: Sequence[Network] = ()) -> tuple[tup
         networks: What the parsed prompt names, as `<lora:name:scale>`.
 
     Raises:
-        RequestError: If the prompt names a file that `lora_folder` lacks, or gives it a wrong scale.
+        RequestError: If the prompt names a file that is not in `lora_folder`, or an invalid scale.
     """
     found = [(entry[0], _scale(*entry[1:])) for entry in request.loras or ()]
     wanted = [network for network in networks if network.kind == "lora"]
@@ -36,14 +36,14 @@ def named_loras(request: Request, networks: Sequence[Network] = ()) -> tuple[tup
 
 
 def lora_files(folder: str) -> dict[str, str]:
-    """Return name, in lower case -> path of the LoRA files in a folder and in those below it.
+    """Return the paths of the LoRA files in a folder and below it, by file name in lower case.
 
     Raises:
         RequestError: If there is no such folder.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise RequestError(f"lora_folder is {folder[:200]!r}, which is no folder that is here")
+        raise RequestError(f"lora_folder is {folder[:200]!r}; it must be an existing folder")
     files = list_files(root, SUFFIXES)
     place = str(root)
     return {name.rpartition("/")[2].rpartition(".")[0].lower(): f"{place}/{name}" for name in reversed(files)}
@@ -59,7 +59,7 @@ def _find(network: Network, files: dict[str, str]) -> tuple[str, Scale]:
     if network.name.lower() not in files:
         near = get_close_matches(network.name.lower(), files, 1)
         raise RequestError(
-            f"prompt names the LoRA {network.name[:100]!r}, of which lora_folder has no file; "
+            f"prompt names the LoRA {network.name[:100]!r}, which is not in lora_folder; "
             + (f"the nearest is {near[0]}" if near else f"it has {listed(sorted(files)) or 'none'}")
         )
     try:
@@ -69,7 +69,7 @@ def _find(network: Network, files: dict[str, str]) -> tuple[str, Scale]:
             raise ValueError
     except ValueError:
         raise RequestError(
-            f"prompt has the LoRA {network.name[:100]!r} with a scale that is no number from -{MAX_LORA_SCALE} to "
-            f"{MAX_LORA_SCALE}"
+            f"prompt gives the LoRA {network.name[:100]!r} an invalid scale; it must be a number from "
+            f"-{MAX_LORA_SCALE} to {MAX_LORA_SCALE}"
         ) from None
     return files[network.name.lower()], Scale(unet, text)

@@ -1,4 +1,4 @@
-"""What a run plan needs to know of a model: its configurations and defaults, without its weights."""
+"""The facts of a model that planning a run needs: its configuration and defaults, without its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mezzotint.weights.model_plan import FewStep
 
 
 class ModelFacts(Protocol):
-    """What a loaded model (`Parts`) and one whose files were only looked through have in common."""
+    """Facts that both a loaded model (`Parts`) and one whose weights were not read provide."""
 
     family: Family
     settings: dict[str, Any]
@@ -24,19 +24,19 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as far as planning a run depends on it.
+    """The facts of a model that planning a run depends on.
 
     Attributes:
         family: "sd1", "sd2" or "sdxl".
         native_size: Side, in pixels, of the pictures that the model was trained on.
         settings: The model's own defaults, from mezzotint.json.
         scheduler_config: The model's scheduler_config.json.
-        pipeline_class: Class name in model_index.json, "" where there is none.
+        pipeline_class: Class name in model_index.json, or "".
         unet_channels: Input channels of the UNet.
         latent_channels: Channels of the VAE's latents.
-        downscale: Pixels along one side of a latent's cell.
+        downscale: The VAE's factor: pixels per latent cell along one side.
         force_upcast: Whether the VAE overflows float16.
-        empty_prompt: What an absent negative prompt means: "" or None, which is a context of zeros.
+        empty_prompt: The default negative prompt: "", or None for a context of zeros.
         few_step: The model's few-step form, if it has one.
         device_type: "cpu", "cuda", ...: decides the default batch.
     """

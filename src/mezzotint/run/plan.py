@@ -1,9 +1,9 @@
-"""The plan of a run: all that follows from a request and a model's configurations, worked out once.
+"""The plan of a run: everything that follows from a request and a model's configuration, computed once.
 
     plan = plan_run(ModelInfo.of(...), request)
 
-What draws the request, and what predicts its memory, read the plan's fields; nothing resolves a sampler, parses a
-prompt or lists a folder a second time.
+The pipeline and the memory prediction read the plan's fields; nothing resolves a sampler, parses a prompt or lists a
+folder a second time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RunFiles:
     """Reads the files that requests name, for one model.
 
     Attributes:
-        adapters: Reads LoRA files, once as long as they do not change.
+        adapters: Reads and caches LoRA files.
         widths: Hidden size of each text encoder.
     """
 
@@ -56,26 +56,26 @@ class RunFiles:
 
 @dataclass(frozen=True, eq=False)
 class RunPlan:
-    """What one request means for one model.
+    """One request, planned for one model.
 
     Attributes:
-        model: The model that it was planned for.
+        model: The model.
         request: The request with every value resolved.
         sampler: Solver, spacing and their options.
         schedule: The training schedule as this sampler reads it.
         prediction: What the UNet's output is.
         sigmas: The run's falling noise levels, n + 1 for n steps.
-        all_sigmas: The sampler's whole list, of which a run from a picture takes the last ones.
-        schedule_steps: Number of steps by which the prompts change.
+        all_sigmas: The sampler's whole list of noise levels, of which img2img takes the last ones.
+        schedule_steps: Number of steps that prompt schedules count.
         latent_shape: (C, h, w) of one picture's latents.
         positive: The parsed prompt.
-        negative: The parsed negative prompt; that of "" where it is None.
+        negative: The parsed negative prompt; None is parsed as "".
         loras: Each LoRA file of the request and its scale.
-        adapters: The same files, read; empty for a plan made from configurations alone.
-        embeddings: The textual inversions that the prompts may name; likewise.
-        few_step: The model's few-step form, if this run draws with it.
+        adapters: The same files, read; empty if the plan was made without reading files.
+        embeddings: The textual inversions that the prompts may name; empty likewise.
+        few_step: The model's few-step form, if this run uses it.
         second_pass: Hires-fix's second pass, or None.
-        base_steps: Of a second pass, `schedule_steps` of the first.
+        base_steps: In a second pass, `schedule_steps` of the first pass.
     """
 
     model: ModelInfo
@@ -119,12 +119,12 @@ class RunPlan:
 
     @property
     def condition_count(self) -> int:
-        """Most conditions that the UNet is given at once: the prompt's parts, the unconditional, the negative."""
+        """Largest number of conditions per step: the prompt's parts, the unconditional and the negative one."""
         return len(self.positive.parts) + self.guides + (self.guides and self.uses_empty_prompt)
 
     @property
     def uses_empty_prompt(self) -> bool:
-        """Whether guidance compares with the empty prompt beside the negative one (Perp-Neg)."""
+        """Whether guidance uses the empty prompt in addition to the negative one (Perp-Neg)."""
         return self.request.guidance_method == "perp_neg"
 
     @property
@@ -147,7 +147,7 @@ class RunPlan:
         request, solver = self.request, SOLVERS[self.sampler.solver]
         options = self.schedule.bind_options(self.sampler.options)
         if "calls" in self.sampler.spacing_options and request.spacing:
-            # three an interval, fewer in the last ones, which every run has
+            # three calls an interval, and fewer in the last ones, which no run skips
             skipped = len(self.all_sigmas) - len(self.sigmas)
             options["calls"] = max((request.steps or 1) - 3 * skipped, 1)
         if request.eta is not None:
@@ -158,32 +158,32 @@ class RunPlan:
 
     @property
     def noise_scale(self) -> float:
-        """What unit noise is multiplied by where the run starts from noise alone."""
+        """Factor of the unit noise that a run from noise alone starts from."""
         return math.sqrt(self.sigmas[0] ** 2 + 1.0) if self.sampler.start == "vp" else self.sigmas[0]
 
     def final_scale(self, sigma: float) -> float:
-        """Return what the last x, at this level, is divided by before the VAE."""
+        """Return what the last x, at this noise level, is divided by before the VAE."""
         return math.sqrt(1.0 + sigma**2) if self.sampler.rescale_final else 1.0
 
     @property
     def scaled_adapters(self) -> list[tuple[Adapter, Scale]]:
-        """The LoRAs that were read, with how much of each."""
+        """The LoRAs that were read, each with its scale."""
         return [(adapter, scale) for adapter, (_, scale) in zip(self.adapters, self.loras, strict=True)]
 
     @property
     def lora_digests(self) -> dict[str, str]:
-        """LoRA file -> its SHA-256."""
+        """SHA-256 of each LoRA file."""
         return {name: adapter.digest for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
 
     @property
     def embedding_digests(self) -> dict[str, str]:
-        """Trigger -> SHA-256 of the embeddings that the prompts may name."""
+        """SHA-256 of the embeddings that occur in the prompts, by trigger word."""
         words = f"{self.request.prompt} {self.request.negative_prompt}".lower()
         return {name: digest for name, digest in self.embeddings.digests.items() if name in words}
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """A sentence on each LoRA of which a part matches nothing in the model."""
+        """A sentence on each LoRA that does not match the model completely."""
         covered = {name: adapter.coverage for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
         return tuple(f"{name}: {found}" for name, found in covered.items() if found.unmatched)
 
@@ -194,11 +194,11 @@ class RunPlan:
 
     @cached_property
     def init_image(self) -> init_image.InitImage | None:
-        """The picture that the run starts from, opened and fitted to its size; None where it starts from noise."""
+        """The init image, opened and resized; None if the run starts from noise."""
         return _open_image(self.request)
 
     def with_batch(self, batch: int, count: int | None = None) -> RunPlan:
-        """Return the plan for another batch, and another number of pictures."""
+        """Return the plan with another batch, and another number of pictures if `count` is given."""
         changes = {"batch": batch} if count is None else {"batch": batch, "count": count}
         second = self.second_pass and self.second_pass.with_batch(batch, count)
         return replace(self, request=self.request.replace(**changes), second_pass=second)
@@ -208,9 +208,9 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     """Plan the run of a request.
 
     Args:
-        model: The model that is to draw it.
-        request: The request; None means the model's own value.
-        files: Reads the LoRAs and embeddings that it names; without it they are named and not opened.
+        model: The model.
+        request: The request; None in a field means the model's default.
+        files: Reads the LoRAs and embeddings that the request names; without it they are not opened.
 
     Raises:
         RequestError: If the request does not fit the model.
@@ -222,7 +222,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     resolved = resolve_request(model, request, sampler)
     schedule = Schedule.from_config(sampler.schedule)
     levels = all_sigmas(resolved, sampler, schedule)
-    sigmas = run_sigmas(resolved, sampler, levels)  # raises where the steps do not fit
+    sigmas = run_sigmas(resolved, sampler, levels)  # raises RequestError
     resolved = expand_choices(resolved)
     steps = schedule_steps(resolved, sampler, levels)
     positive, negative = _parse_prompts(resolved, steps)
@@ -251,7 +251,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
 
 
 def _plan_second(first: RunPlan) -> RunPlan:
-    """Return the plan of hires-fix's second pass, which draws on the first one's picture, enlarged."""
+    """Return the plan of hires-fix's second pass, which starts from the first one's result, enlarged."""
     request = _second_request(first.model, first.request)
     levels = all_sigmas(request, first.sampler, first.schedule)
     steps = schedule_steps(request, first.sampler, levels)
@@ -275,7 +275,9 @@ def _second_request(model: ModelInfo, request: Request) -> Request:
     side = model.downscale
     width, height = (int(number * request.hires) // side * side for number in (request.width, request.height))
     if max(width, height) > MAX_SIDE:
-        raise RequestError(f"hires is {request.hires}, which makes {width}x{height}; at most {MAX_SIDE} is possible")
+        raise RequestError(
+            f"hires is {request.hires}, which gives {width}x{height}; a side may have at most {MAX_SIDE} pixels"
+        )
     changes: dict[str, Any] = {"width": width, "height": height, "strength": request.hires_strength}
     if request.hires_steps and not request.sigmas and not request.timesteps:
         changes["steps"] = request.hires_steps
@@ -300,7 +302,7 @@ def _latent_shape(model: ModelInfo, request: Request) -> tuple[int, int, int]:
 
 
 def _open_image(request: Request) -> init_image.InitImage | None:
-    """Return the picture that a resolved request starts from."""
+    """Open the picture that a resolved request starts from."""
     if request.image is None:
         return None
     assert request.width and request.height

@@ -42,12 +42,12 @@ class PromptEncoder:
         """Encode the prompts of the pictures of a batch.
 
         Args:
-            plans: The plan of each picture; they differ in words alone.
-            upcast_parts: Gets "text_encoder" if that had to run in float32.
+            plans: The plan of each picture; they differ only in prompts and seeds.
+            upcast_parts: Receives "text_encoder" if that had to run in float32.
 
         Returns:
-            The conditions that the UNet is given side by side: one for each part of the prompt; with guidance the
-            unconditional one, before it for Perp-Neg that of the empty prompt.
+            The conditions of the UNet: one for each part of the prompt, and with guidance the unconditional one;
+            for Perp-Neg that of the empty prompt comes before it.
         """
         plan = plans[0]
         rows = _distinct_rows(plans)
@@ -68,13 +68,13 @@ class PromptEncoder:
         clip_skip: bool = True,
         upcast_parts: list[str] | None = None,
     ) -> list[EncodedPart]:
-        """Encode a prompt of this plan, or take it from the cache: a weight and a timeline for each of its parts."""
+        """Encode a prompt of this plan, or take it from the cache: one EncodedPart for each part that AND joins."""
         request = plan.request
         skip = (request.clip_skip or 0) if clip_skip else 0
         conditioner = Conditioner(
             self.tokenizers, self.text_encoders, skip, request.emphasis or "original", plan.embeddings
         )
-        # other implementations of attention give other last bits
+        # attention backends differ in the last bits
         key = (*conditioner.key(prompt), chosen(), *sorted(plan.embeddings.digests.items()), *self._weights_key(plan))
 
         def encode() -> list[EncodedPart]:
@@ -95,7 +95,7 @@ class PromptEncoder:
     def _encode_negatives(
         self, rows: Sequence[RunPlan], positives: Sequence[Timeline], upcast_parts: list[str] | None
     ) -> list[list[Timeline]]:
-        """Return the slots of the unconditional, and of the negative prompt where that is another."""
+        """Return the slots of the negative prompt, and for Perp-Neg before it that of the empty prompt."""
         columns: list[list[PromptPlan | None]] = [[_negative(row) for row in rows]]
         empty = rows[0].model.empty_prompt
         if rows[0].uses_empty_prompt and any(row.request.negative_prompt != empty for row in rows):
@@ -121,7 +121,7 @@ class PromptEncoder:
         return pad_contexts(slots, [positive] * len(plan.weights) + [negative] * 2)
 
     def _weights_key(self, plan: RunPlan) -> list[object]:
-        """Return what encoded prompts depend on in the weights: what is merged, and the LoRAs on text encoders."""
+        """Return the cache key of the text encoders' weights: the merged LoRAs, and those of this plan."""
         versions = [weights_version(encoder) for encoder in self.text_encoders]
         on_text = [
             (adapter, scale)
@@ -132,18 +132,18 @@ class PromptEncoder:
 
 
 def _distinct_rows(plans: Sequence[RunPlan]) -> Sequence[RunPlan]:
-    """Return the plans, or the first alone where all have the same words."""
+    """Return the plans, or only the first one if all have the same prompts."""
     words = {(plan.request.prompt, plan.request.negative_prompt) for plan in plans}
     return plans[:1] if len(words) == 1 else plans
 
 
 def _negative(plan: RunPlan) -> PromptPlan | None:
-    """Return the negative prompt; None is a context of zeros."""
+    """Return the negative prompt; None stands for a context of zeros."""
     return None if plan.request.negative_prompt is None else plan.negative
 
 
 def _time_ids(plan: RunPlan) -> Tensor | None:
-    """Return SDXL's sizes (1, 6): original, crop and target."""
+    """Return SDXL's time ids (1, 6): original size, crop and target size."""
     request = plan.request
     if not (request.original_size and request.crop and request.target_size):
         return None
@@ -152,7 +152,7 @@ def _time_ids(plan: RunPlan) -> Tensor | None:
 
 
 def _encode_finite(conditioner: Conditioner, prompt: PromptPlan) -> list[EncodedPart]:
-    """Encode a prompt, in float32 where the encoders' own dtype overflows."""
+    """Encode a prompt, in float32 if the encoders' own dtype overflows."""
 
     def encode(encoders: torch.nn.ModuleList) -> list[EncodedPart]:
         with onload(encoders):

@@ -1,4 +1,4 @@
-"""Fill a request with the model's own values where it has None, and refuse what does not fit the model."""
+"""Resolve a request for a model: fill in the model's defaults, and check that the fields fit together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mezzotint.run.model_info import ModelInfo
 from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.model_plan import FewStep
 
-STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, where the model has none
-GUIDANCE_CFG_PP = 0.6  # what Chung et al. 2024 take in place of 7.5
-GPU_BATCH = 4  # pictures at once on a GPU where the request does not say; 1 on the CPU
-STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers', of its three kinds of pipelines
-STRENGTH_HIRES = 0.7  # A1111's
+STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, for models without their own
+GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024
+GPU_BATCH = 4  # default batch on a GPU; it is 1 on the CPU
+STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers' img2img, SDXL img2img and inpainting
+STRENGTH_HIRES = 0.7  # A1111's default
 
-# fields that need another one: (fields, whether that one is given, what is missing)
+# fields that are valid only with a certain model, prompt syntax or other field
 ONLY_SDXL = ("original_size", "crop", "target_size")
 ONLY_COMFY = ("choices", "wildcards")
 NEEDS_IMAGE = ("mask", "strength", "resize_mode", "outpaint")
@@ -32,12 +32,12 @@ EXCLUSIVE = (("hires", "image"), ("only_masked", "outpaint"))
 
 
 def resolve_request(model: ModelInfo, request: Request, sampler: Sampler) -> Request:
-    """Return the request with the model's own values where it has None.
+    """Return the request with the model's defaults in place of None.
 
     Args:
         model: The model that is to draw it.
-        request: The request as asked.
-        sampler: What `samplers.resolve` makes of the request's sampler and spacing.
+        request: The request as given.
+        sampler: The request's sampler and spacing, as resolved by `samplers.resolve`.
 
     Raises:
         RequestError: If a field does not fit the model, the sampler or another field.
@@ -64,7 +64,7 @@ def resolve_request(model: ModelInfo, request: Request, sampler: Sampler) -> Req
 
 
 def expand_choices(request: Request) -> Request:
-    """Return a resolved request with ComfyUI's choices and wildcards drawn from its seed."""
+    """Return a resolved request with ComfyUI's choices and wildcards expanded by its seed."""
     if request.prompt_syntax != "comfy" or request.choices == "keep":
         return request
     texts = {
@@ -85,7 +85,9 @@ def few_step_of(model: ModelInfo, sampler: Sampler) -> FewStep | None:
 def _check_sampler(request: Request, sampler: Sampler) -> None:
     """Check the options of the sampler."""
     if request.eta is not None and SOLVERS[sampler.solver].eta is None:
-        raise RequestError(f"eta is {request.eta}; the sampler {sampler.name} takes none, ddim and euler_a do")
+        raise RequestError(
+            f"eta is {request.eta}; the sampler {sampler.name} does not take eta, as ddim and euler_a do"
+        )
 
 
 def _check_model(model: ModelInfo, request: Request) -> None:
@@ -113,22 +115,22 @@ def _check_syntax(request: Request, syntax: str) -> None:
 
 
 def _check_dependent(request: Request) -> None:
-    """Check the fields that mean something only together with another, and those that exclude each other."""
+    """Check the fields that require another field, and those that exclude each other."""
     needs = [
         (NEEDS_IMAGE, request.image is not None, "there is no image to start from"),
-        (NEEDS_MASKED, _is_masked(request), "there is neither mask nor outpaint to say where"),
+        (NEEDS_MASKED, _is_masked(request), "there is neither mask nor outpaint"),
         (NEEDS_MASK, request.mask is not None, "there is no mask"),
         (("fix_steps",), _starts_from_picture(request), "there is neither image nor hires"),
-        (NEEDS_HIRES, request.hires is not None, "there is no hires, the factor of the second pass"),
+        (NEEDS_HIRES, request.hires is not None, "there is no hires, the scale factor of the second pass"),
         (("variation_seed",), request.variation_strength is not None, "there is no variation_strength"),
     ]
     for names, present, missing in needs:
         for name in names:
             if getattr(request, name) is not None and not present:
-                raise RequestError(f"{name} is given, and {missing}; give it, or leave {name} out")
+                raise RequestError(f"{name} is given, but {missing}; give it, or leave {name} out")
     for first, second in EXCLUSIVE:
         if getattr(request, first) is not None and getattr(request, second) is not None:
-            raise RequestError(f"{first} and {second} are given, which do not go together; leave one out")
+            raise RequestError(f"{first} and {second} are both given, but exclude each other; leave one of them out")
 
 
 # ---- defaults --------------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def _sampling_defaults(model: ModelInfo, request: Request, sampler: Sampler) -> 
 
 
 def _size_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
-    """Return the defaults of the picture's size, and for SDXL those of what it is conditioned on."""
+    """Return the defaults of the size, and for SDXL of the size conditioning."""
     width, height = _size(model, request)
     sizes: dict[str, Any] = {"width": width, "height": height}
     if model.is_sdxl:
@@ -166,21 +168,21 @@ def _size_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
 
 
 def _prompt_defaults(model: ModelInfo, syntax: str) -> dict[str, Any]:
-    """Return the defaults of what the prompts mean."""
+    """Return the defaults of the prompt fields."""
     defaults = {"negative_prompt": model.empty_prompt, "prompt_syntax": "a1111", "clip_skip": 0}
     return defaults | ({"emphasis": "original"} if syntax == "a1111" else {})
 
 
 def _method_defaults(model: ModelInfo, method: str, width: int, height: int) -> dict[str, Any]:
     """Return the guidance method and the defaults of its options."""
-    # the length of a difference grows with the picture: the paper's SDXL value at 1024x1024
+    # the norm grows with the picture; this is the paper's value for SDXL at 1024x1024
     own = {"apg_norm_threshold": 15.0 * math.sqrt(width * height) / 1024} | model.settings
     options = {f"{method}_{option}": default for option, default in METHOD_OPTIONS[method].items()}
     return {"guidance_method": method} | {name: own.get(name, default) for name, default in options.items()}
 
 
 def _start_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
-    """Return the defaults of the fields that say what a run starts from."""
+    """Return the defaults of the img2img, inpainting, hires and variation fields."""
     strength = STRENGTH_MASKED if _is_masked(request) else STRENGTH_XL if model.is_sdxl else STRENGTH
     table: tuple[tuple[bool, dict[str, Any]], ...] = (
         (request.image is not None, {"strength": strength, "resize_mode": "resize"}),
@@ -193,14 +195,14 @@ def _start_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
 
 
 def _pass_defaults(request: Request, sampler: Sampler) -> dict[str, Any]:
-    """Return whether `steps` counts the steps that are taken; A1111 does so in hires-fix alone."""
+    """Return the default of fix_steps, whether `steps` counts the steps taken; in A1111 only hires-fix does."""
     if not _starts_from_picture(request) or _lists_levels(request):
         return {}
     return {"fix_steps": sampler.counts != "diffusers" if request.hires else sampler.counts == "comfyui"}
 
 
 def _size(model: ModelInfo, request: Request) -> tuple[int, int]:
-    """Return (width, height): the request's, else those of its picture, cut to whole latents, else the model's."""
+    """Return (width, height): the request's; or those of its image, in whole latents; or the model's."""
     settings, side = model.settings, model.downscale
     size = settings.get("width", model.native_size), settings.get("height", model.native_size)
     if request.image is not None and request.only_masked is None and not (request.width and request.height):
@@ -209,22 +211,22 @@ def _size(model: ModelInfo, request: Request) -> tuple[int, int]:
         size = width + left + right, height + top + bottom
         if max(size) > MAX_SIDE:
             raise RequestError(
-                f"the image makes a picture of {size[0]}x{size[1]} pixels, and at most {MAX_SIDE} a side is "
-                "possible; give width and height"
+                f"the image gives a picture of {size[0]}x{size[1]} pixels, but a side may have at most {MAX_SIDE}; "
+                "give width and height"
             )
     return request.width or size[0], request.height or size[1]
 
 
 def _is_masked(request: Request) -> bool:
-    """Return whether a part of a picture is kept."""
+    """Return whether a part of the init image is kept."""
     return request.mask is not None or request.outpaint is not None
 
 
 def _starts_from_picture(request: Request) -> bool:
-    """Return whether the run, or its second pass, starts from a picture."""
+    """Return whether the run, or its second pass, starts from an image."""
     return request.image is not None or request.hires is not None
 
 
 def _lists_levels(request: Request) -> bool:
-    """Return whether the request itself lists its noise levels."""
+    """Return whether the request lists its own noise levels."""
     return bool(request.sigmas or request.timesteps)
