@@ -260,7 +260,7 @@ MUTATIONS = [
         "tests/weights/test_lora.py",
     ),
     Mutation(
-        "weights/model_plan.py",
+        "weights/model_files.py",
         "or have == (*want, 1, 1)",
         "",
         "tests/weights tests/parity/test_single_file.py",

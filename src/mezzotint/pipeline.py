@@ -30,7 +30,7 @@ from mezzotint.errors import RequestError
 from mezzotint.images.io import from_pil, to_pil
 from mezzotint.memory.planner import Budget, MemoryPlan
 from mezzotint.memory.planner import plan as plan_memory
-from mezzotint.models.adapters import adapting
+from mezzotint.models.adapters import apply_adapters
 from mezzotint.models.offload import OffloadedLayer, onload, weight_shape
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
@@ -276,7 +276,7 @@ class Pipeline:
 
         @contextmanager
         def inference() -> Iterator[None]:
-            with self._executor.inference(plan.request.seamless), adapting({"unet": unet}, changes):
+            with self._executor.inference(plan.request.seamless), apply_adapters({"unet": unet}, changes):
                 yield
 
         with inference():

@@ -20,8 +20,8 @@ from mezzotint.models.adapters import (
     Kronecker,
     LayerChange,
     LowRank,
-    adapted,
-    adapting,
+    apply_adapters,
+    is_adapted,
     merge,
 )
 from mezzotint.models.checkpointing import checkpointing
@@ -106,7 +106,7 @@ def test_at_run_time_and_merged_it_is_the_weight_moved(kind: str) -> None:
     plain = layer(x)
     for way in ("", "x"):
         with seamless(way):
-            with adapting(networks, changes):
+            with apply_adapters(networks, changes):
                 at_run_time = layer(x)
             torch.testing.assert_close(at_run_time, expected(x), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(
@@ -124,12 +124,12 @@ def test_several_add_up_and_other_layers_stay() -> None:
     torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     x, one, two = r(3, 4), LowRank(r(2, 4), r(4, 2)), Full(r(4, 4))
-    with adapting({"unet": network}, {"unet.1": [(LayerChange(one), 0.5), (LayerChange(two), -2.0)]}):
-        assert adapted(network[1]) and not adapted(network[0])
+    with apply_adapters({"unet": network}, {"unet.1": [(LayerChange(one), 0.5), (LayerChange(two), -2.0)]}):
+        assert is_adapted(network[1]) and not is_adapted(network[0])
         found = network(x)
     weight = network[1].weight + 0.5 * one.product() - 2 * two.product()
     torch.testing.assert_close(found, F.linear(network[0](x), weight, network[1].bias), atol=1e-5, rtol=1e-5)
-    assert not adapted(network[1])
+    assert not is_adapted(network[1])
 
 
 def test_each_thread_has_its_own() -> None:
@@ -145,7 +145,7 @@ def test_each_thread_has_its_own() -> None:
 
     def run(k: int, change: Change | None) -> None:
         own: Changes = {} if change is None else {"unet.0": [(LayerChange(change), 1.0)]}
-        with adapting(networks, own):
+        with apply_adapters(networks, own):
             for _ in range(20):
                 meet.wait()
                 found[k] = networks["unet"](x)
@@ -196,9 +196,9 @@ def test_a_whole_unet_fused_and_under_checkpointing() -> None:
     expected = unet(*inputs)
     (slope,) = torch.autograd.grad(expected.square().sum(), sample)
     undo.undo()
-    with adapting({"unet": unet}, changes), torch.no_grad():
+    with apply_adapters({"unet": unet}, changes), torch.no_grad():
         torch.testing.assert_close(unet(*inputs), expected.detach(), atol=1e-4, rtol=1e-4)
-    with checkpointing(unet), adapting({"unet": unet}, changes):
+    with checkpointing(unet), apply_adapters({"unet": unet}, changes):
         found = unet(*inputs)
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), sample)[0], slope, atol=1e-3, rtol=1e-3)
 
@@ -214,7 +214,7 @@ def test_held_weights() -> None:
     networks, changes = net(layer), {"unet.0": [(LayerChange(change), 1.0)]}
     kept, plain = layer.weight_source, layer(x)  # type: ignore[attr-defined]
     expected = F.linear(x, layer.weight + change.delta(layer.weight), layer.bias)
-    with adapting(networks, changes):
+    with apply_adapters(networks, changes):
         torch.testing.assert_close(layer(x), expected)
     merged = merge(networks, changes)
     torch.testing.assert_close(layer(x), expected)
@@ -234,7 +234,7 @@ def test_a_copy_of_a_network_with_hooks_has_them() -> None:
     """nan_guard.py runs a copy in float32 where half precision fails."""
     layer, x = nn.Linear(4, 4), r(2, 4)
     networks, changes = net(layer), {"unet.0": [(LayerChange(Full(r(4, 4))), 1.0)]}
-    with adapting(networks, changes):
+    with apply_adapters(networks, changes):
         torch.testing.assert_close(deepcopy(networks["unet"]).double()(x.double()), networks["unet"](x).double())
 
 
@@ -252,5 +252,7 @@ def test_decomposed_is_pefts(layer: nn.Module) -> None:
         down, up = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight.normal_()
         magnitude = wrapped.lora_magnitude_vector["default"].weight
         magnitude.mul_(torch.rand_like(magnitude) + 0.5)
-        with adapting(net(own), {"unet.0": [(LayerChange(Decomposed(LowRank(down, up), magnitude.flatten())), 1.0)]}):
+        with apply_adapters(
+            net(own), {"unet.0": [(LayerChange(Decomposed(LowRank(down, up), magnitude.flatten())), 1.0)]}
+        ):
             torch.testing.assert_close(own(x), theirs(x), atol=1e-5, rtol=1e-5)

@@ -31,7 +31,7 @@ from mezzotint.train.saving import check_saving, inference_parts, save_embedding
 from mezzotint.train.trainable import TrainableModel
 from mezzotint.weights import Parts, open_model
 from mezzotint.weights.save_single import check_single, save_single
-from mezzotint.weights.single import default_scheduler, tokenizer_of
+from mezzotint.weights.single import clip_tokenizer, default_scheduler
 
 # diffusers' Euler makes its table with np.array(a tensor), of which NumPy 2 warns
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -99,7 +99,7 @@ def parts_of(family: Any, eos: int = 2) -> Parts:
         unet=unet.eval(),
         vae=vae.eval(),
         text_encoders=[each.eval() for each in encoders],
-        tokenizers=[tokenizer_of(kind) for kind in kinds],
+        tokenizers=[clip_tokenizer(kind) for kind in kinds],
         scheduler_config=default_scheduler(family),
         model_index=index,
         settings={},
@@ -228,7 +228,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_few_step_lora_goes_with_the_model_while_it_fits(sd1_folder: Path, tmp_path: Path) -> None:
     parts = open_model(sd1_folder)
     parts.settings["few_step"] = FEW_STEP
-    few = mezzotint.weights.model_plan.FewStep.model_validate(FEW_STEP)
+    few = mezzotint.weights.model_files.FewStep.model_validate(FEW_STEP)
     parts.few_step, parts.source = few, tmp_path
     (told,) = check_saving(full(), parts)
     assert "is not saved: it is missing" in told

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import files
-from mezzotint.weights.files import MAX_HEADER, TensorFile
+from mezzotint.weights.files import MAX_HEADER_BYTES, TensorFile
 
 TENSORS = {
     "half": torch.arange(12).reshape(3, 4).half(),
@@ -156,8 +156,8 @@ def test_a_header_length_is_not_taken_for_another_format(length: int, tmp_path: 
 def test_a_header_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with path.open("wb") as file:
-        file.write((MAX_HEADER + 1).to_bytes(8, "little") + b"{")
-        file.truncate(MAX_HEADER + 100)
+        file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{")
+        file.truncate(MAX_HEADER_BYTES + 100)
     with pytest.raises(CheckpointError, match="more than the format's"):
         TensorFile(path)
 
@@ -256,7 +256,7 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
 def test_reading_in_pieces_into_another_dtype_and_format(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PIECE", 100)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 100)
     tensors = {
         "conv": torch.randn(7, 4, 3, 3).half(),
         "fused": torch.randn(9, 5),

@@ -25,7 +25,7 @@ from mezzotint.images.io import save
 from mezzotint.records.record import read
 from mezzotint.weights import hub
 from mezzotint.weights.lora import Adapters, Scale, coverage, read_adapter
-from mezzotint.weights.lora_keys import split, stems
+from mezzotint.weights.lora_keys import layer_names, split_key
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # 16 x 16
 CONV = "down_blocks.0.resnets.0.conv1"  # 16 x 16 x 3 x 3
@@ -89,11 +89,11 @@ NAMES = {  # in a file -> layer
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_of_a_layer(adapters: Adapters, name: str) -> None:
-    assert stems(adapters.networks)[name] == NAMES[name]
+    assert layer_names(adapters.networks)[name] == NAMES[name]
 
 
 def test_names_of_sdxl(sdxl: Pipeline) -> None:
-    table = stems(sdxl.networks)
+    table = layer_names(sdxl.networks)
     assert table[f"lora_te2_{flat(K_PROJ)}"] == f"text_encoder_2.{K_PROJ}"
     assert table["lora_te2_text_projection"] == "text_encoder_2.text_projection"
     assert table["lora_unet_label_emb_0_2"] == "unet.add_embedding.linear_2"
@@ -115,7 +115,7 @@ def test_names_of_sdxl(sdxl: Pipeline) -> None:
     }.items(),
 )
 def test_every_ending(key: str, role: str) -> None:
-    assert split(key) == ("a.b", role)
+    assert split_key(key) == ("a.b", role)
 
 
 def delta(adapters: Adapters, path: str, layer: str, weight: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ def inspect(
     report = inspect_model(file)
     found, lines = report.to_dict(), [report.text()]
     if model:
-        from mezzotint.weights.checkpoint import look_through
+        from mezzotint.weights.checkpoint import scan_model
         from mezzotint.weights.lora import coverage
 
-        parts = (part for part in look_through(model).parts if part.name != "vae")
+        parts = (part for part in scan_model(model).parts if part.name != "vae")
         covered = coverage(file, {part.name: part.network() for part in parts})
         found["coverage"] = vars(covered)
         lines.append(f"as a LoRA for {model}: {covered.text()}")

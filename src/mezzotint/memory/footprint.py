@@ -40,11 +40,10 @@ from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunPlan, plan_run
-from mezzotint.weights.checkpoint import look_through
+from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.model_plan import Part
-from mezzotint.weights.model_plan import Plan as ModelFiles
+from mezzotint.weights.model_files import ModelFiles, NetworkFiles
 
 # On the CPU a share of the bytes of libraries that are mapped after the import; on CUDA bytes, mostly cuBLAS's.
 LIBRARY_MEMORY = {"cpu": 0.42, "cuda": 40 * 2**20}
@@ -75,7 +74,7 @@ class Weights:
     stored: int = 0
 
     @classmethod
-    def of(cls, part: Part, begins: str = "") -> Weights:
+    def of(cls, part: NetworkFiles, begins: str = "") -> Weights:
         """Count the weights of a part whose names start with `begins`, from the headers of the files."""
         large = rows = small = largest = stored = 0
         for name, source in part.sources.items():
@@ -130,7 +129,7 @@ class Model:
         """
         place = device_of(device or best_device())
         kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.bfloat16
-        return cls(look_through(path_or_id or BUNDLED, **options), place, kind)
+        return cls(scan_model(path_or_id or BUNDLED, **options), place, kind)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"

@@ -11,10 +11,10 @@
 The layers that a set of changes touches get a forward hook, which looks for the changes in a context variable. So they
 are this thread's and this run's alone, and are put on, rescaled and taken off by setting the variable:
 
-    with adapting(networks, changes):
+    with apply_adapters(networks, changes):
         unet(...)
 
-Or they are made part of the weights (`merge`), until `Merged.undo` puts the tensors back that were there.
+Or they are made part of the weights (`merge`), until `MergedWeights.undo` puts the tensors back that were there.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Hadamard(Change):
     factor: float = 1.0
 
     def product(self) -> Tensor:
-        first = _composed(self.t1, self.w1_a, self.w1_b)
-        return first.mul_(_composed(self.t2, self.w2_a, self.w2_b)).mul_(self.factor)
+        first = _compose(self.t1, self.w1_a, self.w1_b)
+        return first.mul_(_compose(self.t2, self.w2_a, self.w2_b)).mul_(self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +126,8 @@ class Kronecker(Change):
     factor: float = 1.0
 
     def product(self) -> Tensor:
-        first = _whole(self.w1, None, self.w1_a, self.w1_b)
-        second = _whole(self.w2, self.t2, self.w2_a, self.w2_b)
+        first = _full_or_product(self.w1, None, self.w1_a, self.w1_b)
+        second = _full_or_product(self.w2, self.t2, self.w2_a, self.w2_b)
         first = first[:, :, None, None] if second.ndim == 4 else first
         return torch.kron(first, second).mul_(self.factor)
 
@@ -177,7 +177,7 @@ class LayerChange:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerChange:
         """It elsewhere."""
-        return LayerChange(self.weight and self.weight.to(device, dtype), _moved(self.bias, device, dtype))
+        return LayerChange(self.weight and self.weight.to(device, dtype), _to(self.bias, device, dtype))
 
 
 Changes = Mapping[str, Sequence[tuple[LayerChange, float]]]  # layer, as "unet.conv_in" -> each change and its scale
@@ -188,7 +188,7 @@ _merges = itertools.count(1)
 
 
 @contextmanager
-def adapting(networks: Mapping[str, nn.Module], changes: Changes) -> Iterator[None]:
+def apply_adapters(networks: Mapping[str, nn.Module], changes: Changes) -> Iterator[None]:
     """Has the networks, "unet" and the like, run with these changes inside, in this thread."""
     for name, network in networks.items():
         _install(name, network, changes)
@@ -199,14 +199,14 @@ def adapting(networks: Mapping[str, nn.Module], changes: Changes) -> Iterator[No
         _applied.reset(before)
 
 
-def adapted(layer: nn.Module) -> bool:
+def is_adapted(layer: nn.Module) -> bool:
     """Whether this run changes the layer: then its weight alone does not say what it does."""
     changes = _applied.get()
     return changes is not None and getattr(layer, NAME, None) in changes
 
 
 def _install(name: str, network: nn.Module, changes: Changes) -> None:
-    """Give the layers that will be changed the hook, which stays: outside of `adapting` it does nothing."""
+    """Give the layers that will be changed the hook, which stays: outside of `apply_adapters` it does nothing."""
     prefix = f"{name}."
     known: set[str] = vars(network).setdefault(HOOKED, set())
     missing = [full for full in changes if full not in known and full.startswith(prefix)]
@@ -255,25 +255,25 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ijkl,ip,jr->prkl", core.float(), a.float(), b.float())
 
 
-def _composed(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def _compose(core: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float() if core is None else _tucker(core, a, b)
 
 
-def _whole(whole: Tensor | None, core: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+def _full_or_product(whole: Tensor | None, core: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
     if whole is not None:
         return whole.float()
     assert a is not None and b is not None
-    return _composed(core, a, b)
+    return _compose(core, a, b)
 
 
-def _moved(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None) -> Tensor | None:
+def _to(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device, dtype)
 
 
-# Merged into the weights
+# MergedWeights into the weights
 
 
-def summed(tensor: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
+def add_scaled(tensor: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
     """tensor + the sum of scale * delta, in float32, rounded once to the tensor's dtype and in its memory format."""
     total = tensor.float()
     for delta, scale in deltas:
@@ -289,7 +289,7 @@ class ChangedWeight(WeightSource):
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         weight = self.base.tensor(dtype, device)
-        return summed(weight, [(change.to(device).delta(weight), scale) for change, scale in self.changes])
+        return add_scaled(weight, [(change.to(device).delta(weight), scale) for change, scale in self.changes])
 
     def onload(self, dtype: torch.dtype, device: torch.device) -> None:
         self.base.onload(dtype, device)
@@ -299,7 +299,7 @@ class ChangedWeight(WeightSource):
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class MergedWeights:
     """What `merge` has put aside: for each layer its own weight and bias."""
 
     layers: Sequence[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]]
@@ -317,7 +317,7 @@ class Merged:
         _stamp(self.networks)
 
 
-def merge(networks: Mapping[str, nn.Module], changes: Changes) -> Merged:
+def merge(networks: Mapping[str, nn.Module], changes: Changes) -> MergedWeights:
     """Make the changes part of the networks' weights: W + s ΔW in float32, rounded once. No run may be under way."""
     kept: list[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]] = []
     for full, found in changes.items():
@@ -335,15 +335,17 @@ def merge(networks: Mapping[str, nn.Module], changes: Changes) -> Merged:
             assert isinstance(before, nn.Parameter)
             own = before.detach()
             deltas = [(change.to(own.device).delta(own), scale) for change, scale in weights]
-            layer.register_parameter("weight", nn.Parameter(summed(own, deltas), requires_grad=before.requires_grad))
+            layer.register_parameter(
+                "weight", nn.Parameter(add_scaled(own, deltas), requires_grad=before.requires_grad)
+            )
         bias: Any = None
         if biases:
             bias = layer.bias
-            new = nn.Parameter(summed(bias.detach(), biases), requires_grad=bias.requires_grad)
+            new = nn.Parameter(add_scaled(bias.detach(), biases), requires_grad=bias.requires_grad)
             layer.register_parameter("bias", new)
         kept.append((layer, before, bias))
     _stamp([*networks.values()])
-    return Merged(kept, [*networks.values()])
+    return MergedWeights(kept, [*networks.values()])
 
 
 def merge_copy(unet: UNet, changes: Changes) -> UNet:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.models.adapters import adapted
+from mezzotint.models.adapters import is_adapted
 from mezzotint.models.attention import attention, watcher
 from mezzotint.models.convolution import Conv2d
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 
 def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
     """Return the tensor that these layers' weights are consecutive views of; None if they are not, or are trained."""
-    if len(layers) == 1 or any(type(layer) is not nn.Linear or adapted(layer) for layer in layers):
+    if len(layers) == 1 or any(type(layer) is not nn.Linear or is_adapted(layer) for layer in layers):
         return None  # an adapter wraps or changes one of them
     first = layers[0].weight
     if first.requires_grad and torch.is_grad_enabled():  # the gradient belongs to three parameters, not to one

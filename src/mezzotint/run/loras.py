@@ -11,7 +11,7 @@ from mezzotint.prompt import Network
 from mezzotint.request import Request
 from mezzotint.weights.listing import list_files
 from mezzotint.weights.lora import Scale
-from mezzotint.weights.model_plan import listed
+from mezzotint.weights.model_files import join_names
 
 MAX_LORA_SCALE = 100
 SUFFIXES = (".safetensors", ".pt", ".bin")
@@ -60,7 +60,7 @@ def _find(network: Network, files: dict[str, str]) -> tuple[str, Scale]:
         near = get_close_matches(network.name.lower(), files, 1)
         raise RequestError(
             f"prompt names the LoRA {network.name[:100]!r}, which is not in lora_folder; "
-            + (f"the nearest is {near[0]}" if near else f"it has {listed(sorted(files)) or 'none'}")
+            + (f"the nearest is {near[0]}" if near else f"it has {join_names(sorted(files)) or 'none'}")
         )
     try:
         text = float(network.options.get("te", network.args[0] if network.args else 1.0))

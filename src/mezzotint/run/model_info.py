@@ -9,7 +9,7 @@ import torch
 
 from mezzotint.config import UNetConfig, VAEConfig
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_plan import FewStep
+from mezzotint.weights.model_files import FewStep
 
 
 class ModelFacts(Protocol):

@@ -30,7 +30,7 @@ from mezzotint.run.resolve import expand_choices, few_step_of, resolve_request
 from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import Adapter, Adapters, Scale
-from mezzotint.weights.model_plan import FewStep
+from mezzotint.weights.model_files import FewStep
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mezzotint.conditioning.encode import (
     zeros_like,
 )
 from mezzotint.denoiser import Timeline
-from mezzotint.models.adapters import adapting, weights_version
+from mezzotint.models.adapters import apply_adapters, weights_version
 from mezzotint.models.attention import chosen
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import onload
@@ -79,7 +79,7 @@ class PromptEncoder:
 
         def encode() -> list[EncodedPart]:
             networks = {name: network for name, network in self.adapters.networks.items() if name != "unet"}
-            with adapting(networks, self.adapters.changes(plan.scaled_adapters)):
+            with apply_adapters(networks, self.adapters.changes(plan.scaled_adapters)):
                 return _encode_finite(conditioner, prompt)
 
         encoded = self._cache.get(key, encode)

@@ -13,7 +13,7 @@ from mezzotint.images import init_image
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.samplers import SOLVERS, Sampler
-from mezzotint.weights.model_plan import FewStep
+from mezzotint.weights.model_files import FewStep
 
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, for models without their own
 GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024

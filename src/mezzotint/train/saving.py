@@ -22,7 +22,7 @@ from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe
 from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, lora_pairs, merged_state_dict
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.keys import Levels, renamed, unet_table
+from mezzotint.weights.keys import Levels, rename_keys, unet_table
 from mezzotint.weights.save import save_folder
 from mezzotint.weights.save_lora import save_lora
 from mezzotint.weights.save_single import check_single, save_single
@@ -214,7 +214,7 @@ def _original_names(unet: UNet) -> dict[str, str]:
         table = {module: block for block, module in unet_table(Levels.of_config(unet.config)).items()}
     except ValueError:
         return {}
-    sources, _ = renamed([name for name, _ in unet.named_modules()], table)
+    sources, _ = rename_keys([name for name, _ in unet.named_modules()], table)
     return {source.key: name for name, source in sources.items()}
 
 

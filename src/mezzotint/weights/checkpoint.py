@@ -28,8 +28,8 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_plan import ENCODERS, NETWORKS, FewStep, Overrides, Plan, word
-from mezzotint.weights.single import kind_of, plan_file
+from mezzotint.weights.model_files import ENCODERS, NETWORKS, FewStep, ModelFiles, Overrides, dtype_name
+from mezzotint.weights.single import describe_kind, plan_file
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 
@@ -85,7 +85,7 @@ def open_model(
 
     Raises CheckpointError, a sentence, before any weight is read, for all that can be seen without reading them.
     """
-    found = look_through(path_or_id, variant=variant, family=family, prediction=prediction, config=config)
+    found = scan_model(path_or_id, variant=variant, family=family, prediction=prediction, config=config)
     networks: dict[str, Any] = {}
     for part in found.parts:
         networks[part.name] = part.network()
@@ -110,16 +110,16 @@ def open_model(
     )
 
 
-def look_through(
+def scan_model(
     path_or_id: str | Path,
     *,
     variant: str | None = None,
     family: str | None = None,
     prediction: str | None = None,
     config: Overrides | None = None,
-) -> Plan:
+) -> ModelFiles:
     """What `open_model` would open, with no weight read. Raises CheckpointError for what its files cannot be."""
-    found = _plan(locate(path_or_id, variant), variant, family, prediction, config or {})
+    found = _scan(locate(path_or_id, variant), variant, family, prediction, config or {})
     if found.problems:
         raise CheckpointError(found.problems[0])
     return found
@@ -130,12 +130,12 @@ def read_tokenizers(path_or_id: str | Path) -> tuple[list[Tokenizer], list[int],
 
     Raises CheckpointError as `open_model`.
     """
-    found = _plan(locate(path_or_id), None, None, None, {})
+    found = _scan(locate(path_or_id), None, None, None, {})
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
     return [make() for make in found.tokenizers], [config.hidden_size for config in configs], found.settings
 
 
-def _plan(path: Path, variant: str | None, family: str | None, prediction: str | None, config: Overrides) -> Plan:
+def _scan(path: Path, variant: str | None, family: str | None, prediction: str | None, config: Overrides) -> ModelFiles:
     for field_name, value, known in (
         ("family", family, FAMILIES),
         ("prediction", prediction, ("epsilon", "v_prediction", "sample")),
@@ -200,22 +200,22 @@ def inspect_model(path: str | Path, *, variant: str | None = None, config: Overr
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     try:
-        found = _plan(path, variant, None, None, config or {})
+        found = _scan(path, variant, None, None, config or {})
     except CheckpointError:
         if path.is_dir():
             raise
         file = TensorFile(path)  # raises the same sentence where the file itself cannot be read
         dtypes: Counter[str] = Counter()
         for entry in file.entries.values():
-            dtypes[word(entry.dtype)] += entry.count
+            dtypes[dtype_name(entry.dtype)] += entry.count
         part = PartReport("tensors", dtypes.total(), len(file.entries), dict(dtypes.most_common()))
         return Report(
-            str(path), kind_of(file.shapes), keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata
+            str(path), describe_kind(file.shapes), keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata
         )
     return _report(found)
 
 
-def _report(found: Plan) -> Report:
+def _report(found: ModelFiles) -> Report:
     files = {file.path: file for part in found.parts for file in part.files.values()}
     report = Report(
         str(found.path),
@@ -230,7 +230,7 @@ def _report(found: Plan) -> Report:
         metadata={key: value for file in files.values() for key, value in file.metadata.items()},
     )
     for part in found.parts:
-        dtypes = {word(dtype): count for dtype, count in part.dtypes().most_common()}
+        dtypes = {dtype_name(dtype): count for dtype, count in part.dtypes().most_common()}
         keys = len({source.key for source in part.sources.values()})
         report.parts.append(PartReport(part.name, sum(dtypes.values()), keys, dtypes))
         try:

@@ -26,7 +26,7 @@ from mezzotint.errors import CheckpointError
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource
 from mezzotint.weights.listing import list_files
-from mezzotint.weights.model_plan import listed
+from mezzotint.weights.model_files import join_names
 
 SUFFIXES = (".pt", ".bin", ".safetensors")
 BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(?:string_to_param\.)?(.+)")
@@ -50,7 +50,7 @@ class Embedding:
             digest.update(self.vectors[key].numpy().tobytes())
         return digest.hexdigest()
 
-    def fitted(self, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    def vectors_for(self, widths: Sequence[int]) -> tuple[Tensor, ...]:
         """The vectors for each text encoder, of these widths. Raises CheckpointError where they do not fit."""
         keys = PAIR[: len(widths)] if self.vectors.keys() & {*PAIR} else ("",)
         found = tuple(self.vectors[key] for key in keys if key in self.vectors)
@@ -74,11 +74,13 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
         self._widths = widths
         self._found: dict[str, Embedding] = {}
         for source in sources:
-            path = resource(source, "embedding", partial(_chosen, source))
+            path = resource(source, "embedding", partial(_choose_files, source))
             alone = path.is_file()
-            for embedding in (e for file in ([str(path)] if alone else _files(path)) for e in read_embeddings(file)):
+            for embedding in (
+                e for file in ([str(path)] if alone else _list_folder(path)) for e in read_embeddings(file)
+            ):
                 if alone:
-                    embedding.fitted(widths)
+                    embedding.vectors_for(widths)
                 for name in embedding.names:
                     other = self._found.setdefault(name.lower(), embedding)
                     if other.digest != embedding.digest:
@@ -87,7 +89,7 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
                         )
 
     def __getitem__(self, name: str) -> tuple[Tensor, ...]:
-        return self._found[name].fitted(self._widths)
+        return self._found[name].vectors_for(self._widths)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -135,7 +137,7 @@ def _read(name: str, _changed: int, _size: int, _inode: int) -> list[Embedding]:
     ):
         raise CheckpointError(
             f"{path} holds no textual inversion: neither string_to_param, emb_params, clip_l and clip_g, nor a tensor "
-            f"named by its trigger, nor bundle_emb in a LoRA; it has {listed(keys) or 'no tensors'}"
+            f"named by its trigger, nor bundle_emb in a LoRA; it has {join_names(keys) or 'no tensors'}"
         )
     single = (path.stem,) if len(keys) == 1 else ()
     return [Embedding(path, (key.strip("<>"), *single), {"": _vectors(file, key)}) for key in keys]
@@ -151,24 +153,24 @@ def _vectors(file: TensorFile, key: str) -> Tensor:
     return tensor
 
 
-def _chosen(name: str, listing: Iterable[str]) -> list[str]:
+def _choose_files(name: str, listing: Iterable[str]) -> list[str]:
     """Of a repository's files the embeddings, at its top."""
-    files = _best(file for file in listing if "/" not in file)
+    files = _safest_formats(file for file in listing if "/" not in file)
     if not files:
         raise CheckpointError(f"The hub's {name} has no .safetensors, .bin or .pt file at its top: it is no embedding")
     return files
 
 
-def _files(path: Path) -> list[str]:
+def _list_folder(path: Path) -> list[str]:
     """Return the embedding files of a folder."""
-    files = _best(list_files(path, SUFFIXES))
+    files = _safest_formats(list_files(path, SUFFIXES))
     if not files:
         raise CheckpointError(f"{path} is a folder without .safetensors, .bin or .pt files: it holds no embedding")
     place = str(path)
     return [f"{place}/{file}" for file in files]
 
 
-def _best(names: Iterable[str]) -> list[str]:
+def _safest_formats(names: Iterable[str]) -> list[str]:
     """Each file that may be an embedding, in the safest of its formats."""
     listing, best = list(names), dict[str, str]()
     for suffix in SUFFIXES:  # the safest last

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from mezzotint.errors import CheckpointError
 
-MAX_HEADER = 100_000_000  # bytes; the safetensors format's own bound
-PIECE = 2**22  # bytes that `read_into` reads at a time
+MAX_HEADER_BYTES = 100_000_000  # bytes; the safetensors format's own bound
+CHUNK_BYTES = 2**22  # bytes that `read_into` reads at a time
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin, by protocol
 
 DTYPES = {
@@ -84,16 +84,16 @@ class TensorFile:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self.scalars: dict[str, float] = {}
-        self._held: dict[str, Tensor] = {}  # of PyTorch's format before 1.6, which can only be read whole
+        self._tensors: dict[str, Tensor] = {}  # of PyTorch's format before 1.6, which can only be read whole
         self._file = _open(path)
         self._lock = threading.Lock()  # of the file's position
         weakref.finalize(self, self._file.close)
-        self._state = self._now()
+        self._state = self._stat()
         self.size = self._state[0]
 
         head = self._file.read(64)
         length = int.from_bytes(head[:8], "little")
-        if head[8:9] == b"{" and length <= max(self.size, MAX_HEADER):  # first: the length may spell anything
+        if head[8:9] == b"{" and length <= max(self.size, MAX_HEADER_BYTES):  # first: the length may spell anything
             self._read_safetensors(length)
         elif head.startswith(b"PK\x03\x04"):
             self._read_zip()
@@ -115,8 +115,8 @@ class TensorFile:
     def read(self, name: str, third: int | None = None) -> Tensor:
         """The tensor on the CPU, in memory of its own; with `third` (0, 1, 2) only that third of its rows."""
         entry = self.entries[name]
-        if name in self._held:
-            whole = self._held[name]
+        if name in self._tensors:
+            whole = self._tensors[name]
             return whole if third is None else whole.chunk(3)[third]
         if entry.stride is not None:
             span = self._bytes(entry.start, entry.count, entry.dtype)
@@ -129,13 +129,13 @@ class TensorFile:
         return self._bytes(start, math.prod(shape), entry.dtype).view(shape)
 
     def read_into(self, target: Tensor, name: str, third: int | None = None) -> None:
-        """Fill `target`, of the tensor's shape (or its third's) and any dtype and strides, `PIECE` bytes at a time."""
+        """Read a tensor (or a third of its rows) into `target`, which may have another dtype, in small chunks."""
         entry, rows = self.entries[name], len(target) if target.ndim else 0
         row = math.prod(entry.shape[1:])  # elements
-        if name in self._held or entry.stride is not None or not rows or not row:
+        if name in self._tensors or entry.stride is not None or not rows or not row:
             target.copy_(self.read(name, third))
             return
-        first, some = (third or 0) * rows, max(PIECE // (row * entry.dtype.itemsize), 1)
+        first, some = (third or 0) * rows, max(CHUNK_BYTES // (row * entry.dtype.itemsize), 1)
         for begin in range(0, rows, some):
             part = target[begin : begin + some]
             start = entry.start + (first + begin) * row * entry.dtype.itemsize
@@ -144,7 +144,7 @@ class TensorFile:
     def read_rows(self, name: str, numbers: Sequence[int]) -> Tensor:
         """These rows of the tensor, (len(numbers), ...), on the CPU."""
         entry = self.entries[name]
-        if name in self._held or entry.stride is not None:
+        if name in self._tensors or entry.stride is not None:
             return self.read(name)[list(numbers)]
         if not all(0 <= number < entry.shape[0] for number in numbers):
             raise IndexError(f"{name} has {entry.shape[0]} rows")
@@ -154,7 +154,7 @@ class TensorFile:
 
     def prefetch(self, name: str) -> None:
         """Have the system read the tensor ahead, into memory that it takes back when it needs it."""
-        if hasattr(os, "posix_fadvise") and name not in self._held:
+        if hasattr(os, "posix_fadvise") and name not in self._tensors:
             entry = self.entries[name]
             size = entry.count * entry.dtype.itemsize
             os.posix_fadvise(self._file.fileno(), entry.start, size, os.POSIX_FADV_WILLNEED)
@@ -167,12 +167,12 @@ class TensorFile:
             self._file.seek(start)
             while left:
                 got = self._file.readinto(left)
-                if not got or self._now() != self._state:  # of two models' weights mixed nobody would know
+                if not got or self._stat() != self._state:  # of two models' weights mixed nobody would know
                     raise CheckpointError(f"{self.path} was changed after it had been opened; load the model again")
                 left = left[got:]
         return flat.view(dtype)
 
-    def _now(self) -> tuple[int, int]:
+    def _stat(self) -> tuple[int, int]:
         """Size and time of the last change of the open file."""
         found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns
@@ -183,15 +183,15 @@ class TensorFile:
 
         if self.size < 8 or length > self.size - 8:
             raise refuse(f"its header should have {length} bytes, the file has {self.size}; download it again")
-        if length > MAX_HEADER:
-            raise refuse(f"its header has {length} bytes, more than the format's {MAX_HEADER}")
+        if length > MAX_HEADER_BYTES:
+            raise refuse(f"its header has {length} bytes, more than the format's {MAX_HEADER_BYTES}")
         self._file.seek(8)
         header = self._file.read(length)
         if header[:1] != b"{":
             raise refuse("its header does not begin with '{'")
         try:
             table = json.loads(
-                header.decode(), object_pairs_hook=_unique, parse_int=_natural, parse_constant=_no_constant
+                header.decode(), object_pairs_hook=_unique_keys, parse_int=_parse_size, parse_constant=_reject_constant
             )
         except (ValueError, RecursionError) as error:
             raise refuse(f"its header is not valid JSON ({_short(error)})") from None
@@ -202,7 +202,7 @@ class TensorFile:
         spans: list[tuple[int, int, str]] = []
         first = 8 + length
         for name, row in table.items():
-            dtype, shape, begin, end = _row(name, row, refuse)
+            dtype, shape, begin, end = _parse_entry(name, row, refuse)
             spans.append((begin, end, name))
             self.entries[name] = Entry(dtype, shape, first + begin)
         reached = 0
@@ -244,13 +244,13 @@ class TensorFile:
             self.entries[name] = entry
 
     def _read_legacy(self) -> None:
-        self._held = self._unpickle("cpu")
-        self.entries = {name: Entry(t.dtype, tuple(t.shape), 0) for name, t in self._held.items()}
+        self._tensors = self._unpickle("cpu")
+        self.entries = {name: Entry(t.dtype, tuple(t.shape), 0) for name, t in self._tensors.items()}
 
     def _unpickle(self, device: str = "meta") -> dict[str, Tensor]:
         self._file.seek(0)
         try:
-            with torch.serialization.safe_globals(_STAND_INS):
+            with torch.serialization.safe_globals(_STUBS):
                 tree = torch.load(self._file, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -294,7 +294,7 @@ class _Parameters:
         self.held = held if isinstance(held, dict) else {}
 
 
-_STAND_INS: list[Any] = [
+_STUBS: list[Any] = [
     (_Parameters, "torch.nn.modules.container.ParameterDict"),
     (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     (_Ignored, "numpy.core.multiarray.scalar"),
@@ -317,24 +317,24 @@ def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name occurs twice")
     return table
 
 
-def _natural(digits: str) -> int:
+def _parse_size(digits: str) -> int:
     if digits.startswith("-") or len(digits) > 18:
         raise ValueError(f"{digits[:20]} is not a size")
     return int(digits)
 
 
-def _no_constant(word: str) -> None:
+def _reject_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-def _row(name: str, row: Any, refuse: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _parse_entry(name: str, row: Any, refuse: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """One line of a safetensors header, checked: dtype, shape, begin, end."""
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise refuse("a name in its header is not Unicode")

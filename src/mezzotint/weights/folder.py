@@ -17,16 +17,16 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_plan import ENCODERS, NETWORKS, FewStep, Overrides, Part, Plan, listed
+from mezzotint.weights.model_files import ENCODERS, NETWORKS, FewStep, ModelFiles, NetworkFiles, Overrides, join_names
 
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
-LARGEST_JSON = 50_000_000  # bytes; CLIP's whole tokenizer.json has 2 MB, a large index 1 MB
+MAX_JSON_BYTES = 50_000_000  # bytes; CLIP's whole tokenizer.json has 2 MB, a large index 1 MB
 
 
 def plan_folder(
     path: Path, variant: str | None, family: Family | None, prediction: str | None, config: Overrides
-) -> Plan:
+) -> ModelFiles:
     """Look through a folder. Raises CheckpointError only when it is no Stable Diffusion model at all."""
     index_path = path / "model_index.json"
     if not index_path.exists():
@@ -41,7 +41,7 @@ def plan_folder(
             f"{path} is a {index.get('_class_name', 'model')} without a unet; mezzotint draws with Stable Diffusion "
             "1, 2 and XL and small models of the same form"
         )
-    plan = Plan(path, "diffusers folder", model_index=index, files=[index_path])
+    plan = ModelFiles(path, "diffusers folder", model_index=index, files=[index_path])
     needed = {"unet", "vae"} | (ENCODERS.keys() & named.keys() or {"text_encoder"})
     varied = False
     for name in (name for name in NETWORKS if name in needed):
@@ -92,8 +92,8 @@ def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError when the file is missing or holds something else."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has more than {LARGEST_JSON} bytes, which no description needs")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes, which no description needs")
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _part(folder: Path, class_name: str | None, variant: str | None, overrides: Overrides) -> Part:
+def _part(folder: Path, class_name: str | None, variant: str | None, overrides: Overrides) -> NetworkFiles:
     name = folder.name
     classes = NETWORKS[name][0]
     if class_name is None or not folder.is_dir():
@@ -121,12 +121,12 @@ def _part(folder: Path, class_name: str | None, variant: str | None, overrides: 
         file = TensorFile(path)
         twice = sorted(files.keys() & file.entries.keys())
         if twice:
-            raise CheckpointError(f"{path} repeats tensors of another shard: {listed(twice)}")
+            raise CheckpointError(f"{path} repeats tensors of another shard: {join_names(twice)}")
         files |= dict.fromkeys(file.entries, file)
     sources = keys.folder_sources(files, name)
     if class_name == "CLIPTextModel":
         sources.pop("text_projection.weight", None)  # some files keep it; this class has none
-    return Part.of(name, folder, {**fields, **overrides.get(name, {})}, files, sources, [])
+    return NetworkFiles.of(name, folder, {**fields, **overrides.get(name, {})}, files, sources, [])
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -147,7 +147,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
-def _add_tokenizer(plan: Plan, folder: Path) -> None:
+def _add_tokenizer(plan: ModelFiles, folder: Path) -> None:
     if not folder.is_dir():
         plan.problems.append(f"{folder} is missing: the text encoder needs its tokenizer")
         return
@@ -155,7 +155,7 @@ def _add_tokenizer(plan: Plan, folder: Path) -> None:
     plan.files += [file for file in _inside(folder) if file.is_file()]
 
 
-def _add_settings(plan: Plan, path: Path) -> None:
+def _add_settings(plan: ModelFiles, path: Path) -> None:
     plan.settings = read_json(path)
     plan.files.append(path)
     if "few_step" not in plan.settings:
@@ -177,7 +177,7 @@ def _inside(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def _family(plan: Plan) -> Family:
+def _family(plan: ModelFiles) -> Family:
     unet = plan.config("unet")
     if plan.config("text_encoder_2") or (isinstance(unet, UNetConfig) and unet.addition_embed_type == "text_time"):
         return "sdxl"

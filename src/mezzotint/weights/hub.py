@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mezzotint.errors import CheckpointError
 from mezzotint.weights.folder import choose_weights, plan_folder
-from mezzotint.weights.model_plan import NETWORKS
+from mezzotint.weights.model_files import NETWORKS
 
 BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -36,7 +36,7 @@ def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
             f"{name[:200]!r} does not exist: give a model folder, a .safetensors or .ckpt file, "
             "or a hub id (owner/name)"
         )
-    return _cached(name, variant) or _download(name, variant)
+    return _find_cached(name, variant) or _download_model(name, variant)
 
 
 def local(path_or_id: str | Path) -> Path | None:
@@ -50,7 +50,7 @@ def local(path_or_id: str | Path) -> Path | None:
     return BUNDLED if str(path_or_id) == BUNDLED.name else None
 
 
-def _cached(name: str, variant: str | None) -> Path | None:
+def _find_cached(name: str, variant: str | None) -> Path | None:
     """The snapshot in huggingface_hub's cache, if it is whole."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -94,10 +94,10 @@ def snapshot(name: str, choose: Choose) -> Path:
         choose(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
         return folder
     except (OSError, HfHubHTTPError, CheckpointError):
-        return _fetched(name, choose)
+        return _download(name, choose)
 
 
-def _download(name: str, variant: str | None) -> Path:
+def _download_model(name: str, variant: str | None) -> Path:
     def choose(listing: Iterable[str]) -> list[str]:
         files = needed(listing, variant)
         if "model_index.json" not in files:
@@ -106,10 +106,10 @@ def _download(name: str, variant: str | None) -> Path:
             )
         return files
 
-    return _fetched(name, choose)
+    return _download(name, choose)
 
 
-def _fetched(name: str, choose: Choose) -> Path:
+def _download(name: str, choose: Choose) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 

@@ -75,12 +75,12 @@ OPEN_CLIP_LAYER = {
 }
 
 
-def under(shapes: Shapes, prefix: str) -> Shapes:
+def strip_prefix(shapes: Shapes, prefix: str) -> Shapes:
     """The part of a file below `prefix`, without it."""
     return {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
-def first_prefix(shapes: Shapes, prefixes: tuple[str, ...]) -> str | None:
+def find_prefix(shapes: Shapes, prefixes: tuple[str, ...]) -> str | None:
     return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)), None)
 
 
@@ -93,7 +93,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return count
 
 
-def renamed(names: Iterable[str], table: Table) -> tuple[Sources, list[str]]:
+def rename_keys(names: Iterable[str], table: Table) -> tuple[Sources, list[str]]:
     """Every key renamed by the longest prefix in `table`; the keys that none fits."""
     sources: Sources = {}
     unknown: list[str] = []
@@ -175,7 +175,7 @@ class Levels(NamedTuple):
 
 def unet_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
     """Sources of an LDM UNet (keys without `model.diffusion_model.`), and the keys that have no place."""
-    return renamed(shapes, unet_table(Levels.of(shapes)))
+    return rename_keys(shapes, unet_table(Levels.of(shapes)))
 
 
 def unet_table(levels: Levels) -> Table:
@@ -219,7 +219,7 @@ def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
 
 def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
     """Sources of an LDM autoencoder (keys without `first_stage_model.`), and the keys that have no place."""
-    return renamed(shapes, vae_table(*_vae_levels(shapes)))
+    return rename_keys(shapes, vae_table(*_vae_levels(shapes)))
 
 
 def vae_table(levels: int, layers: int) -> Table:
@@ -317,7 +317,7 @@ def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str
                     sources[f"{module}.self_attn.{name}_proj.{kind}"] = Source(fused, third=third)
     if used.pop("text_projection", None) and family == "sdxl":  # SD2 takes no pooled vector
         sources["text_projection.weight"] = Source("text_projection", transpose=True)
-    others, unknown = renamed(used, open_clip_table(layers))
+    others, unknown = rename_keys(used, open_clip_table(layers))
     return sources | others, unknown
 
 

@@ -31,15 +31,15 @@ from mezzotint.models.adapters import (
     Kronecker,
     LayerChange,
     LowRank,
-    Merged,
+    MergedWeights,
     merge,
 )
 from mezzotint.models.offload import weight_shape
 from mezzotint.weights.embeddings import BUNDLED
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource
-from mezzotint.weights.lora_keys import family, split, stems
-from mezzotint.weights.model_plan import listed
+from mezzotint.weights.lora_keys import detect_family, layer_names, split_key
+from mezzotint.weights.model_files import join_names
 
 NAMES = (  # in a folder or a repository, the first that is there
     "pytorch_lora_weights.safetensors",
@@ -50,10 +50,10 @@ NAMES = (  # in a folder or a repository, the first that is there
 SUFFIXES = (".safetensors", ".bin", ".pt")  # of other names; the safest first
 CONFIG = "adapter_config.json"  # beside peft's own files
 METADATA = "lora_adapter_metadata"  # key of peft's configurations in a file of diffusers
-MOST_CONFIG = 2**20  # bytes
+MAX_CONFIG_BYTES = 2**20  # bytes
 FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL"}
 
-Parts = dict[str, Tensor]  # role, of adapter_keys.ENDINGS -> tensor
+Tensors = dict[str, Tensor]  # role, of adapter_keys.ENDINGS -> tensor
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Coverage:
     def __str__(self) -> str:
         said = [f"{len(self.matched)} layers matched"]
         if self.unmatched:
-            said.append(f"{len(self.unmatched)} names match no layer: {listed(self.unmatched)}")
+            said.append(f"{len(self.unmatched)} names match no layer: {join_names(self.unmatched)}")
         if self.wrong:
-            said.append(f"{len(self.wrong)} of the wrong shape: {listed(self.wrong)}")
+            said.append(f"{len(self.wrong)} of the wrong shape: {join_names(self.wrong)}")
         if self.bundled:
             said.append(f"{len(self.bundled)} tensors of bundled embeddings")
         return "; ".join(said)
@@ -116,22 +116,30 @@ class Adapter:
 
 
 def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[str, str] | None = None) -> Adapter:
-    """The changes in a file for these networks ("unet", "text_encoder", "text_encoder_2"), on the CPU.
+    """Read the changes in a file that fit these networks, on the CPU.
 
-    table: of `stems`, where it is at hand. Names that match no layer are in the coverage. Raises CheckpointError where
-    nothing matches, a shape is wrong, a part of a change is missing, or numbers are not finite.
+    Args:
+        path: A file, or a folder with one LoRA.
+        networks: The networks by name: "unet", "text_encoder", "text_encoder_2".
+        table: What `layer_names` returns for them, if it is known.
+
+    Returns:
+        The changes. Names that match no layer are listed in the coverage.
+
+    Raises:
+        CheckpointError: If nothing matches, a shape is wrong, a tensor is missing, or a number is not finite.
     """
-    path = _chosen(path)
+    path = _find_file(path)
     file = TensorFile(path)
-    changes, coverage = _fitted(file, networks, stems(networks) if table is None else table, real=True)
+    changes, coverage = _match(file, networks, layer_names(networks) if table is None else table, real=True)
     if coverage.wrong or not (changes or coverage.bundled):
-        made_for = family(file.shapes, file.metadata)
+        made_for = detect_family(file.shapes, file.metadata)
         hint = f": it is for {made_for}" if made_for else ""
         if coverage.wrong:
-            raise CheckpointError(f"{path} does not fit this model{hint}; {listed(coverage.wrong, 2)}")
+            raise CheckpointError(f"{path} does not fit this model{hint}; {join_names(coverage.wrong, 2)}")
         raise CheckpointError(
             f"{path} is no LoRA for this model{hint}; none of its names is one of a layer here: "
-            f"{listed(coverage.unmatched) or 'it is empty'}"
+            f"{join_names(coverage.unmatched) or 'it is empty'}"
         )
     digest = hashlib.sha256()
     with path.open("rb") as data:
@@ -148,20 +156,20 @@ def read_unet_lora(path: Path, unet: nn.Module) -> Changes:
     """
     adapter = read_adapter(path, {"unet": unet})
     if foreign := [*adapter.coverage.unmatched, *adapter.coverage.bundled]:
-        raise CheckpointError(f"{path} has tensors that match no layer of this UNet: {listed(foreign)}")
+        raise CheckpointError(f"{path} has tensors that match no layer of this UNet: {join_names(foreign)}")
     return {layer: [(change, 1.0)] for layer, change in adapter.changes.items()}
 
 
 def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
     """What of a file fits these networks, which may be on the meta device, from its names and shapes alone."""
-    return _fitted(TensorFile(_chosen(path)), networks, stems(networks), real=False)[1]
+    return _match(TensorFile(_find_file(path)), networks, layer_names(networks), real=False)[1]
 
 
-def _chosen(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     """The file, or of a folder the one in it."""
     if not path.is_dir():
         return path
-    there = _best(file.name for file in path.iterdir() if file.is_file())
+    there = _candidates(file.name for file in path.iterdir() if file.is_file())
     if len(there) != 1:
         raise CheckpointError(
             f"{path} is a folder with {len(there)} LoRA files; it must be a file, or have one such as {NAMES[0]}"
@@ -169,19 +177,21 @@ def _chosen(path: Path) -> Path:
     return path / there[0]
 
 
-def _wanted(name: str, listing: Iterable[str]) -> list[str]:
+def _choose_files(name: str, listing: Iterable[str]) -> list[str]:
     """Of a repository's files its LoRA, and peft's configuration beside it."""
     listing = list(listing)
-    there = _best(file for file in listing if "/" not in file)
+    there = _candidates(file for file in listing if "/" not in file)
     if len(there) != 1:
         found = (
-            f"{len(there)} files that may be one, {listed(there)}," if there else "no .safetensors, .bin or .pt file"
+            f"{len(there)} files that may be one, {join_names(there)},"
+            if there
+            else "no .safetensors, .bin or .pt file"
         )
         raise CheckpointError(f"The hub's {name} has {found} at its top; download the LoRA and give its path")
     return [*there, *(file for file in listing if file == CONFIG)]
 
 
-def _best(names: Iterable[str]) -> list[str]:
+def _candidates(names: Iterable[str]) -> list[str]:
     """Those that may be the LoRA: the one with a usual name, else all of the safest format."""
     there = sorted(names)
     usual = [name for name in NAMES if name in there]
@@ -189,7 +199,7 @@ def _best(names: Iterable[str]) -> list[str]:
     return usual[:1] or next(filter(None, kinds), [])
 
 
-def _fitted(
+def _match(
     file: TensorFile, networks: Mapping[str, nn.Module], table: Mapping[str, str], *, real: bool
 ) -> tuple[dict[str, LayerChange], Coverage]:
     """Each layer's change, from a file's tensors, or from their shapes alone; what fits, and what does not."""
@@ -197,7 +207,7 @@ def _fitted(
     unmatched: list[str] = []
     bundled: list[str] = []
     for key in file.entries:
-        found = split(key)
+        found = split_key(key)
         if BUNDLED.fullmatch(key):
             bundled.append(key)
         elif found and found[0] in table:
@@ -216,7 +226,7 @@ def _fitted(
         network, _, path = name.partition(".")
         layer = networks[network].get_submodule(path)
         empty = {role: torch.empty(file.entries[key].shape, device="meta") for role, key in roles.items()}
-        problem = _misfit(name, layer, empty)
+        problem = _find_mismatch(name, layer, empty)
         if problem:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in empty.values())
             wrong[name] = (
@@ -224,15 +234,15 @@ def _fitted(
             )
         elif real:
             parts = {role: _read(file, key) for role, key in roles.items()}
-            changes[name] = _change(parts, partial(alphas.factor, name, parts.get("alpha")))
+            changes[name] = _build_change(parts, partial(alphas.factor, name, parts.get("alpha")))
     matched = tuple(name for name in layers if name not in wrong)
     return changes, Coverage(matched, tuple(dict.fromkeys(unmatched)), tuple(wrong.values()), tuple(bundled))
 
 
-def _misfit(name: str, layer: nn.Module, parts: Parts) -> str | None:
+def _find_mismatch(name: str, layer: nn.Module, parts: Tensors) -> str | None:
     """What is wrong with these shapes for the layer; None where they fit, "" where there is no more to say."""
     try:
-        change = _change(parts, lambda *_: 1.0)
+        change = _build_change(parts, lambda *_: 1.0)
     except CheckpointError as error:
         return f": {error}"
     except (RuntimeError, IndexError, AttributeError, AssertionError):
@@ -257,12 +267,12 @@ def _misfit(name: str, layer: nn.Module, parts: Parts) -> str | None:
     return None if fits and not any(not part.numel() for part in parts.values()) else " "
 
 
-def _change(parts: Parts, factor: Callable[[int], float]) -> LayerChange:
+def _build_change(parts: Tensors, factor: Callable[[int], float]) -> LayerChange:
     """The change that these tensors are. factor: how much of one of a rank. Raises CheckpointError where one lacks."""
     weight: Change | None = None
     bias: Tensor | None = parts.get("diff_b")
     if "down" in parts or "up" in parts:
-        down, up = _all(parts, "down", "up")
+        down, up = _require(parts, "down", "up")
         rank = len(down)
         if up.ndim < 2 or up.shape[1] != len(parts.get("mid", down)) or up[0, 0].numel() != 1:
             raise CheckpointError(f"its up and down have different ranks, {tuple(up.shape)} and {tuple(down.shape)}")
@@ -270,12 +280,12 @@ def _change(parts: Parts, factor: Callable[[int], float]) -> LayerChange:
         if "up_bias" in parts:
             bias = parts["up_bias"] * factor(rank)
     elif "w1_a" in parts or "w2_a" in parts:
-        w1_a, w1_b, w2_a, w2_b = _all(parts, "w1_a", "w1_b", "w2_a", "w2_b")
+        w1_a, w1_b, w2_a, w2_b = _require(parts, "w1_a", "w1_b", "w2_a", "w2_b")
         weight = Hadamard(w1_a, w1_b, w2_a, w2_b, parts.get("t1"), parts.get("t2"), factor(len(w1_b)))
     elif any(role.startswith("k_") for role in parts):
         for side in ("w1", "w2"):
             if f"k_{side}" not in parts:
-                _all(parts, f"k_{side}_a", f"k_{side}_b")
+                _require(parts, f"k_{side}_a", f"k_{side}_b")
         second = parts.get("k_w2_b", parts.get("k_w1_b"))
         scale = 1.0 if second is None else factor(len(second))
         own = {role.removeprefix("k_"): tensor for role, tensor in parts.items() if role.startswith("k_")}
@@ -291,7 +301,7 @@ def _change(parts: Parts, factor: Callable[[int], float]) -> LayerChange:
     return LayerChange(weight, bias)
 
 
-def _all(parts: Parts, *roles: str) -> list[Tensor]:
+def _require(parts: Tensors, *roles: str) -> list[Tensor]:
     missing = [role for role in roles if role not in parts]
     if missing:
         raise CheckpointError(f"{' and '.join(missing)} missing beside {', '.join(parts)}")
@@ -318,7 +328,7 @@ class _Alphas:
         text = file.metadata.get(METADATA)
         beside = file.path.with_name(CONFIG)
         if text is None and file.path.name.startswith("adapter_model.") and beside.is_file():
-            text = beside.read_text("utf-8", errors="replace")[:MOST_CONFIG]
+            text = beside.read_text("utf-8", errors="replace")[:MAX_CONFIG_BYTES]
             configs = {"": _json(beside, text)}
         elif text is None:
             configs = {}
@@ -353,7 +363,7 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     return found
 
 
-Named = Sequence[tuple[str, Scale]]  # files and how much of each
+ScaledFiles = Sequence[tuple[str, Scale]]  # files and how much of each
 
 
 class Adapters:
@@ -363,7 +373,7 @@ class Adapters:
         names = ("text_encoder", "text_encoder_2")
         self.networks: dict[str, nn.Module] = {"unet": unet, **dict(zip(names, text_encoders, strict=False))}
         self.merged: tuple[tuple[str, Scale], ...] = ()
-        self._undo: Merged | None = None
+        self._undo: MergedWeights | None = None
         self._read: dict[tuple[Path, int, int, int], Adapter] = {}
         self._places: dict[str, Path] = {}
         self._table: dict[str, str] | None = None
@@ -373,16 +383,16 @@ class Adapters:
         """A file, a folder with one, or a hub id; from memory where it was read before. Raises CheckpointError."""
         place = self._places.get(name)
         if place is None or not place.exists():
-            place = self._places[name] = resource(name, "LoRA", partial(_wanted, name))
+            place = self._places[name] = resource(name, "LoRA", partial(_choose_files, name))
         try:
-            path = _chosen(place)
+            path = _find_file(place)
             stat = path.stat()
         except OSError as error:
             raise CheckpointError(f"the LoRA {name[:200]!r} cannot be read: {error.strerror}") from None
         key = path, stat.st_mtime_ns, stat.st_size, stat.st_ino
         with self._lock:
             if key not in self._read:
-                self._table = self._table or stems(self.networks)
+                self._table = self._table or layer_names(self.networks)
                 self._read[key] = read_adapter(path, self.networks, self._table)
             return self._read[key]
 
@@ -401,7 +411,7 @@ class Adapters:
         """File and how much of it -> SHA-256, of those that are part of the weights."""
         return {f"{name} {scale}": self.read(name).digest for name, scale in self.merged}
 
-    def merge(self, loras: Named) -> None:
+    def merge(self, loras: ScaledFiles) -> None:
         """Make them part of the weights, in the place of those that are. No run may be under way."""
         changes = self.changes([(self.read(name), scale) for name, scale in loras])
         self.unmerge()

@@ -1,12 +1,12 @@
-"""What LoRA files call the layers of a model, in every program's way, and what they call the parts of a change.
+"""The names of layers and tensors in LoRA files, as each training program writes them.
 
-`stems` goes from the model's own layers to all the names that they may have in a file, never back by replacing text:
-`lora_unet_down_blocks_0_...` says not which of its underscores were dots.
+`layer_names` maps from the model's layers to all names that they may have in a file. The other direction is ambiguous:
+`lora_unet_down_blocks_0_...` does not tell which underscores were dots.
 
-    kohya                lora_unet_, lora_te_ (SDXL: lora_te1_, lora_te2_), then the path with underscores: that of
-                         diffusers, or for SDXL's UNet the original one (input_blocks_4_1_...)
-    LyCORIS              lycoris_, the same
-    diffusers, peft      unet., text_encoder., text_encoder_2., or base_model.model., or nothing
+    kohya                lora_unet_, lora_te_ (SDXL: lora_te1_, lora_te2_) and diffusers' path with underscores, or for
+                         SDXL's UNet the original path (input_blocks_4_1_...)
+    LyCORIS              lycoris_ and the same paths
+    diffusers, peft      unet., text_encoder., text_encoder_2., base_model.model. or no prefix
     diffusers, old       ...attn1.processor.to_q_lora; in the text encoder ...self_attn.to_q_lora
     others               diffusion_model., model.diffusion_model. and the original path
 """
@@ -72,7 +72,7 @@ VERSIONS = {"sdxl": "SDXL", "sd_v1": "SD 1", "sd_v2": "SD 2", "flux": "Flux", "s
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv](_lora)?[._].*(down|lora_A|w1_b|w2_b)")
 
 
-def split(key: str) -> tuple[str, str] | None:
+def split_key(key: str) -> tuple[str, str] | None:
     """("lora_unet_conv_in", "down") of "lora_unet_conv_in.lora_down.weight"; None for what is no part of a change."""
     key = _ADAPTER.sub(r".\1\2", key)
     for ending in _ORDER:
@@ -81,7 +81,7 @@ def split(key: str) -> tuple[str, str] | None:
     return None
 
 
-def stems(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every name that a layer of these networks ("unet", "text_encoder", ...) may have -> network and layer."""
     table: dict[str, str] = {}
     for network, module in networks.items():
@@ -127,7 +127,7 @@ def _text_spellings(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         yield name, spellings
 
 
-def family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
+def detect_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
     """The family that a LoRA file is for, as far as it says so."""
     version = metadata.get("ss_base_model_version", "").lower()
     for mark, found in VERSIONS.items():

@@ -17,9 +17,9 @@ from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import keys
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.model_plan import ENCODERS, NETWORKS, Config, listed
+from mezzotint.weights.model_files import ENCODERS, NETWORKS, Config, join_names
 from mezzotint.weights.save_tensors import write_tensors
-from mezzotint.weights.single import complete, default_scheduler, tokenizer_of
+from mezzotint.weights.single import add_family_fields, clip_tokenizer, default_scheduler
 
 # What form each network of a family has in a file, and where its tensors begin.
 _BOTH = {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model.")}
@@ -36,7 +36,7 @@ ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512",
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # in the words of ModelSpec 1.0
 
 # What the maths does not depend on, or the shapes say by other fields.
-UNSAID = {
+UNCOMPARED = {
     UNetConfig: ("sample_size", "upcast_attention", "attention_head_dim", "num_attention_heads", "layers_per_block",
                  "transformer_layers_per_block"),
     VAEConfig: ("sample_size", "force_upcast"),
@@ -86,7 +86,7 @@ def check_single(parts: Parts) -> None:
     ]
     forms = [form for name, (form, _) in LAYOUTS[parts.family].items() if name in ENCODERS]
     for form, tokenizer in zip(forms, parts.tokenizers, strict=True):
-        published = tokenizer_of(form)
+        published = clip_tokenizer(form)
         if (tokenizer.vocab, tokenizer.pad) != (published.vocab, published.pad):
             wrong.append(f"its tokenizer is not CLIP's, which has {len(published.vocab)} tokens")
     own, usual = (ScheduleConfig.model_validate(c) for c in (parts.scheduler_config, default_scheduler(parts.family)))
@@ -94,7 +94,7 @@ def check_single(parts: Parts) -> None:
     if own != usual.model_copy(update=said) or own.prediction_type not in PREDICTIONS:
         wrong.append("its noise schedule is not the family's")
     if wrong:
-        raise CheckpointError(f"{parts.source} would be read as another model from a single file: {listed(wrong)}; "
+        raise CheckpointError(f"{parts.source} would be read as another model from a single file: {join_names(wrong)}; "
                               "save it as a folder")  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def _tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         if form == "open_clip":
             state = _open_clip(state, network.config.num_hidden_layers)
         elif form != "clip":
-            state = _turned(state, _table(network))
+            state = _to_original_names(state, _table(network))
         for key, tensor in state.items():
             yield prefix + key, tensor
 
@@ -125,11 +125,11 @@ def _table(network: nn.Module) -> keys.Table:
     return keys.vae_table(len(config.block_out_channels), config.layers_per_block)
 
 
-def _turned(state: dict[str, Tensor], table: keys.Table) -> dict[str, Tensor]:
+def _to_original_names(state: dict[str, Tensor], table: keys.Table) -> dict[str, Tensor]:
     """A network's tensors by the names on the left of a table; the VAE's attention as 1x1 convolutions."""
-    sources, unknown = keys.renamed(state, {module: original for original, module in table.items()})
+    sources, unknown = keys.rename_keys(state, {module: original for original, module in table.items()})
     if unknown:
-        raise ValueError(f"no name for {listed(unknown)}")
+        raise ValueError(f"no name for {join_names(unknown)}")
     turned = {}
     for key, source in sources.items():
         tensor = state[source.key]
@@ -149,22 +149,22 @@ def _open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             thirds = [rest.pop(f"{module}.{name}_proj.{kind}") for name in "qkv"]
             made[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(thirds)
-    return made | _turned(rest, keys.open_clip_table(layers))
+    return made | _to_original_names(rest, keys.open_clip_table(layers))
 
 
 def _fields(parts: Parts, shapes: keys.Shapes) -> dict[str, dict[str, Any]]:
     """The configurations that a reader finds in these shapes."""
     fields = {
-        name: keys.CONFIGS[form](keys.under(shapes, prefix), parts.family)
+        name: keys.CONFIGS[form](keys.strip_prefix(shapes, prefix), parts.family)
         for name, (form, prefix) in LAYOUTS[parts.family].items()
     }
-    complete(fields["unet"], parts.family, _schedule(parts)[0], fields.get("text_encoder_2"))
+    add_family_fields(fields["unet"], parts.family, _schedule(parts)[0], fields.get("text_encoder_2"))
     return fields
 
 
 def _differences(name: str, own: Config, read: Config) -> list[str]:
     """Sentences on the fields in which what is read is another network."""
-    pairs = {f: (getattr(own, f), getattr(read, f)) for f in type(own).model_fields if f not in UNSAID[type(own)]}
+    pairs = {f: (getattr(own, f), getattr(read, f)) for f in type(own).model_fields if f not in UNCOMPARED[type(own)]}
     if isinstance(own, UNetConfig) and isinstance(read, UNetConfig):
         pairs["heads"] = own.per_level(own.heads), read.per_level(read.heads)
     if isinstance(own, CLIPConfig) and isinstance(read, CLIPConfig):

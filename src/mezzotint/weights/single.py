@@ -15,7 +15,7 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Shapes, Sources
-from mezzotint.weights.model_plan import Overrides, Part, Plan, listed
+from mezzotint.weights.model_files import ModelFiles, NetworkFiles, Overrides, join_names
 
 CLIP_TOKENS = 49408
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction", "epsilon": "epsilon"}
@@ -36,23 +36,23 @@ KINDS = {
 }
 
 
-def plan_file(path: Path, family: Family | None, prediction: str | None, config: Overrides) -> Plan:
+def plan_file(path: Path, family: Family | None, prediction: str | None, config: Overrides) -> ModelFiles:
     """Look through a file. Raises CheckpointError when it is damaged, or no Stable Diffusion model at all."""
     file = TensorFile(path)
     shapes = file.shapes
-    prefixes = {kind: keys.first_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
+    prefixes = {kind: keys.find_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
     if prefixes["unet"] is None:
-        raise CheckpointError(f"{path} holds {kind_of(shapes)}, not a whole Stable Diffusion model")
+        raise CheckpointError(f"{path} holds {describe_kind(shapes)}, not a whole Stable Diffusion model")
     if prefixes["clip"] is None and any(key.startswith(keys.REFINER) for key in shapes):
         raise CheckpointError(f"{path} is SDXL's refiner, which mezzotint cannot run")
-    family = family or _family(keys.under(shapes, prefixes["unet"]), prefixes["open_clip"] is not None)
+    family = family or _family(keys.strip_prefix(shapes, prefixes["unet"]), prefixes["open_clip"] is not None)
     kinds = {"unet": "unet", "vae": "vae", "text_encoder": "clip"}
     if family == "sdxl":
         kinds["text_encoder_2"] = "open_clip"
     elif family == "sd2" and prefixes["open_clip"]:
         kinds["text_encoder"] = "open_clip"
 
-    plan = Plan(path, "single file", family, files=[path])
+    plan = ModelFiles(path, "single file", family, files=[path])
     plan.scheduler_config = _scheduler(file, family, prediction)
     plan.model_index = {"_class_name": "StableDiffusionPipeline"}
     if family == "sdxl":
@@ -65,15 +65,15 @@ def plan_file(path: Path, family: Family | None, prediction: str | None, config:
             plan.problems.append(str(error))
     if "unet" in found:
         second = found["text_encoder_2"][0] if "text_encoder_2" in found else None
-        complete(found["unet"][0], family, plan.scheduler_config["prediction_type"], second)
+        add_family_fields(found["unet"][0], family, plan.scheduler_config["prediction_type"], second)
     for name, (fields, sources, unknown) in found.items():
         try:
             files = dict.fromkeys((source.key for source in sources.values()), file)
-            plan.parts.append(Part.of(name, path, {**fields, **config.get(name, {})}, files, sources, unknown))
+            plan.parts.append(NetworkFiles.of(name, path, {**fields, **config.get(name, {})}, files, sources, unknown))
         except CheckpointError as error:
             plan.problems.append(str(error))
         if name.startswith("text_encoder"):
-            plan.tokenizers.append(partial(tokenizer_of, kinds[name]))
+            plan.tokenizers.append(partial(clip_tokenizer, kinds[name]))
             if fields["vocab_size"] != CLIP_TOKENS:
                 plan.problems.append(
                     f"{path}: its text encoder knows {fields['vocab_size']} tokens, not CLIP's {CLIP_TOKENS}; "
@@ -85,12 +85,14 @@ def plan_file(path: Path, family: Family | None, prediction: str | None, config:
     return plan
 
 
-def kind_of(shapes: Shapes) -> str:
+def describe_kind(shapes: Shapes) -> str:
     """What a file that is no whole model seems to be."""
     for fragment, kind in KINDS.items():
         if any(fragment in key for key in shapes):
             return kind
-    return f"{len(shapes)} tensors of an unknown kind (such as {listed(list(shapes), 2)})" if shapes else "no tensors"
+    return (
+        f"{len(shapes)} tensors of an unknown kind (such as {join_names(list(shapes), 2)})" if shapes else "no tensors"
+    )
 
 
 def _family(unet: Shapes, open_clip: bool) -> Family:
@@ -106,7 +108,7 @@ def _read(
     """Config fields, sources and unknown keys of one network."""
     if prefix is None:
         raise CheckpointError(f"{path} has no {name}, which a {family} model needs")
-    shapes = {key: shape for key, shape in keys.under(shapes, prefix).items() if not keys.IGNORED.search(key)}
+    shapes = {key: shape for key, shape in keys.strip_prefix(shapes, prefix).items() if not keys.IGNORED.search(key)}
     try:
         fields = keys.CONFIGS[kind](shapes, family)
         sources, unknown = keys.SOURCES[kind](shapes, family)
@@ -118,12 +120,12 @@ def _read(
     return fields, sources, [prefix + key for key in unknown]
 
 
-def tokenizer_of(kind: str) -> Tokenizer:
+def clip_tokenizer(kind: str) -> Tokenizer:
     """That of a "clip" or "open_clip" text encoder; OpenCLIP pads with id 0, which is "!"."""
     return Tokenizer.clip(pad="!") if kind == "open_clip" else Tokenizer.clip()
 
 
-def complete(unet: dict[str, Any], family: Family, prediction: str, second: dict[str, Any] | None) -> None:
+def add_family_fields(unet: dict[str, Any], family: Family, prediction: str, second: dict[str, Any] | None) -> None:
     """The UNet's config fields that its own shapes do not show."""
     unet["sample_size"] = {"sd1": 64, "sd2": 96 if prediction == "v_prediction" else 64, "sdxl": 128}[family]
     unet["upcast_attention"] = family == "sd2"  # its attention overflows float16 otherwise
@@ -133,7 +135,7 @@ def complete(unet: dict[str, Any], family: Family, prediction: str, second: dict
 
 
 def _scheduler(file: TensorFile, family: Family, prediction: str | None) -> dict[str, Any]:
-    config = default_scheduler(family, prediction or _said_prediction(file) or _usual_prediction(file, family))
+    config = default_scheduler(family, prediction or _marked_prediction(file) or _default_prediction(file, family))
     if "ztsnr" in file.entries:
         config["rescale_betas_zero_snr"] = True
     return config
@@ -160,7 +162,7 @@ def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, 
     return config
 
 
-def _said_prediction(file: TensorFile) -> str | None:
+def _marked_prediction(file: TensorFile) -> str | None:
     """Where the file says it: ModelSpec metadata, a marker tensor, or SD2-base's count of training steps."""
     said = file.metadata.get("modelspec.prediction_type", "").lower()
     architecture = file.metadata.get("modelspec.architecture", "")
@@ -173,7 +175,7 @@ def _said_prediction(file: TensorFile) -> str | None:
     return None
 
 
-def _usual_prediction(file: TensorFile, family: Family) -> str:
+def _default_prediction(file: TensorFile, family: Family) -> str:
     """v for what has SD 2.1's shapes (its 512-pixel base has the same, and differs only by name), else epsilon."""
     first = file.shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
     return "v_prediction" if family == "sd2" and first[:2] == (320, 4) else "epsilon"

@@ -1,7 +1,8 @@
-"""One network of a model before and while it is loaded, and the plan of a whole model.
+"""A model's files, described by their configs, indexes and tables of contents before any weights are read.
 
-A plan is made from configs, indexes and tables of contents, never from weights. What is wrong inside a model is a
-sentence in `Plan.problems` or from `Part.problems`: `inspect_model` shows them all, `open_model` stops at the first.
+`ModelFiles` describes a whole model and `NetworkFiles` one of its networks, which it also loads. What is wrong with a
+model is a list of sentences, `ModelFiles.problems` and `NetworkFiles.problems`: `inspect_model` shows them all and
+`open_model` raises the first.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block
 
 
 @dataclass
-class Part:
+class NetworkFiles:
     """One network: its config, and for each of its parameters the tensor of a file."""
 
     name: str
@@ -65,7 +66,7 @@ class Part:
         files: Mapping[str, TensorFile],
         sources: Sources,
         unknown: list[str],
-    ) -> Part:
+    ) -> NetworkFiles:
         """Check `fields` as the part's config. Raises CheckpointError naming the first that is wrong."""
         try:
             config = NETWORKS[name][1].model_validate(fields)
@@ -96,10 +97,10 @@ class Part:
         found: list[str] = []
         missing = [name for name in wanted if name not in self.sources]
         if missing:
-            found.append(f"{here} lacks {listed(missing)}")
+            found.append(f"{here} lacks {join_names(missing)}")
         extra = self.unknown + [source.key for name, source in self.sources.items() if name not in wanted]
         if extra:
-            found.append(f"{here} holds tensors that its config has no place for: {listed(extra)}")
+            found.append(f"{here} holds tensors that its config has no place for: {join_names(extra)}")
         for name, want in wanted.items():
             if name not in self.sources:
                 continue
@@ -108,7 +109,7 @@ class Part:
             if not _fits(have, want):
                 found.append(f"{here}: {source.key} has the shape {have} where its config asks for {want}")
             elif not dtype.is_floating_point:
-                found.append(f"{here}: {source.key} holds {word(dtype)}, not floating-point weights")
+                found.append(f"{here}: {source.key} holds {dtype_name(dtype)}, not floating-point weights")
         return found
 
     def _shape(self, source: Source) -> tuple[int, ...]:
@@ -178,13 +179,13 @@ class FewStep(BaseModel):
 
 
 @dataclass
-class Plan:
+class ModelFiles:
     """A model before its weights are read."""
 
     path: Path
     layout: str  # "diffusers folder" or "single file"
     family: Family = "sd1"
-    parts: list[Part] = field(default_factory=list)
+    parts: list[NetworkFiles] = field(default_factory=list)
     tokenizers: list[Callable[[], Tokenizer]] = field(default_factory=list)
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     model_index: dict[str, Any] = field(default_factory=dict)
@@ -198,13 +199,13 @@ class Plan:
         return next((part.config for part in self.parts if part.name == name), None)
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+def join_names(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def word(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
