@@ -3,6 +3,7 @@
     python benchmarks/memory.py table FILE.json [--models DIR]     the combinations below, but for those that FILE has
     python benchmarks/memory.py budgets FILE.json [--models DIR]   the same with a budget each, under /usr/bin/time -v
     python benchmarks/memory.py show FILE.json                     the file as a table in Markdown
+    python benchmarks/memory.py predict FILE.json                  predicted peaks alone, without running a model
 
 The models are the bundled one and those that benchmarks/random_model.py writes into DIR: half, sd15, sdxl. A child
 (`draw`) prints one JSON object: the peak of each stage (VmHWM, reset between them) beside what was predicted before
@@ -16,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,38 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def predict_only(row: dict[str, Any]) -> dict[str, Any]:
+    """Predict the peak of a combination in this process, from headers; a budget's placement is planned."""
+    import mezzotint
+    from mezzotint.memory.footprint import Model, predict
+    from mezzotint.memory.planner import plan
+    from mezzotint.placement import Placement
+
+    folder, dtype, memory = row.pop("model"), row.pop("dtype", "float32"), row.pop("memory", None)
+    placement = Placement(**row.pop("placement"))
+    request = mezzotint.Request(prompt="a lemon on a blue background", seed=1, **{"steps": 2, **row})
+    if memory is None:
+        return {"predicted": predict(Model.of(folder, device="cpu", dtype=dtype), request, placement).peak}
+    made = plan(folder, memory, request, device="cpu", dtype=dtype)
+    return {"predicted": made.estimate.peak, "placement": made.placement.changes(), "table": made.table()}
+
+
+def predict_all(path: Path) -> None:
+    """Predict every combination, each in a fresh process, with sparse files in the place of the models."""
+    with tempfile.TemporaryDirectory() as name:
+        models = Path(name)
+        for model in ("half", "sd15", "sdxl"):
+            script = Path(__file__).with_name("random_model.py")
+            subprocess.run([sys.executable, str(script), model, str(models / model), "--sparse"], check=True)
+        done = []
+        for row in [*TABLE, *BUDGETS]:
+            folder = row["model"] if row["model"] == "emoji" else str(models / row["model"])
+            command = [sys.executable, __file__, "predict-one", json.dumps(row | {"model": folder})]
+            child = subprocess.run(command, capture_output=True, text=True, check=True)
+            done.append({"row": row, **json.loads(child.stdout)})
+            path.write_text(json.dumps(done, indent=1) + "\n")
+
+
 def run(rows: list[dict[str, Any]], path: Path, models: Path, timed: bool) -> None:
     """Those that the file has not, each in a process of its own."""
     done = json.loads(path.read_text()) if path.exists() else []
@@ -188,12 +222,18 @@ def line(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "budgets", "show", "draw"))
+    parser.add_argument("what", choices=("table", "budgets", "show", "draw", "predict", "predict-one"))
     parser.add_argument("file")
     parser.add_argument("--models", type=Path, default=MODELS)
     options = parser.parse_args()
     if options.what == "draw":
         print(json.dumps(draw(json.loads(options.file))))
+        return
+    if options.what == "predict-one":
+        print(json.dumps(predict_only(json.loads(options.file))))
+        return
+    if options.what == "predict":
+        predict_all(Path(options.file))
         return
     if options.what == "show":
         print("| model | size | request | budget | done | predicted, MiB | measured, MiB | off |")

@@ -1,7 +1,8 @@
-"""Write a model folder with random weights: `python benchmarks/random_model.py sd15|sdxl|half FOLDER [DTYPE]`.
+"""Write a model folder with random weights: `random_model.py sd15|sdxl|half FOLDER [DTYPE] [--sparse]`.
 
 sd15 and sdxl have the published configurations (2.1 and 7.0 GB in float16), half is SD 1.5 with half its channels. A
-matrix has the variance 1 / inputs, so that what is drawn stays in range: for measuring memory and time.
+matrix has the variance 1 / inputs, so that what is drawn stays in range: for measuring memory and time. With --sparse
+the files have their headers and no data, which is enough to predict memory.
 """
 
 from __future__ import annotations
@@ -91,8 +92,13 @@ CLASSES = {
 
 
 def main() -> None:
-    shape, folder = sys.argv[1], Path(sys.argv[2])
-    dtype = getattr(torch, (sys.argv[3:] or ["float16"])[0])
+    arguments = [argument for argument in sys.argv[1:] if argument != "--sparse"]
+    create(arguments[0], Path(arguments[1]), (arguments[2:] or ["float16"])[0], sparse="--sparse" in sys.argv)
+
+
+def create(shape: str, folder: Path, dtype_name: str = "float16", sparse: bool = False) -> None:
+    """Write the folder of a model; `sparse` files have headers and no data."""
+    dtype = getattr(torch, dtype_name)
     index: dict[str, Any] = {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     torch.manual_seed(0)
     block = torch.randn(BLOCK)
@@ -107,7 +113,7 @@ def main() -> None:
             fields["up_block_types"] = ["UpDecoderBlock2D"] * levels
         (folder / name / "config.json").write_text(json.dumps(fields))
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-        write(folder / name / f"{stem}.safetensors", module, block, dtype)
+        write(folder / name / f"{stem}.safetensors", module, block, dtype, sparse)
         index[name] = ["diffusers" if name in ("unet", "vae") else "transformers", kind]
         if name.startswith("text"):
             tokenizer = name.replace("text_encoder", "tokenizer")
@@ -119,7 +125,7 @@ def main() -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": family, **index}))
 
 
-def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype) -> None:
+def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype, sparse: bool = False) -> None:
     """A safetensors file of the module's shapes, written one tensor after another."""
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     header, end = {}, 0
@@ -130,6 +136,9 @@ def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype
     table = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(table).to_bytes(8, "little") + table)
+        if sparse:
+            file.truncate(8 + len(table) + end)
+            return
         for name, shape in shapes.items():
             count = torch.Size(shape).numel()
             if len(shape) < 2:
