@@ -73,7 +73,7 @@ def sentence(errors: str) -> str:
         (("--memory", "4 gigs"), "memory is '4 gigs'"),
         (("--memory", "0"), "memory is '0'"),
         (("--set", 'memory="10EiB"'), "memory is '10EiB'"),
-        (("--memory", "10MiB"), r"memory is 10.00 MiB, and this training takes at least \d+MiB"),
+        (("--memory", "10MiB"), r"memory is 10.00 MiB, but this training needs at least \d+MiB"),
         (("--set", 'targets=["nothing"]'), "targets are nothing"),
     ],
 )

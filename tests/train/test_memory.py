@@ -19,7 +19,7 @@ from mezzotint.memory import system, walk
 from mezzotint.memory.footprint import Model
 from mezzotint.train import budget
 from mezzotint.train.batches import Batch
-from mezzotint.train.budget import TrainingPlan, aside, fitted
+from mezzotint.train.budget import TrainingPlan, offload_placements, plan_training
 from mezzotint.train.finetune import split_batch
 from mezzotint.train.recipe import Recipe
 from mezzotint.train.run import run
@@ -37,7 +37,7 @@ def recipe_of(model: Path, method: str = "lora", **fields: Any) -> Recipe:
 
 def plan_of(model: Path, memory: str | int, method: str = "lora", **fields: Any) -> TrainingPlan:
     recipe = recipe_of(model, method, memory=str(memory), **fields)
-    return fitted(recipe, Model.of(model, device="cpu"), [(40, 40)], [(32, 32)])
+    return plan_training(recipe, Model.of(model, device="cpu"), [(40, 40)], [(32, 32)])
 
 
 @pytest.fixture
@@ -78,17 +78,19 @@ def test_a_budget_is_kept_down_to_the_least(
     sd1_folder: Path, base: None, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With steps of a size that is easily made: 50 MiB a picture, half where blocks are checkpointed."""
-    monkeypatch.setattr(budget._Run, "_walk", lambda self, again, at_once, held: at_once * 50 * 2**20 // (1 + again))
+    monkeypatch.setattr(
+        budget._Run, "_walk", lambda self, again, micro_batch, held: micro_batch * 50 * 2**20 // (1 + again)
+    )
     fast = plan_of(sd1_folder, "20GiB", method, batch=2)
-    assert fast.measures.at_once == 2 and not fast.measures.checkpointing and not fast.tight
+    assert fast.measures.micro_batch == 2 and not fast.measures.checkpointing and not fast.returns_freed
     assert "nothing" not in fast.table() and "read from their files" in fast.table()
-    less = plan_of(sd1_folder, int(fast.most * memory.SAFETY) - 1, method, batch=2)
-    assert less.most * memory.SAFETY <= less.limit < fast.most * memory.SAFETY and less.tight
+    less = plan_of(sd1_folder, int(fast.peak * memory.SAFETY) - 1, method, batch=2)
+    assert less.peak * memory.SAFETY <= less.limit < fast.peak * memory.SAFETY and less.returns_freed
     assert less.measures != fast.measures
     with pytest.raises(BudgetError, match="at least") as error:
         plan_of(sd1_folder, "400MiB", method, batch=2)
     least = int(str(error.value).partition("at least ")[2].partition("MiB")[0])
-    assert plan_of(sd1_folder, f"{least}MiB", method, batch=2).most <= least * 2**20
+    assert plan_of(sd1_folder, f"{least}MiB", method, batch=2).peak <= least * 2**20
     with pytest.raises(BudgetError, match=f"at least {least}MiB"):
         plan_of(sd1_folder, f"{least - 1}MiB", method, batch=2)
 
@@ -103,7 +105,7 @@ def test_a_budget_is_kept_down_to_the_least(
 )
 def test_other_ways_to_train_are_foreseen(sd1_folder: Path, base: None, method: str, fields: dict[str, Any]) -> None:
     plain = plan_of(sd1_folder, "20GiB", method, **fields)
-    assert all(BASE < stage < 2 * BASE for stage in plain.stages.values()) and plain.work > 0
+    assert all(BASE < stage < 2 * BASE for stage in plain.stages.values()) and plain.step_bytes > 0
     assert ("class" in plain.stages) == (method == "dreambooth") and ("captions" in plain.stages) == (
         method == "dreambooth"
     )
@@ -116,19 +118,19 @@ def test_what_a_step_is_made_of(sd1_folder: Path, base: None) -> None:
     assert plain.parts["optimiser"] == 8 * learns and plain.parts["averages"] == 4 * learns
     assert plain.parts["gradients and activations"] > 4 * learns
     again = plan_of(sd1_folder, "20GiB", "full", batch=4, checkpointing=True)
-    assert again.work < plain.work
+    assert again.step_bytes < plain.step_bytes
     assert plan_of(sd1_folder, "20GiB", "full", optimiser="adafactor").parts["optimiser"] == 0
 
 
 def test_networks_wait_in_their_files_where_no_step_needs_them(sd1_folder: Path) -> None:
     model = Model.of(sd1_folder, device="cpu")
-    assert set(aside(recipe_of(sd1_folder), model)) == {"vae", "text_encoder", "text_encoder_2"}
-    assert set(aside(recipe_of(sd1_folder, text_encoder=True), model)) == {"vae"}
-    assert not aside(recipe_of(sd1_folder, random_crop=True), model)
+    assert set(offload_placements(recipe_of(sd1_folder), model)) == {"vae", "text_encoder", "text_encoder_2"}
+    assert set(offload_placements(recipe_of(sd1_folder, text_encoder=True), model)) == {"vae"}
+    assert not offload_placements(recipe_of(sd1_folder, random_crop=True), model)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_pieces_of_a_batch_have_its_gradient(sd1_folder: Path, at_once: int) -> None:
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_pieces_of_a_batch_have_its_gradient(sd1_folder: Path, micro_batch: int) -> None:
     recipe = recipe_of(sd1_folder, "dreambooth", change="lora", prompt="a sks", prior_weight=0.5)
     model = TrainableModel(open_model(sd1_folder, dtype=torch.float32), recipe)
     for name, parameter in model.trainable_parameters().items():
@@ -140,8 +142,8 @@ def test_pieces_of_a_batch_have_its_gradient(sd1_folder: Path, at_once: int) -> 
 
     whole, prior = batch("a", 4), batch("b", 2)
     expected = torch.autograd.grad(model(whole, prior), [*model.trainable_parameters().values()])
-    cut = list(split_batch(whole, prior, at_once))
-    assert max(len(piece.ids) for piece in (*[c[0] for c in cut], *[c[1] for c in cut]) if piece) <= at_once
+    cut = list(split_batch(whole, prior, micro_batch))
+    assert max(len(piece.ids) for piece in (*[c[0] for c in cut], *[c[1] for c in cut]) if piece) <= micro_batch
     total = [torch.zeros_like(gradient) for gradient in expected]
     for piece in cut:
         for sum_, gradient in zip(
@@ -170,12 +172,12 @@ def test_what_is_learnt_is_the_same(
     monkeypatch.setattr("mezzotint.models.offload.MIN_OFFLOAD_NUMEL", 64)
     recipe = recipe_of(sd1_folder, data=str(pictures), batch=2, lr=1e-2)
     run(recipe, tmp_path / "plain", device="cpu")
-    measures = budget.Measures(True, "stream", None, "strips", True, 1)
+    measures = budget.TrainingMeasures(True, "stream", None, "strips", True, 1)
     told: list[str] = []
     ways: Callable[[Any], Any] = lambda self: iter([measures])  # noqa: E731
     monkeypatch.setattr(budget._Run, "ways", ways)
     run(recipe.model_copy(update={"memory": "8GiB"}), tmp_path / "less", device="cpu", say=told.append)
-    assert "by 1 at a time" in told[0] and "gradient checkpointing" in told[0]
+    assert "split into parts of 1" in told[0] and "gradient checkpointing" in told[0]
     plain, less = (load_file(tmp_path / name / KOHYA) for name in ("plain", "less"))
     assert any(tensor.abs().max() > 0 for key, tensor in plain.items() if "lora_up" in key)
     for key, tensor in plain.items():

@@ -1,11 +1,11 @@
-"""A byte budget for a training run, and what is done so that it is kept.
+"""Choose how to train so that a run fits a memory budget.
 
-    fitted(recipe, sizes, device)   ->  TrainingPlan, or BudgetError with the least that would do
+    plan_training(recipe, model, pictures, buckets)   ->  TrainingPlan, or BudgetError with the smallest that fits
 
-What a step holds between its two passes is walked through, not guessed: the model is built on the meta device, where
-tensors have shapes and no memory, takes one step there, and every tensor is counted from the operation that makes it
-until nothing names it any more. To that come, by their numbers, the weights, the gradients, the optimiser's moments and
-the averages; and what the process takes before (memory/footprint.py has those terms).
+The memory of a step between its two passes is counted: the model is built on the meta device, where tensors have a
+shape but no data, takes one training step loaded, and every tensor counts from the operation that creates it until
+nothing refers to it. To this are added the weights, the gradients, the optimiser's moments and the averages, and what
+the process uses before (memory/footprint.py has those terms).
 """
 
 from __future__ import annotations
@@ -47,38 +47,57 @@ from mezzotint.train.recipe import Recipe
 from mezzotint.train.trainable import ENCODERS, TrainableModel
 from mezzotint.weights.checkpoint import Parts
 
-MOMENTS = {"adamw": 8, "adafactor": 0, "adamw8bit": 2}  # bytes of each number that learns; adafactor's are a row's
-UPDATE = 12  # and of each in the tensor that the optimiser is at
-DECODED = 8  # bytes of a pixel of a picture while it is opened and brought to its bucket
+MOMENT_BYTES = {"adamw": 8, "adafactor": 0, "adamw8bit": 2}  # per trained element; adafactor has a few per row
+UPDATE_BYTES = 12  # per element of the tensor that the optimiser updates
+DECODED_PIXEL_BYTES = 8  # while a picture is opened and resized to its bucket
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What is done. aside: networks that do not learn, but for the UNet, are read from their files when they are
-    needed. weights, storage: of a UNet that does not learn itself, as in a Placement. vae: its way to encode.
+class TrainingMeasures:
+    """What is done to save memory.
+
+    Attributes:
+        offload_frozen: Whether frozen networks other than the UNet are read from their files when they are needed.
+        weights: Where a frozen UNet's weights are, as in a Placement.
+        storage: How they are stored, as in a Placement.
+        vae: How the VAE encodes.
+        checkpointing: Whether gradients are checkpointed.
+        micro_batch: Pictures in a forward pass; a larger batch is split.
     """
 
-    aside: bool = False
+    offload_frozen: bool = False
     weights: str = "resident"
     storage: str | None = None
     vae: VAEMode = "whole"
     checkpointing: bool = False
-    at_once: int = 1
+    micro_batch: int = 1
 
     @property
-    def held(self) -> bool:
-        """Whether the UNet's weights are made whole as its layers run."""
+    def converts_weights(self) -> bool:
+        """Whether the UNet's weights are read or converted as its layers run."""
         return self.weights != "resident" or self.storage is not None
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Measures, and the peak of each stage that is foreseen with them. work: bytes of a step's tensors."""
+    """The measures of a training run, and the memory that it is predicted to need, in bytes.
 
-    measures: Measures
+    Attributes:
+        measures: What is done.
+        stages: The peak of each stage.
+        parts: What the memory of a step consists of.
+        step_bytes: Bytes of the tensors of a step.
+        limit: The budget.
+        batch: Pictures in a batch.
+        exact: Whether `measures.storage` is the dtype of the files.
+        cpu: Whether training runs on the CPU.
+        texts_learn: Whether the text encoders are trained.
+    """
+
+    measures: TrainingMeasures
     stages: dict[str, int]
     parts: dict[str, int]
-    work: int
+    step_bytes: int
     limit: int
     batch: int
     exact: bool
@@ -86,99 +105,109 @@ class TrainingPlan:
     texts_learn: bool
 
     @property
-    def most(self) -> int:
-        """Of the whole run."""
+    def peak(self) -> int:
+        """The peak of the whole run."""
         return max(self.stages.values())
 
     @property
-    def tight(self) -> bool:
-        """As in memory.Plan."""
-        return self.cpu and self.most * SAFETY + HEAP_FACTOR * self.work > self.limit
+    def returns_freed(self) -> bool:
+        """Whether freed memory must return to the system at once to keep the budget, as in MemoryPlan."""
+        return self.cpu and self.peak * SAFETY + HEAP_FACTOR * self.step_bytes > self.limit
 
-    def keep(self) -> None:
-        """To be called before loading."""
-        if self.tight:
+    def prepare(self) -> None:
+        """Set up the process; call this before the model is loaded."""
+        if self.returns_freed:
             system.return_freed()
 
     def placements(self) -> dict[str, Placement]:
-        """For `open_model`."""
+        """Return the placement of each network, for `open_model`."""
         made = {"unet": Placement.of(weights=self.measures.weights, storage=self.measures.storage)}
-        if self.measures.aside:
+        if self.measures.offload_frozen:
             made |= dict.fromkeys(("vae", *(() if self.texts_learn else ENCODERS)), Placement(weights="offload"))
         return made
 
     def table(self) -> str:
-        """For a person."""
+        """Format the plan for people: the peak of each stage, what a step consists of, the measures, and the sum."""
         lines = [f"{stage:<9} {format_size(count)}" for stage, count in self.stages.items()]
         lines.append(
             "of a step: " + ", ".join(f"{name} {format_size(count)}" for name, count in self.parts.items() if count)
         )
         done, measures = [], self.measures
-        if measures.aside:
-            done.append("the VAE and text encoders are read from their files when they are needed")
+        if measures.offload_frozen:
+            done.append("the VAE and text encoders are read from their files when they run")
         if measures.vae != "whole":
-            done.append("the VAE in strips")
+            done.append("the VAE encodes in strips")
         if measures.storage:
             done.append(
-                f"the UNet's weights kept as {measures.storage}"
-                + (", as in the files" if self.exact else ": approximate, what is learnt is learnt on rounded weights")
+                f"the UNet's weights are stored as {measures.storage}"
+                + (", as in the files" if self.exact else " (approximate: training sees rounded weights)")
             )
         if measures.weights == "stream":
-            done.append("each layer's weights of the UNet read from the files when it runs")
+            done.append("each of the UNet's layers is read from the files when it runs")
         if measures.checkpointing:
             done.append("gradient checkpointing")
-        if measures.at_once < self.batch:
-            done.append(f"a batch of {self.batch} by {measures.at_once} at a time")
-        if self.tight:
-            done.append("freed memory goes back to the system at once")
-        lines.append(f"done: {'; '.join(done) or 'nothing needs to be'}")
-        lines.append(f"at most {format_size(self.most)} of {format_size(self.limit)}")
-        if self.cpu and not self.tight:
-            heap = format_size(HEAP_FACTOR * self.work)
+        if measures.micro_batch < self.batch:
+            done.append(f"a batch of {self.batch} is split into parts of {measures.micro_batch}")
+        if self.returns_freed:
+            done.append("freed memory returns to the system at once")
+        lines.append(f"measures: {'; '.join(done) or 'none are needed'}")
+        lines.append(f"peak {format_size(self.peak)} of {format_size(self.limit)}")
+        if self.cpu and not self.returns_freed:
+            heap = format_size(HEAP_FACTOR * self.step_bytes)
             lines.append(f"the allocator may keep up to {heap} of freed memory; the budget allows it")
         return "\n".join(lines)
 
 
-def aside(recipe: Recipe, model: Model) -> dict[str, Placement]:
-    """Networks that wait in their files, for `open_model`: those that a run uses before its first step and no more."""
+def offload_placements(recipe: Recipe, model: Model) -> dict[str, Placement]:
+    """Return the placements of the networks that stay in their files because no training step uses them."""
     if model.device.type != "cpu" or recipe.random_crop or recipe.shuffle_tags:
         return {}
     texts = () if recipe.text_encoder or recipe.method == "textual-inversion" else ENCODERS
     return dict.fromkeys(("vae", *texts), Placement(weights="offload"))
 
 
-def fitted(recipe: Recipe, model: Model, pictures: Sequence[Size], buckets: Sequence[Size]) -> TrainingPlan:
-    """The quickest way to train by the recipe, which has a `memory`, that keeps it.
+def plan_training(recipe: Recipe, model: Model, pictures: Sequence[Size], buckets: Sequence[Size]) -> TrainingPlan:
+    """Plan the fastest way to train within the recipe's memory budget.
 
-    pictures: (width, height) of those that are opened. buckets: of those that are learnt from. Raises BudgetError with
-    the least that would do, CheckpointError.
+    Args:
+        recipe: The recipe; `memory` is set.
+        model: The model to train.
+        pictures: (width, height) of the pictures of the data set.
+        buckets: (width, height) of the buckets.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BudgetError: If nothing fits; the message has the smallest budget that would.
+        CheckpointError: If the model's files are not valid.
     """
     assert recipe.memory
     run = _Run(model, recipe, list(pictures), list(buckets))
     limit = run.limit()
-    least = None
-    for measures in run.ways():
+    smallest = None
+    for measures in run._measures():
         plan = run.plan(measures, limit)
-        if plan.most * SAFETY <= limit:
+        if plan.peak * SAFETY <= limit:
             return plan
-        least = min(least, plan, key=lambda one: one.most) if least else plan
-    assert least
-    stage = max(least.stages, key=lambda name: least.stages[name])
+        smallest = min(smallest, plan, key=lambda one: one.peak) if smallest else plan
+    assert smallest
+    stage = max(smallest.stages, key=lambda name: smallest.stages[name])
+    needed = math.ceil(smallest.peak * SAFETY / 2**20)
     raise BudgetError(
-        f"memory is {format_size(limit)}, and this training takes at least {math.ceil(least.most * SAFETY / 2**20)}MiB "
-        f"({stage}); {run.advice()}"
+        f"memory is {format_size(limit)}, but this training needs at least {needed}MiB ({stage}); {run.advice()}"
     )
 
 
 class _Run:
-    """One recipe on one model."""
+    """Predict one recipe on one model."""
 
     def __init__(self, model: Model, recipe: Recipe, pictures: list[Size], buckets: list[Size]) -> None:
         self.model, self.recipe, self.pictures, self.buckets = model, recipe, pictures, buckets
         self.cpu = model.device.type == "cpu"
         self.itemsize = model.dtype.itemsize
         if recipe.tensorboard and importlib.util.find_spec("tensorboard"):
-            importlib.import_module("torch.utils.tensorboard")  # what the run will import is to be there, and measured
+            importlib.import_module("torch.utils.tensorboard")  # imported here, so that the RSS includes it
         self.walk = lru_cache(maxsize=None)(self._walk)
         self.trainable = lru_cache(maxsize=None)(self._build_trainable)
         trainable = self.trainable(False)
@@ -190,18 +219,18 @@ class _Run:
         self.base = system.resident() if self.cpu else 0
 
     def limit(self) -> int:
-        """The budget in bytes. Raises BudgetError for what is none."""
+        """Return the budget in bytes; raise BudgetError if it is not a size."""
         if self.recipe.memory != "auto":
             return parse_size(self.recipe.memory or "")
         if not self.cpu:
             return int(AUTO_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
         free = system.available()
         if free is None:
-            raise BudgetError("memory is 'auto', and what is free is not known here; name a size such as 4GiB")
+            raise BudgetError("memory is 'auto', but the free memory is not known here; give a size such as 4GiB")
         return int(self.base + AUTO_SHARE * free)
 
-    def ways(self) -> Iterator[Measures]:
-        """From the quickest to the smallest; those that round weights last."""
+    def _measures(self) -> Iterator[TrainingMeasures]:
+        """Yield measures, from the fastest to those that need least memory; those that round weights come last."""
         recipe = self.recipe
         batches = sorted({max(recipe.batch >> shift, 1) for shift in range(14)}, reverse=True)
         kept: list[tuple[str, str | None]] = [("resident", None)]
@@ -211,25 +240,29 @@ class _Run:
                 ("resident", name) for name in ("float16", "bfloat16") if wide and self.model.file_dtypes == {name}
             ]
             kept += [("stream", None)] if self.cpu else []
-        yield Measures(bool(aside(recipe, self.model)), checkpointing=recipe.checkpointing, at_once=recipe.batch)
-        agains = (True,) if recipe.checkpointing else (False, True)
-        ways: tuple[VAEMode, ...] = ("whole", "strips")
-        for again, (weights, storage), at_once, vae in product(agains, kept, batches, ways):
-            yield Measures(True, weights, storage, vae, again, at_once)
+        yield TrainingMeasures(
+            bool(offload_placements(recipe, self.model)), checkpointing=recipe.checkpointing, micro_batch=recipe.batch
+        )
+        checkpointings = (True,) if recipe.checkpointing else (False, True)
+        vae_modes: tuple[VAEMode, ...] = ("whole", "strips")
+        for checkpointed, (weights, storage), micro_batch, vae in product(checkpointings, kept, batches, vae_modes):
+            yield TrainingMeasures(True, weights, storage, vae, checkpointed, micro_batch)
         if self.change != "full":
-            yield from (Measures(True, "resident", "int8", "strips", True, at_once) for at_once in batches)
+            yield from (
+                TrainingMeasures(True, "resident", "int8", "strips", True, micro_batch) for micro_batch in batches
+            )
 
-    def plan(self, measures: Measures, limit: int) -> TrainingPlan:
-        """What is foreseen with these measures."""
-        work = self.walk(measures.checkpointing, measures.at_once, measures.held)
+    def plan(self, measures: TrainingMeasures, limit: int) -> TrainingPlan:
+        """Predict the run with these measures."""
+        work = self.walk(measures.checkpointing, measures.micro_batch, measures.converts_weights)
         stages, parts = self.stages(measures, work)
         exact = measures.storage is None or self.model.file_dtypes == {measures.storage}
         return TrainingPlan(measures, stages, parts, work, limit, self.recipe.batch, exact, self.cpu, self.texts_learn)
 
-    def stages(self, measures: Measures, work: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes at most in each stage; and of what those of a step are made."""
+    def stages(self, measures: TrainingMeasures, work: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the peak of each stage, and what the memory of a step consists of."""
         model, recipe, weights = self.model, self.recipe, self.model.weights
-        own = 0 if self.change == "full" else 4 * self.numbers  # of what is added to the networks
+        own = 0 if self.change == "full" else 4 * self.numbers  # of the parameters that are added to the networks
         base = self.base
         if self.cpu:
             base += int(LIBRARY_MEMORY["cpu"] * (system.mapped() or DEFAULT_MAPPED_BYTES))
@@ -244,46 +277,48 @@ class _Run:
                 measures.storage, self.itemsize
             )
         away: set[str] = set()
-        if measures.aside:
+        if measures.offload_frozen:
             away = {"encoder", "decoder"} if self.texts_learn else {"text", "encoder", "decoder"}
         brought = {name: w.large * self.itemsize if name in away else 0 for name, w in weights.items()}
         for name in away:
             kept[name] = weights[name].small * self.itemsize
-        before = there = base + sum(kept.values())
-        if measures.aside and self.cpu:  # the UNet is loaded when pictures and captions are done
+        before = loaded = base + sum(kept.values())
+        if measures.offload_frozen and self.cpu:  # the UNet is loaded when pictures and captions are done
             before -= kept["unet"] - weights["unet"].small * self.itemsize
         largest = max(w.largest for w in weights.values())
-        stages = {"load": there + (4 * largest if measures.storage else READ_BUFFER_BYTES)}
+        stages = {"load": loaded + (4 * largest if measures.storage else READ_BUFFER_BYTES)}
         if self.change == "full":
-            there += (4 - self.itemsize) * self.numbers  # what learns is float32
+            loaded += (4 - self.itemsize) * self.numbers  # trained parameters are float32
         parts = {
-            "weights": there - base + own,
-            "optimiser": MOMENTS[recipe.optimiser] * self.numbers,
+            "weights": loaded - base + own,
+            "optimiser": MOMENT_BYTES[recipe.optimiser] * self.numbers,
             "averages": 4 * self.numbers if recipe.ema else 0,
         }
         states, gradients = own + parts["optimiser"] + parts["averages"], 4 * self.numbers
-        beside = states + gradients  # what there is while a batch is made ready in the course of training
-        workspace = walk.Workspace(self.itemsize, copies_conv_weights=self.cpu, materializes_weights=measures.aside)
-        opened = DECODED * max(width * height for width, height in self.pictures)
+        training_state = states + gradients  # while a batch is prepared in the course of training
+        workspace = walk.Workspace(
+            self.itemsize, copies_conv_weights=self.cpu, materializes_weights=measures.offload_frozen
+        )
+        opened = DECODED_PIXEL_BYTES * max(width * height for width, height in self.pictures)
         encoding = max(walk.vae_peak(model.vae, 1, h, w, "encode", measures.vae, workspace) for w, h in self.buckets)
-        first = there + beside if recipe.random_crop else before
+        first = loaded + training_state if recipe.random_crop else before
         stages["pictures"] = first + brought["encoder"] + max(opened, encoding)
         if not self.texts_learn:
             text = max(walk.walk_text_encoder(config, self.itemsize).peak(workspace) for config in model.encoders)
-            stages["captions"] = (there + beside if recipe.shuffle_tags else before) + brought["text"] + text
+            stages["captions"] = (loaded + training_state if recipe.shuffle_tags else before) + brought["text"] + text
         copied = 4 * (weights["unet"].large + weights["text"].large)
         if recipe.method == "dreambooth" and recipe.class_prompt:
-            stages["class"] = before + weights["unet"].large * self.itemsize + self.drawn()
-        stages["step"] = there + states + max(work, gradients + UPDATE * self.largest)
-        parts["gradients and activations"] = stages["step"] - there - states
+            stages["class"] = before + weights["unet"].large * self.itemsize + self.sampling_bytes()
+        stages["step"] = loaded + states + max(work, gradients + UPDATE_BYTES * self.largest)
+        parts["gradients and activations"] = stages["step"] - loaded - states
         if recipe.sample_every:
-            stages["samples"] = there + beside + (own and parts["averages"]) + copied + self.drawn()
+            stages["samples"] = loaded + training_state + (own and parts["averages"]) + copied + self.sampling_bytes()
         if self.change == "full":
-            stages["save"] = there + gradients + copied + 2 * weights["unet"].large
+            stages["save"] = loaded + gradients + copied + 2 * weights["unet"].large
         return stages, parts
 
-    def drawn(self) -> int:
-        """Bytes that drawing a picture of the model's own size takes, beyond the weights."""
+    def sampling_bytes(self) -> int:
+        """Return the bytes that drawing a picture of the model's native size needs, without the weights."""
         estimate = predict(self.model, Request(prompt=""), Placement(weights="offload"), base=0)
         own = sum(w.small for w in self.model.weights.values()) * self.itemsize
         bare = estimate.stages["png"] - own
@@ -291,19 +326,19 @@ class _Run:
         return max(step, estimate.stages["decode"] - bare, estimate.stages["encode"] - bare) - own
 
     def advice(self) -> str:
-        """What the recipe could ask less of."""
-        ways = ["a smaller resolution takes less"]
+        """Suggest what would need less memory."""
+        advice = ["a smaller resolution needs less"]
         if self.change == "full":
-            ways = ["a LoRA takes less", "optimiser adafactor has next to no moments", *ways]
-        return ", ".join(ways)
+            advice = ["a LoRA needs less", "the optimiser adafactor has almost no moments", *advice]
+        return ", ".join(advice)
 
     # ---- a step without memory ---------------------------------------------------------------------------------------
 
-    def _build_trainable(self, held: bool) -> TrainableModel:
-        """It, on the meta device."""
+    def _build_trainable(self, converts_weights: bool) -> TrainableModel:
+        """Build the trainable model on the meta device."""
         found = self.model.found
         networks: dict[str, Any] = {part.name: part.network().to(self.model.dtype) for part in found.parts}
-        if held:
+        if converts_weights:
             walk.offload_to_meta(networks["unet"])
         encoders = [networks[name] for name in ENCODERS if name in networks]
         parts = Parts(
@@ -322,14 +357,14 @@ class _Run:
         )
         return trainable
 
-    def _walk(self, again: bool, at_once: int, held: bool) -> int:
-        """Bytes of the tensors of a step at most, the gradients among them: of the largest bucket."""
-        trainable = self.trainable(held)
+    def _walk(self, checkpointed: bool, micro_batch: int, converts_weights: bool) -> int:
+        """Return the peak of a step's tensors, gradients included, for the largest bucket."""
+        trainable = self.trainable(converts_weights)
         width, height = max(self.buckets, key=lambda one: one[0] * one[1])
         scale = self.model.vae.downscale
-        shape = at_once, self.model.vae.latent_channels, height // scale, width // scale
-        networks = [trainable.unet, *trainable.text_encoders.values()] if again else []
-        twice = self.recipe.accumulate * self.recipe.batch > at_once
+        shape = micro_batch, self.model.vae.latent_channels, height // scale, width // scale
+        networks = [trainable.unet, *trainable.text_encoders.values()] if checkpointed else []
+        twice = self.recipe.accumulate * self.recipe.batch > micro_batch
         with torch.device("meta"), torch.random.fork_rng(devices=[]), backend(_Fused()):
             trainable.zero_grad(set_to_none=True)
             with walk.TensorCounter(trainable) as counter:
@@ -340,10 +375,10 @@ class _Run:
         most: int = counter.peak + (4 * self.numbers if self.itemsize == 2 else 0)
         return most
 
-    def _step(self, trainable: TrainableModel, shape: tuple[int, ...], again: list[nn.Module]) -> None:
+    def _step(self, trainable: TrainableModel, shape: tuple[int, ...], checkpointed: list[nn.Module]) -> None:
         caption = f"a {self.recipe.token}" if self.change == "word" else ""
         with ExitStack() as stack:
-            for network in again:
+            for network in checkpointed:
                 stack.enter_context(checkpointing(network))
             total = torch.zeros(())
             for _ in range(2 if self.recipe.class_prompt and self.recipe.method == "dreambooth" else 1):
@@ -354,7 +389,7 @@ class _Run:
 
 
 class _Fused(Backend):
-    """Attention that holds no scores, as every device's has it; the meta device's own choice would."""
+    """Attention that stores no scores, as on every device; the meta device's own kernel would."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         made: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]

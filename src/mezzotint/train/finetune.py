@@ -74,7 +74,7 @@ def finetune(
     on_step: OnStep | None = None,
     on_sample: OnSample | None = None,
     accelerator: Any = None,
-    at_once: int | None = None,
+    micro_batch: int | None = None,
 ) -> TrainableModel:
     """Train a model by its recipe.
 
@@ -87,7 +87,7 @@ def finetune(
         on_step: called after each step. A KeyboardInterrupt from it ends the run after a checkpoint.
         on_sample: called with the model and the number of steps done when samples are due.
         accelerator: accelerate's; default: one for a single process.
-        at_once: largest number of pictures in one forward pass. Larger batches are split and their gradients added.
+        micro_batch: largest number of pictures in one forward pass. Larger batches are split and their gradients added.
 
     Returns:
         The model, holding the averaged weights if the recipe has `ema`.
@@ -127,7 +127,7 @@ def finetune(
             batch = batches.at(number)
             ids.append(tuple(batch.ids))
             torch.manual_seed(keyed_rng.integer(recipe.seed, number, "dropout"))
-            splits = list(split_batch(batch, None if prior is None else prior.at(number), at_once))
+            splits = list(split_batch(batch, None if prior is None else prior.at(number), micro_batch))
             for place, split in enumerate(splits, 1):
                 last = k + 1 == recipe.accumulate and place == len(splits)
                 no_sync = sharding.no_sync(model) if sharded else accelerator.no_sync(wrapped)
@@ -177,15 +177,15 @@ def finetune(
 
 
 def split_batch(
-    batch: Batch, prior: Batch | None, at_once: int | None
+    batch: Batch, prior: Batch | None, micro_batch: int | None
 ) -> Iterator[tuple[Batch | None, Batch | None, tuple[float, float]]]:
-    """Split a batch and its class pictures into parts of at most `at_once` pictures.
+    """Split a batch and its class pictures into parts of at most `micro_batch` pictures.
 
     Yields the arguments of TrainableModel.forward: the two parts and their shares of the whole, so that the parts'
     losses add up to the whole's.
     """
     wholes = (batch, prior)
-    count = max(-(-len(one.ids) // (at_once or len(one.ids))) for one in wholes if one is not None)
+    count = max(-(-len(one.ids) // (micro_batch or len(one.ids))) for one in wholes if one is not None)
     for k in range(count):
         parts: list[Batch | None] = []
         for one in wholes:

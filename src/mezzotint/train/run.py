@@ -23,7 +23,7 @@ from mezzotint.request import Request
 from mezzotint.train import checkpoints
 from mezzotint.train.batches import Batches, DataOptions, prepare_dataset
 from mezzotint.train.buckets import nearest_bucket
-from mezzotint.train.budget import TrainingPlan, aside, fitted
+from mezzotint.train.budget import TrainingPlan, offload_placements, plan_training
 from mezzotint.train.data import Dataset, open_data
 from mezzotint.train.finetune import OnStep, Report, finetune, make_accelerator
 from mezzotint.train.latents import Latents, Texts
@@ -80,7 +80,7 @@ def run(
     plan = _plan_memory(recipe, model, [dataset, held_out], tell)
     if plan:
         recipe = recipe.model_copy(update={"checkpointing": plan.measures.checkpointing})
-    placements = plan.placements() if plan else aside(recipe, model)
+    placements = plan.placements() if plan else offload_placements(recipe, model)
     late = model.device.type == "cpu" and "vae" in placements  # encode pictures and captions before loading the UNet
     parts = open_model(
         recipe.model or BUNDLED,
@@ -144,7 +144,7 @@ def run(
         on_step=report_step,
         on_sample=lambda now, step: draw_samples(now, folder / "samples", step),
         accelerator=accelerator,
-        at_once=plan.measures.at_once if plan else None,
+        micro_batch=plan.measures.micro_batch if plan else None,
     )
     if writer:
         writer.close()
@@ -183,9 +183,9 @@ def _plan_memory(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None
     used = {nearest_bucket(size, buckets) for size in sizes}
     if recipe.class_prompt:
         used.add(nearest_bucket((1, 1), buckets))
-    made = fitted(recipe, model, sizes, sorted(used))
+    made = plan_training(recipe, model, sizes, sorted(used))
     tell(made.table())
-    made.keep()
+    made.prepare()
     return made
 
 
