@@ -174,8 +174,8 @@ def test_what_is_learnt_is_the_same(
     run(recipe, tmp_path / "plain", device="cpu")
     measures = budget.TrainingMeasures(True, "stream", None, "strips", True, 1)
     told: list[str] = []
-    ways: Callable[[Any], Any] = lambda self: iter([measures])  # noqa: E731
-    monkeypatch.setattr(budget._Run, "ways", ways)
+    candidates: Callable[[Any], Any] = lambda self: iter([measures])  # noqa: E731
+    monkeypatch.setattr(budget._Run, "_measures", candidates)
     run(recipe.model_copy(update={"memory": "8GiB"}), tmp_path / "less", device="cpu", say=told.append)
     assert "split into parts of 1" in told[0] and "gradient checkpointing" in told[0]
     plain, less = (load_file(tmp_path / name / KOHYA) for name in ("plain", "less"))
