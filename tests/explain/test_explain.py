@@ -371,7 +371,7 @@ def test_a_token_counts_only_in_the_steps_that_have_it() -> None:
     shares[4:, 0] = torch.nan
     explanation = made(shares, (2, 2))
     torch.testing.assert_close(explanation.map("a", relative=False), shares[2:4, 0].mean(0))
-    with pytest.raises(RequestError, match="steps is \\[5\\]; recorded with 'a' were 0, 1, 2, 3"):
+    with pytest.raises(RequestError, match="steps is \\[5\\]; 'a' was recorded in the steps 0, 1, 2, 3"):
         explanation.map("a", steps=[5])
 
 
@@ -380,10 +380,10 @@ def test_a_token_counts_only_in_the_steps_that_have_it() -> None:
     [
         ("whale", {}, "the prompt has no word 'whale'; it has a, b"),
         ("", {}, "has no word ''"),
-        (2, {}, "token 2 is asked for; the prompt has the tokens 0 to 1"),
-        ("a", {"steps": [9]}, "recorded with 'a' were 0, 1"),
+        (2, {}, "word is 2; it must be the index of a token, from 0 to 1"),
+        ("a", {"steps": [9]}, "'a' was recorded in the steps 0, 1"),
         ("a", {"steps": []}, "steps is"),
-        ("a", {"layers": [1]}, "layers is \\[1\\]; it must be some of 0 to 0"),
+        ("a", {"layers": [1]}, "layers is \\[1\\]; it must be one or more of 0 to 0"),
     ],
 )
 def test_what_is_not_there_is_a_sentence(word: str | int, options: dict[str, Any], sentence: str) -> None:
@@ -435,7 +435,7 @@ def test_the_page_holds_the_picture_and_every_word(size: tuple[int, int], words:
 def test_a_page_shows_no_more_words_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     explanation = made(torch.rand(1, 8, 4, 4))
     whole = page(explanation)
-    monkeypatch.setattr("mezzotint.explain.page.MOST", 4)
+    monkeypatch.setattr("mezzotint.explain.page.MAX_WORDS", 4)
     assert page(explanation).height < whole.height - TILE
 
 

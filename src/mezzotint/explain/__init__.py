@@ -1,4 +1,4 @@
-"""Cross-attention maps of a prompt's words (`maps`), and the HTML page that shows them (`page`)."""
+"""Cross-attention maps of a prompt's words (`maps`), and an image that shows them (`page`)."""
 
 from mezzotint.explain.maps import Explanation, Token, Word, explain
 

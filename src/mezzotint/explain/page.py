@@ -1,4 +1,4 @@
-"""What `maps.py` recorded, as one picture to look at: what was drawn, and for each word a heat map over it."""
+"""Draw an explanation as one image: the picture, and for each word its heat map over the picture."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mezzotint.explain.maps import Explanation, Word
 
-TILE, SMALL, COLUMNS = 224, 108, 4  # pixels: longer side of a word's map, and of a function word's; maps a row
+TILE, SMALL = 224, 108  # pixels: the longer side of a content word's map and of a function word's
+COLUMNS = 4  # maps per row
 GAP, LINE = 14, 20
-MOST = 100  # words on a page
+MAX_WORDS = 100
 PAPER, INK, PALE = "white", (25, 25, 28), (130, 130, 136)
-# words that say how others belong together, and by themselves point at nothing
+# words that relate other words and name nothing themselves
 FUNCTION_WORDS = {"a", "an", "the", "of", "on", "in", "at", "to", "and", "or", "with", "by", "for", "from", "as", "is"}
-# from nothing to the most: black, purple, red, orange, pale yellow, of even steps in lightness
+# from lowest to highest: black, purple, red, orange, pale yellow, in even steps of lightness
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 
 Array = NDArray[np.float32]
 
 
 def page(explanation: Explanation, picture: int = 0) -> Image.Image:
-    """Draw the page of one picture: the picture and the prompt at the top, then the words in order.
+    """Draw the page of one picture: prompt and picture at the top, then the words in order.
 
-    A map is as bright as its word was looked at more than the other words there, each by its own measure: its brightest
-    cell is the brightest colour. The percentage is the word's share of all attention. Function words (a, of, on ...)
-    and signs are small, at the end, and once each. A page shows the first 100 words.
+    A map is bright where its word received more attention than the other words did; each map has its own scale. The
+    percentage is the word's share of all attention. Function words (a, of, on, ...) and punctuation are small, at the
+    end, once each. A page shows the first 100 words.
+
+    Args:
+        explanation: The recorded maps.
+        picture: The index of the picture.
     """
     image = explanation.result.images[picture].convert("RGB")
-    telling = [word for word in explanation.words if not _functional(word)]
-    others = list({word.text.lower(): word for word in explanation.words if _functional(word)}.values())
-    left_out = max(len(telling) - MOST, 0)
-    telling, others = telling[:MOST], others[: max(MOST - len(telling), 0)]
+    content = [word for word in explanation.words if not _is_function_word(word)]
+    functional = list({word.text.lower(): word for word in explanation.words if _is_function_word(word)}.values())
+    left_out = max(len(content) - MAX_WORDS, 0)
+    content, functional = content[:MAX_WORDS], functional[: max(MAX_WORDS - len(content), 0)]
     width = GAP + COLUMNS * (TILE + GAP)
 
     head = _head(explanation, picture, width)
-    tiles = [_tile(explanation, image, picture, word, TILE) for word in telling]
-    small = [_tile(explanation, image, picture, word, SMALL) for word in others]
-    drawn = _fitted(image, 2 * TILE + GAP)
+    tiles = [_tile(explanation, image, picture, word, TILE) for word in content]
+    small = [_tile(explanation, image, picture, word, SMALL) for word in functional]
+    main = _resize(image, 2 * TILE + GAP)
     cell, line = (max((tile.height for tile in some), default=0) + GAP for some in (tiles, small))
-    # the picture takes two columns; the words stand beside it, and from where it ends on below it
-    beside = 2 * (-(-(drawn.height + GAP) // cell) if tiles else 1)
+    # the picture takes two columns; the words are to the right of it, then below it
+    beside = 2 * (-(-(main.height + GAP) // cell) if tiles else 1)
     spots = [(2 + k % 2, k // 2) for k in range(beside)]
     spots += [(k % COLUMNS, beside // 2 + k // COLUMNS) for k in range(len(tiles))]
     top = head.height
-    bottom = top + max(drawn.height + GAP, *((row + 1) * cell for _, row in spots[: len(tiles)]), 0)
+    bottom = top + max(main.height + GAP, *((row + 1) * cell for _, row in spots[: len(tiles)]), 0)
     notes = [
-        "Bright: where a word was looked at more than the others; each map has its own scale.",
-        "%: the word's share of all attention. The marks of beginning and end, and padding, take the rest.",
+        "Bright: where the word received more attention than the others. Each map has its own scale.",
+        "%: the word's share of all attention. The rest goes to the start and end tokens and to padding.",
         *([f"{left_out} more words are not shown."] if left_out else []),
     ]
     fit = (width - GAP) // (SMALL + GAP)
@@ -56,7 +61,7 @@ def page(explanation: Explanation, picture: int = 0) -> Image.Image:
 
     whole = Image.new("RGB", (width, below + len(notes) * LINE + GAP), PAPER)
     whole.paste(head, (0, 0))
-    whole.paste(drawn, (GAP, top))
+    whole.paste(main, (GAP, top))
     for tile, (column, row) in zip(tiles, spots, strict=False):
         whole.paste(tile, (GAP + column * (TILE + GAP), top + row * cell))
     for k, tile in enumerate(small):
@@ -67,23 +72,24 @@ def page(explanation: Explanation, picture: int = 0) -> Image.Image:
 
 
 def overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """Draw a map (H, W) over the picture of that size: low values dark and grey, high ones in warm colours."""
+    """Draw a heat map (H, W) over the picture of that size: low values dark and grey, high ones in warm colours."""
     level = (heat / heat.max().clamp(min=1e-12)).numpy()[..., None]  # (H, W, 1) in [0, 1]
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * np.ones(3, np.float32)
     stops = np.linspace(0, 1, len(HEAT))
     colour = np.stack([np.interp(level[..., 0], stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
-    strength = 0.25 + 0.5 * np.sqrt(level)  # of the colour over the picture
+    strength = 0.25 + 0.5 * np.sqrt(level)  # opacity of the colour
     return Image.fromarray(((1 - strength) * grey * 0.75 + strength * colour).astype(np.uint8))
 
 
-def _functional(word: Word) -> bool:
+def _is_function_word(word: Word) -> bool:
+    """Return whether a word is a function word or punctuation."""
     return word.text.lower() in FUNCTION_WORDS or not any(letter.isalnum() for letter in word.text)
 
 
 def _head(explanation: Explanation, picture: int, width: int) -> Image.Image:
-    """Draw the prompt, and how the picture was made."""
+    """Draw the prompt, and the sampler, steps and seed below it."""
     request, seeds = explanation.result.request, explanation.result.seeds
-    lines = _wrapped(request.prompt, _font(24), width - 2 * GAP)
+    lines = _wrap(request.prompt, _font(24), width - 2 * GAP)
     head = Image.new("RGB", (width, 32 * len(lines) + LINE + 3 * GAP), PAPER)
     draw = ImageDraw.Draw(head)
     for k, line in enumerate(lines):
@@ -98,7 +104,7 @@ def _tile(explanation: Explanation, image: Image.Image, picture: int, word: Word
     small = size == SMALL
     heat = explanation.map(word, picture=picture)
     share = explanation.share(word, picture=picture)
-    shown = _fitted(overlay(image, heat), size)
+    shown = _resize(overlay(image, heat), size)
     tile = Image.new("RGB", (size, shown.height + LINE + 6), PAPER)
     tile.paste(shown, ((size - shown.width) // 2, 0))
     draw, font = ImageDraw.Draw(tile), _font(13 if small else 18)
@@ -108,14 +114,14 @@ def _tile(explanation: Explanation, image: Image.Image, picture: int, word: Word
     return tile
 
 
-def _fitted(image: Image.Image, size: int) -> Image.Image:
+def _resize(image: Image.Image, size: int) -> Image.Image:
     """Resize an image so that its longer side is `size`."""
     scale = size / max(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels, at most ten."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Wrap a text to at most ten lines of at most `width` pixels."""
     lines = [""]
     for word in text[:2000].split():
         longer = f"{lines[-1]} {word}".strip()
