@@ -1,1 +1,1 @@
-"""The sampler report: measurements (`measure`), their statistics (`statistics`), and the HTML page (`page`)."""
+"""The sampler report: measurements (`measure`), their statistics (`statistics`), and the report's files (`page`)."""

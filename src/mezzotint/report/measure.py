@@ -1,8 +1,8 @@
-"""The sampler report: which sampler, at how many steps, for the model in hand. `page.py` shows what this finds.
+"""Measure how fast samplers converge on a model: the distance from a converged reference by sampler and steps.
 
-    measure(pipe, settings, folder) -> rows     the work; each row is on disk as soon as it is known
+    rows = measure(pipe, settings, folder)     # each row is written to disk as soon as it is measured
 
-What the rows say is in `statistics.py`. No torch here until a model is measured.
+`statistics.py` evaluates the rows, and `page.py` writes the report. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from mezzotint.pipeline import Pipeline
 
-REFERENCE, CHECK = "DPM++ 2M Karras", "Heun Karras"  # both at the model's exact levels; Heun in half the steps
+REFERENCE, CHECK = "DPM++ 2M Karras", "Heun Karras"  # both on Karras noise levels; Heun with half the steps
 THUMBNAIL = 128  # pixels
 
 Array = NDArray[Any]
@@ -42,7 +42,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """samplers: each a name or name/spacing. steps: rising. seeds: pictures a prompt. Raises RequestError."""
+    """What to measure. Raises RequestError if a value is invalid.
+
+    Attributes:
+        prompts: The prompts.
+        samplers: The samplers, each a name or NAME/SPACING.
+        steps: The numbers of steps, in ascending order.
+        seeds: The number of pictures per prompt.
+        reference_steps: The number of steps of the reference.
+        guidance_scale: The guidance scale, or None for the model's own.
+    """
 
     prompts: tuple[str, ...]
     samplers: tuple[str, ...]
@@ -53,18 +62,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
-            raise RequestError(f"seeds is {self.seeds}; it must be at least 2: the distance between two is the unit")
+            raise RequestError(
+                f"seeds is {self.seeds}; it must be at least 2, since distances are in units of that between two seeds"
+            )
         for prompt, sampler, steps in product(self.prompts, self.samplers, self.steps):
             self.request(prompt, sampler, steps)
         if not 2 * self.steps[-1] <= self.reference_steps <= 1000:
             raise RequestError(
-                f"reference_steps is {self.reference_steps}; it must be at most 1000 and at least twice the greatest "
+                f"reference_steps is {self.reference_steps}; it must be at most 1000 and at least twice the largest "
                 f"of steps, {self.steps[-1]}"
             )
 
     @classmethod
     def parse(cls, prompts: Path, names: str, steps: str, **others: Any) -> Settings:
-        """From what a command line holds: a file with one prompt a line; names and numbers with commas between."""
+        """Parse the options of the command line.
+
+        Args:
+            prompts: A file with one prompt per line.
+            names: Samplers, separated by commas, or "all".
+            steps: Numbers of steps, separated by commas.
+            **others: The other attributes.
+
+        Raises:
+            RequestError: If the file cannot be read or a value is invalid.
+        """
         try:
             lines = [line.strip() for line in prompts.read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
@@ -72,17 +93,17 @@ class Settings:
             raise RequestError(f"prompts is {str(prompts)!r}, which cannot be read ({reason})") from None
         texts = dict.fromkeys(line for line in lines if line)  # each once, in order
         if not texts:
-            raise RequestError(f"prompts is {str(prompts)!r}, which holds none; it must have one prompt a line")
+            raise RequestError(f"prompts is {str(prompts)!r}, which has no prompts; it must have one prompt per line")
         chosen = samplers.SOLVERS if names.strip() == "all" else [name.strip() for name in names.split(",")]
         try:
             numbers = sorted({int(number) for number in steps.split(",")})
         except ValueError:
-            right = "whole numbers with commas between, such as 5,10,20"
+            right = "whole numbers separated by commas, such as 5,10,20"
             raise RequestError(f"steps is {steps[:60]!r}; it must be {right}") from None
         return cls(tuple(texts), tuple(dict.fromkeys(chosen)), tuple(numbers), **others)
 
     def request(self, prompt: str, sampler: str, steps: int) -> Request:
-        """Return the pictures of one row."""
+        """Return the request of one row."""
         name, _, spacing = sampler.partition("/")
         return Request(
             prompt=prompt,
@@ -99,14 +120,15 @@ class Settings:
 
 
 class _Job(NamedTuple):
-    """One run to come."""
+    """A run to measure."""
 
-    row: Row  # what its row begins with
+    row: Row  # the row without results
     request: Request
-    calls: int  # model calls as the table of samplers has them, for the time left
+    calls: int  # expected model calls, for the progress bar
 
     @property
     def key(self) -> str:
+        """Return the row's key."""
         key: str = self.row["key"]
         return key
 
@@ -114,38 +136,50 @@ class _Job(NamedTuple):
 def measure(
     pipe: Pipeline, settings: Settings, folder: Path, progress: Progress = lambda done, total: None
 ) -> list[Row]:
-    """Measures what `folder` does not hold yet. progress(done, total), in expected model calls, may raise to stop.
+    """Measure the rows that the folder does not contain yet.
 
-    A row is a sampler, a number of steps and a prompt. It has model calls and seconds a picture, and for the latents
-    (root mean square) and the pictures (the same, in levels of 255) a matrix (2 seeds, 2 seeds): the distances between
-    all of its pictures, followed by the reference's. Or, where it could not run, its `failure`, a sentence. The rows
-    CHECK_ROW are another solver's, to tell how far the reference is to be trusted. Of two runs at most are the pictures
+    A row is the result of a sampler, a number of steps and a prompt: model calls and seconds per picture, and for
+    latents and pictures (levels of 255) a matrix of the root mean square distances between all of its pictures followed
+    by the reference's, (2 seeds, 2 seeds). A row that could not run has the error message as `failure` instead. The
+    rows named CHECK_ROW are of a second solver, and tell how accurate the reference is. At most two runs' pictures are
     in memory.
-    """
-    model, depends, noise = _model(pipe, settings)
 
-    def job(name: str, prompt: str, sampler: str, steps: int, depends: str) -> _Job:
+    Args:
+        pipe: The pipeline to measure.
+        settings: What to measure.
+        folder: Where the results are kept.
+        progress: Called with (done, total) in expected model calls; an exception that it raises ends the work.
+
+    Returns:
+        The rows of all settings.
+
+    Raises:
+        RequestError: If none of the samplers runs on the model.
+    """
+    model, dependencies, noise = _model(pipe, settings)
+
+    def job(name: str, prompt: str, sampler: str, steps: int, dependencies: str) -> _Job:
         run_plan = pipe.plan(settings.request(prompt, sampler, steps))
         request, solver = run_plan.request, run_plan.sampler.solver
-        asked = request.model_dump_json(exclude_defaults=True)  # a field that comes later changes no key
-        row: Row = {"key": hashlib.sha256(f"{depends}\n{asked}".encode()).hexdigest()[:16]}
+        fields = request.model_dump_json(exclude_defaults=True)  # so that a new field of Request changes no key
+        row: Row = {"key": hashlib.sha256(f"{dependencies}\n{fields}".encode()).hexdigest()[:16]}
         row |= {"sampler": name, "steps": steps, "prompt": prompt, "solver": solver}
         run = {name: getattr(request, name) for name in ("width", "height", "guidance_scale")}
         row |= {"stochastic": samplers.SOLVERS[solver].stochastic, "model": model | run}
         return _Job(row, request, steps * request.count * samplers.SOLVERS[solver].calls)
 
     plan: list[tuple[_Job, list[_Job]]] = []  # for each prompt the reference and the rows
-    refused: list[Row] = []
+    failed: list[Row] = []
     for prompt in settings.prompts:
-        reference = job(REFERENCE, prompt, REFERENCE, settings.reference_steps, depends)
+        reference = job(REFERENCE, prompt, REFERENCE, settings.reference_steps, dependencies)
         jobs = [job(CHECK_ROW, prompt, CHECK, settings.reference_steps // 2, reference.key)]
         for sampler, steps in product(settings.samplers, settings.steps):
             try:
                 jobs.append(job(sampler, prompt, sampler, steps, reference.key))
             except RequestError as error:
-                refused.append({"sampler": sampler, "steps": steps, "prompt": prompt, "failure": str(error)})
+                failed.append({"sampler": sampler, "steps": steps, "prompt": prompt, "failure": str(error)})
         if len(jobs) == 1:
-            raise RequestError(f"none of the samplers runs on this model: {refused[0]['failure']}")
+            raise RequestError(f"none of the samplers runs on this model: {failed[0]['failure']}")
         plan.append((reference, jobs))
 
     rows = _read_rows(folder)
@@ -159,33 +193,33 @@ def measure(
         return lambda step, steps: progress(before + job.calls * step // steps, total)
 
     for reference, jobs in missing:
-        standard = _reference(pipe, reference, noise, folder, on_step(reference))
+        converged = _reference(pipe, reference, noise, folder, on_step(reference))
         done += reference.calls
         for one in jobs:
-            given = noise if one.row["sampler"] == CHECK_ROW else None
-            row = one.row | {"reference": reference.key} | _measure(pipe, one, given, standard, folder, on_step(one))
+            latents = noise if one.row["sampler"] == CHECK_ROW else None
+            row = one.row | {"reference": reference.key} | _measure(pipe, one, latents, converged, folder, on_step(one))
             with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows[one.key] = row
             done += one.calls
-    return [rows[one.key] for _, jobs in plan for one in jobs] + refused
+    return [rows[one.key] for _, jobs in plan for one in jobs] + failed
 
 
 def _model(pipe: Pipeline, settings: Settings) -> tuple[Row, str, Tensor]:
     """Return the model's description, what a row depends on, and the starting noise (seeds, C, h, w).
 
-    The picture that it draws to learn this also warms the machine up, before anything is timed.
+    They come from a picture whose generation also serves as warm-up before anything is timed.
     """
     from mezzotint.diffusion.noise import SeededNoise
 
     result = pipe.generate(settings.request(settings.prompts[0], REFERENCE, 2).replace(count=1))
     record = json.loads(result.images[0].info["mezzotint"])
-    depends = [record["model"], record["versions"], pipe.parts.identity, pipe.scheduler_config]
+    dependencies = [record["model"], record["versions"], pipe.parts.identity, pipe.scheduler_config]
     _, channels, height, width = result.latents.shape
     noise = SeededNoise(range(settings.seeds), (channels, height, width), pipe.device).draw()
-    if samplers.resolve(None, pipe.scheduler_config).start == "vp":  # as the model's own sampler starts
+    if samplers.resolve(None, pipe.scheduler_config).start == "vp":  # the starting noise of the model's own sampler
         noise = noise * math.sqrt(1.0 + pipe.schedule.sigma_max**-2)
-    return record["model"], json.dumps(depends, sort_keys=True), noise
+    return record["model"], json.dumps(dependencies, sort_keys=True), noise
 
 
 def _reference(pipe: Pipeline, job: _Job, noise: Tensor, folder: Path, on_step: Progress) -> dict[Space, list[Array]]:
@@ -214,7 +248,7 @@ def _measure(
     folder: Path,
     on_step: Progress,
 ) -> Row:
-    """Return what a row records about its run."""
+    """Run a job and return its results: calls, seconds and distances, or its failure."""
     calls = 0
 
     def count(*_: object) -> None:
@@ -225,7 +259,7 @@ def _measure(
     start = time.perf_counter()
     try:
         result = pipe.generate(job.request, latents=noise, on_step=on_step)
-    except MezzotintError as error:  # such as a sampler that runs away
+    except MezzotintError as error:  # such as a sampler that diverges
         return {"failure": str(error)}
     finally:
         hook.remove()
@@ -241,7 +275,7 @@ def _measure(
 
 
 def _distances(arrays: Sequence[Array]) -> list[list[float]]:
-    """(n, n) root mean square differences, six digits of them."""
+    """Return the (n, n) matrix of root mean square differences, rounded to six digits."""
     matrix = [[0.0] * len(arrays) for _ in arrays]
     for i, j in combinations(range(len(arrays)), 2):
         rms = np.sqrt(((arrays[i].astype(np.float64) - arrays[j]) ** 2).mean())
@@ -250,11 +284,12 @@ def _distances(arrays: Sequence[Array]) -> list[list[float]]:
 
 
 def thumbnail(folder: Path, key: str) -> Path:
-    """Where a row's first picture is, small."""
+    """Return the path of the thumbnail of a row's first picture."""
     return folder / "pictures" / f"{key}.png"
 
 
 def _save_thumbnail(folder: Path, job: _Job, image: Image.Image) -> None:
+    """Save the thumbnail of a job's first picture."""
     path = thumbnail(folder, job.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     small = image.copy()
@@ -264,7 +299,7 @@ def _save_thumbnail(folder: Path, job: _Job, image: Image.Image) -> None:
 
 
 def _read_rows(folder: Path) -> dict[str, Row]:
-    """Return the finished rows by key; a last line that was cut short by a kill is dropped and measured again."""
+    """Return the finished rows by key; an incomplete last line, left by a killed run, is removed from the file."""
     path = folder / "results.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -273,7 +308,7 @@ def _read_rows(folder: Path) -> dict[str, Row]:
         file.truncate(sum(map(len, whole)))
     rows = {}
     for line in whole:
-        with suppress(ValueError, TypeError, KeyError):  # a line that is not ours
+        with suppress(ValueError, TypeError, KeyError):  # a line that is not a row
             row = json.loads(line)
             rows[row["key"]] = row
     return rows

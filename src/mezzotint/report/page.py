@@ -1,4 +1,4 @@
-"""The sampler report as files: charts and contact sheet as PNG, report.json, and report.html, which needs no other."""
+"""Write a sampler report: charts and contact sheet as PNG, report.json, and a self-contained report.html."""
 
 from __future__ import annotations
 
@@ -25,25 +25,39 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 GREY, INK = "#b5b5b5", "#333333"
-CELL = 96  # pixels of the contact sheet
+CELL, GAP, HEADER = 96, 4, 26  # pixels of the contact sheet: a cell, the gap between cells, the first row
 
 
 def prepare(folder: Path) -> None:
-    """Create the folder, and check before any work that the report can be written."""
+    """Create the folder, and check that the report can be written.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+        RequestError: If the folder cannot be written.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError(
-            'the report draws its charts with matplotlib; pip install "mezzotint[report]" brings it'
+            'the charts of the report need matplotlib; install it with: pip install "mezzotint[report]"'
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        right = "it must be a folder that may be written to"
+        right = "it must be a writable folder"
         raise RequestError(f"out is {str(folder)!r}, which cannot be used ({error.strerror}); {right}") from None
 
 
 def write(folder: Path, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """Write the report of these rows, and return the content of report.json."""
+    """Write the report into the folder.
+
+    Args:
+        folder: The folder of the measurements.
+        rows: The rows, from `measure`.
+        settings: The settings that they were measured with.
+
+    Returns:
+        The content of report.json.
+    """
     found = ranked(curves(rows))
     check = residual(rows)
     report = {
@@ -55,8 +69,8 @@ def write(folder: Path, rows: Sequence[Row], settings: Settings) -> dict[str, An
         "curves": [asdict(curve) for curve in found],
         "notes": notes(rows),
     }
-    calls = chart(found, check, "calls", "model calls a picture")
-    seconds = chart(found, check, "seconds", f"seconds a picture ({_machine(rows[0]['model'])})")
+    calls = chart(found, check, "calls", "model calls per picture")
+    seconds = chart(found, check, "seconds", f"seconds per picture ({_machine(rows[0]['model'])})")
     (folder / "error-calls.png").write_bytes(calls)
     (folder / "error-seconds.png").write_bytes(seconds)
     sheet = contact_sheet(folder, rows, found, settings)
@@ -74,7 +88,7 @@ def write(folder: Path, rows: Sequence[Row], settings: Settings) -> dict[str, An
 
 
 def ranked(found: Sequence[Curve]) -> list[Curve]:
-    """Those that come near first, with the fewest model calls; then by the nearest that they come."""
+    """Sort the curves: first those that converge, by model calls, then the others by their smallest distance."""
 
     def rank(curve: Curve) -> tuple[float, float]:
         point = curve.reached()
@@ -84,9 +98,9 @@ def ranked(found: Sequence[Curve]) -> list[Curve]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return remarks on the figures: a reference that has not converged, and what was left out."""
+    """Return warnings: a reference that has not converged, and runs that failed."""
     error = residual(rows).latents.error
-    doubt = [f"The reference itself is known to {percent(error)} only; take more reference steps."]
+    doubt = [f"The reference itself is only accurate to {percent(error)}; use more reference steps."]
     steps: dict[tuple[str, str], dict[int, None]] = {}
     for row in rows:
         if "failure" in row:
@@ -99,27 +113,39 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def chart(found: Sequence[Curve], check: Point, x: str, label: str) -> bytes:
-    """Distance from converged against `x`, calls or seconds, both log: on the left without noise, right with. A PNG."""
+    """Plot the distance from converged against calls or seconds, on logarithmic axes.
+
+    Args:
+        found: The curves. Samplers that add no noise are on the left, those that add noise on the right.
+        check: The distance of the check from the reference, which is shaded.
+        x: "calls" or "seconds".
+        label: The label of the x axis.
+
+    Returns:
+        The chart as PNG.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     plain, noisy = ([curve for curve in found if curve.stochastic is side] for side in (False, True))
-    if plain and noisy:  # for comparison, measured likewise
-        likewise = next((curve for curve in plain if curve.solver == "dpmpp_2m"), plain[0])
-        noisy.insert(0, replace(likewise, name=f"({likewise.name})", stochastic=True))
+    if plain and noisy:  # for comparison, one without noise, measured by distribution too
+        compared = next((curve for curve in plain if curve.solver == "dpmpp_2m"), plain[0])
+        noisy.insert(0, replace(compared, name=f"({compared.name})", stochastic=True))
     sides = {
-        "No noise added: from the same noise, distance to the converged latents": plain,
-        "Noise added: distance between the distributions over seeds": noisy,
+        "Without added noise: distance to the converged latents from the same noise": plain,
+        "With added noise: distance between the distributions over seeds": noisy,
     }
-    sides = {title: some for title, some in sides.items() if some}
+    sides = {title: side for title, side in sides.items() if side}
     lines = max(map(len, sides.values()))
     figure = Figure(figsize=(7.5 * len(sides), 1.5 + max(4.0, 0.27 * lines)), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     at = [getattr(point, x) for curve in found for point in curve.points]
-    values = [curve.distance(point) for some in sides.values() for curve in some for point in curve.points]
-    for axes, (title, some) in zip(panels, sides.items(), strict=True):
+    values = [curve.distance(point) for side in sides.values() for curve in side for point in curve.points]
+    for axes, (title, side) in zip(panels, sides.items(), strict=True):
         axes.set(xscale="log", yscale="log", xlim=(min(at) / 1.15, max(at) * 1.15))
-        axes.set_ylim(min(values) / 1.2, min(max(values) * 1.2, 4.0))  # one that runs away would hide the others
+        axes.set_ylim(
+            min(values) / 1.2, min(max(values) * 1.2, 4.0)
+        )  # so that a diverging sampler does not compress the others
         axes.set_xlabel(label)
         axes.set_title(title, loc="left", fontsize=11)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -131,28 +157,28 @@ def chart(found: Sequence[Curve], check: Point, x: str, label: str) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelleft=True, length=0)
         axes.axhline(NEAR, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
-        axes.axhspan(0.0, check.latents.error, color="#f3f3f3")  # below what the reference itself is known to
-        _lines(axes, some, x)
-    panels[0].set_ylabel("100 %: another seed's picture")
+        axes.axhspan(0.0, check.latents.error, color="#f3f3f3")  # below the accuracy of the reference
+        _draw_curves(axes, side, x)
+    panels[0].set_ylabel("distance (100 %: the picture of another seed)")
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
-def _lines(axes: Axes, some: Sequence[Curve], x: str) -> None:
+def _draw_curves(axes: Axes, side: Sequence[Curve], x: str) -> None:
     """Draw the curves, the first ones coloured, each labelled at the right edge in the order of their ends."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     ends = []
-    for k, curve in enumerate(some):
+    for k, curve in enumerate(side):
         colour = COLOURS[k] if k < len(COLOURS) else GREY
         at = [getattr(point, x) for point in curve.points]
         values = [curve.distance(point) for point in curve.points]
         axes.plot(at, values, color=colour, linewidth=2.0 if colour != GREY else 1.2, zorder=3 if colour != GREY else 2)
-        faces = ["white" if curve.stochastic and not point.latents.told else colour for point in curve.points]
+        faces = ["white" if curve.stochastic and not point.latents.significant else colour for point in curve.points]
         axes.scatter(at, values, s=22, color=faces, edgecolors=colour, zorder=4)
         ends.append((min((math.log(values[-1]) - low) / (high - low), 0.98), at[-1], curve.name, colour))
     ends.sort()
-    heights = _apart([end[0] for end in ends], 1 / max(24, len(ends)))
+    heights = _spread_out([end[0] for end in ends], 1 / max(24, len(ends)))
     for height, (end, last, name, colour) in zip(heights, ends, strict=True):
         axes.annotate(
             name,
@@ -176,9 +202,9 @@ def _lines(axes: Axes, some: Sequence[Curve], x: str) -> None:
         )
 
 
-def _apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Rising heights moved as little as needed to lie `gap` apart between 0 and 1."""
-    groups: list[list[float]] = []  # [middle wanted, how many], merged where they would overlap
+def _spread_out(wanted: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights as little as possible so that they are `gap` apart, between 0 and 1."""
+    groups: list[list[float]] = []  # [wanted middle, number of labels], merged if they would overlap
     for height in wanted:
         groups.append([height, 1.0])
         while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
@@ -199,22 +225,22 @@ def contact_sheet(folder: Path, rows: Sequence[Row], found: Sequence[Curve], set
     converged = own[0]["reference"]
     font = ImageFont.load_default(14)
     names = [curve.name for curve in found]
-    gap = 4
+    size = CELL + GAP
     left = 12 + max(int(font.getlength(name)) for name in names)
     columns = [*map(str, settings.steps), "converged"]
-    sheet = Image.new("RGB", (left + len(columns) * (CELL + gap), 26 + len(names) * (CELL + gap)), "white")
+    sheet = Image.new("RGB", (left + len(columns) * size, HEADER + len(names) * size), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((left - 8, 13), "steps", INK, font, anchor="rm")
+    draw.text((left - 8, HEADER // 2), "steps", INK, font, anchor="rm")
     for column, title in enumerate(columns):
-        draw.text((left + column * (CELL + gap) + CELL // 2, 13), title, INK, font, anchor="mm")
+        draw.text((left + column * size + CELL // 2, HEADER // 2), title, INK, font, anchor="mm")
     for line, name in enumerate(names):
-        top = 26 + line * (CELL + gap)
+        top = HEADER + line * size
         draw.text((left - 8, top + CELL // 2), name, INK, font, anchor="rm")
         for column, key in enumerate([*(keys.get((name, steps)) for steps in settings.steps), converged]):
             if key and (path := thumbnail(folder, key)).exists():
                 with Image.open(path) as image:
                     image.thumbnail((CELL, CELL))
-                    sheet.paste(image, (left + column * (CELL + gap), top))
+                    sheet.paste(image, (left + column * size, top))
     return sheet
 
 
@@ -231,11 +257,11 @@ small, .quiet { color: #666 } .wide { overflow-x: auto }
 
 
 def page(report: Row, found: Sequence[Curve], check: Point, settings: Settings, images: dict[str, str]) -> str:
-    """report.html: one file, no script, nothing from the network."""
+    """Return report.html, a single file without scripts or external resources."""
     model = report["model"]
     facts = (
         f"Model <b>{escape(model['name'])}</b>, {model['width']}x{model['height']}, guidance "
-        f"{model['guidance_scale']}, {escape(_machine(model))}; {len(settings.prompts)} prompts, {settings.seeds} seeds"
+        f"{model['guidance_scale']}, {escape(_machine(model))}; {_count(settings.prompts)}, {settings.seeds} seeds"
     )
     first, steps = settings.prompts[0], settings.steps
     notes = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in report["notes"])
@@ -249,47 +275,48 @@ def page(report: Row, found: Sequence[Curve], check: Point, settings: Settings, 
 <p>{escape(report["claim"])}</p>
 {notes}
 <h2>Distance from converged</h2>
-<p>100 % is as far as another seed's picture. The dotted line is the {percent(NEAR)} that counts as converged above. A
-hollow mark is not told from chance: the true distance may be anything below it. In
-brackets, for comparison, one that adds no noise, measured as those that do.</p>
+<p>100 % is the distance of another seed's picture. The dotted line is at {percent(NEAR)}, which counts as converged. A
+hollow mark is an upper bound: the distance is within chance, and may be smaller. In parentheses, for comparison, is a
+sampler that adds no noise, measured like those that do.</p>
 <img alt="Distance from converged against model calls" src="{images["calls"]}">
 <div class="wide"><table>
 <tr><th>sampler</th><th>calls to {percent(NEAR)}</th><th>seconds</th>{"".join(f"<th>{n}</th>" for n in steps)}</tr>
-{"".join(_line(curve, settings) for curve in found)}
+{"".join(_table_row(curve, settings) for curve in found)}
 </table></div>
-<p class="quiet">Under a number of steps: the latents' distance and, small, the pictures'. &sim;: adds noise,
-compared by distribution; &le;: not told from chance, at most that.</p>
-<h2>Against time</h2>
+<p class="quiet">For each number of steps: the distance of the latents and, in small type, of the pictures. &sim;: adds
+noise, and is compared by distribution; &le;: an upper bound, since the distance is within chance.</p>
+<h2>Distance by time</h2>
 <img alt="Distance from converged against seconds" src="{images["seconds"]}">
-<h2>The pictures</h2>
-<p>The first seed of &ldquo;{escape(first)}&rdquo;. Those that add noise draw a picture of their own.</p>
+<h2>Pictures</h2>
+<p>The first seed of &ldquo;{escape(first)}&rdquo;. Samplers that add noise generate other pictures.</p>
 <img alt="Contact sheet, sampler by steps" src="{images["sheet"]}">
 <h2>How this was measured</h2>
 <ul>
-<li><b>Converged</b> is {REFERENCE} in {settings.reference_steps} steps, at the model's exact noise levels from the
-highest to the lowest trained. {CHECK} in half the steps ends {percent(check.latents.error)} from it
-({check.pictures.error * check.pictures.unit:.2g} levels of 255): what is below, grey in the charts, is not known.</li>
-<li><b>Without noise</b> of its own a sampler is compared with the converged picture from the same starting noise: root
-mean square difference, mean over prompts and seeds. It may level off above zero: some begin or end at other noise
-levels than the model's, or round its timesteps; the CFG++ samplers solve another equation; LCM and TCD are for models
-distilled for them.</li>
-<li><b>With noise</b> the pictures are others, but should be as if drawn by the converged sampler. Measured is the root
-of the energy distance between the two sets of seeds (Sz&eacute;kely and Rizzo 2013), prompt by prompt. If all pictures
-were moved by a tenth of the way to another seed's, it would be 10 %. It sees what is shifted, blurred or too much
-alike; not fine detail, nor which picture is better. Few seeds see little: two standard deviations count as chance.
-Equal, in the sentence on DDPM, is not farther by more than {percent(NEAR)}, by what chance allows at most
-(non-inferiority, Schuirmann 1987).</li>
+<li><b>Converged</b> means {REFERENCE} with {settings.reference_steps} steps, over all noise levels that the model was
+trained on. {CHECK} with half the steps ends {percent(check.latents.error)} from it
+({check.pictures.error * check.pictures.unit:.2g} levels of 255); smaller distances, shaded in the charts, cannot be
+resolved.</li>
+<li><b>Samplers that add no noise</b> are compared with the converged picture from the same starting noise: root mean
+square difference, averaged over prompts and seeds. The distance may level off above zero: some samplers start or end at
+noise levels other than the model's, or round its timesteps; the CFG++ samplers solve a different equation; LCM and TCD
+are meant for models distilled for them.</li>
+<li><b>Samplers that add noise</b> end at other pictures, which should follow the same distribution as the converged
+ones. The distance is the root of the energy distance between the two sets of seeds (Sz&eacute;kely and Rizzo 2013), for
+each prompt. If all pictures were moved a tenth of the way to those of another seed, it would be 10 %. It detects
+pictures that are shifted, blurred or too similar, but not fine detail, nor which picture is better. With few seeds it
+is imprecise; distances of up to two standard deviations count as chance. In the sentence on DDPM, equal means not
+farther by more than {percent(NEAR)} at the ends of the confidence intervals (non-inferiority, Schuirmann 1987).</li>
 <li><b>100 %</b> is the mean distance between the converged pictures of two seeds:
-{check.latents.unit:.3g} in the latents, {check.pictures.unit:.3g} levels of 255 in the pictures.</li>
-<li><b>Calls</b> of the UNet are counted; the prompt's and the negative prompt's together are one. <b>Seconds</b> are a
-whole picture's, with reading the prompt and decoding.</li>
+{check.latents.unit:.3g} for latents, {check.pictures.unit:.3g} levels of 255 for pictures.</li>
+<li><b>Calls</b> are those of the UNet; the prompt and the negative prompt together count as one. <b>Seconds</b> are for
+a whole picture, including encoding the prompt and decoding.</li>
 </ul>
 <h2>Prompts</h2><ol>{prompts}</ol>
 </body></html>
 """
 
 
-def _line(curve: Curve, settings: Settings) -> str:
+def _table_row(curve: Curve, settings: Settings) -> str:
     """Return a sampler's row of the table."""
     points = {point.steps: point for point in curve.points}
     near = curve.reached()
@@ -302,23 +329,31 @@ def _line(curve: Curve, settings: Settings) -> str:
 
 
 def _cell(curve: Curve, point: Point | None) -> str:
-    """Return a table cell with a distance, darker if it is smaller."""
+    """Return a table cell with the distances of a point, darker for smaller ones."""
     if point is None:
         return "<td>failed</td>"
     shade = min(max(-math.log10(max(curve.distance(point), 1e-3)) / 2, 0.0), 1.0)
-    latents, pictures = (_figure(curve, distance) for distance in (point.latents, point.pictures))
+    latents, pictures = (_format_distance(curve, distance) for distance in (point.latents, point.pictures))
     return f'<td style="background: rgb(0 114 178 / {0.35 * shade:.2f})">{latents} <small>{pictures}</small></td>'
 
 
-def _figure(curve: Curve, distance: Distance) -> str:
+def _format_distance(curve: Curve, distance: Distance) -> str:
+    """Format a distance in the table."""
     if not curve.stochastic:
         return percent(distance.error)
-    return f"{'' if distance.told else '&le; '}{percent(distance.bound)}"
+    return f"{'' if distance.significant else '&le; '}{percent(distance.bound)}"
+
+
+def _count(prompts: Sequence[str]) -> str:
+    """Count prompts in words."""
+    return "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
 
 
 def _machine(model: Row) -> str:
+    """Describe the device that was measured."""
     return f"{model['device']}, {model['dtype']}, CPU threads {model['threads']}"
 
 
 def _image(kind: str, data: bytes) -> str:
+    """Return an image as a data URL."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

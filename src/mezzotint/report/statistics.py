@@ -1,11 +1,11 @@
-"""What the rows of a sampler report say: distances from converged, a curve for each sampler, and the answer in words.
+"""Statistics of a sampler report: distances from the converged pictures, one curve per sampler, and conclusions.
 
     curves(rows) -> list[Curve]                 the statistics
-    recommend(curves), claim(curves) -> str     what they say
+    recommend(curves), claim(curves) -> str     the conclusions
 
-One unit for all: 1 is the mean distance between the reference's pictures of two seeds. A sampler that adds no noise is
-compared with the reference from the same starting noise. One that does ends elsewhere by design: there the two
-distributions over the seeds are compared, in the same unit. No torch here, and no model.
+All distances are in units of the mean distance between the reference's pictures of two seeds. A sampler that adds no
+noise is compared with the reference from the same starting noise. A sampler that adds noise ends at other pictures by
+design, so its distribution over the seeds is compared with the reference's. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 CHECK_ROW = "check of the reference"
-NEAR = 0.1  # what the recommendation calls converged
+NEAR = 0.1  # distance within which a sampler counts as converged
 
 Row = dict[str, Any]
 Space = Literal["latents", "pictures"]
@@ -29,11 +29,14 @@ Space = Literal["latents", "pictures"]
 
 @dataclass(frozen=True)
 class Distance:
-    """From the reference, in units of `unit`, the mean distance between the reference's own seeds.
+    """The distance from the reference. All but `unit` are in units of `unit`.
 
-    error: to the reference from the same noise, mean over prompts and seeds. shift: between the two distributions over
-    the seeds; noise: what that would reach by chance if they were one (two standard deviations). spread: the mean
-    distance between the sampler's own seeds; below 1 they are too much alike.
+    Attributes:
+        error: The distance to the reference from the same noise, averaged over prompts and seeds.
+        shift: The distance between the two distributions over the seeds.
+        noise: Two standard deviations of `shift` if the distributions were equal.
+        spread: The mean distance between the sampler's own seeds; below 1 its pictures are too similar.
+        unit: The mean distance between the reference's own seeds.
     """
 
     error: float
@@ -43,29 +46,29 @@ class Distance:
     unit: float
 
     @property
-    def told(self) -> bool:
-        """Whether `shift` is more than chance."""
+    def significant(self) -> bool:
+        """Return whether `shift` is more than chance explains."""
         return self.shift > self.noise
 
     @property
-    def low(self) -> float:
-        """The least that `shift` may be, by chance."""
+    def lower(self) -> float:
+        """Return the lower end of the confidence interval of `shift`."""
         return math.sqrt(max(self.shift**2 - self.noise**2, 0.0))
 
     @property
-    def high(self) -> float:
-        """The most."""
+    def upper(self) -> float:
+        """Return the upper end of the confidence interval of `shift`."""
         return math.hypot(self.shift, self.noise)
 
     @property
     def bound(self) -> float:
-        """`shift`, or where it is not told from chance the most that it may be."""
-        return self.shift if self.told else self.high
+        """Return `shift` if it is significant, and otherwise its upper bound."""
+        return self.shift if self.significant else self.upper
 
 
 @dataclass(frozen=True)
 class Point:
-    """One number of steps, over all prompts. calls and seconds are a picture's."""
+    """The result of one number of steps, over all prompts. `calls` and `seconds` are per picture."""
 
     steps: int
     calls: float
@@ -76,7 +79,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One sampler, its points in order of steps."""
+    """The results of one sampler, its points in order of steps."""
 
     name: str
     solver: str
@@ -84,7 +87,7 @@ class Curve:
     points: tuple[Point, ...]
 
     def distance(self, point: Point, space: Space = "latents") -> float:
-        """Return the distance by which the sampler is judged: between pictures, or distributions if it adds noise."""
+        """Return the distance of a point: between pictures, or between distributions if the sampler adds noise."""
         distance: Distance = getattr(point, space)
         return distance.bound if self.stochastic else distance.error
 
@@ -97,10 +100,10 @@ class Curve:
             found = point
         return found
 
-    def hidden(self, near: float = NEAR) -> bool:
-        """Whether the last point may be within `near` or not: chance is greater."""
+    def inconclusive(self, near: float = NEAR) -> bool:
+        """Return whether the noise is too large to tell if the last point is within `near`."""
         last = self.points[-1].latents
-        return self.stochastic and not last.told and last.bound > near
+        return self.stochastic and not last.significant and last.bound > near
 
 
 def curves(rows: Iterable[Row]) -> list[Curve]:
@@ -119,23 +122,24 @@ def curves(rows: Iterable[Row]) -> list[Curve]:
 
 
 def residual(rows: Iterable[Row]) -> Point:
-    """How far the solver that checks the reference ends from it: the order of the reference's own error, or above."""
+    """Return the distance of the check's solver from the reference, which estimates the reference's own error."""
     return _point([row for row in rows if row["sampler"] == CHECK_ROW])
 
 
 def _point(rows: Sequence[Row]) -> Point:
-    """One sampler at one number of steps, over the prompts."""
+    """Return the results of one sampler at one number of steps, averaged over the prompts."""
     calls, seconds = (float(np.mean([row[name] for row in rows])) for name in ("calls", "seconds"))
     return Point(rows[0]["steps"], calls, seconds, _distance(rows, "latents"), _distance(rows, "pictures"))
 
 
 def _distance(rows: Sequence[Row], space: Space) -> Distance:
-    """error, and the energy distance between the distributions, Szekely and Rizzo 2013, over different seeds.
+    """Return the mean error and the energy distance between the distributions (Szekely and Rizzo 2013).
 
-    For samples s of the sampler and r of the reference it is 2 E|s - r'| - E|s - s'| - E|r - r'|: 0 only for equal
-    distributions, and for small d about d^2 / E|r - r'| if s is r moved by d; its root is `shift`. Pairs of the same
-    seed, which share their starting noise, are left out, so that it is unbiased for every sampler. Were the
-    distributions one, s and r of a seed could change places, which turns the sign of its pairs: hence the variance.
+    For samples s of the sampler and r of the reference, the energy distance is 2 E|s - r'| - E|s - s'| - E|r - r'|. It
+    is 0 only for equal distributions, and about d^2 / E|r - r'| if s is r shifted by a small d; `shift` is its root.
+    Pairs of the same seed share their starting noise and are left out, which keeps the estimate unbiased. If the
+    distributions were equal, s and r of a seed would be exchangeable, which flips the sign of its pairs; the variance
+    follows from that.
     """
     errors, energies, variances, spreads, units = [], [], [], [], []
     for row in rows:
@@ -159,7 +163,7 @@ def _distance(rows: Sequence[Row], space: Space) -> Distance:
 
 
 def percent(part: float) -> str:
-    """0.0823 -> "8 %", 0.0082 -> "0.8 %"."""
+    """Format a fraction as a percentage: 0.0823 -> "8 %", 0.0082 -> "0.8 %"."""
     return f"{100 * part:.{0 if part >= 0.0095 else 1}f} %"
 
 
@@ -170,14 +174,14 @@ def recommend(curves: Sequence[Curve], near: float = NEAR) -> str:
     """
     reached = [(curve, point) for curve in curves if (point := curve.reached(near))]
     reached.sort(key=lambda pair: (pair[0].stochastic, pair[1].calls, pair[0].distance(pair[1])))
-    hidden = [curve for curve in curves if curve.reached(near) is None and curve.hidden(near)]
-    missed = [curve for curve in curves if curve.reached(near) is None and curve not in hidden]
+    unclear = [curve for curve in curves if curve.reached(near) is None and curve.inconclusive(near)]
+    missed = [curve for curve in curves if curve.reached(near) is None and curve not in unclear]
     if not reached:
         curve, point = min(
             ((curve, point) for curve in curves for point in curve.points), key=lambda pair: pair[0].distance(pair[1])
         )
         return (
-            f"No sampler came within {percent(near)} of converged; the nearest is {curve.name} at {point.steps} steps "
+            f"No sampler came within {percent(near)} of converged; the closest is {curve.name} at {point.steps} steps "
             f"({point.calls:g} model calls), at {percent(curve.distance(point))}. Measure more steps."
         )
     (best, point), *others = reached
@@ -190,22 +194,23 @@ def recommend(curves: Sequence[Curve], near: float = NEAR) -> str:
         for curve, point in others
     ]
     if needs:
-        text += f"; {_listed(needs)}"
+        text += f"; {_join(needs)}"
     most = max(point.steps for curve in curves for point in curve.points)
     if missed:
-        text += f"; not there at {most}: {_listed([curve.name for curve in missed])}"
-    if hidden:
-        text += f"; too few seeds to tell at {most}: {_listed([curve.name for curve in hidden])}"
+        text += f"; not converged at {most}: {_join([curve.name for curve in missed])}"
+    if unclear:
+        text += f"; inconclusive at {most}, with too few seeds: {_join([curve.name for curve in unclear])}"
     return f"{text}."
 
 
 def claim(curves: Sequence[Curve]) -> str:
-    """Compare the curves with the claim of Lu et al. (2022b) on DPM-Solver++ and DDPM, by their distributions.
+    """Test the claim of Lu et al. (2022b) on DPM-Solver++ and DDPM against the curves.
 
-    Equal is not to be farther from converged than the other by more than NEAR, by what chance allows at most: a test of
-    non-inferiority (Schuirmann 1987), for that no difference was found is no evidence that there is none.
+    The test is one of non-inferiority (Schuirmann 1987): DPM-Solver++ counts as equal if, at the ends of the confidence
+    intervals, it is not farther from converged than DDPM by more than NEAR. Finding no difference would not be evidence
+    of equality.
     """
-    words = "DPM-Solver++ at 10 to 15 steps equals DDPM at three to five times as many"
+    words = "DPM-Solver++ at 10 to 15 steps equals DDPM with three to five times as many steps"
     ours = next((curve for curve in curves if curve.solver == "dpmpp_2m"), None)
     ddpm = next((curve for curve in curves if curve.solver == "ddpm"), None)
     pairs = [
@@ -214,27 +219,31 @@ def claim(curves: Sequence[Curve]) -> str:
         if 10 <= one.steps <= 15 and 3 * one.steps <= other.steps <= 5 * one.steps
     ]
     if ours is None or ddpm is None or not pairs:
-        return f"Whether {words} was not measured; it takes dpmpp_2m and ddpm at steps such as 10,15,30,50."
-    equal = [one.high - other.low <= NEAR for _, one, _, other in pairs]
-    farther = [one.low - other.high > NEAR for _, one, _, other in pairs]
+        return f"Whether {words} was not measured; to test it, measure dpmpp_2m and ddpm at steps such as 10,15,30,50."
+    equal = [one.upper - other.lower <= NEAR for _, one, _, other in pairs]
+    farther = [one.lower - other.upper > NEAR for _, one, _, other in pairs]
     if sum(equal) + sum(farther) < len(pairs):
         verdict = "cannot be judged on this model with so few seeds"
     elif all(farther):
         verdict = "does not hold on this model"
     else:
         verdict = f"holds {'' if all(equal) else 'in part '}on this model, to within {percent(NEAR)}"
-        if not all(other.told for *_, other in pairs):
-            verdict += f" and however near {ddpm.name} may be, which chance hides"
+        if not all(other.significant for *_, other in pairs):
+            verdict += f", even if {ddpm.name} is as close as its uncertainty allows"
     figures = [
         f"{ours.name} at {n} steps {_shift(one)}, {ddpm.name} at {m} {_shift(other)}" for n, one, m, other in pairs
     ]
-    return f"The field's claim that {words} {verdict}. Distance from the converged distribution: {'; '.join(figures)}."
+    return (
+        f"The published claim that {words} {verdict}. Distance from the converged distribution: {'; '.join(figures)}."
+    )
 
 
 def _shift(distance: Distance) -> str:
-    return f"{'' if distance.told else 'at most '}{percent(distance.bound)}"
+    """Format a distance between distributions."""
+    return f"{'' if distance.significant else 'at most '}{percent(distance.bound)}"
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
+def _join(names: Sequence[str], most: int = 6) -> str:
+    """Join names with commas; after `most` names, give the number of the others."""
     shown = [*names[:most], f"{len(names) - most} more"] if len(names) > most else names
     return ", ".join(shown)
