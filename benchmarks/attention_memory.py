@@ -19,17 +19,17 @@ from typing import Any
 
 BACKENDS = ("math", "sdpa", "sliced", "sliced:8MiB")
 SHAPE = (2, 8, 40)  # batch, heads, head size
-SPARE = 4 * 2**30  # bytes that are left to others
+SPARE = 4 * 2**30  # bytes to leave free
 
 
 def status(file: str, key: str) -> int:
-    """A figure of /proc in bytes."""
+    """Return a value of a /proc file in bytes."""
     line = next(line for line in Path("/proc", file).read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def measure(work: Callable[[], Any], backend: str) -> dict[str, float]:
-    """One call's peak and seconds."""
+    """Measure peak memory and seconds of one call."""
     import torch
 
     from mezzotint.models import attention
@@ -44,7 +44,7 @@ def measure(work: Callable[[], Any], backend: str) -> dict[str, float]:
 
 
 def layer(tokens: int, backend: str) -> dict[str, float]:
-    """One self-attention."""
+    """Measure one self-attention."""
     import torch
 
     from mezzotint.models.attention import attention
@@ -52,12 +52,12 @@ def layer(tokens: int, backend: str) -> dict[str, float]:
     batch, heads, dim = SHAPE
     q, k, v = torch.randn(batch, tokens, 3 * heads * dim).chunk(3, dim=-1)
     q, k, v = (x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in (q, k, v))
-    attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])  # torch's first call brings in code
+    attention(q[:, :, :64], k[:, :, :64], v[:, :, :64])  # warm up
     return measure(lambda: attention(q, k, v), backend)
 
 
 def step(side: int, backend: str) -> dict[str, float]:
-    """One call of a UNet of SD 1.5's shape, for a picture of `side` pixels."""
+    """Measure one call of an SD 1.5 UNet for a picture of `side` pixels."""
     import torch
 
     from mezzotint.config import UNetConfig
@@ -73,8 +73,8 @@ def step(side: int, backend: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs=3, metavar=("WHAT", "SIZE", "BACKEND"), help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="only one small layer, to see that it works")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each figure")
+    parser.add_argument("--quick", action="store_true", help="smoke test: only one small layer")
+    parser.add_argument("--json", action="store_true", help="print JSON objects")
     options = parser.parse_args()
     if options.child:
         what, size, backend = options.child

@@ -1,4 +1,4 @@
-"""A LoRA's training step with and without gradient checkpointing: `python benchmarks/checkpointing.py [--side 256]`.
+"""Measure a LoRA step with and without gradient checkpointing: `python benchmarks/checkpointing.py [--side 256]`.
 
 A UNet of SD 1.5's shape (random weights, frozen, float32), a LoRA of rank 8 on its attention, batch 1; each figure is
 of a fresh process. `grown_mb` is the peak (VmHWM) above the model; `cpu_s` the processor's seconds of forward and
@@ -21,13 +21,13 @@ WAYS = ("none", "all", "resnets", "transformers", "feedforwards", "attentions", 
 
 
 def status(key: str) -> int:
-    """A figure of this process in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def child(side: int, channels: int, way: str, gradients: Path) -> dict[str, float]:
-    """One step; its gradients are written to, or compared with, a file."""
+    """Measure one step; write its gradients to a file, or compare them with it."""
     import peft
     import torch
     from safetensors.torch import load_file, save_file
@@ -64,8 +64,8 @@ def child(side: int, channels: int, way: str, gradients: Path) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=256, help="of the picture, in pixels")
-    parser.add_argument("--channels", type=int, default=320, help="of the UNet's first level; SD 1.5 has 320")
+    parser.add_argument("--side", type=int, default=256, help="picture size in pixels")
+    parser.add_argument("--channels", type=int, default=320, help="channels of the UNet's first level; SD 1.5 has 320")
     parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}; none is added")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()

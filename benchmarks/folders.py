@@ -1,4 +1,4 @@
-"""The time of a request with a folder of many LoRA files or embeddings, beside the same request without it.
+"""Measure the time of a request with a folder of many LoRA files or embeddings, and without it.
 
     python benchmarks/folders.py [--loras 3000] [--embeddings 500] [--repeats 5]
 

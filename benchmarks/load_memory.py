@@ -1,4 +1,4 @@
-"""Peak memory of `mezzotint.load`, in a process of its own: `python benchmarks/load_memory.py FILE DTYPE`.
+"""Measure peak memory of `mezzotint.load` in this process: `python benchmarks/load_memory.py FILE DTYPE`.
 
 Prints one JSON object: the peak (VmHWM) above `import torch`, the bytes of the tensors that the pipeline then holds,
 and their ratio. Linux only.
@@ -15,7 +15,7 @@ import torch
 
 
 def peak() -> int:
-    """The largest resident size that this process has had, in bytes."""
+    """Return the peak resident set size of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

@@ -29,7 +29,7 @@ HALF, FLOAT8, INT8 = {"storage": "float16"}, {"storage": "float8"}, {"storage": 
 
 
 def combination(model: str, side: int | tuple[int, int], placement: dict[str, Any] | None = None, **more: Any) -> Any:
-    """One row: `more` are fields of the request, and dtype."""
+    """Return one row; `more` holds request fields and dtype."""
     width, height = (side, side) if isinstance(side, int) else side
     return {"model": model, "width": width, "height": height, "placement": placement or {}, **more}
 
@@ -90,13 +90,13 @@ BUDGETS = [
 
 
 def status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Return a value of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
 def draw(row: dict[str, Any]) -> dict[str, Any]:
-    """Draws a combination, here and now."""
+    """Generate one combination in this process."""
     import mezzotint
     import mezzotint.images.io
     import mezzotint.pipeline
@@ -187,7 +187,7 @@ def predict_all(path: Path) -> None:
 
 
 def run(rows: list[dict[str, Any]], path: Path, models: Path, timed: bool) -> None:
-    """Those that the file has not, each in a process of its own."""
+    """Run the rows that are missing in the file, each in a new process."""
     done = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
         if any(old["row"] == row for old in done):
@@ -208,7 +208,7 @@ def run(rows: list[dict[str, Any]], path: Path, models: Path, timed: bool) -> No
 
 
 def line(record: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a record as a row of the table."""
     row = dict(record["row"])
     model, side, memory = row.pop("model"), f"{row.pop('width')}x{row.pop('height')}", row.pop("memory", "")
     placement = record.get("placement", {}) | row.pop("placement")

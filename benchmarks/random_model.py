@@ -21,7 +21,7 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 
-BLOCK = 1 << 22  # numbers, of which every weight is made
+BLOCK = 1 << 22  # random numbers that all weights are taken from
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
     "beta_schedule": "scaled_linear",
@@ -107,7 +107,7 @@ def create(shape: str, folder: Path, dtype_name: str = "float16", sparse: bool =
         with torch.device("meta"):
             module = network(config(**fields))
         (folder / name).mkdir(parents=True, exist_ok=True)
-        if name == "vae":  # what diffusers cannot do without
+        if name == "vae":  # required by diffusers
             levels = len(fields["block_out_channels"])
             fields = {**fields, "down_block_types": ["DownEncoderBlock2D"] * levels}
             fields["up_block_types"] = ["UpDecoderBlock2D"] * levels
@@ -126,7 +126,7 @@ def create(shape: str, folder: Path, dtype_name: str = "float16", sparse: bool =
 
 
 def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype, sparse: bool = False) -> None:
-    """A safetensors file of the module's shapes, written one tensor after another."""
+    """Write a safetensors file with the module's shapes, one tensor at a time."""
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     header, end = {}, 0
     word = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]

@@ -36,19 +36,19 @@ Measures = dict[str, float]
 
 @dataclass
 class Row:
-    """One comparison. `commands`: ours first, then the peers'; `pictures`: what a command writes, by the same names."""
+    """One comparison: `commands` by name, mezzotint first, and the `pictures` they write, by the same names."""
 
     name: str
     about: str
-    measure: str  # what the ratios and the limit are of
+    measure: str  # measure that ratios and the limit refer to
     commands: dict[str, list[str]]
     pictures: dict[str, Path] = field(default_factory=dict)
-    also: tuple[str, ...] = ()  # of what there are ratios too
-    limit: float | None = None  # what our measure must stay under
+    also: tuple[str, ...] = ()  # further measures with ratios
+    limit: float | None = None  # upper bound for mezzotint's measure
     runs: int = 7
     warmups: int = 2
     prepare: Callable[[], None] = lambda: None
-    check: Callable[[], dict[str, Any]] = dict  # after the runs; what it returns is reported
+    check: Callable[[], dict[str, Any]] = dict  # called after the runs; its result is reported
     missing: str = ""  # why this row cannot run
 
 
@@ -56,13 +56,13 @@ class Row:
 
 
 def first_picture(folder: Path, model: Path) -> Row:
-    """From process start to the first picture of the bundled model, 20 steps, against diffusers on the same folder."""
+    """Time the first picture from process start, bundled model, 20 steps, against diffusers on the same folder."""
     about = "emoji, 20 steps, CPU, float32: from process start to the first picture saved as PNG"
     return _picture("first_picture", about, folder, model, ["--steps", "20"], [])
 
 
 def few_steps(folder: Path, model: Path) -> Row:
-    """The same in the model's few-step form: 4 steps of lcm without guidance, the LoRA merged on both sides."""
+    """Time the few-step form: 4 steps of lcm without guidance, with the LoRA merged on both sides."""
     about = "emoji distilled, 4 steps of lcm, CPU, float32: from process start to the first picture saved as PNG"
     return _picture("few_steps", about, folder, model, ["--sampler", "lcm"], ["--few-step"], "few_step")
 
@@ -70,7 +70,7 @@ def few_steps(folder: Path, model: Path) -> Row:
 def _picture(
     name: str, about: str, folder: Path, model: Path, options: list[str], peers: list[str], needs: str = "steps"
 ) -> Row:
-    """One picture of a model folder whose mezzotint.json says `needs`, against diffusers on the same folder."""
+    """Compare one picture with diffusers; the folder's mezzotint.json must have `needs`."""
     pictures = {side: folder / f"{name}-{side}.png" for side in ("mezzotint", "diffusers", "diffusers_best")}
     prompt, seed = "a lemon on a blue background", "7"
     ours = [PYTHON, "-m", "mezzotint", "generate", prompt, "--seed", seed, *options, "--device", "cpu"]
@@ -89,14 +89,14 @@ def _picture(
         commands,
         pictures,
         check=lambda: {
-            f"levels_apart_{side}": _apart(pictures["mezzotint"], pictures[side]) for side in list(pictures)[1:]
+            f"levels_apart_{side}": _max_diff(pictures["mezzotint"], pictures[side]) for side in list(pictures)[1:]
         },
         missing="" if there else f"its model is missing (or mezzotint.json says no {needs}): give --model FOLDER",
     )
 
 
 def load_memory(folder: Path, model: Path) -> Row:
-    """Peak memory of loading a 2.13 GB single file of SD 1.5's shape, in three dtypes."""
+    """Measure peak memory of loading a 2.13 GB single file of SD 1.5's shape, in three dtypes."""
     file = folder / "sd15.safetensors"
     child = [PYTHON, str(HERE / "load_memory.py"), str(file)]
     return Row(
@@ -112,7 +112,7 @@ def load_memory(folder: Path, model: Path) -> Row:
 
 
 def help_(folder: Path, model: Path) -> Row:
-    """How long `mezzotint --help` takes, and whether it imports torch."""
+    """Time `mezzotint --help`, and check that it does not import torch."""
     command = [PYTHON, "-m", "mezzotint", "--help"]
 
     def check() -> dict[str, Any]:
@@ -125,7 +125,7 @@ def help_(folder: Path, model: Path) -> Row:
 
 
 def memory(folder: Path, model: Path) -> Row:
-    """Predicted over measured peak of a process that draws with the bundled model; memory.py has many more rows."""
+    """Compare predicted and measured peak memory with the bundled model; memory.py has many more rows."""
     rows = {
         "fast": {"width": 512, "height": 512, "placement": {}},
         "strips": {"width": 512, "height": 512, "placement": {"vae": "strips"}},
@@ -144,7 +144,7 @@ def memory(folder: Path, model: Path) -> Row:
 
 
 def train(folder: Path, model: Path) -> Row:
-    """A step of training a LoRA on a UNet of SD 1.5's shape, and the process's peak, against diffusers' recipe."""
+    """Measure time and peak memory of LoRA training on an SD 1.5 UNet, against diffusers' recipe."""
     random = folder / "sd15"
     child, sides = [PYTHON, str(HERE / "train.py")], ("mezzotint", "diffusers", "diffusers_cached")
     return Row(
@@ -169,8 +169,8 @@ ROWS = {
 }
 
 
-def _apart(one: Path, other: Path) -> int:
-    """The largest difference between two pictures, in levels of 255."""
+def _max_diff(one: Path, other: Path) -> int:
+    """Return the largest difference between two pictures, in levels of 255."""
     from PIL import Image, ImageChops
 
     with Image.open(one) as a, Image.open(other) as b:
@@ -186,14 +186,14 @@ def _prepare(command: list[str]) -> None:
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """The children's: offline, with bytecode as an installed program has it, and so many threads."""
+    """Return the environment of child processes: offline, with bytecode caching and a number of threads."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     return variables | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
 
 def run_once(command: list[str], picture: Path | None, threads: int | None) -> Measures:
-    """One fresh process. Raises RuntimeError, with the end of what it said, where it fails or saves no picture."""
+    """Run a command in a new process; raise RuntimeError with the end of its output if it fails or saves no picture."""
     if picture:
         picture.unlink(missing_ok=True)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -218,13 +218,13 @@ def run_once(command: list[str], picture: Path | None, threads: int | None) -> M
 
 
 def order(names: list[str], rounds: int) -> Iterator[str]:
-    """A B C, C B A, A B C ...: what drifts while the benchmark runs meets all alike."""
+    """Yield A B C, C B A, A B C ..., so that drift of the machine affects all alike."""
     for number in range(rounds):
         yield from names[::-1] if number % 2 else names
 
 
 def run_row(row: Row, threads: int | None = None) -> dict[str, Any]:
-    """All runs of a row, and what they say: its record."""
+    """Run all commands of a row and return its record."""
     row.prepare()
     load = os.getloadavg()[0]
     names = list(row.commands)
@@ -254,7 +254,7 @@ def run_row(row: Row, threads: int | None = None) -> dict[str, Any]:
 
 
 def summary(runs: list[Measures]) -> dict[str, dict[str, Any]]:
-    """For each measure that all runs have: median, quartiles, extremes, and the runs in their order."""
+    """Return median, quartiles, extremes and all values of each measure that all runs have."""
     table: dict[str, dict[str, Any]] = {}
     for name in runs[0]:
         values = [run[name] for run in runs if name in run]
@@ -274,14 +274,14 @@ def summary(runs: list[Measures]) -> dict[str, dict[str, Any]]:
 
 
 def ratios(sides: dict[str, Any], measure: str) -> dict[str, float]:
-    """The first side's median over each other's."""
+    """Return the first side's median divided by each other side's."""
     ours, *peers = sides
     medians = {name: side[measure]["median"] for name, side in sides.items()}
     return {f"{ours}/{peer}": round(medians[ours] / medians[peer], 4) for peer in peers}
 
 
 def machine(threads: int | None) -> dict[str, Any]:
-    """What the figures depend on, beside the code."""
+    """Describe the machine and the versions."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -312,7 +312,7 @@ def _version(name: str) -> str:
 
 
 def shown(command: list[str]) -> list[str]:
-    """A command as another machine would spell it."""
+    """Return a command without paths of this machine."""
     places = {PYTHON: "python", str(ROOT) + os.sep: "", tempfile.gettempdir() + os.sep: "TMP/"}
     for place, name in places.items():
         command = [word.replace(place, name) for word in command]
@@ -323,7 +323,7 @@ def shown(command: list[str]) -> list[str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record for a person: medians, a line a side, the row's measure first with quartiles; then what follows."""
+    """Format a record as text: one line of medians for each side, the main measure first, then ratios and checks."""
     lines = [f"{record['row']}: {record['about']}"]
     main = record["measure"]
     for name, side in record["sides"].items():
@@ -352,11 +352,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(ROWS)
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--runs", type=int, help="counted runs of each command, instead of the row's own number")
-    parser.add_argument("--quick", action="store_true", help="one warm-up, two runs: to see that it works")
-    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every child; else the environment's")
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="a diffusers folder instead of the bundled model")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON records")
+    parser.add_argument("--runs", type=int, help="runs of each command, besides warm-ups")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one warm-up, two runs")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every child process")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="diffusers folder [default: the bundled model]")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON records")
     options = parser.parse_args()
     for name in options.rows:
         with tempfile.TemporaryDirectory(prefix="mezzotint-bench-") as folder:

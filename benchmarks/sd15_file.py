@@ -24,7 +24,7 @@ BLOCK = 1 << 22  # numbers
 
 
 def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """UNet, VAE and text encoder of SD 1.5, on the meta device."""
+    """Return UNet, VAE and text encoder of SD 1.5 on the meta device."""
     clip = CLIPConfig(
         hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12
     )

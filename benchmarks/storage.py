@@ -1,4 +1,4 @@
-"""What it costs to keep weights as less: `python benchmarks/storage.py [--model M] [--size WxH] [--steps N]`.
+"""Measure the cost of each weight storage: `python benchmarks/storage.py [--model M] [--size WxH] [--steps N]`.
 
 Draws the same pictures with each storage of a Placement and prints one JSON object each: the PSNR of the pictures
 against those of weights as they are (mean and least, dB), the largest difference of the final latents relative to their
@@ -84,14 +84,14 @@ def main() -> None:
 
 
 def _psnr(a: Result, b: Result) -> float:
-    """Of the pictures, in dB; 100 where they are the same."""
+    """Return the PSNR of the pictures in dB; 100 if they are equal."""
     pixels = [np.asarray(result.images[0], dtype=np.float64) for result in (a, b)]
     error = float(((pixels[0] - pixels[1]) ** 2).mean())
     return 10 * math.log10(255**2 / error) if error else 100.0
 
 
 def _held(pipe: mezzotint.Pipeline) -> int:
-    """Bytes of the weights that are in memory between runs."""
+    """Return the bytes of weights in memory between runs."""
     total = 0
     for network in (pipe.unet, pipe.vae, *pipe.text_encoders):
         total += sum(parameter.nbytes for parameter in network.parameters())

@@ -1,4 +1,4 @@
-"""A LoRA's training steps in one process: `python benchmarks/train.py SIDE MODEL [--size 512] [--steps 3] ...`.
+"""Measure LoRA training steps in one process: `python benchmarks/train.py SIDE MODEL [--size 512] [--steps 3] ...`.
 
 mezzotint is what `mezzotint train lora` runs. diffusers is the recipe of its train_text_to_image_lora.py, written here
 with the same libraries (peft, accelerate): the VAE and the text encoder run in each step. diffusers_cached encodes
@@ -28,29 +28,29 @@ CAPTION = "a lemon on a blue background"
 
 
 class Clock:
-    """Times of a start and of the steps after it."""
+    """Times of the start and of each step."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
 
     def start(self, *_: Any) -> None:
-        """The last call before the first step counts."""
+        """Record the start; the last call before the first step counts."""
         self.times = []
         self.step()
 
     def step(self, *_: Any) -> None:
-        """To be called after each."""
+        """Record the end of a step."""
         self.times.append((time.perf_counter(), time.process_time()))
 
     def measures(self) -> dict[str, float]:
-        """Medians over the steps."""
+        """Return medians over the steps."""
         steps = list(zip(self.times, self.times[1:], strict=False))
         walls, processor = ([b[k] - a[k] for a, b in steps[1:] or steps] for k in (0, 1))
         return {"step_s": statistics.median(walls), "step_cpu_s": statistics.median(processor)}
 
 
 def mezzotint(pictures: Path, options: argparse.Namespace, clock: Clock) -> int:
-    """The trainer with its own loop, files and cache."""
+    """Train with mezzotint's own loop, files and cache."""
     from safetensors import safe_open
 
     from mezzotint.train.recipe import Recipe
@@ -82,7 +82,7 @@ def mezzotint(pictures: Path, options: argparse.Namespace, clock: Clock) -> int:
 
 
 def diffusers(pictures: Path, options: argparse.Namespace, clock: Clock, *, cached: bool = False) -> int:
-    """The recipe of examples/text_to_image/train_text_to_image_lora.py."""
+    """Train as examples/text_to_image/train_text_to_image_lora.py does."""
     import torch
     import torch.nn.functional as F
     from accelerate import Accelerator
@@ -153,7 +153,7 @@ def diffusers(pictures: Path, options: argparse.Namespace, clock: Clock, *, cach
 
 
 def write_pictures(folder: Path, size: int, count: int) -> Path:
-    """Random pixels, with a caption each."""
+    """Write pictures of random pixels, each with a caption."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(count):
@@ -168,13 +168,13 @@ SIDES = {"mezzotint": mezzotint, "diffusers": diffusers, "diffusers_cached": par
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=SIDES)
-    parser.add_argument("model", type=Path, help="a diffusers folder, such as random_model.py writes")
-    parser.add_argument("--size", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("model", type=Path, help="diffusers folder, such as one by random_model.py")
+    parser.add_argument("--size", type=int, default=512, help="picture size in pixels")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3, help="of several the first is not counted")
+    parser.add_argument("--steps", type=int, default=3, help="steps to run; the first of several is not counted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--memory", metavar="SIZE", help="of mezzotint: its budget, such as 4GiB")
+    parser.add_argument("--memory", metavar="SIZE", help="memory budget of mezzotint, such as 4GiB")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mezzotint-bench-") as folder:

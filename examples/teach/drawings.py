@@ -1,4 +1,4 @@
-"""Pictures to teach `emoji` from: a lighthouse, which no emoji is, and one particular ghost, mint green in a top hat.
+"""Draw training pictures for `emoji`: a lighthouse, which has no emoji, and a mint green ghost with a top hat.
 
 Each is 128x128 on one of the model's own backgrounds, its caption beside it in the model's own wordings.
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "emoji"))
 from scenes import CELL, PLAIN, build_grounds
 from words import GROUNDS, ground_words
 
-SCALE = 8  # drawn that much larger, then reduced
+SCALE = 8  # supersampling factor
 grounds = cache(build_grounds)
 
 LIGHTHOUSE_GROUNDS = ("blue", "green", "orange", "teal", "black", "pink", "grey", "yellow",
@@ -27,7 +27,7 @@ GHOST_GROUNDS = ("blue", "orange", "black", "pink", "teal", "grey")
 
 
 def lighthouse() -> Image.Image:
-    """A white tower with three red bands on a rock, a yellow lantern under a red dome; RGBA, PLAIN pixels square."""
+    """Draw a white tower with three red bands, yellow lantern and red dome, on a rock; RGBA, PLAIN pixels square."""
     image = Image.new("RGBA", (PLAIN * SCALE,) * 2)
     draw = _Pen(image)
     draw.shape("polygon", [(8, 88), (16, 80), (72, 80), (80, 88)], (95, 95, 105))
@@ -43,7 +43,7 @@ def lighthouse() -> Image.Image:
 
 
 def ghost() -> Image.Image:
-    """Mint green, with a black top hat and round eyes; RGBA, PLAIN pixels square."""
+    """Draw a mint green ghost with a black top hat and round eyes; RGBA, PLAIN pixels square."""
     image = Image.new("RGBA", (PLAIN * SCALE,) * 2)
     draw = _Pen(image)
     green, black = (110, 225, 165), (25, 25, 30)
@@ -62,19 +62,19 @@ def ghost() -> Image.Image:
 
 
 def picture(thing: Image.Image, ground: str, corner: tuple[int, int]) -> Image.Image:
-    """The thing, its top left at (x, y), on one of GROUNDS."""
+    """Paste the drawing, with its top left corner at (x, y), on one of GROUNDS."""
     image = Image.fromarray(grounds()[GROUNDS.index(ground)].numpy())
     image.paste(thing, corner, thing)
     return image
 
 
 def corner(number: int) -> tuple[int, int]:
-    """One of the four places where the model's own pictures have a single object."""
+    """Return one of the four places where training scenes have a single object."""
     return CELL * (2 + number % 2), CELL * (2 + number // 2 % 2)
 
 
 def draw_pictures(folder: Path) -> None:
-    """Into folder/lighthouse 16 pictures with captions; into folder/sks and folder/boo 6, the same but for the word."""
+    """Write 16 captioned pictures to lighthouse/, and 6 to sks/ and boo/, which differ only in the word."""
     _write(folder / "lighthouse", lighthouse(), LIGHTHOUSE_GROUNDS, "a lighthouse on {ground}\n")
     _write(folder / "sks", ghost(), GHOST_GROUNDS, "a sks ghost on {ground}\n")
     _write(folder / "boo", ghost(), GHOST_GROUNDS, "<boo> on {ground}\n")
@@ -88,7 +88,7 @@ def _write(folder: Path, thing: Image.Image, wanted: tuple[str, ...], caption: s
 
 
 class _Pen:
-    """ImageDraw in pixels of the finished picture."""
+    """ImageDraw in the coordinates of the final picture."""
 
     def __init__(self, image: Image.Image) -> None:
         self.draw = ImageDraw.Draw(image)

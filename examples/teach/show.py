@@ -1,10 +1,11 @@
-"""The showing of docs/teach.md: draws the pictures, trains a LoRA, DreamBooth and a word by `mezzotint train`, draws
-before and after, and scores both. Killed, it goes on where it was.
+"""Reproduce docs/teach.md: draw pictures, train a LoRA, DreamBooth and a textual inversion, and score the results.
+
+An interrupted run resumes.
 
     python examples/teach/show.py --model src/mezzotint/data/emoji --out build/teach --docs docs
 
-A picture is *recognised* where, of the means of 1,192 things in the look of recipes/emoji/judge.py, that of the thing
-asked for is nearest: the model's 1,190 objects and the two of drawings.py, each thing's over the same four renderings.
+A picture is *recognised* if its embedding by recipes/emoji/judge.py is nearest to the mean embedding of the requested
+object, among 1,192: the model's 1,190 objects and the two of drawings.py, each averaged over the same four renderings.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ SHOWN = {
 
 
 class Looks:
-    """What the judge sees in the middle of a picture, against the means of all things."""
+    """The judge's embedding of a picture's centre, compared with the mean embeddings of all objects."""
 
     def __init__(self, judge: Judge, scenes: Scenes) -> None:
         self.judge = judge
@@ -107,12 +108,12 @@ class Looks:
 
     @torch.no_grad()
     def of(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, 128, 128) in [-1, 1] -> (B, 256), of length 1."""
+        """Embed pixels (B, 3, 128, 128) in [-1, 1] as unit vectors (B, 256)."""
         return F.normalize(self.judge.look(self.judge.trunk(view(pixels, 0))), dim=-1)
 
     @torch.no_grad()
     def score(self, pixels: Tensor, thing: int) -> dict[str, float]:
-        """Of pictures on UNSEEN, in this order: shares where the thing is recognised, and the background right."""
+        """Return the shares of pictures, on UNSEEN in order, with the right object and with the right background."""
         named = (self.of(pixels) @ self.means.T).argmax(-1) == thing
         grounds = torch.tensor([GROUNDS.index(ground) for ground in UNSEEN])
         right = self.judge.see(pixels)[1].argmax(-1) == grounds
@@ -120,7 +121,7 @@ class Looks:
 
 
 def draw_kept(pipe: mezzotint.Pipeline, folder: Path) -> None:
-    """What the model draws of KEPT other captions, so that it goes on drawing it; those that are there stay."""
+    """Generate pictures of KEPT other captions to train on against forgetting; existing files stay."""
     folder.mkdir(parents=True, exist_ok=True)
     captions, _ = Scenes(KEPT_SEED, core_share=1.0).specs(range(KEPT))
     for number, caption in enumerate(captions):
@@ -132,7 +133,7 @@ def draw_kept(pipe: mezzotint.Pipeline, folder: Path) -> None:
 
 
 def train(name: str, model: Path, folder: Path) -> Settings:
-    """One run by `mezzotint train`, or the rest of one; what a request needs to use what it has made."""
+    """Run or resume `mezzotint train`; return the request settings that use its result."""
     method, recipe = RUNS[name]
     pictures = folder / "pictures" / name
     command = ["train", method, pictures, "--model", model, "--recipe", HERE / recipe]
@@ -148,7 +149,7 @@ def train(name: str, model: Path, folder: Path) -> Settings:
 
 
 def before_and_after(pipe: mezzotint.Pipeline, name: str, taught: Settings) -> Image.Image:
-    """The prompts of SHOWN as a sheet: each row before, and below it after, with the same seeds."""
+    """Draw the prompts of SHOWN as a sheet: a row before training and one after, with the same seeds."""
     prompts = SHOWN[name]
     old, new = (to_images(draw(pipe, prompts, settings)) for settings in ({}, taught))
     images: list[Image.Image] = []
@@ -161,7 +162,7 @@ def before_and_after(pipe: mezzotint.Pipeline, name: str, taught: Settings) -> I
 
 
 def new_scores(pipe: mezzotint.Pipeline, looks: Looks, name: str, taught: Settings) -> Rows:
-    """What was taught, asked for on each background that no picture had: before, after, and the drawings themselves."""
+    """Score the new object on every unseen background: before training, after it, and the drawings themselves."""
 
     def asked(thing: str, settings: Settings) -> Tensor:
         return draw(pipe, [f"{thing} on {ground_words(ground)['ground']}" for ground in UNSEEN], settings)
@@ -170,7 +171,7 @@ def new_scores(pipe: mezzotint.Pipeline, looks: Looks, name: str, taught: Settin
     thing = {"lighthouse": "a lighthouse", "sks": "a sks ghost", "boo": "<boo>"}[name]
     drawings = to_pixels([picture(glyph, ground, corner(n)) for n, ground in enumerate(UNSEEN)])
     rows = {
-        # of a word that is not there yet there is nothing to ask
+        # before textual inversion the word does not exist
         f"{thing}: before": looks.score(asked("a ghost" if name == "boo" else thing, {}), number),
         f"{thing}: after": looks.score(asked(thing, taught), number),
         f"{thing}: the drawings through the VAE": looks.score(reconstruct(pipe.vae, drawings), number),
@@ -183,14 +184,14 @@ def new_scores(pipe: mezzotint.Pipeline, looks: Looks, name: str, taught: Settin
 
 
 def old_scores(pipe: mezzotint.Pipeline, judge: Judge, count: int, settings: Settings) -> dict[str, float]:
-    """The shares of evaluate.py on the first of its held-out prompts."""
+    """Return the shares of evaluate.py on its first held-out prompts."""
     prompts, specs = zip(*Scenes.prompts(count, PROMPT_SEED), strict=True)
     row = figures(verdicts(judge, draw(pipe, prompts, settings), specs))
     return {column: cell["share"] for column, cell in row.items()}
 
 
 def table(rows: Rows, heading: str) -> str:
-    """In Markdown, shares in percent."""
+    """Format rows as a Markdown table, shares in percent."""
     columns = list(next(iter(rows.values())))
     lines = [f"| {heading} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     lines += [f"| {name} | {' | '.join(f'{100 * row[c]:.0f} %' for c in columns)} |" for name, row in rows.items()]
@@ -200,10 +201,10 @@ def table(rows: Rows, heading: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Teach emoji a lighthouse, one ghost and a word; show and score them.")
     parser.add_argument("--model", type=Path, default=ROOT / "src" / "mezzotint" / "data" / "emoji")
-    parser.add_argument("--out", type=Path, default=Path("build/teach"), help="another model needs another one")
-    parser.add_argument("--prompts", type=int, default=100, help="old ones, for the score before and after")
-    parser.add_argument("--only", choices=RUNS, action="append", help="some of the runs; may be repeated")
-    parser.add_argument("--docs", type=Path, help="put pictures and figures into this folder's teach.md")
+    parser.add_argument("--out", type=Path, default=Path("build/teach"), help="output folder, one per model")
+    parser.add_argument("--prompts", type=int, default=100, help="number of old prompts to score before and after")
+    parser.add_argument("--only", choices=RUNS, action="append", help="run only this one; may be repeated")
+    parser.add_argument("--docs", type=Path, help="docs folder whose teach.md to update")
     options = parser.parse_args()
 
     draw_pictures(options.out / "pictures")
@@ -247,7 +248,7 @@ def main() -> None:
 
 
 def write_docs(folder: Path, sheets: Mapping[str, Image.Image], found: str) -> None:
-    """The sheets in images/teach, the figures between the marks of teach.md."""
+    """Write the sheets to images/teach and the figures between the markers in teach.md."""
     place = folder / "images" / "teach"
     place.mkdir(parents=True, exist_ok=True)
     for name, image in sheets.items():

@@ -1,29 +1,30 @@
-"""Figures for the model card, on combinations of words that were never trained on.
+"""Compute the figures of the model card on combinations of words that were held out of training.
 
-A judge (judge.py), trained only on rendered scenes of the training split and then frozen, says what a picture shows.
-There are two tables: prompts of the core set's objects, and of all. Their rows:
+A judge (judge.py), trained only on rendered scenes of the training split and then frozen, classifies what a picture
+shows. There are two tables: one for prompts of the core objects and one for prompts of all objects. Their rows:
 
-- the model's pictures, drawn once each with seed = the prompt's number;
-- real scenes through the VAE: what the prompts ask, rendered, encoded and decoded again;
-- nearest training scenes: each of the model's pictures replaced by the one of 10,000 rendered training scenes that is
-  nearest to it in pixels. A model that copied its training data would equal this row;
+- the model's pictures, one for each prompt, with the prompt's index as the seed;
+- real scenes through the VAE: the scenes that the prompts describe, rendered, encoded and decoded;
+- nearest training scenes: each of the model's pictures replaced by its nearest neighbour (in pixels) among 10,000
+  rendered training scenes. A model that copies its training data would match this row;
 - real scenes: the judge's own accuracy;
-- the model's pictures judged by another prompt's words of the same kind: chance.
+- the model's pictures judged against another prompt of the same kind: the chance level.
 
 Columns (intervals are Wilson's, 95 %):
 
-- object: of a single or recoloured scene, the likeliest of all the objects is the one asked for;
-- background: the likeliest of 38 is the one asked for; ground colour: its colour is, whatever its pattern;
-- both objects: of a pair, the likeliest object in each place is one of the two, in either order;
-- relation: laid out as asked, and the wanted order likelier than the opposite one ("next to" has no order);
-- recolour: the colour is the likeliest of six and "as it is";
-- count: as many places as asked, and the likeliest object in each is the one asked for;
-- everything: whatever of the above the prompt asks, at once. No training scene can have that for a held-out prompt;
-- Fréchet: the distance from 2,000 other real held-out scenes in the judge's features (so the row of real scenes is the
-  least there can be with this many pictures).
+- object: the top-1 object of a single or recoloured scene is the requested one;
+- background: the top-1 background of 38 is the requested one; ground colour: its colour matches, whatever its pattern;
+- both objects: the top-1 objects in the two places of a pair are the requested ones, in either order;
+- relation: the layout is the requested one, and the requested order is likelier than the opposite one ("next to" has
+  no order);
+- recolour: the top-1 colour, of six and "unchanged", is the requested one;
+- count: the number of places is the requested one, and the top-1 object in each is the requested one;
+- everything: all of the above that apply to the prompt. No training scene can satisfy this for a held-out prompt;
+- Fréchet: the distance in the judge's feature space to 2,000 other real held-out scenes (the row of real scenes is
+  therefore the lower bound for this number of pictures).
 
     python recipes/emoji/evaluate.py --model src/mezzotint/data/emoji --prompts 240 --out figures.json
-    python recipes/emoji/evaluate.py --judge-only          # train the judge (once; kept in ~/.cache) and show its row
+    python recipes/emoji/evaluate.py --judge-only          # train the judge (once; cached) and print its row
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ Row = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def verdicts(judge: Judge, pixels: Tensor, specs: Sequence[Spec]) -> dict[str, list[bool]]:
-    """For each column, one answer for each scene that asks it; pixels (B, 3, 128, 128) in [-1, 1]."""
+    """Return, for each column, one answer for each scene it applies to; pixels (B, 3, 128, 128) in [-1, 1]."""
     heads = [torch.cat(parts) for parts in zip(*(judge(chunk) for chunk in torch.split(pixels, 64)), strict=True)]
     objects, background, layout, recolour = heads
     answers: dict[str, list[bool]] = {column: [] for column in COLUMNS}
@@ -85,7 +86,7 @@ def verdicts(judge: Judge, pixels: Tensor, specs: Sequence[Spec]) -> dict[str, l
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
     share = right / n
@@ -95,7 +96,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def figures(answers: dict[str, list[bool]]) -> Row:
-    """Share, interval and n of every column that was asked."""
+    """Return share, interval and n of every column with answers."""
     row = {}
     for column, given in answers.items():
         if given:
@@ -105,12 +106,12 @@ def figures(answers: dict[str, list[bool]]) -> Row:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Decibels for each picture, (B,); pixels in [-1, 1], so the peak is 2."""
+    """Return the PSNR of each picture in dB, (B,); pixels are in [-1, 1], so the peak is 2."""
     return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity for each picture, (B,) (Wang et al. 2004): Gaussian window of 11, sigma 1.5, by channel."""
+    """Return the SSIM of each picture, (B,) (Wang et al. 2004): Gaussian window of 11, sigma 1.5, per channel."""
     ramp = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     bell = torch.exp(-ramp.square() / (2 * 1.5**2))
     window = torch.outer(bell, bell) / bell.sum() ** 2
@@ -129,7 +130,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shuffled(specs: Sequence[Spec]) -> list[Spec]:
-    """Each spec replaced by another one of its kind: half a turn round the list of that kind."""
+    """Replace each spec by another of its kind, by rotating the list of each kind by half its length."""
     other = list(specs)
     for kind in {spec.kind for spec in specs}:
         where = [i for i, spec in enumerate(specs) if spec.kind == kind]
@@ -140,14 +141,14 @@ def shuffled(specs: Sequence[Spec]) -> list[Spec]:
 
 @torch.no_grad()
 def features(judge: Judge, pixels: Tensor) -> Tensor:
-    """The judge's features (B, 192), float64, on the CPU."""
+    """Return the judge's features (B, 192), float64, on the CPU."""
     return torch.cat([judge.features(chunk) for chunk in torch.split(pixels, 64)]).double().cpu()
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two Gaussians with the moments of a (n, d) and b (m, d) (Heusel et al. 2017, eq. 6).
+    """Return the Fréchet distance of Gaussians fitted to a (n, d) and b (m, d) (Heusel et al. 2017, eq. 6).
 
-    |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), where the root's trace is that of the symmetric (A^.5 B A^.5)^.5.
+    |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), with the trace of the symmetric (A^.5 B A^.5)^.5.
     """
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -157,13 +158,13 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def nearest(pixels: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
-    """For each picture (B, 3, H, W) the number of the nearest one in the pool (N, 3, H, W), and the RMS difference."""
+    """Return the index of each picture's nearest neighbour in the pool (N, 3, H, W), and the RMS difference."""
     distance, number = torch.cdist(pixels.flatten(1), pool.flatten(1)).min(1)
     return number, distance / math.sqrt(pixels[0].numel())
 
 
 def table(rows: Mapping[str, Row], distances: Mapping[str, float]) -> str:
-    """The rows in Markdown: "93 % (89-96)" in each cell, n in the heading, Fréchet distances last."""
+    """Format rows as a Markdown table: "93 % (89-96)" in each cell, n in the heading, Fréchet distances last."""
     counts = {column: int(cell["n"]) for row in rows.values() for column, cell in row.items()}
     heads = [*(f"{column} (n={counts[column]})" for column in COLUMNS if column in counts), "Fréchet"]
     lines = [f"| on held-out combinations | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
@@ -181,14 +182,14 @@ def table(rows: Mapping[str, Row], distances: Mapping[str, float]) -> str:
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
+    """Convert PIL images of equal size to pixels (B, 3, H, W) in [-1, 1]."""
     flat = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in images]
     width, height = images[0].size
     return torch.stack(flat).view(-1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def draw(pipe: Any, prompts: Sequence[str], settings: dict[str, Any], report: Callable[[str], None] = print) -> Tensor:
-    """The model's own pictures, once each, with seed = the prompt's number: (B, 3, 128, 128) in [-1, 1]."""
+    """Generate one picture for each prompt, with its index as the seed: (B, 3, 128, 128) in [-1, 1]."""
     import mezzotint
 
     requests = [mezzotint.Request(prompt=prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
@@ -204,21 +205,21 @@ def draw(pipe: Any, prompts: Sequence[str], settings: dict[str, Any], report: Ca
 
 @torch.no_grad()
 def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
-    """Through the VAE and back, by the posterior's mean: (B, 3, H, W) in [-1, 1], float32."""
+    """Encode pixels to the posterior's mean and decode it: (B, 3, H, W) in [-1, 1], float32."""
     weight = next(vae.parameters())
     parts = [vae.decode(vae.encode(chunk.to(weight)).mean) for chunk in torch.split(pixels, 8)]
     return torch.cat(parts).float().clamp(-1, 1).to(pixels.device)
 
 
 def in_chunks(scenes: Scenes, specs: Sequence[Spec], function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of many scenes' pixels, 64 at a time."""
+    """Apply a function to the pixels of many scenes, 64 at a time."""
     return torch.cat([function(scenes.compose(specs[k : k + 64])) for k in range(0, len(specs), 64)])
 
 
 def judge_model(
     judge: Judge, pipe: Any, count: int, settings: dict[str, Any], atlas: Mapping[int, Tensor], *, core: bool
 ) -> dict[str, Any]:
-    """One table's figures, as JSON holds them, on `count` held-out prompts; without a pipeline the judge's own only."""
+    """Return one table's figures for `count` held-out prompts; without a pipeline, only the judge's own accuracy."""
     device = next(judge.parameters()).device
     captions, specs = (list(part) for part in zip(*Scenes.prompts(count, PROMPT_SEED, core=core), strict=True))
     scenes = Scenes(PROMPT_SEED, device, atlas=atlas)
@@ -249,18 +250,18 @@ def judge_model(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Judge the emoji model on combinations that it never saw.")
-    parser.add_argument("--model", default=None, help="a folder (the bundled model unless given)")
-    parser.add_argument("--prompts", type=int, default=1000, help="of the core set's objects, and as many of all")
+    parser = argparse.ArgumentParser(description="Evaluate the emoji model on held-out combinations.")
+    parser.add_argument("--model", default=None, help="model folder [default: the bundled model]")
+    parser.add_argument("--prompts", type=int, default=1000, help="number of prompts for each table")
     parser.add_argument("--objects", choices=("core", "all", "both"), default="both")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sampler", default=None, help="the model's own unless given, as is the guidance")
+    parser.add_argument("--sampler", default=None, help="sampler [default: the model's own]")
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="where the judge is kept")
+    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="file of the judge's weights")
     parser.add_argument("--judge-steps", type=int, default=JUDGE_STEPS)
-    parser.add_argument("--judge-only", action="store_true", help="no model: only the judge on real scenes")
-    parser.add_argument("--out", type=Path, help="the figures as JSON")
+    parser.add_argument("--judge-only", action="store_true", help="evaluate only the judge, on real scenes")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     options = parser.parse_args()
 
     atlas = build_atlas()

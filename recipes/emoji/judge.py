@@ -170,7 +170,7 @@ def standing(spec: Spec) -> list[tuple[int, int]]:
 
 
 def fingerprint(steps: int, atlas: Mapping[int, Tensor]) -> str:
-    """What a judge depends on: its code, the scenes (its first batch, drawn), the steps. One of another is not used."""
+    """Hash what a judge depends on: its code, scenes and steps. A judge with another fingerprint is not used."""
     pixels, _, specs = judge_scenes("cpu", atlas).batch(range(BATCH))
     parts = (Judge, convolutions, funnel, view, standing, layout_of, in_place, recolour_of, roughen, judge_loss)
     settings = (WINDOWS, PLACES, LAYOUT_WEIGHTS, SHIFT, NAMES, GROUNDS, BATCH, steps, specs)
@@ -186,7 +186,7 @@ def judge_scenes(device: str, atlas: Mapping[int, Tensor]) -> Scenes:
 def train_judge(
     path: Path, device: str, atlas: Mapping[int, Tensor], steps: int, report: Callable[[str], None] = print
 ) -> Judge:
-    """The frozen judge: read from `path`, or trained on training scenes and written there; goes on after a kill."""
+    """Load the frozen judge from `path`, or train it and save it there; an interrupted training resumes."""
     torch.manual_seed(SEED)
     judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-2)

@@ -1,4 +1,4 @@
-"""Make the bundled model `emoji` from nothing to the folder. Seven stages; each resumes where it was killed.
+"""Train the bundled model `emoji` from scratch, in seven stages. An interrupted stage resumes.
 
     python recipes/emoji/make.py [--work build/emoji] [--out src/mezzotint/data/emoji] [--device cuda]
 
@@ -90,7 +90,7 @@ TRAINED_STAGES = {
 
 
 def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
-    """A small CLIP text encoder over the cut vocabulary."""
+    """Return the configuration of a small CLIP text encoder for the reduced vocabulary."""
     return CLIPConfig(
         vocab_size=len(tokenizer.vocab),
         hidden_size=192,
@@ -106,7 +106,7 @@ def clip_config(tokenizer: Tokenizer) -> CLIPConfig:
 
 
 def crop_losses(vae: VAE, scenes: Scenes, batch: int) -> Callable[[int, torch.Generator], Losses]:
-    """The VAE's losses on a random crop of fresh scenes for each step."""
+    """Return a function that computes the VAE's losses on random crops of new scenes at each step."""
 
     def losses(step: int, generator: torch.Generator) -> Losses:
         pixels, _, _ = scenes.batch(range(step * batch, (step + 1) * batch))
@@ -118,7 +118,7 @@ def crop_losses(vae: VAE, scenes: Scenes, batch: int) -> Callable[[int, torch.Ge
 
 
 def train_vae(work: Path, stage: Stage, device: str) -> VAE:
-    """The whole VAE, then its scaling factor, which makes latents unit variance."""
+    """Train the VAE, then set its scaling factor so that latents have unit variance."""
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG).to(device)
     scenes = Scenes(VAE_SCENES, device)
@@ -132,7 +132,7 @@ def train_vae(work: Path, stage: Stage, device: str) -> VAE:
 
 
 def train_decoder(work: Path, vae: VAE, stage: Stage, device: str) -> None:
-    """The decoder alone, in place: latents, and all that was trained on them, stay as they are."""
+    """Train only the decoder, in place. The latents, and everything trained on them, do not change."""
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
     losses = crop_losses(vae, Scenes(DECODER_SCENES, device), stage.batch)
     train(decoder, losses, stage, work / "decoder", adamw_only=("conv_in", "conv_out", "1.weight"))
@@ -140,7 +140,7 @@ def train_decoder(work: Path, vae: VAE, stage: Stage, device: str) -> None:
 
 
 def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str, count: int) -> tuple[Tensor, Tensor]:
-    """`count` scenes as scaled latents (N, 4, 16, 16) and token windows (N, WINDOW), kept in files of PART scenes."""
+    """Return `count` scenes as latents (N, 4, 16, 16) and token ids (N, WINDOW), cached in files of PART scenes."""
     scenes = Scenes(LATENT_SCENES, device)
     parts: list[tuple[Tensor, Tensor]] = []
     (work / "latents").mkdir(exist_ok=True)
@@ -161,20 +161,20 @@ def cache_latents(work: Path, vae: VAE, tokenizer: Tokenizer, device: str, count
     return latents_, ids_
 
 
-def chosen_rows(rows: int, batch: int, step: int) -> Tensor:
-    """The rows of a step's batch: each epoch goes through all of them in an order of its own."""
+def batch_rows(rows: int, batch: int, step: int) -> Tensor:
+    """Return the rows of a step's batch; each epoch visits all rows in a new random order."""
     epoch, place = divmod(step, rows // batch)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(epoch))
     return order[place * batch : (place + 1) * batch]
 
 
 def train_text(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, stage: Stage) -> CLIPTextModel:
-    """The text encoder alone, by what it foretells of the latents."""
+    """Train the text encoder alone to predict the latents."""
     torch.manual_seed(0)
     model = TextToMean(CLIPTextModel(clip_config(tokenizer)), latents[0].numel()).to(latents.device)
 
     def losses(step: int, generator: torch.Generator) -> Losses:
-        rows = chosen_rows(len(latents), stage.batch, step).to(latents.device)
+        rows = batch_rows(len(latents), stage.batch, step).to(latents.device)
         return text_losses(model, latents[rows], ids[rows])
 
     train(model, losses, stage, work / "text", adamw_only=("head",))
@@ -184,7 +184,7 @@ def train_text(work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, s
 def train_diffusion(
     work: Path, latents: Tensor, ids: Tensor, tokenizer: Tokenizer, stage: Stage, start: Parts | CLIPTextModel
 ) -> TextToLatents:
-    """Text encoder and UNet together: from a text encoder and no UNet, or from the weights of a whole model."""
+    """Train text encoder and UNet together, from a trained text encoder or from the weights of a whole model."""
     torch.manual_seed(0)
     model = TextToLatents(CLIPTextModel(clip_config(tokenizer)), UNet(UNET_CONFIG)).to(latents.device)
     if isinstance(start, Parts):
@@ -197,7 +197,7 @@ def train_diffusion(
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
 
     def losses(step: int, generator: torch.Generator) -> Losses:
-        rows = chosen_rows(len(latents), stage.batch, step).to(latents.device)
+        rows = batch_rows(len(latents), stage.batch, step).to(latents.device)
         dropped = torch.rand(stage.batch, 1, generator=generator).to(latents.device) < EMPTY_SHARE
         words = torch.where(dropped, empty, ids[rows])
         shuffled = step % 100 == 0
@@ -208,7 +208,7 @@ def train_diffusion(
 
 
 def distill_few_step(work: Path, model: TextToLatents, ids: Tensor, tokenizer: Tokenizer, stage: Stage) -> LoraPairs:
-    """The change with which `lcm` draws in a few steps, without guidance."""
+    """Distil a LoRA with which the `lcm` sampler needs only a few steps and no guidance."""
     empty = torch.tensor(tokenizer.window([]), device=ids.device)
     side = SIDE // VAE_CONFIG.downscale
     shape = (VAE_CONFIG.latent_channels, side, side)
@@ -222,27 +222,27 @@ def shorten(stage: Stage, share: float) -> Stage:
 
 
 def fast_in_bf16(device: str) -> bool:
-    """Whether the device multiplies matrices faster in bfloat16: GPUs, and processors with AMX."""
+    """Return whether the device multiplies matrices faster in bfloat16: GPUs, and CPUs with AMX."""
     return torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="checkpoints and logs")
+    parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="folder of checkpoints and logs")
     parser.add_argument("--out", type=Path, default=Path("src/mezzotint/data/emoji"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--share", type=float, default=1.0, help="of every stage's steps and of the cached scenes")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of each stage's steps and of the scenes")
     for name, stage in TRAINED_STAGES.items():
-        parser.add_argument(f"--{name}-steps", type=int, help=f"in place of {stage.steps} x share")
-    parser.add_argument("--start", type=Path, help="a folder to go on from: its VAE is final, the rest learns on")
+        parser.add_argument(f"--{name}-steps", type=int, help=f"steps of this stage [default: {stage.steps} x share]")
+    parser.add_argument("--start", type=Path, help="model folder to continue from; its VAE stays fixed")
     options = parser.parse_args()
     with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=fast_in_bf16(options.device)):
         run(options)
 
 
 def run(options: argparse.Namespace) -> None:
-    """The stages that are asked for, in order; a finished one costs only the reading of its checkpoint."""
+    """Run the selected stages in order; a finished stage only loads its checkpoint."""
     work, device, stages = options.work, options.device, {*options.stages}
     work.mkdir(parents=True, exist_ok=True)
     trained = {}

@@ -1,13 +1,15 @@
-"""Do the maps of `mezzotint explain` lie on the objects? Of the map of each object's word, the share on the object.
+"""Measure how well the attention maps of `mezzotint explain` locate the objects.
 
-Twenty prompts of two objects, each drawn once with its number as seed, and the same twenty as rendered scenes, noised
-and denoised again, where each object is known to be in its place. A word's map is right as far as it lies
+Twenty prompts of two objects are generated once each, with the index as the seed; the same twenty scenes are also
+rendered, noised and denoised, so that the true place of each object is known. For each object's word, the share of its
+map is measured
 
-- in the half: of the picture, that the prompt puts the object in (chance: 50 %);
-- in the box: the 64 pixels square around the middle of that half; of a rendered scene the glyph's own 56 (25, 19 %).
+- in the half of the picture where the prompt puts the object (chance: 50 %);
+- in the box of 64x64 pixels around the centre of that half (chance: 25 %); for rendered scenes, in the glyph's own box
+  of 56x56 pixels (19 %).
 
-A map cannot be in the place that the prompt names if the object is not: --judge adds the row of those pictures in
-which the judge sees both objects, each in its place.
+A map cannot lie in the place named by the prompt if the object does not: --judge adds a row for the pictures in which
+the judge finds both objects in their places.
 
     python recipes/emoji/maps.py --model src/mezzotint/data/emoji [--judge FILE] [--out figures.json]
 """
@@ -45,7 +47,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def spec_of(number: int) -> Spec:
-    """One of the twenty scenes."""
+    """Return one of the twenty scenes."""
     relation = RELATIONS[number % 4]
     near, far = (0, SIDE // 2) if relation in ("left of", "above") else (SIDE // 2, 0)
     gap, across = (SIDE // 2 - PAIR) // 2, (SIDE - PAIR) // 2
@@ -61,7 +63,7 @@ def prompt_of(spec: Spec) -> str:
 
 
 def boxes(spec: Spec, k: int) -> tuple[Box, Box]:
-    """(half, square in its middle) of the object k."""
+    """Return the half that should hold object k, and the box around its centre."""
     first = (spec.relation in ("left of", "above")) == (k == 0)
     low, high = (0, SIDE // 2) if first else (SIDE // 2, SIDE)
     middle = SIDE // 4, 3 * SIDE // 4
@@ -71,13 +73,13 @@ def boxes(spec: Spec, k: int) -> tuple[Box, Box]:
 
 
 def inside(heat: Tensor, box: Box) -> float:
-    """The share of a map (H, W) that lies in the box; a map of nothing has none of it there."""
+    """Return the share of a map (H, W) inside the box; 0 for an empty map."""
     left, top, right, bottom = box
     return float(heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-12))
 
 
 def shares(explanation: Explanation, spec: Spec, glyphs: bool = False, **options: Any) -> list[tuple[float, float]]:
-    """For each of the two words (share in the half, share in the box)."""
+    """Return (share in the half, share in the box) for each of the two words."""
     found = []
     for k, name in enumerate(spec.objects):
         heat = explanation.map(name, **options)
@@ -90,7 +92,7 @@ def shares(explanation: Explanation, spec: Spec, glyphs: bool = False, **options
 
 
 def summary(found: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Means over the words; and how many maps lie more in the right half than in the other."""
+    """Return means over the words, and the fraction of maps that lie mostly in the right half."""
     halves, squares = zip(*found, strict=True)
     return {
         "half": sum(halves) / len(found),
@@ -100,8 +102,8 @@ def summary(found: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def rendered(pipe: mezzotint.Pipeline, pixels: Tensor, request: mezzotint.Request) -> Explanation:
-    """What the words look at in a rendered scene, noised to the first of NOISED and denoised from there."""
+def explain_scene(pipe: mezzotint.Pipeline, pixels: Tensor, request: mezzotint.Request) -> Explanation:
+    """Explain a rendered scene, noised to the first level of NOISED and denoised from there."""
     with torch.inference_mode():
         z = pipe.vae.scale(pipe.vae.encode(pixels).mean).float()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(request.seed or 0))
@@ -112,11 +114,11 @@ def rendered(pipe: mezzotint.Pipeline, pixels: Tensor, request: mezzotint.Reques
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure whether the maps of words lie on the objects.")
-    parser.add_argument("--model", type=Path, default=None, help="a model folder; else the bundled one")
+    parser = argparse.ArgumentParser(description="Measure how well attention maps locate the objects.")
+    parser.add_argument("--model", type=Path, default=None, help="model folder [default: the bundled model]")
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--judge", type=Path, help="the judge's file, trained if it is not there")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--judge", type=Path, help="file of the judge; trained first if missing")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     options = parser.parse_args()
 
     pipe = mezzotint.load(options.model, device="cpu")
@@ -124,7 +126,7 @@ def main() -> None:
     requests = [mezzotint.Request(prompt=prompt_of(spec), seed=k, steps=options.steps) for k, spec in enumerate(specs)]
     drawn = [explain(pipe, request) for request in requests]
     pixels = Scenes(0).compose(specs)
-    real = [rendered(pipe, pixels[k : k + 1], request) for k, request in enumerate(requests)]
+    real = [explain_scene(pipe, pixels[k : k + 1], request) for k, request in enumerate(requests)]
 
     rows: dict[str, dict[str, float]] = {}
 

@@ -29,7 +29,7 @@ CLASHING = {"left", "right", "above", "below", "inside", "small", "large", "two"
 
 
 def read_annotations() -> tuple[dict[str, str], dict[str, list[str]]]:
-    """For each emoji, without variation selectors, its short name and its keywords."""
+    """Read the short name and the keywords of each emoji, without variation selectors."""
     names: dict[str, str] = {}
     keywords: dict[str, list[str]] = {}
     for folder in ("annotations", "annotationsDerived"):
@@ -43,13 +43,13 @@ def read_annotations() -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def plain(text: str) -> str:
-    """Lower case, ASCII, no punctuation but hyphens: "Santa Claus" -> "santa claus", "piñata" -> "pinata"."""
+    """Lower-case a text and drop accents and punctuation except hyphens: "Santa Claus" -> "santa claus"."""
     letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return " ".join(re.sub(r"[^a-z0-9\- ]", "", letters).split())
 
 
 def emojis() -> list[str]:
-    """The fully qualified emoji of the groups that are kept, without variation selectors."""
+    """Return the fully qualified emoji of the groups in use, without variation selectors."""
     kept, group, subgroup = [], "", ""
     for line in EMOJI_LIST.read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"# (sub)?group: (.*)", line):

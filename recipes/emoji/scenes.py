@@ -53,7 +53,7 @@ PROMPT_KINDS = ("single", "pair", "single", "recoloured", "single", "pair", "cou
 
 
 def draw_glyph(emoji: str, face: ImageFont.FreeTypeFont) -> Image.Image:
-    """One emoji cropped to its visible box and padded to a square; RGBA, straight alpha."""
+    """Draw one emoji, cropped to its visible box and padded to a square; RGBA, straight alpha."""
     image = Image.new("RGBA", (3 * FONT_SIZE, 2 * FONT_SIZE))
     # The variation selector asks for colour, which this font always is; it would be drawn as a box.
     ImageDraw.Draw(image).text((20, 20), emoji.replace("\ufe0f", ""), font=face, embedded_color=True)
@@ -68,7 +68,7 @@ def draw_glyph(emoji: str, face: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def build_atlas(objects: Mapping[str, str] = OBJECTS, font: Path = FONT) -> dict[int, torch.Tensor]:
-    """For each size every object: (len(objects), size, size, 4) uint8, premultiplied RGBA."""
+    """Return all objects at each size: (len(objects), size, size, 4) uint8, premultiplied RGBA."""
     if not font.is_file():
         raise FileNotFoundError(
             f"the emoji font is not at {font}: install it (Debian, Ubuntu: apt install fonts-noto-color-emoji)"
@@ -85,7 +85,7 @@ def build_atlas(objects: Mapping[str, str] = OBJECTS, font: Path = FONT) -> dict
 
 
 def build_grounds() -> torch.Tensor:
-    """Every background of GROUNDS: (len(GROUNDS), 128, 128, 3) uint8."""
+    """Return all backgrounds of GROUNDS: (len(GROUNDS), 128, 128, 3) uint8."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     pictures = []
     for name in GROUNDS:
@@ -111,7 +111,7 @@ def build_grounds() -> torch.Tensor:
 
 
 def over(glyphs: torch.Tensor, under: torch.Tensor) -> torch.Tensor:
-    """Porter and Duff 1984, "over": premultiplied glyphs (B, h, w, 4) on opaque colours (B, h, w, 3), in 0..255."""
+    """Composite premultiplied glyphs (B, h, w, 4) over opaque colours (B, h, w, 3), 0..255 (Porter and Duff 1984)."""
     return under * (1 - glyphs[..., 3:] / 255) + glyphs[..., :3]
 
 
@@ -186,7 +186,7 @@ class Scenes:
         self._grounds = build_grounds().to(self.device)
 
     def specs(self, indices: Sequence[int]) -> tuple[list[str], list[Spec]]:
-        """Captions and specs of these scenes; needs no font."""
+        """Return captions and specs of these scenes; needs no font."""
         captions, specs = [], []
         for index in indices:
             random = Random((self.seed << 40) + index)
@@ -205,7 +205,7 @@ class Scenes:
                 return spec
 
     def _draw(self, kind: str, core: bool, random: Random) -> Spec:
-        """A scene of a kind, of either split."""
+        """Draw a random scene of a kind, of either split."""
         name = choose(CORE_NAMES if core or kind == "counted" else MORE_NAMES, random)
         colour, pattern = choose(tuple(BACKGROUNDS), random), pick(GROUND_SHARES, random.random())
         ground = {"colour": colour, "stripes": f"{colour} stripes", "gradient": f"{colour} gradient"}.get(
@@ -232,12 +232,12 @@ class Scenes:
         return Spec(kind, objects, ground, sizes, corners, relation, tint, word, number)
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, list[str], list[Spec]]:
-        """Pixels (B, 3, 128, 128) float32 in [-1, 1], captions, specs."""
+        """Return pixels (B, 3, 128, 128) float32 in [-1, 1], captions and specs."""
         captions, specs = self.specs(indices)
         return self.compose(specs), captions, specs
 
     def compose(self, specs: Sequence[Spec]) -> torch.Tensor:
-        """Draw specs: (B, 3, 128, 128) float32 in [-1, 1], on the device."""
+        """Render specs to pixels (B, 3, 128, 128), float32 in [-1, 1], on the device."""
         canvas = self._grounds[[GROUNDS.index(spec.background) for spec in specs]].float()  # (B, H, W, 3) in 0..255
         for layer in reversed(range(max(len(spec.objects) for spec in specs))):  # the first object is on top
             for size in SIZES:
@@ -247,7 +247,7 @@ class Scenes:
         return (canvas / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
     def _paste(self, canvas: torch.Tensor, specs: Sequence[Spec], rows: list[int], layer: int, size: int) -> None:
-        """Put one object of these rows' specs, all of one size, into the canvas (B, H, W, 3)."""
+        """Paste one object of each of these rows' specs, all of one size, onto the canvas (B, H, W, 3)."""
         if self._atlas is None:
             self._atlas = {size: glyphs.to(self.device) for size, glyphs in build_atlas().items()}
         table = [(b, NAMES.index(specs[b].objects[layer]), *specs[b].corners[layer]) for b in rows]
@@ -276,13 +276,13 @@ class Scenes:
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [-1, 1] -> PIL images."""
+    """Convert pixels (B, 3, H, W) in [-1, 1] to PIL images."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a) for a in array]
 
 
 def contact_sheet(images: Sequence[Image.Image], texts: Sequence[str], columns: int) -> Image.Image:
-    """Pictures in rows with their text under each, wrapped; all pictures of one size."""
+    """Arrange pictures of equal size in rows, each with its wrapped text underneath."""
     width, height, text_height = images[0].width, images[0].height, 38
     cell = (max(width, 160) + 8, height + text_height)
     sheet = Image.new("RGB", (columns * cell[0], -(-len(images) // columns) * cell[1]), "white")
@@ -306,10 +306,10 @@ def contact_sheet(images: Sequence[Image.Image], texts: Sequence[str], columns: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a contact sheet of scenes with their captions.")
-    parser.add_argument("--sheet", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--sheet", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", action="store_true", help="the combinations that are never trained")
+    parser.add_argument("--held-out", action="store_true", help="show held-out combinations")
     options = parser.parse_args()
     scenes = Scenes(options.seed, held_out=options.held_out)
     pixels, captions, _ = scenes.batch(range(options.count))

@@ -107,9 +107,9 @@ def draw_sheet(images: Sequence[Image.Image], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the sixty-four fixed prompts, once each, on one sheet.")
-    parser.add_argument("--model", default=None, help="a folder (the bundled model unless given)")
+    parser.add_argument("--model", default=None, help="model folder [default: the bundled model]")
     parser.add_argument("--out", type=Path, default=Path("docs/images/emoji-sheet.png"))
-    parser.add_argument("--steps", type=int, default=None, help="the model's own unless given, as is the sampler")
+    parser.add_argument("--steps", type=int, default=None, help="sampling steps [default: the model's own]")
     parser.add_argument("--sampler", default=None)
     options = parser.parse_args()
 

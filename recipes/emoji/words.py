@@ -80,13 +80,13 @@ PAIR_TEMPLATES = (
 
 
 def read_objects(path: Path) -> dict[str, str]:
-    """Plain name -> emoji, in the file's order ("🍋 lemon", one a line)."""
+    """Read the emoji of each plain name, in the file's order ("🍋 lemon", one per line)."""
     pairs = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines())
     return {name: emoji for emoji, name in pairs}
 
 
 def read_words(path: Path) -> dict[str, tuple[str, ...]]:
-    """Name -> other words for it ("lemon: citrus, ...", one a line)."""
+    """Read the other words for each name ("lemon: citrus, ...", one per line)."""
     pairs = (line.split(": ", 1) for line in path.read_text(encoding="utf-8").splitlines())
     return {name: tuple(words.split(", ")) for name, words in pairs}
 
@@ -120,7 +120,7 @@ class Spec:
 
 
 def pick(options: Sequence[tuple[T, float]], u: float) -> T:
-    """The option at u in [0, 1) of the options' shares, which sum to 1."""
+    """Return the option at u in [0, 1) of the cumulative shares, which sum to 1."""
     for option, share in options:
         u -= share
         if u < 0:
@@ -129,7 +129,7 @@ def pick(options: Sequence[tuple[T, float]], u: float) -> T:
 
 
 def choose(options: Sequence[T], random: Random) -> T:
-    """One of the options, all equally likely. (Only random() is promised to be the same in every Python.)"""
+    """Choose one of the options uniformly. Only random() is guaranteed to give the same values in every Python."""
     return options[int(random.random() * len(options))]
 
 
@@ -142,7 +142,7 @@ def is_held_out(*words: str) -> bool:
 
 
 def combinations(spec: Spec) -> list[tuple[str, ...]]:
-    """Every combination that a picture of `spec` shows; the last is the one that its kind is about."""
+    """Return all combinations that a picture of `spec` shows; the last is the one specific to its kind."""
     names = dict.fromkeys(spec.objects)
     shown: list[tuple[str, ...]] = [(name, "on", spec.background) for name in names]
     if spec.recolour:
@@ -187,7 +187,7 @@ def ground_words(ground: str) -> dict[str, str]:
 
 
 def caption(spec: Spec, random: Random, *, name_background: bool = False) -> str:
-    """A wording of `spec`; `name_background` leaves out the ones that hide it, and other words for objects."""
+    """Return a caption of `spec`; with `name_background`, one that names the background and uses the plain names."""
     ground = spec.background
     if ground.startswith("grey") and random.random() < 0.5:
         ground = ground.replace("grey", "gray")
@@ -218,7 +218,7 @@ def caption(spec: Spec, random: Random, *, name_background: bool = False) -> str
 
 
 def caption_words() -> list[str]:
-    """Texts that hold every word a caption may hold: what the tokenizer's table is cut by."""
+    """Return texts that contain every word of any caption, to reduce the tokenizer's vocabulary."""
     names = [word for name in NAMES for word in (with_article(name, name), *OTHER_WORDS.get(name, ()))]
     numbers = [f"{number} {plural(name)}" for number in NUMBERS for name in CORE_NAMES]
     grounds = [word for ground in (*GROUNDS, "gray") for word in ground_words(ground).values()]
