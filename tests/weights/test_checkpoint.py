@@ -201,7 +201,7 @@ def test_missing_files_are_named(folder: Path) -> None:
 def test_wrong_missing_and_foreign_tensors_are_named(folder: Path) -> None:
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     rewrite(weights, lambda table: table.update({"conv_in.weight": torch.ones(16, 4, 5, 5)}))
-    assert "conv_in.weight has the shape (16, 4, 5, 5) where its config asks for (16, 4, 3, 3)" in refused(folder)
+    assert "conv_in.weight has shape (16, 4, 5, 5); by its config it must be (16, 4, 3, 3)" in refused(folder)
     rewrite(weights, lambda table: table.update({"conv_in.weight": torch.ones(16, 4, 3, 3, dtype=torch.int32)}))
     assert "conv_in.weight holds int32" in refused(folder)
     rewrite(weights, lambda table: table.pop("conv_in.weight"))
@@ -227,7 +227,7 @@ def test_a_truncated_part_is_named(folder: Path) -> None:
         ("unet/config.json", '{"block_out_channels": [7, 7, 7, 7]}', "norm_num_groups"),
         ("text_encoder/config.json", '{"num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, but"),
         ("vae/config.json", '{"layers_per_block": 1000000000}', "layers_per_block is 1000000000, but"),
-        ("vae/config.json", '{"block_out_channels": [-8]}', "describes no vae"),
+        ("vae/config.json", '{"block_out_channels": [-8]}', "does not describe a valid vae"),
         (
             "model_index.json",
             '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "X"]}',

@@ -1,20 +1,20 @@
-"""Changes to the layers of a network that a run can put on: LoRA (Hu et al. 2021) and its relatives.
+"""Changes to the weights of a network's layers: LoRA (Hu et al. 2021) and its relatives.
 
     W' = W + s ΔW,   and at run time   y' = W x + s ΔW x
 
     LowRank      ΔW = up down, or up mid down (a convolution between them)     LoRA; LoCon with a Tucker core
     Hadamard     ΔW = (w1_a w1_b) * (w2_a w2_b)                                LoHa, Hyeon-Woo et al. 2022
     Kronecker    ΔW = w1 ⊗ w2                                                  LoKr, Edalati et al. 2022
-    Full         ΔW as it is, of a norm's weight too
+    Full         ΔW itself, for norms too
     Decomposed   ΔW = m (W + ΔV) / |W + ΔV| - W                                DoRA, Liu et al. 2024, eq. 5
 
-The layers that a set of changes touches get a forward hook, which looks for the changes in a context variable. So they
-are this thread's and this run's alone, and are put on, rescaled and taken off by setting the variable:
+They are applied in one of two ways. At run time, each layer concerned has a forward hook that looks up its changes in a
+context variable, so they affect only the current thread and only inside the block:
 
     with apply_adapters(networks, changes):
         unet(...)
 
-Or they are made part of the weights (`merge`), until `MergedWeights.undo` puts the tensors back that were there.
+Or `merge` adds them to the weights, until `MergedWeights.undo` restores the original tensors.
 """
 
 from __future__ import annotations
@@ -36,41 +36,48 @@ from mezzotint.models.offload import OffloadedLayer, WeightSource, offload_weigh
 if TYPE_CHECKING:  # the UNet's layers import this module
     from mezzotint.models.unet import UNet
 
-LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)  # all that can be changed
-NAME = "adapted_name"  # attribute of a layer with a hook: what `Changes` call it
-HOOKED = "adapted_layers"  # attribute of a network: the names of its layers that have it
+LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)  # the layers that can be changed
+NAME = "adapted_name"  # attribute of a layer with a hook: its name in `Changes`
+HOOKED = "adapted_layers"  # attribute of a network: the names of its layers with a hook
 
 
 class Change:
-    """A change to the weight of one layer, of any shape that has the weight's numbers in its order."""
+    """A change to the weight of one layer, in any shape with the same elements in the same order."""
 
     def product(self) -> Tensor:
-        """ΔW (outputs, ...) float32, for the scale 1."""
+        """Return ΔW (outputs, ...) in float32, at scale 1."""
         raise NotImplementedError
 
     def delta(self, weight: Tensor) -> Tensor:
-        """ΔW for this weight, in its shape, float32, for the scale 1."""
+        """Return ΔW for this weight, in its shape and float32, at scale 1."""
         return self.product().view(weight.shape)
 
     def effect(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What it adds to the layer's output for x, in the dtype of x, for the scale 1."""
+        """Return what the change adds to the layer's output for x, in the dtype of x, at scale 1."""
         made = self.product().view(weight_shape(layer))
         return _layer(layer, x, made.to(x.dtype))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Change:
-        """It on a device, in memory that is shared where it is there already; dtype: what its factors meet there."""
+        """Return the change on a device, without a copy if it is there already. `dtype` is that of the layer there."""
         moved = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]  # dataclasses
         return type(self)(**{n: v.to(device) if isinstance(v, Tensor | Change) else v for n, v in moved.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Change):
-    """down (rank, inputs, ...), up (outputs, rank, ...), mid (rank, rank, kh, kw); the strides are down's, or mid's."""
+    """A product of low rank. With `mid`, the kernel size and stride of the convolution are mid's, otherwise down's.
+
+    Attributes:
+        down: Shape (rank, inputs, ...).
+        up: Shape (outputs, rank, ...).
+        mid: Shape (rank, rank, kh, kw), or None.
+        factor: alpha / rank.
+    """
 
     down: Tensor
     up: Tensor
     mid: Tensor | None = None
-    factor: float = 1.0  # alpha / rank
+    factor: float = 1.0
 
     def product(self) -> Tensor:
         up = self.up.float().flatten(1) * self.factor
@@ -95,8 +102,10 @@ class LowRank(Change):
 
 @dataclass(frozen=True, eq=False)
 class Hadamard(Change):
-    """w_a (outputs, rank), w_b (rank, inputs * kh * kw); with t (rank, rank, kh, kw): w_a (rank, outputs), w_b (rank,
-    inputs).
+    """An elementwise product of two low-rank matrices.
+
+    Without t1 and t2, w_a is (outputs, rank) and w_b (rank, inputs * kh * kw). With them, (rank, rank, kh, kw), w_a is
+    (rank, outputs) and w_b (rank, inputs).
     """
 
     w1_a: Tensor
@@ -114,7 +123,7 @@ class Hadamard(Change):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Change):
-    """w1 (a, b) and w2 (c, d, ...), whole or as products of low rank; t2 as in Hadamard."""
+    """A Kronecker product of w1 (a, b) and w2 (c, d, ...), in full or as low-rank products as in Hadamard."""
 
     w1: Tensor | None = None
     w1_a: Tensor | None = None
@@ -134,7 +143,7 @@ class Kronecker(Change):
 
 @dataclass(frozen=True, eq=False)
 class Full(Change):
-    """The difference itself."""
+    """The difference of the weights itself."""
 
     diff: Tensor
 
@@ -144,9 +153,9 @@ class Full(Change):
 
 @dataclass(frozen=True, eq=False)
 class Decomposed(Change):
-    """Another change, after which each row of the weight (inputs: each column) has the length `magnitude`.
+    """Another change, after which the weight's rows (with `inputs`, its columns) are rescaled to the norms `magnitude`.
 
-    For a scale s the weight is moved by s times the way there, so that 0 is none of it, and changes add up.
+    A scale s adds s times the resulting difference, so that scale 0 changes nothing and changes can be added.
     """
 
     change: Change
@@ -170,17 +179,17 @@ class Decomposed(Change):
 
 @dataclass(frozen=True, eq=False)
 class LayerChange:
-    """What one file says of one layer: a change of its weight, of its bias, or of both."""
+    """The change that one file makes to one layer: to its weight, its bias, or both."""
 
     weight: Change | None = None
     bias: Tensor | None = None  # (outputs,)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerChange:
-        """It elsewhere."""
+        """Return the change on a device, as `Change.to` does."""
         return LayerChange(self.weight and self.weight.to(device, dtype), _to(self.bias, device, dtype))
 
 
-Changes = Mapping[str, Sequence[tuple[LayerChange, float]]]  # layer, as "unet.conv_in" -> each change and its scale
+Changes = Mapping[str, Sequence[tuple[LayerChange, float]]]  # layer ("unet.conv_in") -> its changes and their scales
 
 _applied: ContextVar[Changes | None] = ContextVar("adapters", default=None)
 _installing = threading.Lock()
@@ -189,7 +198,12 @@ _merges = itertools.count(1)
 
 @contextmanager
 def apply_adapters(networks: Mapping[str, nn.Module], changes: Changes) -> Iterator[None]:
-    """Has the networks, "unet" and the like, run with these changes inside, in this thread."""
+    """Apply changes to networks inside the block, in this thread.
+
+    Args:
+        networks: The networks by name ("unet", "text_encoder", ...).
+        changes: The changes of each layer and their scales. Layers of other networks are ignored.
+    """
     for name, network in networks.items():
         _install(name, network, changes)
     before = _applied.set(changes or None)
@@ -200,13 +214,13 @@ def apply_adapters(networks: Mapping[str, nn.Module], changes: Changes) -> Itera
 
 
 def is_adapted(layer: nn.Module) -> bool:
-    """Whether this run changes the layer: then its weight alone does not say what it does."""
+    """Return whether `apply_adapters` is changing the layer now, so that its output depends on more than its weight."""
     changes = _applied.get()
     return changes is not None and getattr(layer, NAME, None) in changes
 
 
 def _install(name: str, network: nn.Module, changes: Changes) -> None:
-    """Give the layers that will be changed the hook, which stays: outside of `apply_adapters` it does nothing."""
+    """Register the hook on the layers to change. It stays, and does nothing outside of `apply_adapters`."""
     prefix = f"{name}."
     known: set[str] = vars(network).setdefault(HOOKED, set())
     missing = [full for full in changes if full not in known and full.startswith(prefix)]
@@ -214,14 +228,14 @@ def _install(name: str, network: nn.Module, changes: Changes) -> None:
         with _installing:
             for full in missing:
                 layer = network.get_submodule(full.removeprefix(prefix))
-                if not hasattr(layer, NAME):  # else another thread was here meanwhile
+                if not hasattr(layer, NAME):  # another thread may have been faster
                     setattr(layer, NAME, full)
                     layer.register_forward_hook(_hook)
             known.update(missing)
 
 
 def _hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    """Adds what this run's changes of the layer do."""
+    """Add the effects of the current changes to the layer's output."""
     changes = _applied.get()
     found = changes.get(getattr(layer, NAME)) if changes else None
     if not found:
@@ -238,11 +252,11 @@ def _hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 
 def _layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What the layer would make of x with this weight and no bias."""
+    """Return the layer's output for x with this weight and no bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
     if isinstance(layer, nn.Conv2d):
-        y: Tensor = layer._conv_forward(x, weight, None)  # with its sides joined where they are
+        y: Tensor = layer._conv_forward(x, weight, None)  # with the padding of seamless pictures
         return y
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, layer.normalized_shape, weight, None, layer.eps)
@@ -251,7 +265,7 @@ def _layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """core (i, j, kh, kw), a (i, outputs), b (j, inputs) -> (outputs, inputs, kh, kw), float32."""
+    """Multiply core (i, j, kh, kw), a (i, outputs) and b (j, inputs) to (outputs, inputs, kh, kw) in float32."""
     return torch.einsum("ijkl,ip,jr->prkl", core.float(), a.float(), b.float())
 
 
@@ -274,7 +288,7 @@ def _to(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None) 
 
 
 def add_scaled(tensor: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """tensor + the sum of scale * delta, in float32, rounded once to the tensor's dtype and in its memory format."""
+    """Return tensor + the sum of scale * delta, computed in float32, in the tensor's dtype and memory format."""
     total = tensor.float()
     for delta, scale in deltas:
         total = torch.add(total, delta.to(total), alpha=scale)
@@ -300,13 +314,13 @@ class ChangedWeight(WeightSource):
 
 @dataclass(frozen=True, eq=False)
 class MergedWeights:
-    """What `merge` has put aside: for each layer its own weight and bias."""
+    """The original weight and bias of each layer that `merge` changed."""
 
     layers: Sequence[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]]
     networks: Sequence[nn.Module]
 
     def undo(self) -> None:
-        """The tensors that were there are put back, the same objects."""
+        """Restore the original tensors, the same objects."""
         for layer, weight, bias in self.layers:
             if isinstance(weight, WeightSource):
                 layer.weight_source = weight  # type: ignore[assignment]
@@ -318,7 +332,15 @@ class MergedWeights:
 
 
 def merge(networks: Mapping[str, nn.Module], changes: Changes) -> MergedWeights:
-    """Make the changes part of the networks' weights: W + s ΔW in float32, rounded once. No run may be under way."""
+    """Add changes to the weights of networks: W + s ΔW in float32, rounded once. No run may be in progress.
+
+    Args:
+        networks: The networks by name ("unet", "text_encoder", ...).
+        changes: The changes of each layer and their scales. Layers of other networks are ignored.
+
+    Returns:
+        The original weights, to undo it.
+    """
     kept: list[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]] = []
     for full, found in changes.items():
         name, _, path = full.partition(".")
@@ -353,7 +375,7 @@ def merge_copy(unet: UNet, changes: Changes) -> UNet:
 
     Args:
         unet: The network, on any device; its weights may be offloaded.
-        changes: Layer, as "unet.conv_in" -> each change and its scale.
+        changes: The changes of each layer ("unet.conv_in") and their scales.
 
     Returns:
         A UNet without gradients and without the first one's hooks.
@@ -371,11 +393,11 @@ def merge_copy(unet: UNet, changes: Changes) -> UNet:
 
 
 def _stamp(networks: Sequence[nn.Module]) -> None:
-    """What is kept of the networks' work, by their weights' places in memory, is no longer theirs."""
+    """Give the networks a new version, since caches of their results are keyed by the addresses of their weights."""
     for network in networks:
         network.weights_version = next(_merges)  # type: ignore[assignment]
 
 
 def weights_version(network: nn.Module) -> int:
-    """Another number after each merge and each undoing; 0 before the first."""
+    """Return a number that changes with each `merge` and `undo`; 0 before the first."""
     return getattr(network, "weights_version", 0)

@@ -1,8 +1,8 @@
-"""Open a model: a diffusers folder, an original single file, or a hub id -> the networks, filled and ready to run.
+"""Open a model from a diffusers folder, a single file in the original layout, or a hub id.
 
-Networks are built without memory (meta device) and checked against the table of contents first; then their weights are
-read one tensor after another, each converted, placed and let go before the next. Nothing in a file is ever executed,
-and only a hub id reaches the network.
+Networks are first built on the meta device and compared with the files' tables of contents. Then their weights are read
+one tensor at a time, each converted and placed before the next. Code in a file is never executed, and only a hub id
+leads to a download.
 """
 
 from __future__ import annotations
@@ -36,8 +36,21 @@ FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "S
 
 @dataclass
 class Parts:
-    """A model taken apart. `text_encoders` and `tokenizers` go together; `settings` is an optional mezzotint.json,
-    `few_step` its field of that name."""
+    """The networks of a model and what belongs to them.
+
+    Attributes:
+        family: "sd1", "sd2" or "sdxl".
+        unet: The UNet.
+        vae: The VAE.
+        text_encoders: The text encoders, two for SDXL.
+        tokenizers: The tokenizer of each text encoder.
+        scheduler_config: The content of scheduler_config.json.
+        model_index: The content of model_index.json.
+        settings: The content of mezzotint.json, or empty.
+        source: The model's folder or file.
+        files: All files that were read.
+        few_step: The field `few_step` of mezzotint.json.
+    """
 
     family: Family
     unet: UNet
@@ -53,7 +66,7 @@ class Parts:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """File name (below the model's folder) -> sha256 of its bytes. Read on the first use, not on loading."""
+        """The SHA-256 of each file by its name relative to the model's folder, computed on first use."""
         root = self.source if self.source.is_dir() else self.source.parent
         hashes = {}
         for path in self.files:
@@ -75,15 +88,20 @@ def open_model(
 ) -> Parts:
     """Load a model.
 
-    path_or_id: a folder in the diffusers layout, a .safetensors, .ckpt, .pt or .bin file in the original layout, or the
-    id of a hub repository (owner/name).
-    variant: of a folder's weights, such as "fp16"; None takes the plain files, or fp16 where there are only those.
-    dtype: of all weights; None keeps what most of each part's weights are.
-    family ("sd1", "sd2", "sdxl") and prediction ("epsilon", "v_prediction", "sample"): instead of what is found.
-    config: fields that shapes cannot show, by part: {"unet": {"attention_head_dim": 4}, "vae": {"norm_num_groups": 8}}.
-    placement: where large weights are kept, and as what; of all networks, or of each by its name.
+    Args:
+        path_or_id: A folder in the diffusers layout, a .safetensors, .ckpt, .pt or .bin file in the original layout, or
+            the id of a hub repository (owner/name).
+        variant: Variant of a folder's weights, such as "fp16". By default the plain files, or fp16 if there are only
+            those.
+        dtype: Dtype of all weights. By default that of most weights of each network.
+        device: Where the networks compute.
+        family: "sd1", "sd2" or "sdxl"; by default detected.
+        prediction: "epsilon", "v_prediction" or "sample"; by default detected.
+        config: Config fields that shapes cannot show, by network, such as {"unet": {"attention_head_dim": 4}}.
+        placement: Where large weights are stored and in which dtype, for all networks or by network name.
 
-    Raises CheckpointError, a sentence, before any weight is read, for all that can be seen without reading them.
+    Raises:
+        CheckpointError: If the model cannot be loaded. Almost all causes are found before weights are read.
     """
     found = scan_model(path_or_id, variant=variant, family=family, prediction=prediction, config=config)
     networks: dict[str, Any] = {}
@@ -118,7 +136,7 @@ def scan_model(
     prediction: str | None = None,
     config: Overrides | None = None,
 ) -> ModelFiles:
-    """What `open_model` would open, with no weight read. Raises CheckpointError for what its files cannot be."""
+    """Describe what `open_model` would open without reading weights. Raises CheckpointError if it has problems."""
     found = _scan(locate(path_or_id, variant), variant, family, prediction, config or {})
     if found.problems:
         raise CheckpointError(found.problems[0])
@@ -126,9 +144,10 @@ def scan_model(
 
 
 def read_tokenizers(path_or_id: str | Path) -> tuple[list[Tokenizer], list[int], dict[str, Any]]:
-    """A model's tokenizers alone, the width of the text encoder of each, and its settings (mezzotint.json).
+    """Return a model's tokenizers, the width of the text encoder of each, and its settings (mezzotint.json).
 
-    Raises CheckpointError as `open_model`.
+    Raises:
+        CheckpointError: As `open_model` does.
     """
     found = _scan(locate(path_or_id), None, None, None, {})
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
@@ -142,7 +161,7 @@ def _scan(path: Path, variant: str | None, family: str | None, prediction: str |
         *(("config", name, NETWORKS) for name in config),
     ):
         if value is not None and value not in known:
-            raise CheckpointError(f"{field_name} cannot be {value!r}; it can be {', '.join(known)}")
+            raise CheckpointError(f"{field_name} is {value!r}; it must be one of {', '.join(known)}")
     if path.is_dir():
         return plan_folder(path, variant, cast("Family | None", family), prediction, config)
     if variant:
@@ -152,7 +171,7 @@ def _scan(path: Path, variant: str | None, family: str | None, prediction: str |
 
 @dataclass
 class PartReport:
-    """One network as the files hold it: numbers of weights, and tensors, and weights by dtype."""
+    """One network in a Report: the numbers of parameters and of tensors, and of parameters by dtype."""
 
     name: str
     parameters: int
@@ -162,7 +181,7 @@ class PartReport:
 
 @dataclass
 class Report:
-    """What a file or folder is. `report.text()` is for a person, `report.to_dict()` for a program."""
+    """What a file or folder contains, and what is wrong with it."""
 
     path: str
     kind: str
@@ -177,9 +196,11 @@ class Report:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         return {**vars(self), "parts": [vars(part) for part in self.parts]}
 
     def text(self) -> str:
+        """Return the report as text."""
         lines = [f"{self.path}: {self.kind}, {self.bytes / 1e6:,.1f} MB, {self.keys} tensors"]
         if self.family:
             lines.append(f"  family {self.family}, prediction {self.prediction}, sampler {self.sampler}")
@@ -192,9 +213,15 @@ class Report:
 
 
 def inspect_model(path: str | Path, *, variant: str | None = None, config: Overrides | None = None) -> Report:
-    """Say what a model folder, any tensor file or "emoji" is, and what is wrong with it, without reading its weights.
+    """Describe a model folder, any tensor file or the bundled model without reading weights.
 
-    Raises CheckpointError when there is nothing at the path, or it is neither a model folder nor a tensor file.
+    Args:
+        path: A folder, a file, or "emoji".
+        variant: As for `open_model`.
+        config: As for `open_model`.
+
+    Raises:
+        CheckpointError: If the path does not exist, or is neither a model folder nor a tensor file.
     """
     path = local(path) or Path(path)
     if not path.exists():
@@ -204,7 +231,7 @@ def inspect_model(path: str | Path, *, variant: str | None = None, config: Overr
     except CheckpointError:
         if path.is_dir():
             raise
-        file = TensorFile(path)  # raises the same sentence where the file itself cannot be read
+        file = TensorFile(path)  # raises the same error if the file itself cannot be read
         dtypes: Counter[str] = Counter()
         for entry in file.entries.values():
             dtypes[dtype_name(entry.dtype)] += entry.count

@@ -33,7 +33,7 @@ from mezzotint.weights.offload import FileWeight, WeightPlacer
 Config = UNetConfig | VAEConfig | CLIPConfig
 Overrides = Mapping[str, Mapping[str, Any]]  # part -> fields of its config
 
-# Each part: the classes that model_index.json may name, our config, our module.
+# By network: the classes that model_index.json may name, our config, our module.
 NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Module]]] = {
     "unet": (("UNet2DConditionModel",), UNetConfig, UNet),
     "vae": (("AutoencoderKL",), VAEConfig, VAE),
@@ -48,14 +48,14 @@ COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block
 
 @dataclass
 class NetworkFiles:
-    """One network: its config, and for each of its parameters the tensor of a file."""
+    """One network: its config, and the tensor in a file for each of its parameters."""
 
     name: str
-    path: Path  # the folder or file, for sentences
+    path: Path  # the folder or file, for error messages
     config: Config
     files: Mapping[str, TensorFile]  # tensor name -> its file
     sources: Sources
-    unknown: list[str]  # tensors that have no place in the network
+    unknown: list[str]  # tensors that match no parameter
 
     @classmethod
     def of(
@@ -67,7 +67,11 @@ class NetworkFiles:
         sources: Sources,
         unknown: list[str],
     ) -> NetworkFiles:
-        """Check `fields` as the part's config. Raises CheckpointError naming the first that is wrong."""
+        """Validate `fields` as the network's config.
+
+        Raises:
+            CheckpointError: If a field is wrong; it names the first.
+        """
         try:
             config = NETWORKS[name][1].model_validate(fields)
         except ValidationError as error:
@@ -77,7 +81,7 @@ class NetworkFiles:
         return cls(name, path, config, files, sources, unknown)
 
     def network(self) -> nn.Module:
-        """The network without memory for its weights (meta device). Raises CheckpointError for an impossible config."""
+        """Build the network on the meta device. Raises CheckpointError if its config is impossible."""
         for name in COUNTS:
             count = getattr(self.config, name, 0)
             if max(count if isinstance(count, tuple) else (count,), default=0) > len(self.sources):
@@ -88,10 +92,10 @@ class NetworkFiles:
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
         except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as error:
-            raise CheckpointError(f"{self.path}: its config describes no {self.name} ({error})") from None
+            raise CheckpointError(f"{self.path}: its config does not describe a valid {self.name}: {error}") from None
 
     def problems(self, network: nn.Module) -> list[str]:
-        """Sentences: missing and unexpected tensors, wrong shapes, numbers that are no weights."""
+        """Return sentences about missing and unexpected tensors, wrong shapes and wrong dtypes."""
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         here = f"{self.path} ({self.name})"
         found: list[str] = []
@@ -100,27 +104,27 @@ class NetworkFiles:
             found.append(f"{here} lacks {join_names(missing)}")
         extra = self.unknown + [source.key for name, source in self.sources.items() if name not in wanted]
         if extra:
-            found.append(f"{here} holds tensors that its config has no place for: {join_names(extra)}")
+            found.append(f"{here} has tensors that do not belong to its config: {join_names(extra)}")
         for name, want in wanted.items():
             if name not in self.sources:
                 continue
             source = self.sources[name]
             have, dtype = self._shape(source), self.files[source.key].entries[source.key].dtype
             if not _fits(have, want):
-                found.append(f"{here}: {source.key} has the shape {have} where its config asks for {want}")
+                found.append(f"{here}: {source.key} has shape {have}; by its config it must be {want}")
             elif not dtype.is_floating_point:
-                found.append(f"{here}: {source.key} holds {dtype_name(dtype)}, not floating-point weights")
+                found.append(f"{here}: {source.key} is {dtype_name(dtype)}; weights must be floating-point")
         return found
 
     def _shape(self, source: Source) -> tuple[int, ...]:
-        """The shape of what `load` will make of the tensor."""
+        """Return the shape of the tensor after `load` has converted it."""
         shape = self.files[source.key].entries[source.key].shape
         if source.third is not None and shape and shape[0] % 3 == 0:
             shape = (shape[0] // 3, *shape[1:])
         return shape[::-1] if source.transpose else shape
 
     def dtypes(self) -> Counter[torch.dtype]:
-        """How many numbers of each dtype the files hold for this part."""
+        """Count the elements of each dtype in the files."""
         total: Counter[torch.dtype] = Counter()
         for key in {source.key for source in self.sources.values()}:
             entry = self.files[key].entries[key]
@@ -128,7 +132,7 @@ class NetworkFiles:
         return total
 
     def natural_dtype(self) -> torch.dtype:
-        """What most of the weights are; 8-bit floats become float16, float64 becomes float32."""
+        """Return the dtype of most weights; float16 for 8-bit floats and float32 for float64."""
         most = self.dtypes().most_common(1)[0][0]
         if most in NATURAL:
             return most
@@ -141,8 +145,16 @@ class NetworkFiles:
         device: torch.device,
         placement: Placement = Placement(),  # noqa: B008  # frozen
     ) -> None:
-        """Fill `network` (checked, on meta), one tensor after another; convolutions in channels_last. Large weights are
-        held where the placement keeps them otherwise. Raises RequestError where it cannot.
+        """Read the weights into a network, one tensor at a time.
+
+        Args:
+            network: A network from `network`, without `problems`.
+            dtype: The dtype of the weights. By default `natural_dtype`.
+            device: Where the network computes.
+            placement: Where large weights are stored.
+
+        Raises:
+            RequestError: If the placement is not possible on this device.
         """
         dtype = dtype or self.natural_dtype()
         placer = WeightPlacer(placement, dtype, device)
@@ -158,9 +170,13 @@ class NetworkFiles:
 
 
 class FewStep(BaseModel):
-    """`few_step` of a folder's mezzotint.json: with this solver the model draws in few steps, by a LoRA on its UNet.
+    """The field `few_step` of mezzotint.json: the solver and the UNet's LoRA for generation in few steps.
 
-    lora: a file beside mezzotint.json. steps, guidance_scale: where the request does not say.
+    Attributes:
+        sampler: The solver that uses the LoRA.
+        steps: Default number of steps with it.
+        guidance_scale: Default guidance scale with it.
+        lora: Name of a file in the folder of mezzotint.json.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -196,19 +212,21 @@ class ModelFiles:
     passed_over: list[str] = field(default_factory=list)
 
     def config(self, name: str) -> Config | None:
+        """Return the config of a network, or None if the model does not have it."""
         return next((part.config for part in self.parts if part.name == name), None)
 
 
-def join_names(names: Sequence[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def join_names(names: Sequence[str], limit: int = 4) -> str:
+    """Join the first few names, and say how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float16" for torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
 def _fits(have: tuple[int, ...], want: tuple[int, ...]) -> bool:
-    """Equal, or a 1x1 convolution where a linear layer is wanted or the other way round: the same numbers."""
+    """Return whether the shapes are equal, or those of a linear layer and a 1x1 convolution with the same elements."""
     return have == want or (*have, 1, 1) == want or have == (*want, 1, 1)
