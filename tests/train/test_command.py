@@ -170,5 +170,5 @@ def test_a_lora_of_another_family(
     with pytest.raises(SystemExit) as done:
         cli.main()
     out, err = capsys.readouterr()
-    assert done.value.code == 2 and not out and "is no LoRA for this model: it is for " in sentence(err)
+    assert done.value.code == 2 and not out and "is not a LoRA for this model: it is for " in sentence(err)
     assert "XL" in sentence(err)

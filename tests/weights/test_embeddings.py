@@ -118,16 +118,16 @@ def test_a_folder(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_another_models_embedding_names_both_widths(files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"kohya\.safetensors.*'kohya' are 8 numbers wide.* 16"):
+    with pytest.raises(CheckpointError, match=r"kohya\.safetensors.*'kohya' have width 8,.* 16"):
         Library([str(files["kohya.safetensors"])], [16])
-    with pytest.raises(CheckpointError, match=r"8 and 12 numbers wide.* 8$"):
+    with pytest.raises(CheckpointError, match=r"width 8 and 12,.* 8$"):
         Library([str(files["xl.safetensors"])], [8])
-    with pytest.raises(CheckpointError, match=r"8 numbers wide.* 8 and 12"):
+    with pytest.raises(CheckpointError, match=r"width 8,.* 8 and 12"):
         Library([str(files["kohya.safetensors"])], [8, 12])
     (tmp_path / "in").mkdir()  # in a folder only where it is asked for
     files["kohya.safetensors"].rename(tmp_path / "in" / "kohya.safetensors")
     library = Library([str(tmp_path / "in")], [16])
-    with pytest.raises(CheckpointError, match=r"8 numbers wide.* 16"):
+    with pytest.raises(CheckpointError, match=r"width 8,.* 16"):
         library["kohya"]
 
 
@@ -167,10 +167,10 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        ({"unet.conv_in.weight": torch.ones(2, 2)}, "holds no textual inversion.*unet.conv_in.weight"),
-        ({"alpha": torch.tensor(1.0)}, "holds no textual inversion"),
-        ({"emb_params": torch.full((1, 8), float("nan"))}, "no embedding"),
-        ({"clip_l": torch.ones(1, 2, 8), "clip_g": torch.ones(1, 12)}, "no embedding"),
+        ({"unet.conv_in.weight": torch.ones(2, 2)}, "is not a textual inversion.*unet.conv_in.weight"),
+        ({"alpha": torch.tensor(1.0)}, "is not a textual inversion"),
+        ({"emb_params": torch.full((1, 8), float("nan"))}, "is not an embedding"),
+        ({"clip_l": torch.ones(1, 2, 8), "clip_g": torch.ones(1, 12)}, "is not an embedding"),
     ],
 )
 def test_what_is_no_embedding(tmp_path: Path, tensors: dict[str, Tensor], sentence: str) -> None:
@@ -199,7 +199,7 @@ def test_a_hub_id(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
         assert choose(["README.md", "learned_embeds.bin", "concept_images/1.bin", "token_identifier.txt"]) == [
             "learned_embeds.bin"
         ]
-        with pytest.raises(CheckpointError, match="no embedding"):
+        with pytest.raises(CheckpointError, match="is not an embedding"):
             choose(["README.md", "unet/a.safetensors"])
         (tmp_path / "snapshot").mkdir()
         files["learned_embeds.bin"].rename(tmp_path / "snapshot" / "learned_embeds.bin")

@@ -228,18 +228,18 @@ def test_coverage_names_what_matches_and_what_not(adapters: Adapters, tmp_path: 
             "does not fit this model: it is for SD 1; unet.down_blocks",
         ),
         ({"x.lora_A.weight": (2, 8)}, {"ss_base_model_version": "sd_v2_768_v"}, "it is for SD 2"),
-        ({"weight": (2, 8)}, {}, "is no LoRA for this model; none of its names is one of a layer here: weight"),
-        ({f"unet.{TO_Q}.lora_A.weight": (2, 16)}, {}, "up missing beside down"),
+        ({"weight": (2, 8)}, {}, "is not a LoRA for this model; its names match no layer: weight"),
+        ({f"unet.{TO_Q}.lora_A.weight": (2, 16)}, {}, "up missing, with down present"),
         ({f"unet.{TO_Q}.lora_A.weight": (0, 16), f"unet.{TO_Q}.lora_B.weight": (16, 0)}, {}, "does not fit"),
         ({f"unet.{TO_Q}.lora_A.weight": (2, 16), f"unet.{TO_Q}.lora_B.weight": (16, 3)}, {}, "different ranks"),
         ({f"unet.{TO_Q}.lora_A.weight": (2, 8), f"unet.{TO_Q}.lora_B.weight": (32, 2)}, {}, "(2, 8), (32, 2)"),
-        ({f"unet.{TO_Q}.alpha": ()}, {}, "is no LoRA for this model"),
-        ({f"unet.{TO_Q}.dora_scale": (16, 1)}, {}, "it has dora_scale alone, which is no change"),
-        ({f"unet.{TO_Q}.hada_w1_a": (16, 2)}, {}, "w1_b and w2_a and w2_b missing beside w1_a"),
+        ({f"unet.{TO_Q}.alpha": ()}, {}, "is not a LoRA for this model"),
+        ({f"unet.{TO_Q}.dora_scale": (16, 1)}, {}, "dora_scale alone do not make a change"),
+        ({f"unet.{TO_Q}.hada_w1_a": (16, 2)}, {}, "w1_b and w2_a and w2_b missing, with w1_a present"),
         (
             {f"unet.{TO_Q}.lora_A.weight": (2, 16), f"lora_unet_{flat(TO_Q)}.lora_down.weight": (2, 16)},
             {},
-            "which say the same twice",
+            "which mean the same tensor",
         ),
     ],
 )
@@ -299,7 +299,7 @@ def test_from_the_hub(adapters: Adapters, tmp_path: Path, monkeypatch: pytest.Mo
     def snapshot(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
         asked.append(name)
         assert choose(listing) == ["adapter_model.safetensors", "adapter_config.json"]
-        with pytest.raises(CheckpointError, match=r"2 files that may be one, a\.safetensors, b\.safetensors,"):
+        with pytest.raises(CheckpointError, match=r"2 files that could be the LoRA \(a\.safetensors, b\.safetensors\)"):
             choose(["b.safetensors", "a.safetensors", "c.bin"])
         with pytest.raises(CheckpointError, match=r"no \.safetensors"):
             choose(["README.md", "unet/a.safetensors"])

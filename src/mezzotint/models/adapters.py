@@ -284,7 +284,7 @@ def _to(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None) 
     return None if tensor is None else tensor.to(device, dtype)
 
 
-# MergedWeights into the weights
+# Merging
 
 
 def add_scaled(tensor: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> Tensor:

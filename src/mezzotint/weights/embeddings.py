@@ -1,13 +1,13 @@
-"""Textual inversion files: vectors that stand in a prompt for a word of their own (Gal et al. 2022).
+"""Read textual inversion files: vectors that a trigger word inserts into a prompt (Gal et al. 2022).
 
     A1111 .pt                string_to_param.*           (n, width)    its name is the file's
     diffusers .safetensors,  <cat-toy>                   (n, width)    its name is the key (and the file's)
       .bin                                               or (width,)
     kohya .safetensors       emb_params                  (n, width)    its name is the file's
-    SDXL                     clip_l and clip_g           (n, width)    its name is the file's; for both encoders
+    SDXL                     clip_l and clip_g           (n, width)    its name is the file's; one tensor per encoder
     in a LoRA                bundle_emb.NAME.string_to_param.* (or .clip_l, .clip_g)
 
-Nothing in a file is executed; see files.py.
+Code in a file is never executed; see files.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ PAIR = ("clip_l", "clip_g")  # SDXL's first and second text encoder
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """names: its triggers, without < and >. vectors: (n, width) float32, by "clip_l" and "clip_g", or "" if alone."""
+    """The vectors of a trigger word.
+
+    Attributes:
+        path: The file.
+        names: Its triggers, without < and >.
+        vectors: Shape (n, width), float32, by "clip_l" and "clip_g"; by "" for models with one text encoder.
+    """
 
     path: Path
     names: tuple[str, ...]
@@ -43,7 +49,7 @@ class Embedding:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of its numbers."""
+        """SHA-256 of the vectors."""
         digest = hashlib.sha256()
         for key in sorted(self.vectors):
             digest.update(f"{key}{tuple(self.vectors[key].shape)}".encode())
@@ -51,26 +57,34 @@ class Embedding:
         return digest.hexdigest()
 
     def vectors_for(self, widths: Sequence[int]) -> tuple[Tensor, ...]:
-        """The vectors for each text encoder, of these widths. Raises CheckpointError where they do not fit."""
+        """Return the vectors for text encoders of these widths. Raises CheckpointError if they do not fit."""
         keys = PAIR[: len(widths)] if self.vectors.keys() & {*PAIR} else ("",)
         found = tuple(self.vectors[key] for key in keys if key in self.vectors)
         have = [vectors.shape[1] for vectors in self.vectors.values()]
         if len(have) != len(widths) or [vectors.shape[1] for vectors in found] != [*widths]:
             raise CheckpointError(
-                f"{self.path} was made for another model: the vectors of its embedding {self.names[0]!r} are "
-                f"{_and(have)} numbers wide, and the text encoder's are {_and(widths)}"
+                f"{self.path} was made for another model: the vectors of its embedding {self.names[0]!r} have width "
+                f"{_and(have)}, and the text encoder's width is {_and(widths)}"
             )
         return found
 
 
 class Library(Mapping[str, tuple[Tensor, ...]]):
-    """Trigger, in lower case -> the vectors (n, width) for each text encoder.
+    """Map triggers, in lower case, to the vectors (n, width) for each text encoder.
 
-    An embedding in a folder that was made for another model is an error only where a prompt asks for it.
+    An embedding in a folder that was made for another model is an error only if a prompt uses it.
     """
 
     def __init__(self, sources: Sequence[str], widths: Sequence[int]) -> None:
-        """sources: files, folders or hub ids. Raises CheckpointError for what is missing, damaged or does not fit."""
+        """Read embeddings.
+
+        Args:
+            sources: Files, folders or hub ids.
+            widths: Width of each text encoder.
+
+        Raises:
+            CheckpointError: If one is missing or damaged, or a file does not fit the model.
+        """
         self._widths = widths
         self._found: dict[str, Embedding] = {}
         for source in sources:
@@ -99,12 +113,12 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
 
     @property
     def digests(self) -> dict[str, str]:
-        """Trigger -> sha256 of the embedding's numbers."""
+        """The SHA-256 of each embedding by its trigger."""
         return {name: embedding.digest for name, embedding in self._found.items()}
 
 
 def read_embeddings(path: str | Path) -> list[Embedding]:
-    """The embeddings of one file, or those bundled in a LoRA. Raises CheckpointError for a file that holds none."""
+    """Read the embeddings of a file, or those bundled in a LoRA. Raises CheckpointError if it has none."""
     try:
         stat = os.stat(path)
     except OSError as error:
@@ -130,14 +144,14 @@ def _read(name: str, _changed: int, _size: int, _inode: int) -> list[Embedding]:
     params = [key for key in keys if key.startswith("string_to_param.")]
     if params or keys == ["emb_params"]:
         if len(params) > 1:
-            raise CheckpointError(f"{path} holds {len(params)} embeddings in one string_to_param; it must be one")
+            raise CheckpointError(f"{path} has {len(params)} embeddings in string_to_param; it must have one")
         return [Embedding(path, (path.stem,), {"": _vectors(file, (params or keys)[0])})]
     if not keys or any(
         len(entry.shape) not in (1, 2) or key.endswith(".weight") for key, entry in file.entries.items()
     ):
         raise CheckpointError(
-            f"{path} holds no textual inversion: neither string_to_param, emb_params, clip_l and clip_g, nor a tensor "
-            f"named by its trigger, nor bundle_emb in a LoRA; it has {join_names(keys) or 'no tensors'}"
+            f"{path} is not a textual inversion: it must have string_to_param, emb_params, clip_l and clip_g, "
+            f"bundle_emb, or a tensor named by its trigger; it has {join_names(keys) or 'no tensors'}"
         )
     single = (path.stem,) if len(keys) == 1 else ()
     return [Embedding(path, (key.strip("<>"), *single), {"": _vectors(file, key)}) for key in keys]
@@ -148,16 +162,19 @@ def _vectors(file: TensorFile, key: str) -> Tensor:
     tensor = tensor[None] if tensor.ndim == 1 else tensor
     if tensor.ndim != 2 or not tensor.numel() or not tensor.isfinite().all():
         raise CheckpointError(
-            f"{file.path}: {key!r} of shape {tuple(tensor.shape)} is no embedding, which is finite, (vectors, width)"
+            f"{file.path}: {key!r} of shape {tuple(tensor.shape)} is not an embedding; it must be finite and of shape "
+            "(vectors, width)"
         )
     return tensor
 
 
 def _choose_files(name: str, listing: Iterable[str]) -> list[str]:
-    """Of a repository's files the embeddings, at its top."""
+    """Choose the embeddings among a repository's files."""
     files = _safest_formats(file for file in listing if "/" not in file)
     if not files:
-        raise CheckpointError(f"The hub's {name} has no .safetensors, .bin or .pt file at its top: it is no embedding")
+        raise CheckpointError(
+            f"The hub's {name} is not an embedding: it has no .safetensors, .bin or .pt file in its root"
+        )
     return files
 
 
@@ -165,13 +182,13 @@ def _list_folder(path: Path) -> list[str]:
     """Return the embedding files of a folder."""
     files = _safest_formats(list_files(path, SUFFIXES))
     if not files:
-        raise CheckpointError(f"{path} is a folder without .safetensors, .bin or .pt files: it holds no embedding")
+        raise CheckpointError(f"{path} is a folder without .safetensors, .bin or .pt files, so it has no embeddings")
     place = str(path)
     return [f"{place}/{file}" for file in files]
 
 
 def _safest_formats(names: Iterable[str]) -> list[str]:
-    """Each file that may be an embedding, in the safest of its formats."""
+    """Return the files that may be embeddings, each in its safest format."""
     listing, best = list(names), dict[str, str]()
     for suffix in SUFFIXES:  # the safest last
         best |= {name.removesuffix(suffix): name for name in listing if name.endswith(suffix)}

@@ -1,4 +1,4 @@
-"""The files below a folder, listed quickly: no file is opened or asked for its status."""
+"""List the files below a folder quickly, without opening them or calling stat."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
     """Return the paths, relative to `folder`, of the files with these suffixes in it and in the folders below it.
 
-    They are sorted folder by folder. Links to folders are not followed, and what cannot be read is left out.
+    They are sorted folder by folder. Links to folders are not followed, and unreadable folders are skipped.
     """
     root, endings = str(folder), tuple(suffixes)
     found: list[str] = []
@@ -27,4 +27,4 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
                         pending.append(name)
         except OSError:
             continue
-    return sorted(found, key=lambda name: name.replace("/", "\0"))  # as lists of their parts
+    return sorted(found, key=lambda name: name.replace("/", "\0"))  # as lists of path components

@@ -1,8 +1,8 @@
-"""LoRA files and their relatives: read for a model, whatever program wrote them (lora_keys.py has the names).
+"""Read LoRA files and their relatives for a model, whatever program wrote them (lora_keys.py has the names).
 
-How much of a change is made: alpha / rank of it, where alpha is the file's tensor, else what peft's configuration in
-the file's metadata says, else the rank itself. A LoHa and a LoKr have the rank of their second factor; a LoKr of two
-whole matrices has none, and takes 1.
+A change is multiplied by alpha / rank. Alpha is the file's tensor, or that in peft's configuration in the file's
+metadata, or the rank itself. The rank of LoHa and LoKr is that of their second factor; a LoKr of two full matrices has
+no rank, and its factor is 1.
 """
 
 from __future__ import annotations
@@ -41,25 +41,29 @@ from mezzotint.weights.hub import resource
 from mezzotint.weights.lora_keys import detect_family, layer_names, split_key
 from mezzotint.weights.model_files import join_names
 
-NAMES = (  # in a folder or a repository, the first that is there
+NAMES = (  # the usual names in a folder or repository, by precedence
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
 SUFFIXES = (".safetensors", ".bin", ".pt")  # of other names; the safest first
-CONFIG = "adapter_config.json"  # beside peft's own files
+CONFIG = "adapter_config.json"  # in the folder of peft's own files
 METADATA = "lora_adapter_metadata"  # key of peft's configurations in a file of diffusers
 MAX_CONFIG_BYTES = 2**20  # bytes
 FAMILIES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL"}
 
-Tensors = dict[str, Tensor]  # role, of adapter_keys.ENDINGS -> tensor
+Tensors = dict[str, Tensor]  # role, as in lora_keys.ENDINGS -> tensor
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of an adapter: of its UNet's and its text encoders' part, times that of the longest of `blocks` that
-    begins a layer's name ("unet.down_blocks.1", "text_encoder.text_model.encoder.layers.3").
+    """The scale of an adapter in each layer.
+
+    Attributes:
+        unet: Scale in the UNet.
+        text: Scale in the text encoders.
+        blocks: Further factors by the prefix of a layer's name ("unet.down_blocks.1"). The longest prefix counts.
     """
 
     unet: float = 1.0
@@ -67,7 +71,7 @@ class Scale:
     blocks: tuple[tuple[str, float], ...] = ()
 
     def of(self, layer: str) -> float:
-        """For one layer."""
+        """Return the scale in a layer."""
         fitting = [(len(block), factor) for block, factor in self.blocks if f"{layer}.".startswith(f"{block}.")]
         whole = self.unet if layer.startswith("unet.") else self.text
         return whole * (max(fitting)[1] if fitting else 1.0)
@@ -75,8 +79,13 @@ class Scale:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What of a file fits a model. matched: layers. unmatched: names in the file that no layer has. wrong: sentences on
-    those whose tensors do not fit the layer. bundled: keys of textual inversions, which embeddings.py reads.
+    """What part of a LoRA file fits a model.
+
+    Attributes:
+        matched: The layers that it changes.
+        unmatched: Names in the file that belong to no layer.
+        wrong: Sentences about tensors that do not fit their layer.
+        bundled: Keys of textual inversions, which embeddings.py reads.
     """
 
     matched: tuple[str, ...] = ()
@@ -85,7 +94,7 @@ class Coverage:
     bundled: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """All of it, for a person."""
+        """Return the coverage as text, with every name."""
         networks = Counter(layer.partition(".")[0] for layer in self.matched)
         places = ", ".join(f"{count} in {network}" for network, count in networks.items())
         lines = [f"{len(self.matched)} layers matched" + (f": {places}" if places else "")]
@@ -95,19 +104,26 @@ class Coverage:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        said = [f"{len(self.matched)} layers matched"]
+        counts = [f"{len(self.matched)} layers matched"]
         if self.unmatched:
-            said.append(f"{len(self.unmatched)} names match no layer: {join_names(self.unmatched)}")
+            counts.append(f"{len(self.unmatched)} names match no layer: {join_names(self.unmatched)}")
         if self.wrong:
-            said.append(f"{len(self.wrong)} of the wrong shape: {join_names(self.wrong)}")
+            counts.append(f"{len(self.wrong)} of the wrong shape: {join_names(self.wrong)}")
         if self.bundled:
-            said.append(f"{len(self.bundled)} tensors of bundled embeddings")
-        return "; ".join(said)
+            counts.append(f"{len(self.bundled)} tensors of bundled embeddings")
+        return "; ".join(counts)
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A file, read for a model. changes: by layer, "unet.conv_in". digest: SHA-256 of the file."""
+    """A LoRA file, read for a model.
+
+    Attributes:
+        path: The file.
+        digest: SHA-256 of the file.
+        changes: The changes by layer ("unet.conv_in").
+        coverage: What part of the file fits the model.
+    """
 
     path: Path
     digest: str
@@ -138,7 +154,7 @@ def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[s
         if coverage.wrong:
             raise CheckpointError(f"{path} does not fit this model{hint}; {join_names(coverage.wrong, 2)}")
         raise CheckpointError(
-            f"{path} is no LoRA for this model{hint}; none of its names is one of a layer here: "
+            f"{path} is not a LoRA for this model{hint}; its names match no layer: "
             f"{join_names(coverage.unmatched) or 'it is empty'}"
         )
     digest = hashlib.sha256()
@@ -161,29 +177,27 @@ def read_unet_lora(path: Path, unet: nn.Module) -> Changes:
 
 
 def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
-    """What of a file fits these networks, which may be on the meta device, from its names and shapes alone."""
+    """Return what part of a file fits networks, from its names and shapes alone. They may be on the meta device."""
     return _match(TensorFile(_find_file(path)), networks, layer_names(networks), real=False)[1]
 
 
 def _find_file(path: Path) -> Path:
-    """The file, or of a folder the one in it."""
+    """Return the file, or the one LoRA in a folder."""
     if not path.is_dir():
         return path
     there = _candidates(file.name for file in path.iterdir() if file.is_file())
     if len(there) != 1:
-        raise CheckpointError(
-            f"{path} is a folder with {len(there)} LoRA files; it must be a file, or have one such as {NAMES[0]}"
-        )
+        raise CheckpointError(f"{path} is a folder with {len(there)} LoRA files; it must have one, such as {NAMES[0]}")
     return path / there[0]
 
 
 def _choose_files(name: str, listing: Iterable[str]) -> list[str]:
-    """Of a repository's files its LoRA, and peft's configuration beside it."""
+    """Choose the LoRA among a repository's files, and peft's configuration if there is one."""
     listing = list(listing)
     there = _candidates(file for file in listing if "/" not in file)
     if len(there) != 1:
         found = (
-            f"{len(there)} files that may be one, {join_names(there)},"
+            f"{len(there)} files that could be the LoRA ({join_names(there)})"
             if there
             else "no .safetensors, .bin or .pt file"
         )
@@ -192,7 +206,7 @@ def _choose_files(name: str, listing: Iterable[str]) -> list[str]:
 
 
 def _candidates(names: Iterable[str]) -> list[str]:
-    """Those that may be the LoRA: the one with a usual name, else all of the safest format."""
+    """Return the file with a usual name, or all files of the safest format."""
     there = sorted(names)
     usual = [name for name in NAMES if name in there]
     kinds = ([name for name in there if name.endswith(suffix)] for suffix in SUFFIXES)
@@ -202,7 +216,7 @@ def _candidates(names: Iterable[str]) -> list[str]:
 def _match(
     file: TensorFile, networks: Mapping[str, nn.Module], table: Mapping[str, str], *, real: bool
 ) -> tuple[dict[str, LayerChange], Coverage]:
-    """Each layer's change, from a file's tensors, or from their shapes alone; what fits, and what does not."""
+    """Match a file's tensors with layers. With `real` they are read; without, only their shapes are compared."""
     layers: dict[str, dict[str, str]] = {}  # layer -> role -> key
     unmatched: list[str] = []
     bundled: list[str] = []
@@ -213,14 +227,14 @@ def _match(
         elif found and found[0] in table:
             roles = layers.setdefault(table[found[0]], {})
             if found[1] in roles:
-                raise CheckpointError(f"{file.path} has {roles[found[1]]} and {key}, which say the same twice")
+                raise CheckpointError(f"{file.path} has {roles[found[1]]} and {key}, which mean the same tensor")
             roles[found[1]] = key
         else:
             unmatched.append(found[0] if found else key)
     alphas = _Alphas.of(file)
     changes: dict[str, LayerChange] = {}
     wrong: dict[str, str] = {}
-    for name in [name for name, roles in layers.items() if [*roles] == ["alpha"]]:  # what was pruned leaves one
+    for name in [name for name, roles in layers.items() if [*roles] == ["alpha"]]:  # pruned layers leave one
         unmatched.append(layers.pop(name)["alpha"])
     for name, roles in layers.items():
         network, _, path = name.partition(".")
@@ -240,7 +254,7 @@ def _match(
 
 
 def _find_mismatch(name: str, layer: nn.Module, parts: Tensors) -> str | None:
-    """What is wrong with these shapes for the layer; None where they fit, "" where there is no more to say."""
+    """Return why the shapes do not fit the layer, " " if there is no more to say, or None if they fit."""
     try:
         change = _build_change(parts, lambda *_: 1.0)
     except CheckpointError as error:
@@ -268,7 +282,7 @@ def _find_mismatch(name: str, layer: nn.Module, parts: Tensors) -> str | None:
 
 
 def _build_change(parts: Tensors, factor: Callable[[int], float]) -> LayerChange:
-    """The change that these tensors are. factor: how much of one of a rank. Raises CheckpointError where one lacks."""
+    """Build a change from tensors; `factor` maps its rank to alpha / rank. Raises CheckpointError if one is missing."""
     weight: Change | None = None
     bias: Tensor | None = parts.get("diff_b")
     if "down" in parts or "up" in parts:
@@ -293,9 +307,9 @@ def _build_change(parts: Tensors, factor: Callable[[int], float]) -> LayerChange
     elif "diff" in parts:
         weight = Full(parts["diff"])
     if weight is None and bias is None:
-        raise CheckpointError(f"it has {', '.join(parts)} alone, which is no change")
+        raise CheckpointError(f"{', '.join(parts)} alone do not make a change")
     if weight is not None and (magnitude := parts.get("magnitude", parts.get("dora_scale"))) is not None:
-        # LyCORIS' has its numbers along the axis that they are for; peft's are always the outputs'
+        # LyCORIS' shape shows the axis that it is for; peft's is always for the outputs
         inputs = "dora_scale" in parts and magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
         weight = Decomposed(weight, magnitude.flatten(), inputs)
     return LayerChange(weight, bias)
@@ -304,22 +318,22 @@ def _build_change(parts: Tensors, factor: Callable[[int], float]) -> LayerChange
 def _require(parts: Tensors, *roles: str) -> list[Tensor]:
     missing = [role for role in roles if role not in parts]
     if missing:
-        raise CheckpointError(f"{' and '.join(missing)} missing beside {', '.join(parts)}")
+        raise CheckpointError(f"{' and '.join(missing)} missing, with {', '.join(parts)} present")
     return [parts[role] for role in roles]
 
 
 def _read(file: TensorFile, key: str) -> Tensor:
     tensor = file.read(key)
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
-        raise CheckpointError(f"{file.path}: {key} holds {tensor.dtype}, not floating-point numbers")
+        raise CheckpointError(f"{file.path}: {key} is {tensor.dtype}; it must be floating-point")
     if not tensor.float().isfinite().all():
-        raise CheckpointError(f"{file.path}: {key} has numbers that are not finite; the file is damaged")
+        raise CheckpointError(f"{file.path}: {key} has values that are not finite; the file is damaged")
     return tensor
 
 
 @dataclass(frozen=True)
 class _Alphas:
-    """What peft's configurations beside the tensors say: by network, or "" for all."""
+    """The peft configurations of a file, by network, or "" for all networks."""
 
     configs: Mapping[str, Mapping[str, Any]]
 
@@ -340,7 +354,7 @@ class _Alphas:
         return cls(configs)
 
     def factor(self, layer: str, alpha: Tensor | None, rank: int) -> float:
-        """How much of a change of this rank is made in this layer."""
+        """Return alpha / rank of a layer's change."""
         if alpha is not None:
             return float(alpha.flatten()[0]) / rank
         network, _, name = layer.partition(".")
@@ -359,15 +373,15 @@ def _json(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: the configuration of its LoRA is not a JSON object")
+        raise CheckpointError(f"{path}: its LoRA configuration is not a JSON object")
     return found
 
 
-ScaledFiles = Sequence[tuple[str, Scale]]  # files and how much of each
+ScaledFiles = Sequence[tuple[str, Scale]]  # files and their scales
 
 
 class Adapters:
-    """Those of one model: read once each, put on for a run, or merged into the weights."""
+    """The LoRA files of one model: each is read once, and applied to a run or merged into the weights."""
 
     def __init__(self, unet: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         names = ("text_encoder", "text_encoder_2")
@@ -380,7 +394,7 @@ class Adapters:
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Adapter:
-        """A file, a folder with one, or a hub id; from memory where it was read before. Raises CheckpointError."""
+        """Read a LoRA by file, folder or hub id, or return it from memory. Raises CheckpointError."""
         place = self._places.get(name)
         if place is None or not place.exists():
             place = self._places[name] = resource(name, "LoRA", partial(_choose_files, name))
@@ -397,7 +411,7 @@ class Adapters:
             return self._read[key]
 
     def changes(self, adapters: Sequence[tuple[Adapter, Scale]]) -> Changes:
-        """What these do to each layer, on the layers' device; those with a scale of 0 are left out."""
+        """Return the changes of each layer on the layers' device, without those of scale 0."""
         found: dict[str, list[tuple[LayerChange, float]]] = {}
         for adapter, scale in adapters:
             for layer, change in adapter.changes.items():
@@ -408,17 +422,17 @@ class Adapters:
         return found
 
     def merged_digests(self) -> dict[str, str]:
-        """File and how much of it -> SHA-256, of those that are part of the weights."""
+        """Return the SHA-256 of each merged file, by its name and scale."""
         return {f"{name} {scale}": self.read(name).digest for name, scale in self.merged}
 
     def merge(self, loras: ScaledFiles) -> None:
-        """Make them part of the weights, in the place of those that are. No run may be under way."""
+        """Merge LoRA files into the weights in place of those merged before. No run may be in progress."""
         changes = self.changes([(self.read(name), scale) for name, scale in loras])
         self.unmerge()
         self._undo, self.merged = merge(self.networks, changes), tuple(loras)
 
     def unmerge(self) -> None:
-        """Put the weights back that were there before, bit for bit."""
+        """Restore the weights bit for bit."""
         if self._undo is not None:
             self._undo.undo()
         self._undo, self.merged = None, ()

@@ -23,7 +23,7 @@ from mezzotint.config import UNetConfig
 from mezzotint.models.adapters import LAYERS
 from mezzotint.weights.keys import Levels, unet_table
 
-# how keys end -> what the tensor is
+# ending of a key -> role of the tensor
 ENDINGS = {
     **{f".{down}{end}": "down" for down in ("lora_down", "lora_A") for end in (".weight", "")},
     **{f".{up}{end}": "up" for up in ("lora_up", "lora_B") for end in (".weight", "")},
@@ -49,7 +49,7 @@ ENDINGS = {
 _ORDER = sorted(ENDINGS, key=len, reverse=True)
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")  # peft's name
 
-# where a path begins in a file
+# prefixes of a path in a file
 DOTTED = {
     "unet": ("unet.", "", "base_model.model.", "base_model.model.unet.", "diffusion_model.", "model.diffusion_model."),
     "text_encoder": ("text_encoder.", "", "base_model.model."),
@@ -61,7 +61,7 @@ UNDERSCORED = {
     "text_encoder_2": ("lora_te2_", "lycoris_te2_"),
 }
 
-# what only the networks of other models have, and of ours some
+# names that only some model families have
 SIGNS = {
     "Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
     "SD3": re.compile(r"joint_blocks|attn\.add_[qkv]_proj|attn_add_[qkv]_proj"),
@@ -73,7 +73,7 @@ _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv](_lora)?[._].*(down|lora_A
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """("lora_unet_conv_in", "down") of "lora_unet_conv_in.lora_down.weight"; None for what is no part of a change."""
+    """Split "lora_unet_conv_in.lora_down.weight" into ("lora_unet_conv_in", "down"); return None for other keys."""
     key = _ADAPTER.sub(r".\1\2", key)
     for ending in _ORDER:
         if key.endswith(ending):
@@ -82,7 +82,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Every name that a layer of these networks ("unet", "text_encoder", ...) may have -> network and layer."""
+    """Map all names that the layers of networks ("unet", "text_encoder", ...) may have to "network.layer"."""
     table: dict[str, str] = {}
     for network, module in networks.items():
         names = [name for name, layer in module.named_modules() if isinstance(layer, LAYERS)]
@@ -101,7 +101,7 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _unet_spellings(names: Iterable[str], config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
-    """diffusers' path, the original one, and that of diffusers' old attention processors."""
+    """Yield each layer's paths: diffusers', the original one, and that of diffusers' old attention processors."""
     kinds = [kind.startswith("CrossAttn") for kind in config.down_block_types]
     layers = config.per_level(config.layers_per_block)
     levels = Levels(layers[0], config.block_out_channels, tuple(int(attends) for attends in kinds))
@@ -119,7 +119,7 @@ def _unet_spellings(names: Iterable[str], config: UNetConfig) -> Iterator[tuple[
 
 
 def _text_spellings(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """The hub's path, with and without its beginning, and that of diffusers' old attention processors."""
+    """Yield each layer's paths: with and without `text_model.`, and that of diffusers' old attention processors."""
     for name in names:
         spellings = [name, name.removeprefix("text_model.")]
         if found := re.fullmatch(r"(.*\.self_attn)\.(q|k|v|out)_proj", name):
@@ -128,7 +128,7 @@ def _text_spellings(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def detect_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str | None:
-    """The family that a LoRA file is for, as far as it says so."""
+    """Return the model family that a LoRA file is for, or None if it does not show it."""
     version = metadata.get("ss_base_model_version", "").lower()
     for mark, found in VERSIONS.items():
         if version.startswith(mark):
