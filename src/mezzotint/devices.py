@@ -1,4 +1,4 @@
-"""Where a model can be, and as what numbers."""
+"""Devices and dtypes by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mezzotint.errors import RequestError
 
 
 def best_device() -> str:
-    """cuda, mps or cpu: the first that is there."""
+    """Return "cuda", "mps" or "cpu": the first that is available."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

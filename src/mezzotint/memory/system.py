@@ -1,4 +1,4 @@
-"""What this machine has free, what this process takes, and how freed memory goes back. No torch on import.
+"""Free memory of the system, memory of this process, and how freed memory is returned. Does not import torch.
 
 The numbers are Linux's (/proc, cgroups); elsewhere `resident` and `available` say 0 and None.
 """
@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def resident() -> int:
-    """Bytes of this process in memory now (RSS)."""
+    """Return the resident size of this process (RSS), in bytes."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -32,7 +32,7 @@ def mapped() -> int:
 
 
 def peak() -> int:
-    """The most that it ever was, as `/usr/bin/time -v` says it."""
+    """Return the largest resident size so far, in bytes, as `/usr/bin/time -v` shows it."""
     try:
         import resource
     except ImportError:
@@ -48,7 +48,7 @@ def available() -> int | None:
 
 
 def return_freed() -> None:
-    """From now on has freed memory go back to the system at once, so that a peak is the sum of what is held.
+    """Make the allocator return freed memory to the system at once, so that the peak is the sum of what is in use.
 
     glibc gives a large allocation pages of its own, which it gives back; but each time that it does, it moves the bound
     between small and large up, to 32 MiB, and what is smaller stays in the heap. Here the bound stays where it begins.

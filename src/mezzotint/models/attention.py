@@ -27,7 +27,7 @@ _AUTO = Backend()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """softmax(q kᵀ / sqrt(d) + mask) v, Vaswani et al. 2017 eq. 1.
+    """Compute softmax(q kᵀ / sqrt(d) + mask) v (Vaswani et al. 2017, eq. 1).
 
     q: (B, heads, Tq, d); k, v: (B, heads, Tk, d); mask: additive, broadcastable to (B, heads, Tq, Tk).
     `is_causal`: no query sees a later key; not together with a mask. Each query must see a key. Returns
@@ -53,18 +53,18 @@ def backend(name: str | Backend, *, bytes: int | str | None = None) -> Iterator[
 
 
 def chosen() -> Backend | None:
-    """What a `backend` around this call has chosen; None outside of any."""
+    """Return the backend of the enclosing `backend` block; None outside of one."""
     return _chosen.get()
 
 
 def probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)), what `attention` weighs the values by: (B, heads, Tq, Tk) float32, rows sum to 1."""
+    """Return the attention probabilities softmax(q kᵀ / sqrt(d)): (B, heads, Tq, Tk) float32, rows sum to 1."""
     return (q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Has `recorder` called by every cross-attention that runs inside, in this thread."""
+    """Call `recorder` in every cross-attention that runs inside the block, in this thread."""
     before = watcher.set(recorder)
     try:
         yield

@@ -59,7 +59,7 @@ class Backend:
         return cls(name, parse_size((written or DEFAULT_SLICE_BYTES) if size is None else size, "attention's size"))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Attention as in attention.py."""
+        """Compute attention, as `attention.attention` does."""
         if self.name == "sliced":
             return sliced(q, k, v, mask, is_causal, self.bytes)
         if self.name == "math":
@@ -74,7 +74,7 @@ class Backend:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """torch's fused attention."""
+    """Compute attention with torch's fused kernel."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
@@ -204,7 +204,7 @@ class Package:
     devices: tuple[str, ...] = ("cuda",)
 
     def unable(self, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> str | None:
-        """Why it does not take this call, or None."""
+        """Return why the package does not support this call, or None."""
         if q.device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)} only, not on {q.device.type}"
         if q.dtype not in self.dtypes:
@@ -251,7 +251,7 @@ def _foreign(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is
 
 @functools.cache
 def _say(level: int, line: str) -> None:
-    """A line in the log, once."""
+    """Log a line once."""
     log.log(level, line)
 
 
@@ -287,7 +287,7 @@ def _version(name: str) -> str:
 
 
 def available() -> Iterator[tuple[str, str]]:
-    """Each backend, and "available" or why it is not. Imports a package only where there is a GPU for it."""
+    """Yield each backend, and "available" or why it is not; a package is imported only where there is a GPU for it."""
     for name in NAMES:
         if name not in PACKAGES:
             yield name, "available"

@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def checkpointed(network: nn.Module, blocks: str | Sequence[str] = "all", every: int = 1) -> dict[str, nn.Module]:
-    """The blocks that `checkpointing` would take, by name, in the network's order. Its arguments and errors."""
+    """Return the blocks that `checkpointing` would choose, by name, in the network's order."""
     asked = [blocks] if isinstance(blocks, str) else list(blocks)
     places = [word for word in asked if word not in KINDS]
     kinds = tuple(kind for word in asked for kind in KINDS.get(word, ())) or KINDS["all"]
@@ -61,7 +61,7 @@ def checkpointed(network: nn.Module, blocks: str | Sequence[str] = "all", every:
 
 @contextmanager
 def checkpointing(network: nn.Module, blocks: str | Sequence[str] = "all", every: int = 1) -> Iterator[None]:
-    """Has blocks of a UNet or text encoder, by itself or wrapped (peft, DDP), checkpointed while inside.
+    """Checkpoint blocks of a UNet or text encoder, by itself or wrapped (peft, DDP), inside the block.
 
     `blocks`: "all" residual blocks, transformer blocks and encoder layers; "resnets", "transformers", "layers" those of
     one kind; "attentions" or "feedforwards" only these parts of the transformer blocks; a part of the network by name
@@ -83,7 +83,7 @@ def checkpointing(network: nn.Module, blocks: str | Sequence[str] = "all", every
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, checkpointed where gradients are wanted."""
+    """Wrap `forward` so that it is checkpointed when gradients are needed."""
 
     def computed(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The convolution of every network here, which can see a picture's sides as joined, so that it tiles.
+"""The convolution of every network, with optional circular padding, so that pictures tile seamlessly.
 
 Inside `seamless("x")`, or "y" or "xy", what lies beyond a side in that direction is what lies at the opposite one. The
 direction travels in a context variable, so it is this thread's and this run's alone; without one all that it costs is
@@ -18,7 +18,7 @@ joined: ContextVar[str] = ContextVar("joined", default="")
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, with circular padding in the directions that are joined."""
+    """A convolution with circular padding in the directions of `seamless`."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """torch's `forward`, and whoever has another weight (adapters.py), come here."""
@@ -32,7 +32,7 @@ class Conv2d(nn.Conv2d):
 
 
 def pad(x: Tensor, widths: tuple[int, int, int, int]) -> Tensor:
-    """x (B, C, h, w) with (left, right, top, bottom) cells around it: zeros, or the opposite side's where joined."""
+    """Pad x (B, C, h, w) by (left, right, top, bottom) cells: zeros, or the opposite side where sides are joined."""
     left, right, top, bottom = widths
     for axis, side in (("x", (left, right, 0, 0)), ("y", (0, 0, top, bottom))):
         if any(side):  # else F.pad makes a copy
@@ -42,7 +42,7 @@ def pad(x: Tensor, widths: tuple[int, int, int, int]) -> Tensor:
 
 @contextmanager
 def seamless(axes: str | None) -> Iterator[None]:
-    """Joins the sides of what is computed inside, in this thread: "x" left and right, "y" top and bottom, or "xy"."""
+    """Join opposite sides of pictures inside the block: "x" left and right, "y" top and bottom, "xy" both."""
     before = joined.set(axes or "")
     try:
         yield

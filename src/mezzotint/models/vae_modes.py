@@ -26,10 +26,10 @@ ENCODE: dict[str, Callable[[VAE, Tensor], Posterior]] = {
 
 
 def decode(vae: VAE, z: Tensor, vae_mode: VAEMode = "whole") -> Tensor:
-    """Unscaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w)."""
+    """Decode unscaled latents (B, 4, h, w) to pixels (B, 3, 8h, 8w)."""
     return DECODE[vae_mode](vae, z)
 
 
 def encode(vae: VAE, pixels: Tensor, vae_mode: VAEMode = "whole") -> Posterior:
-    """Pixels (B, 3, H, W) in [-1, 1] -> the posterior of unscaled latents."""
+    """Encode pixels (B, 3, H, W) in [-1, 1] to the posterior of unscaled latents."""
     return ENCODE[vae_mode](vae, pixels)
