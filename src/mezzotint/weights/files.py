@@ -1,4 +1,4 @@
-"""Tensor files, read one tensor at a time: safetensors, and PyTorch's own (.ckpt, .pt, .bin) without running anything.
+"""Read tensor files one tensor at a time: safetensors, and PyTorch's own (.ckpt, .pt, .bin) without executing code.
 
 `TensorFile(path)` reads the table of contents only. `read(name)` copies one tensor from the file into fresh memory and
 keeps nothing: no memory map, whose pages would count as ours. `read_into` fills a tensor of another dtype or format in
@@ -59,7 +59,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: `count` elements of `dtype` from byte `start`; `stride` as in torch, None for row-major."""
+    """One tensor of a file: its elements start at byte `start`; `stride` is None if they are contiguous."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -68,15 +68,24 @@ class Entry:
 
     @property
     def count(self) -> int:
+        """Number of elements from the first to the last."""
         if self.stride is None:
             return math.prod(self.shape)
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
 
 class TensorFile:
-    """An open tensor file: `entries` by name, `metadata` (strings) and `scalars` (numbers kept beside the tensors).
+    """An open tensor file. Threads may share it.
 
-    Raises CheckpointError, a sentence, for whatever is missing, damaged, foreign or unsafe.
+    Attributes:
+        path: The file.
+        entries: The tensors by name.
+        metadata: Strings in the header of a safetensors file.
+        scalars: Numbers in a PyTorch file.
+        size: Size of the file in bytes.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, of another format, or unsafe.
     """
 
     def __init__(self, path: Path):
@@ -104,16 +113,17 @@ class TensorFile:
         elif head.lstrip()[:1] == b"<":
             raise CheckpointError(f"{path} is a web page, not a model file: the download went wrong")
         elif path.suffix == ".safetensors":
-            self._read_safetensors(length)  # which says what is wrong
+            self._read_safetensors(length)  # raises
         else:
             raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes by name."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def read(self, name: str, third: int | None = None) -> Tensor:
-        """The tensor on the CPU, in memory of its own; with `third` (0, 1, 2) only that third of its rows."""
+        """Read a tensor to the CPU; with `third` (0, 1, 2) only that third of its rows."""
         entry = self.entries[name]
         if name in self._tensors:
             whole = self._tensors[name]
@@ -142,7 +152,7 @@ class TensorFile:
             part.copy_(self._bytes(start, len(part) * row, entry.dtype).view(part.shape))
 
     def read_rows(self, name: str, numbers: Sequence[int]) -> Tensor:
-        """These rows of the tensor, (len(numbers), ...), on the CPU."""
+        """Read some rows of a tensor to the CPU, of shape (len(numbers), ...)."""
         entry = self.entries[name]
         if name in self._tensors or entry.stride is not None:
             return self.read(name)[list(numbers)]
@@ -153,27 +163,27 @@ class TensorFile:
         return torch.stack(rows).view(len(rows), *entry.shape[1:])
 
     def prefetch(self, name: str) -> None:
-        """Have the system read the tensor ahead, into memory that it takes back when it needs it."""
+        """Ask the system to read a tensor into its page cache."""
         if hasattr(os, "posix_fadvise") and name not in self._tensors:
             entry = self.entries[name]
             size = entry.count * entry.dtype.itemsize
             os.posix_fadvise(self._file.fileno(), entry.start, size, os.POSIX_FADV_WILLNEED)
 
     def _bytes(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` elements from byte `start`, 1-D."""
+        """Read `count` elements from byte `start`, 1-D."""
         flat = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         left = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs do not know the buffer protocol
         with self._lock:
             self._file.seek(start)
             while left:
                 got = self._file.readinto(left)
-                if not got or self._stat() != self._state:  # of two models' weights mixed nobody would know
+                if not got or self._stat() != self._state:  # otherwise the weights of two files would be mixed
                     raise CheckpointError(f"{self.path} was changed after it had been opened; load the model again")
                 left = left[got:]
         return flat.view(dtype)
 
     def _stat(self) -> tuple[int, int]:
-        """Size and time of the last change of the open file."""
+        """Return the size and modification time of the open file."""
         found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns
 
@@ -274,7 +284,7 @@ class TensorFile:
 
 
 class _Ignored:
-    """Stands for the few training-time objects in the original Stable Diffusion .ckpt files; does nothing."""
+    """Stub for the few training objects in the original Stable Diffusion .ckpt files."""
 
     def __init__(self, *_: Any):
         pass
@@ -284,7 +294,7 @@ class _Ignored:
 
 
 class _Parameters:
-    """Stands for the ParameterDict in textual inversions of torch 1.11 and before."""
+    """Stub for the ParameterDict in textual inversions of torch 1.11 and earlier."""
 
     def __init__(self) -> None:
         self.held: dict[Any, Any] = {}
@@ -313,7 +323,7 @@ def _open(path: Path) -> FileIO:
 
 
 def _short(error: BaseException) -> str:
-    """The first line of somebody else's message."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
@@ -335,7 +345,7 @@ def _reject_constant(word: str) -> None:
 
 
 def _parse_entry(name: str, row: Any, refuse: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """One line of a safetensors header, checked: dtype, shape, begin, end."""
+    """Validate an entry of a safetensors header and return its dtype, shape, begin and end."""
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise refuse("a name in its header is not Unicode")
     try:

@@ -1,4 +1,4 @@
-"""A model folder in the diffusers layout: model_index.json and one folder a part."""
+"""Read the description of a model folder in the diffusers layout: model_index.json and one folder per component."""
 
 from __future__ import annotations
 
@@ -27,7 +27,21 @@ MAX_JSON_BYTES = 50_000_000  # bytes; CLIP's whole tokenizer.json has 2 MB, a la
 def plan_folder(
     path: Path, variant: str | None, family: Family | None, prediction: str | None, config: Overrides
 ) -> ModelFiles:
-    """Look through a folder. Raises CheckpointError only when it is no Stable Diffusion model at all."""
+    """Describe the files of a model folder without reading weights.
+
+    Args:
+        path: The folder.
+        variant: As for `open_model`.
+        family: The family, or None to detect it.
+        prediction: The prediction type, or None to read it.
+        config: Config fields to override, by network.
+
+    Returns:
+        The description; what is wrong with the model is in its `problems`.
+
+    Raises:
+        CheckpointError: If it is not a Stable Diffusion model.
+    """
     index_path = path / "model_index.json"
     if not index_path.exists():
         raise CheckpointError(
@@ -74,10 +88,10 @@ def plan_folder(
 
 
 def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
-    """Of the file names in one part's folder, the weights, or the index of their shards, to read.
+    """Choose the file of weights, or the index of its shards, among the names in a network's folder.
 
-    safetensors before PyTorch's, whole before sharded. A variant's files come before the plain ones when it is asked
-    for; when none is, the plain ones come before those of fp16.
+    Safetensors files are preferred to PyTorch's, and single files to shards. The requested variant is preferred to the
+    plain files; without a variant, the plain files are preferred to fp16.
     """
     listing = set(names)
     for kind in (f".{variant}", "") if variant else ("", ".fp16"):
@@ -90,7 +104,7 @@ def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError when the file is missing or holds something else."""
+    """Read a JSON object. Raises CheckpointError if the file is missing or is something else."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes, which no description needs")
@@ -167,7 +181,7 @@ def _add_settings(plan: ModelFiles, path: Path) -> None:
         where = ".".join(map(str, ("few_step", *first["loc"])))
         raise CheckpointError(f"{path} is wrong at {where}: {first['msg']}") from None
     lora = path.with_name(plan.few_step.lora)
-    plan.files += [lora] if lora.exists() else []  # drawing in more steps does without it
+    plan.files += [lora] if lora.exists() else []  # only generation in few steps needs it
 
 
 def _inside(folder: Path) -> list[Path]:

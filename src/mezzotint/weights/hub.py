@@ -1,6 +1,6 @@
-"""What a model is called: a path, the bundled model's name, or a hub id.
+"""Find a model by its path, the bundled model's name, or a hub id.
 
-A hub id, "owner/name", becomes a local folder holding the files that drawing needs, from the cache or downloaded. A
+A hub id, "owner/name", becomes a local folder with the files that generation needs, from the cache or downloaded. A
 path that exists, or that looks like a path, never reaches the network. A cached model is used without asking.
 """
 
@@ -19,14 +19,15 @@ BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
-Choose = Callable[[Iterable[str]], list[str]]  # of the names of a repository's files those to fetch
+Choose = Callable[[Iterable[str]], list[str]]  # chooses among the names of a repository's files
 DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
-    """The file or folder that was named: the path itself, the bundled model, or the hub's snapshot.
+    """Return the file or folder of a model: an existing path, the bundled model, or a snapshot from the hub.
 
-    Raises CheckpointError when there is no such path, or the hub cannot give the model.
+    Raises:
+        CheckpointError: If the path does not exist, or the model cannot be downloaded.
     """
     if here := local(path_or_id):
         return here
@@ -40,7 +41,7 @@ def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
 
 
 def local(path_or_id: str | Path) -> Path | None:
-    """The path if it exists; else, where it is the bundled model's name, that model's folder; else None."""
+    """Return the path if it exists, the bundled model's folder for its name, or None."""
     path = Path(path_or_id).expanduser()
     try:
         if path.exists():
@@ -51,7 +52,7 @@ def local(path_or_id: str | Path) -> Path | None:
 
 
 def _find_cached(name: str, variant: str | None) -> Path | None:
-    """The snapshot in huggingface_hub's cache, if it is whole."""
+    """Return the snapshot in huggingface_hub's cache if it is complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -63,9 +64,15 @@ def _find_cached(name: str, variant: str | None) -> Path | None:
 
 
 def resource(source: str, what: str, choose: Choose) -> Path:
-    """What is put on a model, a `what` such as "LoRA": the file or folder that was named, or the hub's snapshot.
+    """Return the file or folder of a LoRA or an embedding: an existing path, or a snapshot from the hub.
 
-    Raises CheckpointError as `locate`, and whatever `choose` raises of the hub's listing.
+    Args:
+        source: A path or a hub id.
+        what: Its kind, for error messages.
+        choose: Chooses the files to download.
+
+    Raises:
+        CheckpointError: If the path does not exist, or `choose` or the download fails.
     """
     path = Path(source).expanduser()
     try:
@@ -82,9 +89,10 @@ def resource(source: str, what: str, choose: Choose) -> Path:
 
 
 def snapshot(name: str, choose: Choose) -> Path:
-    """The hub's snapshot of the files that `choose` picks of its listing, from the cache where that has any of them.
+    """Return a snapshot of the files that `choose` picks from a hub repository, cached or downloaded.
 
-    `choose` raises CheckpointError where there is nothing for it, and so does this.
+    Raises:
+        CheckpointError: If `choose` finds no suitable file, or the download fails.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -135,7 +143,7 @@ def _download(name: str, choose: Choose) -> Path:
 
 
 def needed(listing: Iterable[str], variant: str | None) -> list[str]:
-    """Of a repository's files, those that drawing needs: the descriptions, and each part's weights in one format."""
+    """Return the files of a repository that generation needs: configs, and each network's weights in one format."""
     listing = set(listing)
     files = ["model_index.json", "mezzotint.json", "lcm_lora.safetensors"]
     for name in listing:

@@ -1,10 +1,9 @@
-"""The original names in single-file checkpoints (CompVis latent-diffusion, Stability generative-models, OpenCLIP), and
-the module names they stand for.
+"""Map the names in single-file checkpoints (CompVis, Stability, OpenCLIP) to module names.
 
-For each network of a file: `config` fields read off the tensors' shapes, and `Sources`: for every parameter of the
-module, which tensor of the file it is (or which third of it, or its transpose). A table maps dotted prefixes of the
-file to dotted prefixes of the module; the longest prefix that fits a key renames it. Level and layer counts come from
-the shapes, so small models of the same form map by the same tables.
+For each network, this module derives config fields from the tensors' shapes, and `Sources`: for each parameter of the
+module, the tensor in the file (or a third of it, or its transpose). A table maps dotted prefixes of the file to dotted
+prefixes of the module; the longest prefix that matches a key renames it. Level and layer counts come from the shapes,
+so small models of the same structure use the same tables.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Table = dict[str, str]
 
 
 class Source(NamedTuple):
-    """What a parameter is: the tensor `key`, or one third of its rows (OpenCLIP's fused q, k, v), or its transpose."""
+    """The source of a parameter: the tensor `key`, a third of its rows (OpenCLIP's fused q, k, v), or its transpose."""
 
     key: str
     third: int | None = None
@@ -76,16 +75,17 @@ OPEN_CLIP_LAYER = {
 
 
 def strip_prefix(shapes: Shapes, prefix: str) -> Shapes:
-    """The part of a file below `prefix`, without it."""
+    """Return the entries whose names start with `prefix`, without it."""
     return {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
 def find_prefix(shapes: Shapes, prefixes: tuple[str, ...]) -> str | None:
+    """Return the first of the prefixes that a name starts with, or None."""
     return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)), None)
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the highest number that `pattern`'s group finds in the keys; 0 when it finds none."""
+    """Return one more than the highest number that the pattern's group matches in the keys, or 0."""
     found = (re.match(pattern, key) for key in shapes)
     count = max((int(match[1]) + 1 for match in found if match), default=0)
     if count > len(shapes):  # before anything counts up to it
@@ -94,7 +94,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 
 def rename_keys(names: Iterable[str], table: Table) -> tuple[Sources, list[str]]:
-    """Every key renamed by the longest prefix in `table`; the keys that none fits."""
+    """Rename keys by their longest prefix in `table`. Return the sources, and the keys without a prefix in it."""
     sources: Sources = {}
     unknown: list[str] = []
     for key in names:
@@ -112,7 +112,7 @@ def rename_keys(names: Iterable[str], table: Table) -> tuple[Sources, list[str]]
 
 
 class Levels(NamedTuple):
-    """The form of an LDM UNet: resnets a level; channels and transformer depth (0: none) of each level, top first."""
+    """The structure of an LDM UNet: resnets per level, and the channels and transformer depth (or 0) of each level."""
 
     layers: int
     channels: tuple[int, ...]
@@ -120,7 +120,7 @@ class Levels(NamedTuple):
 
     @classmethod
     def of_config(cls, config: UNetConfig) -> Levels:
-        """The same of a configuration. Raises ValueError where the original layout has no such form."""
+        """Derive it from a config. Raises ValueError if the original layout cannot express it."""
         layers, depths = (
             config.per_level(config.layers_per_block),
             config.per_level(config.transformer_layers_per_block),
@@ -136,6 +136,7 @@ class Levels(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Shapes) -> Levels:
+        """Derive it from the shapes in a file."""
         inputs = _count(shapes, r"input_blocks\.(\d+)\.")
         downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
         layers = (downs[0] if downs else inputs) - 1
@@ -147,7 +148,7 @@ class Levels(NamedTuple):
         )
 
     def blocks(self) -> Iterator[tuple[str, str]]:
-        """(block of the file, module) for every resnet, transformer, down- and upsampler."""
+        """Yield (original name, module name) for each resnet, transformer, downsampler and upsampler."""
         last = len(self.depths) - 1
         i = 1
         for level, depth in enumerate(self.depths):
@@ -174,12 +175,12 @@ class Levels(NamedTuple):
 
 
 def unet_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
-    """Sources of an LDM UNet (keys without `model.diffusion_model.`), and the keys that have no place."""
+    """Return the sources of an LDM UNet (keys without `model.diffusion_model.`), and the unknown keys."""
     return rename_keys(shapes, unet_table(Levels.of(shapes)))
 
 
 def unet_table(levels: Levels) -> Table:
-    """The original prefixes of an LDM UNet of this form, and the module names that they stand for."""
+    """Return the table from original to module names for an LDM UNet."""
     table = dict(UNET_ENDS)
     for block, module in levels.blocks():
         table[block] = module
@@ -189,7 +190,7 @@ def unet_table(levels: Levels) -> Table:
 
 
 def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
-    """UNetConfig fields from an LDM UNet's shapes. Heads: SD1 has 8 of them, the others have them 64 wide."""
+    """Return UNetConfig fields from an LDM UNet's shapes. SD1 has 8 heads; in the others, a head has 64 channels."""
     levels = Levels.of(shapes)
     attends = [depth > 0 for depth in levels.depths]
     middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
@@ -218,12 +219,12 @@ def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
 
 
 def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
-    """Sources of an LDM autoencoder (keys without `first_stage_model.`), and the keys that have no place."""
+    """Return the sources of an LDM autoencoder (keys without `first_stage_model.`), and the unknown keys."""
     return rename_keys(shapes, vae_table(*_vae_levels(shapes)))
 
 
 def vae_table(levels: int, layers: int) -> Table:
-    """The original prefixes of an LDM autoencoder of this form, and the module names that they stand for."""
+    """Return the table from original to module names for an LDM autoencoder."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half, way, resnets in (("encoder", "down", layers), ("decoder", "up", layers + 1)):
         table |= {f"{half}.{end}": f"{half}.{end}" for end in ("conv_in", "conv_out")}
@@ -252,7 +253,7 @@ def _vae_levels(shapes: Shapes) -> tuple[int, int]:
 
 
 def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
-    """VAEConfig fields from an LDM autoencoder's shapes; the scaling factor is the family's."""
+    """Return VAEConfig fields from an LDM autoencoder's shapes; the scaling factor is the family's."""
     levels, layers = _vae_levels(shapes)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -271,14 +272,14 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
 
 
 def clip_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
-    """Sources of a transformers CLIP text model in a single file; a projection, which some files have, is not read."""
+    """Return the sources of a transformers CLIP text model in a single file, without the projection of some files."""
     sources = folder_sources(shapes, "text_encoder")
     sources.pop("text_projection.weight", None)
     return sources, []
 
 
 def clip_config(shapes: Shapes, _: Family) -> dict[str, Any]:
-    """CLIPConfig fields of an OpenAI CLIP text model from its shapes; heads are 64 wide."""
+    """Return CLIPConfig fields from an OpenAI CLIP text model's shapes; a head has 64 channels."""
     shapes = {target: shapes[source.key] for target, source in folder_sources(shapes, "text_encoder").items()}
     vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
@@ -294,13 +295,13 @@ def clip_config(shapes: Shapes, _: Family) -> dict[str, Any]:
 
 
 def open_clip_layers(shapes: Shapes, family: Family) -> int:
-    """How many layers are used: all in SDXL, all but the last in SD2 (23 of ViT-H's 24; some files lack the 24th)."""
+    """Return the number of layers used: all in SDXL, 23 of ViT-H's 24 in SD2 (some files lack the last one)."""
     layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
     return layers if family == "sdxl" or layers == 23 else layers - 1
 
 
 def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str]]:
-    """Sources of an OpenCLIP text tower (keys without prefix): fused in_proj in thirds, text_projection transposed."""
+    """Return the sources of an OpenCLIP text tower: in_proj in thirds, text_projection transposed."""
     sources: Sources = {}
     layers = open_clip_layers(shapes, family)
     used = {}
@@ -322,7 +323,7 @@ def open_clip_sources(shapes: Shapes, family: Family) -> tuple[Sources, list[str
 
 
 def open_clip_table(layers: int) -> Table:
-    """The original prefixes of an OpenCLIP tower, but for q, k, v and the projection, and the names they stand for."""
+    """Return the table from original to module names for an OpenCLIP tower, without q, k, v and the projection."""
     table = dict(OPEN_CLIP_ENDS)
     for i in range(layers):
         block, module = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
@@ -331,7 +332,7 @@ def open_clip_table(layers: int) -> Table:
 
 
 def open_clip_config(shapes: Shapes, family: Family) -> dict[str, Any]:
-    """CLIPConfig fields of an OpenCLIP text tower from its shapes; heads are 64 wide."""
+    """Return CLIPConfig fields from an OpenCLIP text tower's shapes; a head has 64 channels."""
     vocab, width = shapes["token_embedding.weight"]
     with_projection = family == "sdxl" and "text_projection" in shapes
     return {
@@ -356,9 +357,9 @@ SOURCES = {"unet": unet_sources, "vae": vae_sources, "clip": clip_sources, "open
 
 
 def folder_sources(names: Iterable[str], part: str) -> Sources:
-    """Sources of one part of a diffusers folder: the module's own names, but for two old spellings.
+    """Return the sources of one network of a diffusers folder: the module's own names, except for two variants.
 
-    Text encoders may lack the leading `text_model.` (transformers 5), VAEs may have query, key, value and proj_attn.
+    Text encoders may lack the leading `text_model.` (transformers 5), and VAEs may use query, key, value, proj_attn.
     """
     sources: Sources = {}
     for name in names:

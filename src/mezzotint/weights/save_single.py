@@ -1,7 +1,7 @@
 """Write a model as one file in the original layout (CompVis, Stability), with the names that `single.py` reads.
 
-Such a file says nothing of heads, norms, tokenizers or the scheduler but by its shapes and its family. A model that
-would be read as another one is refused, and is saved as a folder.
+Such a file shows heads, norms, tokenizers and the scheduler only through its shapes and family. A model that would be
+read as a different one is refused; it can be saved as a folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mezzotint.weights.model_files import ENCODERS, NETWORKS, Config, join_names
 from mezzotint.weights.save_tensors import write_tensors
 from mezzotint.weights.single import add_family_fields, clip_tokenizer, default_scheduler
 
-# What form each network of a family has in a file, and where its tensors begin.
+# The layout of each network of a family in a file, and the prefix of its tensors.
 _BOTH = {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model.")}
 LAYOUTS = {
     "sd1": _BOTH | {"text_encoder": ("clip", "cond_stage_model.transformer.")},
@@ -35,7 +35,7 @@ LAYOUTS = {
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # in the words of ModelSpec 1.0
 
-# What the maths does not depend on, or the shapes say by other fields.
+# Fields that do not affect the result, or that other fields express.
 UNCOMPARED = {
     UNetConfig: ("sample_size", "upcast_attention", "attention_head_dim", "num_attention_heads", "layers_per_block",
                  "transformer_layers_per_block"),
@@ -45,11 +45,19 @@ UNCOMPARED = {
 
 
 def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) -> None:
-    """Write `parts` as a .safetensors file of `dtype`, whole or not at all.
+    """Write a model as a .safetensors file, whole or not at all.
 
-    Its header has ModelSpec's architecture and prediction_type; SDXL's v-prediction is marked by an empty tensor
-    `v_pred` and zero-terminal SNR by `ztsnr`, as ComfyUI reads them. Raises CheckpointError as `check_single`, and
-    where the file cannot be written.
+    The header has ModelSpec's architecture and prediction_type. SDXL's v-prediction is marked by an empty tensor
+    `v_pred` and zero-terminal SNR by `ztsnr`, as ComfyUI reads them.
+
+    Args:
+        path: The file. Missing parent folders are made.
+        parts: The model.
+        dtype: The dtype of the weights.
+
+    Raises:
+        CheckpointError: If the original layout cannot express the model.
+        WriteError: If the file cannot be written.
     """
     check_single(parts)
     prediction, zero_snr = _schedule(parts)
@@ -70,7 +78,7 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) ->
 
 
 def check_single(parts: Parts) -> None:
-    """Raises CheckpointError, naming a field, for a model that its single file would not be read as."""
+    """Raise CheckpointError, which names a field, if a single file of the model would be read as a different model."""
     networks = _networks(parts)
     try:
         shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(parts)}
@@ -90,8 +98,8 @@ def check_single(parts: Parts) -> None:
         if (tokenizer.vocab, tokenizer.pad) != (published.vocab, published.pad):
             wrong.append(f"its tokenizer is not CLIP's, which has {len(published.vocab)} tokens")
     own, usual = (ScheduleConfig.model_validate(c) for c in (parts.scheduler_config, default_scheduler(parts.family)))
-    said = {"prediction_type": own.prediction_type, "rescale_betas_zero_snr": own.rescale_betas_zero_snr}
-    if own != usual.model_copy(update=said) or own.prediction_type not in PREDICTIONS:
+    stored = {"prediction_type": own.prediction_type, "rescale_betas_zero_snr": own.rescale_betas_zero_snr}
+    if own != usual.model_copy(update=stored) or own.prediction_type not in PREDICTIONS:
         wrong.append("its noise schedule is not the family's")
     if wrong:
         raise CheckpointError(f"{parts.source} would be read as another model from a single file: {join_names(wrong)}; "
@@ -104,7 +112,7 @@ def _networks(parts: Parts) -> dict[str, Any]:
 
 
 def _tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its original name. Raises ValueError for a module that the layout has no name for."""
+    """Yield each tensor with its original name. Raises ValueError if the layout has no name for a module."""
     networks = _networks(parts)
     for name, (form, prefix) in LAYOUTS[parts.family].items():
         network = networks[name]
@@ -126,7 +134,7 @@ def _table(network: nn.Module) -> keys.Table:
 
 
 def _to_original_names(state: dict[str, Tensor], table: keys.Table) -> dict[str, Tensor]:
-    """A network's tensors by the names on the left of a table; the VAE's attention as 1x1 convolutions."""
+    """Rename tensors from module to original names, with the VAE's attention as 1x1 convolutions."""
     sources, unknown = keys.rename_keys(state, {module: original for original, module in table.items()})
     if unknown:
         raise ValueError(f"no name for {join_names(unknown)}")
@@ -139,7 +147,7 @@ def _to_original_names(state: dict[str, Tensor], table: keys.Table) -> dict[str,
 
 
 def _open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A text encoder as OpenCLIP has it: q, k, v in one tensor, the projection transposed."""
+    """Convert a text encoder to OpenCLIP's names: q, k, v in one tensor, the projection transposed."""
     rest = dict(state)
     made: dict[str, Tensor] = {}
     if "text_projection.weight" in rest:
@@ -153,7 +161,7 @@ def _open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 
 def _fields(parts: Parts, shapes: keys.Shapes) -> dict[str, dict[str, Any]]:
-    """The configurations that a reader finds in these shapes."""
+    """Return the configs that a reader derives from these shapes."""
     fields = {
         name: keys.CONFIGS[form](keys.strip_prefix(shapes, prefix), parts.family)
         for name, (form, prefix) in LAYOUTS[parts.family].items()
@@ -163,7 +171,7 @@ def _fields(parts: Parts, shapes: keys.Shapes) -> dict[str, dict[str, Any]]:
 
 
 def _differences(name: str, own: Config, read: Config) -> list[str]:
-    """Sentences on the fields in which what is read is another network."""
+    """Return sentences about the fields in which the network read from the file would differ."""
     pairs = {f: (getattr(own, f), getattr(read, f)) for f in type(own).model_fields if f not in UNCOMPARED[type(own)]}
     if isinstance(own, UNetConfig) and isinstance(read, UNetConfig):
         pairs["heads"] = own.per_level(own.heads), read.per_level(read.heads)

@@ -1,6 +1,6 @@
-"""An original single file (.safetensors, .ckpt): all networks in one table, described by nothing but their shapes.
+"""Read the description of a single file in the original layout (.safetensors, .ckpt) from its tensors' shapes.
 
-What shapes cannot show is the family's published default: the scheduler, the native size, the number of heads.
+What shapes do not show (the scheduler, the native size, the number of heads) is the published default of the family.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mezzotint.weights.model_files import ModelFiles, NetworkFiles, Overrides, j
 CLIP_TOKENS = 49408
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction", "epsilon": "epsilon"}
 
-# What a file is that is no whole model, by a word in its keys.
+# Kinds of files that are not whole models, by a fragment of a key.
 KINDS = {
     "lora": "a LoRA",
     "double_blocks.": "a Flux model",
@@ -37,7 +37,11 @@ KINDS = {
 
 
 def plan_file(path: Path, family: Family | None, prediction: str | None, config: Overrides) -> ModelFiles:
-    """Look through a file. Raises CheckpointError when it is damaged, or no Stable Diffusion model at all."""
+    """Describe a single file without reading weights. What is wrong with the model is in `problems`.
+
+    Raises:
+        CheckpointError: If the file is damaged or is not a Stable Diffusion model.
+    """
     file = TensorFile(path)
     shapes = file.shapes
     prefixes = {kind: keys.find_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
@@ -86,7 +90,7 @@ def plan_file(path: Path, family: Family | None, prediction: str | None, config:
 
 
 def describe_kind(shapes: Shapes) -> str:
-    """What a file that is no whole model seems to be."""
+    """Return what a file that is not a whole model seems to be."""
     for fragment, kind in KINDS.items():
         if any(fragment in key for key in shapes):
             return kind
@@ -105,7 +109,7 @@ def _family(unet: Shapes, open_clip: bool) -> Family:
 def _read(
     path: Path, name: str, kind: str, prefix: str | None, shapes: Shapes, family: Family
 ) -> tuple[dict[str, Any], Sources, list[str]]:
-    """Config fields, sources and unknown keys of one network."""
+    """Return the config fields, sources and unknown keys of one network."""
     if prefix is None:
         raise CheckpointError(f"{path} has no {name}, which a {family} model needs")
     shapes = {key: shape for key, shape in keys.strip_prefix(shapes, prefix).items() if not keys.IGNORED.search(key)}
@@ -121,16 +125,16 @@ def _read(
 
 
 def clip_tokenizer(kind: str) -> Tokenizer:
-    """That of a "clip" or "open_clip" text encoder; OpenCLIP pads with id 0, which is "!"."""
+    """Return the tokenizer of a "clip" or "open_clip" text encoder. OpenCLIP pads with id 0, which is "!"."""
     return Tokenizer.clip(pad="!") if kind == "open_clip" else Tokenizer.clip()
 
 
 def add_family_fields(unet: dict[str, Any], family: Family, prediction: str, second: dict[str, Any] | None) -> None:
-    """The UNet's config fields that its own shapes do not show."""
+    """Set the UNet's config fields that its shapes do not show."""
     unet["sample_size"] = {"sd1": 64, "sd2": 96 if prediction == "v_prediction" else 64, "sdxl": 128}[family]
     unet["upcast_attention"] = family == "sd2"  # its attention overflows float16 otherwise
     inputs = unet.get("projection_class_embeddings_input_dim")
-    if inputs and second:  # beside the pooled text there are six numbers of size and place
+    if inputs and second:  # the other inputs are six numbers of sizes and crops
         unet["addition_time_embed_dim"] = (inputs - second["projection_dim"]) // 6
 
 
@@ -142,7 +146,7 @@ def _scheduler(file: TensorFile, family: Family, prediction: str | None) -> dict
 
 
 def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, Any]:
-    """The published scheduler_config.json of SD 1.5, SD 2-base, SD 2.1 (v) or SDXL base."""
+    """Return the published scheduler_config.json of SD 1.5, SD 2-base, SD 2.1 (v) or SDXL base."""
     config: dict[str, Any] = {
         "_class_name": "PNDMScheduler",
         "beta_schedule": "scaled_linear",
@@ -163,7 +167,7 @@ def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, 
 
 
 def _marked_prediction(file: TensorFile) -> str | None:
-    """Where the file says it: ModelSpec metadata, a marker tensor, or SD2-base's count of training steps."""
+    """Return the prediction type from ModelSpec metadata, a marker tensor or SD2-base's step count, or None."""
     said = file.metadata.get("modelspec.prediction_type", "").lower()
     architecture = file.metadata.get("modelspec.architecture", "")
     if said in PREDICTIONS:
@@ -176,6 +180,6 @@ def _marked_prediction(file: TensorFile) -> str | None:
 
 
 def _default_prediction(file: TensorFile, family: Family) -> str:
-    """v for what has SD 2.1's shapes (its 512-pixel base has the same, and differs only by name), else epsilon."""
+    """Return v_prediction for SD 2.1's shapes, which SD 2-base shares, and epsilon for others."""
     first = file.shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
     return "v_prediction" if family == "sd2" and first[:2] == (320, 4) else "epsilon"
