@@ -8,22 +8,25 @@ from itertools import pairwise
 import torch
 
 EPS = torch.finfo(torch.float32).eps
+ROUNDINGS = 12  # of a call, in either program: input scale, guidance (4), x0 (2), slope (2), coefficients (2), sum
+OF_SLOPE = 3  # of (x - x0) / sigma: the output by sigma, x less that, and x less x0
 
 
-def rounding_of_run(sigmas: Sequence[float], guidance: float = 1.0, calls: int = 1) -> float:
-    """Return how far apart two runs through the same levels may end, relative to the final latents.
+def rounding_of_run(sizes: Sequence[float], falls: Sequence[float] = ()) -> float:
+    """Return how far apart two runs of the same formulas may end, relative to the final latents.
 
-    A step adds to x, of size sigma, and so rounds it by eps * sigma. The network sees x in units of the next level, and
-    the final latents follow from that with a derivative of about 1, so the step contributes
-    eps * sigma / max(sigma_next, 1): a fall from 20291 to 600 costs 34 eps, one from 2 to 1 costs 2. Guidance at scale
-    w forms w * a - (w - 1) * b of two outputs, which multiplies what they are off by by up to 2 w - 1, and each call of
-    a step rounds anew. The constant allows for the operations of a step (its scaling, coefficients and sums: at most 8
-    roundings of this size).
+    A call of the network rounds x, and what is added to it, by half an eps of x in each of the two runs for each
+    operation, and the rest of the run keeps that, relative to x, about as it is; where x shrinks in a step (from sigma
+    16800 to 600, say), the error stays and its share grows by the same factor.
+
+    Two-call solvers form the slope (x - x0) / sigma_lower at a lower level and take it over the whole step: that
+    multiplies the rounding of x - x0 by sigma / sigma_lower.
 
     Args:
-        sigmas: Levels of the run.
-        guidance: Guidance scale.
-        calls: Calls of the network in each step.
+        sizes: Greatest |x| at each call, and of the final latents.
+        falls: sigma / sigma_lower of each step with two calls.
     """
-    steps = sum(sigma / max(sigma_next, 1.0) for sigma, sigma_next in pairwise(sigmas))
-    return 8 * EPS * calls * max(2 * guidance - 1, 1.0) * steps
+    share = sum(max(1.0, size / after) for size, after in pairwise(sizes))
+    starts = [*sizes[:-1:2], sizes[-1]] if falls else ()
+    steep = sum(fall * max(1.0, size / after) for fall, (size, after) in zip(falls, pairwise(starts), strict=False))
+    return EPS * (ROUNDINGS * share + OF_SLOPE * steep)

@@ -96,6 +96,16 @@ def test_more_takes_more() -> None:
     assert step(wide, guidance="split") < step(wide)
 
 
+def test_a_window_has_two_tokens_less_than_the_encoder() -> None:
+    """One begins it and one ends it."""
+    model = Model.of(device="cpu")
+    window = model.encoders[0].max_position_embeddings - 2
+    work = [
+        predict(model, Request(prompt="a " * tokens), Placement(), base=BASE).work for tokens in (window, window + 1)
+    ]
+    assert work[0] == predict(model, Request(prompt="a"), Placement(), base=BASE).work < work[1]
+
+
 def test_measures_take_less() -> None:
     fields = {"width": 1024, "height": 1024}
     whole = foreseen(fields)

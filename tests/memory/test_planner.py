@@ -71,6 +71,13 @@ def test_exact_before_approximate(model: Model) -> None:
     assert less.estimate.peak < exact
 
 
+def test_the_cpu_streams_no_weights_that_are_stored_smaller(model: Model) -> None:
+    """Each use would read the file and round the weights again; offloaded ones are rounded once."""
+    found = {(way.weights, way.storage) for rank in range(4) for way in memory._ways(model, rank)}
+    assert {weights for weights, storage in found if storage} == {"resident", "offload"}
+    assert ("stream", None) in found
+
+
 def test_a_smaller_batch_comes_before_slower_measures(model: Model) -> None:
     request = LARGE.replace(count=4, batch=4)
     whole = plan(model, "40GiB", request)

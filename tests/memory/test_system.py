@@ -35,6 +35,12 @@ def test_the_tightest_cgroup_counts(tmp_path: Path) -> None:
     assert system._cgroups(tmp_path, tmp_path / "none") == []
 
 
+def test_a_cgroup_without_room_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "_free", lambda: 10**9)
+    monkeypatch.setattr(system, "_cgroups", lambda: [0, 10**8])
+    assert system.available() == 0
+
+
 @linux
 def test_freed_memory_goes_back() -> None:
     """glibc keeps what is below its bound, which an allocation of 30 MB that is freed raises to 30 MB."""

@@ -150,3 +150,14 @@ def apart(a: Drawn, b: Drawn) -> tuple[float, int, float]:
     assert a.latents.isfinite().all() and b.latents.isfinite().all()
     levels = np.abs(a.pixels - b.pixels)
     return float((a.latents - b.latents).abs().max() / b.latents.abs().max()), int(levels.max()), float(levels.mean())
+
+
+def same(a: Drawn, b: Drawn) -> None:
+    latents, greatest, mean = apart(a, b)
+    assert latents < 1e-4
+    assert greatest <= 1
+    assert mean < 0.01
+
+
+def different(a: Drawn, b: Drawn) -> None:
+    assert apart(a, b)[1] > 5

@@ -10,6 +10,7 @@ test_samplers.py; `known` says where the two are meant to differ, and docs/fidel
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +26,7 @@ from unittest import mock
 import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from tolerances import rounding_of_run
 from torch import Tensor, nn
 
@@ -155,7 +158,6 @@ class Network(nn.Module):
         self.time = nn.Linear(8, width)
         self.context = nn.Linear(6, width)
         self.conv_out = nn.Conv2d(width, 4, 3, padding=1)
-        self.calls = 0
 
     @classmethod
     def seeded(cls) -> Network:
@@ -177,7 +179,6 @@ class Network(nn.Module):
         *,
         keys_values: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        self.calls += 1
         keys, _ = (keys_values or self.keys_values(condition))[0]
         angle = torch.as_tensor(timestep).to(sample.dtype).reshape(-1, 1) * 0.1 ** torch.arange(4)
         time = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))
@@ -195,7 +196,7 @@ def conditions() -> tuple[Condition, Condition]:
 
 
 def theirs(
-    network: Network,
+    network: nn.Module,
     scheduler: Any,
     steps: int,
     guidance: float,
@@ -228,7 +229,7 @@ def theirs(
 
 
 def ours(
-    network: Network,
+    network: nn.Module,
     name: str | None,
     config: dict[str, Any],
     steps: int,
@@ -239,6 +240,7 @@ def ours(
     spacing: str | None = None,
     table: Any = None,
     dtype: torch.dtype = torch.float32,
+    fresh: Noise | None = None,
 ) -> Tensor:
     """Final latents as pipeline.py makes them; `table`: other alphas_cumprod than our own. dtype: of x."""
     sampler = resolve(name, config, spacing)
@@ -250,10 +252,9 @@ def ours(
     denoise = guided(denoiser.outputs, prediction, guidance, rescale)
     x = noise.draw().to(dtype) * (sigmas[0] if sampler.start == "sigma" else math.sqrt(sigmas[0] ** 2 + 1))
     options = schedule.bind_options(sampler.options) | ({} if eta is None else {"eta": eta})
-    fresh: Noise = noise
-    if sampler.noise != "seeded":
+    if fresh is None and sampler.noise != "seeded":
         fresh = BrownianNoise(seeds, SHAPE, sigmas, midpoints=sampler.noise == "brownian midpoints")
-    for step in SOLVERS[sampler.solver](denoise, x, sigmas, fresh, **options):
+    for step in SOLVERS[sampler.solver](denoise, x, sigmas, fresh or noise, **options):
         x = step.x
     assert step.index == steps - 1 and step.sigma == sigmas[-1]
     return x / math.sqrt(1 + sigmas[-1] ** 2) if sampler.rescale_final else x
@@ -273,24 +274,80 @@ def reference(name: str, config: dict[str, Any], **flags: Any) -> Any:
 RUNS = ((4, 7.5), (7, 1.0), (20, 7.5))  # steps, guidance
 
 
-# Solvers that call the network between two timesteps: diffusers tells it that timestep in float32 of its own tables, so
-# with the same tables the two still differ by what the network makes of a timestep's last digits; so does the noise of
-# dpmpp_sde, a sum over a path in float32.
-BETWEEN = ("dpm2", "dpm2_a", "dpmpp_sde")
+# Two calls a step, the second at the next level (of dpm2_a at the root of sigma * sigma_down = sigma_next^2, the same)
+# or at the root of both: sigma / sigma_lower is this power of sigma / sigma_next.
+TWO_CALLS = {"heun": 1.0, "dpm2_a": 1.0, "dpm2": 0.5, "dpmpp_sde": 0.5}
 
 
-def same_tables(network: Network, variant: Variant, steps: int, guidance: float) -> tuple[float, float]:
-    """How far apart the final latents are with diffusers' own float32 table of alphas, and how far they may be."""
+class Recorded(nn.Module):
+    """The network, which records the timesteps that it is called with, or is called with those of another run."""
+
+    def __init__(self, network: Network, instead: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.network = network
+        self.keys_values = network.keys_values
+        self.timesteps: list[float] = []
+        self.instead = instead
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        timestep = torch.as_tensor(timestep)
+        call = len(self.timesteps)
+        self.timesteps.append(float(timestep.flatten()[0]))
+        if self.instead:
+            timestep = torch.full_like(timestep, self.instead[call], dtype=torch.float32)
+        output: Tensor = self.network(sample, timestep, *args, **kwargs)
+        return output
+
+
+class Rounding(NamedTuple):
+    """Two runs through the same tables."""
+
+    apart: float  # final latents
+    limit: float
+    timesteps: float  # greatest difference between timesteps at which the network is called
+
+
+def same_tables(network: Network, variant: Variant, steps: int, guidance: float) -> Rounding:
+    """Compare with a run through diffusers' own float32 numbers, so that nothing is left but rounding.
+
+    These are its table of alphas; the timesteps that it tells the network, which between two of the table it
+    interpolates in float32 (this network turns by the timestep itself); and for dpmpp_sde its noise: a Brownian path
+    moves by the root of what its time is off by, so the rounding of a level, 1e-7 of it, is 3e-4 of the noise.
+    """
     scheduler = reference(variant.name, variant.config)
     table = scheduler.alphas_cumprod.double().numpy()
     table[table == 0.0] = 2**-24  # zero terminal SNR, as most of their classes cap it
     sampler = resolve(variant.name, variant.config)
     sigmas = SPACINGS[sampler.spacing](Schedule(table), steps, **sampler.spacing_options)
-    expected = theirs(network, scheduler, steps, guidance, SEEDS)
-    before = network.calls
-    drawn = ours(network, variant.name, variant.config, steps, guidance, SEEDS, table=table)
-    calls = math.ceil((network.calls - before) / steps)
-    return apart(drawn, expected), rounding_of_run(sigmas, guidance, calls)
+    sizes: list[float] = []
+    noises: list[Tensor] = []
+    step, increment = scheduler.step, BrownianTreeNoiseSampler.__call__
+
+    @functools.wraps(step)
+    def record_size(output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> Any:
+        sizes.append(float(sample.abs().max()))
+        return step(output, timestep, sample, **kwargs)
+
+    def record_noise(sampler: Any, *levels: Any) -> Tensor:
+        noises.append(increment(sampler, *levels))
+        return noises[-1]
+
+    scheduler.step = record_size
+    first = Recorded(network)
+    with mock.patch.object(BrownianTreeNoiseSampler, "__call__", record_noise):
+        expected = theirs(first, scheduler, steps, guidance, SEEDS)
+    second = Recorded(network, first.timesteps)
+    draws = iter(noises)
+    fresh = (lambda *_: next(draws)) if noises else None
+    found = ours(second, variant.name, variant.config, steps, guidance, SEEDS, table=table, fresh=fresh)
+    assert len(first.timesteps) == len(second.timesteps)
+    power = TWO_CALLS.get(variant.name)
+    falls = [(sigma / lower) ** power for sigma, lower in pairwise(sigmas) if lower > 0.0] if power else []
+    return Rounding(
+        apart(found, expected),
+        rounding_of_run([*sizes, float(expected.abs().max())], falls),
+        max(abs(a - b) for a, b in zip(first.timesteps, second.timesteps, strict=True)),
+    )
 
 
 def starts_high(variant: Variant) -> bool:

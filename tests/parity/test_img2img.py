@@ -28,8 +28,7 @@ import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.samplers.names import CLASSES
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, ours, pixels
-from test_pipeline import different, same
+from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, ours, pixels, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint.models.tokenizer import Tokenizer
-from pictures import FAMILIES, NEGATIVE, PROMPT, Drawn, Pair, apart, fields, ours, pixels, save, theirs
+from pictures import FAMILIES, NEGATIVE, PROMPT, Pair, apart, different, fields, ours, pixels, same, save, theirs
 from table import NAMES
 from test_single_file import Model
 
@@ -29,17 +29,6 @@ pytestmark = [  # diffusers with numpy 2, and its Brownian path asked a digit be
 
 LONG = "lemon " * 75  # fills the window to its last token
 PNDM_V = ("pndm", "sd2")  # a known difference: test_samplers.py, test_pndm_with_v_prediction_differs
-
-
-def same(a: Drawn, b: Drawn) -> None:
-    latents, greatest, mean = apart(a, b)
-    assert latents < 1e-4
-    assert greatest <= 1
-    assert mean < 0.01
-
-
-def different(a: Drawn, b: Drawn) -> None:
-    assert apart(a, b)[1] > 5
 
 
 # ---- every sampler ---------------------------------------------------------------------------------------------------
