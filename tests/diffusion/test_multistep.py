@@ -19,6 +19,7 @@ from mezzotint.config import ScheduleConfig
 from mezzotint.diffusion.multistep import vp_time
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS
+from mezzotint.diffusion.solving import phi
 from mezzotint.errors import RequestError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -542,3 +543,11 @@ def test_orders_that_do_not_exist(name: str, options: dict[str, int]) -> None:
 def test_cfg_pp_needs_a_guided_denoiser() -> None:
     with pytest.raises(RequestError, match="CFG"):
         trace("dpmpp_2m_cfg_pp", karras(5, 0.0))
+
+
+def test_phi_keeps_its_digits_near_zero() -> None:
+    """phi_k(z) is 1/k! + z/(k + 1)! + ...; the recursion by division would leave none of them."""
+    for k in (1, 2, 3):
+        for z in (1e-9, -1e-9, 1e-5):
+            assert phi(k, z) == pytest.approx(1 / math.factorial(k) + z / math.factorial(k + 1), rel=1e-9)
+    assert phi(2, 3.0) == pytest.approx((math.exp(3.0) - 4.0) / 9.0, rel=1e-12)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezzotint.errors import RequestError
-from mezzotint.records.infotext import A1111_NAMES, MAX_TEXT, parse, to_request, write
+from mezzotint.records.infotext import A1111_NAMES, MAX_TEXT, _fields, parse, to_request, write
 from mezzotint.request import Request
 from mezzotint.samplers.names import NAMES
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE
@@ -386,3 +386,8 @@ def test_any_text_is_taken_apart(text: str) -> None:
 )
 def test_no_text_takes_long(text: str) -> None:
     parse(text)
+
+
+def test_a_field_has_a_name_of_two_letters() -> None:
+    """As in A1111's pattern; a single one is part of a value."""
+    assert dict(_fields("Steps: 20, NG: yes, x: 3, Seed: 7")).keys() == {"Steps", "NG", "Seed"}

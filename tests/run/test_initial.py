@@ -5,6 +5,7 @@ Two tiny models (conftest.py); what diffusers does too is held against it in par
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 from typing import Any
@@ -405,6 +406,8 @@ def test_slerp_of_columns() -> None:
         angle = torch.tensor(share * torch.pi / 2)
         assert torch.allclose(slerp(a, b, share).flatten(), torch.stack([angle.cos(), angle.sin()]), atol=1e-6)
     assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a) and slerp(a, -a, 0.3).isfinite().all()
+    near = torch.tensor([math.cos(0.05), math.sin(0.05)]).reshape(1, 1, 2, 1)
+    assert float(slerp(a, near, 0.5).norm()) == pytest.approx(1.0, abs=1e-5), "an arc at small angles too"
     generator = torch.Generator().manual_seed(0)
     noise, other = (torch.randn(1, 4, 64, 64, generator=generator) for _ in range(2))
     assert abs(float(slerp(noise, other, 0.5).std()) - 1.0) < 0.02, "which a straight line would make 0.7"

@@ -162,6 +162,13 @@ def test_a_header_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
         TensorFile(path)
 
 
+def test_a_shape_beyond_all_memory_is_named(tmp_path: Path) -> None:
+    header = json.dumps({"a": row([2**30, 2**30], 0, 4)}).encode()
+    (tmp_path / "a.safetensors").write_bytes(raw(header, bytes(4)))
+    with pytest.raises(CheckpointError, match="'a' is too large"):
+        TensorFile(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
