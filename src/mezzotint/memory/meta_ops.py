@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def _new(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor like x; feature maps, which have four dimensions, in channels_last."""
+    """Return a tensor like x; feature maps, which have four dimensions, in channels_last."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or x.dtype, device="meta", memory_format=layout)
 

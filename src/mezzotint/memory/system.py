@@ -69,7 +69,7 @@ def _free() -> int | None:
 
 
 def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What is left of the limit of each cgroup that this process is in; files in the page cache do not count."""
+    """Return what is left of the limit of each cgroup of this process; files in the page cache do not count."""
     left = []
     try:
         rows = [row.split(":", 2) for row in own.read_text().splitlines()]

@@ -38,12 +38,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is
 
 @contextmanager
 def backend(name: str | Backend, *, bytes: int | str | None = None) -> Iterator[None]:
-    """Has attention computed by `name` inside, in this thread: auto, sdpa, math, sliced, xformers, flash or sage; or by
-    a Backend of one's own.
+    """Use a backend for the attention of this thread inside the block.
 
-    `bytes`, a number or "64MiB", is what the scores of one slice may take ("sliced:64MiB" says the same).
-    Raises RequestError for an unknown name, MissingExtraError for a package that is not installed or is for another
-    torch. What one that is there cannot do, sdpa does.
+    Inputs that a package does not support are computed by SDPA.
+
+    Args:
+        name: auto, sdpa, math, sliced, xformers, flash, sage, or a Backend of your own.
+        bytes: Memory for the scores of one slice of "sliced", as a number or "64MiB"; "sliced:64MiB" is the same.
+
+    Raises:
+        RequestError: If the name is unknown.
+        MissingExtraError: If the package is not installed, or was built for another torch.
     """
     before = _chosen.set(name if isinstance(name, Backend) else Backend.of(name, bytes))
     try:

@@ -229,7 +229,10 @@ NAMES = ("auto", "sdpa", "math", "sliced", *PACKAGES)
 
 
 def _foreign(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, asked: bool) -> Tensor:
-    """A package's attention, or sdpa's where it cannot; `asked` for by name, what it cannot is worth a warning."""
+    """Compute attention with a package, or with SDPA for inputs that it does not support.
+
+    Warn about those if the backend was `asked` for by name.
+    """
     package = PACKAGES[name]
     level = logging.WARNING if asked else logging.INFO
     reason = package.unable(q, k, mask, is_causal)
@@ -262,7 +265,7 @@ def _is_installed(name: str) -> bool:
 
 @functools.cache
 def _import(name: str) -> Any:
-    """The package's module; where it is not to be had, a text: why not, and what would help. Takes seconds, once."""
+    """Import a package once and return its module, or a sentence that says why it cannot be used."""
     package = PACKAGES[name]
     if not _is_installed(name):
         return f"is not installed: {package.install}"

@@ -21,7 +21,7 @@ class Conv2d(nn.Conv2d):
     """A convolution with circular padding in the directions of `seamless`."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch's `forward`, and whoever has another weight (adapters.py), come here."""
+        """Convolve with a given weight; `forward` and the adapters call this."""
         axes = joined.get()
         if not axes or self.padding == (0, 0):
             y: Tensor = super()._conv_forward(x, weight, bias)

@@ -31,13 +31,13 @@ Part = Callable[[Tensor], Tensor]  # some rows -> those rows, each value by itse
 
 @torch.no_grad()
 def decode_in_strips(vae: VAE, z: Tensor, strip: int = STRIP) -> Tensor:
-    """What `vae.decode` gives of z (B, 4, h, w): pixels (B, 3, 8h, 8w). strip: about how many elements one has."""
+    """Decode z (B, 4, h, w) to pixels (B, 3, 8h, 8w) as `vae.decode` does, in strips of about `strip` elements."""
     return torch.cat([decode_one(Strips(strip), vae, one) for one in torch.split(z, 1)])
 
 
 @torch.no_grad()
 def encode_in_strips(vae: VAE, pixels: Tensor, strip: int = STRIP) -> Posterior:
-    """What `vae.encode` gives of pixels (B, 3, H, W) in [-1, 1]."""
+    """Encode pixels (B, 3, H, W) in [-1, 1] as `vae.encode` does."""
     return Posterior.from_moments(torch.cat([encode_one(Strips(strip), vae, one) for one in torch.split(pixels, 1)]))
 
 
@@ -134,7 +134,7 @@ class Strips:
         raise TypeError(f"no layer of the VAE: {type(layer).__name__}")
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, prepare: Part | None = None, scale: int = 1) -> Tensor:
-        """The convolution of what `prepare` makes of x, or of x; scale: how often each pixel is repeated first."""
+        """Convolve x, or what `prepare` makes of it, with each pixel first repeated `scale` times."""
         size = (1, conv.out_channels, *(scale * side // conv.stride[0] for side in x.shape[2:]))
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for rows, part in self._parts(conv, x, prepare, scale):
@@ -142,7 +142,7 @@ class Strips:
         return out
 
     def resnet(self, block: ResnetBlock, x: Tensor) -> Tensor:
-        """The block's result, written over x, or over what the first convolution made where x is not as wide."""
+        """Run a residual block and write its result over x, or over the first convolution's output."""
         h = self.convolve(block.conv1, x, self.activation(block.norm1, x))
         parts = self._parts(block.conv2, h, self.activation(block.norm2, h))
         if isinstance(block.conv_shortcut, nn.Identity):
@@ -154,7 +154,7 @@ class Strips:
         return h
 
     def attention(self, layer: SpatialAttention, x: Tensor) -> Tensor:
-        """x with what each position sees, strip after strip; keys and values of all positions are there at once."""
+        """Add self-attention to x strip by strip, with the keys and values of all positions in memory."""
         _, channels, height, width = x.shape
         norm = self.activation(layer.group_norm, x, act=False)
         step = strip_rows(channels, width, self.strip)
@@ -171,7 +171,7 @@ class Strips:
     def _parts(
         self, conv: nn.Conv2d, x: Tensor, prepare: Part | None, scale: int = 1
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The convolution's rows, strip by strip, top first: where they belong and what they are.
+        """Yield the convolution's rows strip by strip from the top, each with its position.
 
         What the next strip is made of is read before one is given away, so that it may be written where x is.
         """
@@ -197,7 +197,7 @@ class Strips:
 
 
 def _positions(x: Tensor) -> Tensor:
-    """(1, C, h, w) -> (1, 1, h*w, C)"""
+    """Reshape (1, C, h, w) to (1, 1, h*w, C)."""
     return x.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
 
 

@@ -142,10 +142,11 @@ class Span(NamedTuple):
     after: int
 
     def cells(self, each: int) -> slice:
+        """Return the cells of this tile where a latent has `each` of them along a side."""
         return slice(self.first * each, self.last * each)
 
     def weights(self, each: int, like: Tensor) -> Tensor:
-        """How much this tile counts in each of its cells: rising and falling evenly; with its neighbour's, 1."""
+        """Return the blending weight of each cell: linear ramps that add up to 1 with the neighbour's."""
         place = torch.arange((self.last - self.first) * each, device=like.device, dtype=torch.float32) + 0.5
         rising = place / max(self.before * each, 0.5)
         falling = place.flip(0) / max(self.after * each, 0.5)
@@ -153,9 +154,10 @@ class Span(NamedTuple):
 
 
 def spans(length: int, tile: int, overlap: int) -> list[Span]:
-    """The fewest and then the smallest tiles that cover so many latents and share at least `overlap` with the next.
+    """Cover a side with the fewest, and then the smallest, tiles that overlap by at least `overlap` latents.
 
-    Raises RequestError where that is more than a quarter of a tile: three would lie over one another.
+    Raises:
+        RequestError: If `overlap` is more than a quarter of a tile, so that three tiles would overlap.
     """
     if 4 * overlap > tile:
         raise RequestError(f"overlap is {overlap}; it must be at most a quarter of the tile, {tile // 4}")
@@ -180,6 +182,7 @@ class Layer(NamedTuple):
 
     @property
     def places(self) -> int:
+        """Number of positions of the feature map."""
         return self.height * self.width
 
     @property
@@ -189,7 +192,7 @@ class Layer(NamedTuple):
 
 
 def layers(config: VAEConfig, height: int, width: int, half: Half) -> tuple[list[Layer], list[Layer]]:
-    """The steps next to the latents, and those from there to the pixels, for a picture of that size in pixels."""
+    """Split the steps into those next to the latents and those from there to the pixels."""
     widths, side, last = config.block_out_channels, config.downscale, len(config.block_out_channels) - 1
     deep = height // side, width // side
     inner = [Layer("resnet", widths[-1], widths[-1], *deep)]

@@ -255,7 +255,7 @@ def _clip_merges() -> Merges:
 
 
 def _number_tokens(merges: Merges) -> dict[str, int]:
-    """Number the tokens in CLIP's order: 256 bytes, 256 bytes at the end of a word, one token per merge, start, end.
+    """Assign ids in CLIP's order: 256 bytes, 256 bytes at the end of a word, one token per merge, start, end.
 
     A byte is written as one printable character: its own in Latin-1, or the next from U+0100 on (GPT-2's
     bytes_to_unicode); the printable ones come first.

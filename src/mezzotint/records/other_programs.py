@@ -51,7 +51,7 @@ def _object(text: str, chunk: str) -> dict[str, Any]:
 
 
 def _comfyui(graph: Mapping[str, Any]) -> ReadResult:
-    """A graph of nodes {"class_type", "inputs"}, where an input that is a list [node, output] is a link."""
+    """Hold nodes {"class_type", "inputs"}, in which an input that is a list [node, output] is a link."""
     nodes = {
         name: node for name, node in graph.items() if isinstance(node, dict) and isinstance(node.get("inputs"), dict)
     }

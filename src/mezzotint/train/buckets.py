@@ -15,8 +15,14 @@ Size = tuple[int, int]
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
-    """Return the largest sizes whose sides are multiples of `step` from half to twice `resolution` and whose area is at
-    most its square, in portrait and landscape. Raises RequestError if the resolution is below a step.
+    """Return the largest bucket of each width, in portrait and landscape.
+
+    Args:
+        resolution: Side in pixels; a bucket has at most its square as area, and sides from half to twice of it.
+        step: Pixels of which every side is a multiple.
+
+    Raises:
+        RequestError: If the resolution is below a step.
     """
     if resolution < step:
         raise RequestError(f"resolution is {resolution}; it must be at least bucket_step, {step}")

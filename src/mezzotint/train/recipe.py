@@ -1,4 +1,6 @@
-"""A training recipe: every setting of a run, in one frozen record. As a TOML file:
+"""A training recipe: every setting of a run, in one frozen record.
+
+As a TOML file:
 
     data = "pictures"
     steps = 1500
