@@ -368,7 +368,7 @@ def test_what_should_not_happen_is_one_line_and_code_1(
     def fail(request: Request) -> Request:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(pipe, "resolve", fail)
+    monkeypatch.setattr(pipe, "plan", fail)
     ran = run("generate", "x")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == (
@@ -445,7 +445,7 @@ def test_ctrl_c_before_the_first_picture(run: Run, pipe: FakePipeline, monkeypat
     monkeypatch.setattr(pipe, "generate", interrupt)
     ran = run("generate", "x")
     assert (ran.code, ran.out, ran.err) == (1, "", "Stopped; no picture was finished\n")
-    monkeypatch.setattr(pipe, "resolve", interrupt)
+    monkeypatch.setattr(pipe, "plan", interrupt)
     assert run("generate", "x").code == 1
 
 
@@ -625,7 +625,7 @@ def test_pictures_from_pictures_with_the_bundled_model(run: Run) -> None:
         ("--mask mask.png", "mask is given, but there is no image to start from"),
         ("--strength 0.5", "strength is given, but there is no image"),
         ("--image none.png", "image is 'none.png', which is not there"),
-        ("--image svg.png", "image is 'svg.png', an SVG"),
+        ("--image svg.png", "image is 'svg.png', which is an SVG"),
         ("--image blue.png --strength 0.01", "strength is 0.01, which leaves none of 20 steps"),
         ("--image blue.png --mask black.png", "mask is black everywhere"),
         ("--image blue.png --mask-blur 4", "mask_blur is given, but there is neither mask nor outpaint"),

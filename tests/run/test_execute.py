@@ -260,7 +260,7 @@ def test_where_words_were_looked_at(placement: dict[str, Any], sd1_folder: Path,
 class Roomy:
     """A budget that all fits into."""
 
-    def fitted(self, request: Request, _: Placement, __: int) -> Request:
+    def fit_batch(self, request: Request, _: Placement, __: int) -> Request:
         return request
 
 
@@ -485,7 +485,7 @@ def test_a_budget_is_asked_before_anything_is_drawn(sd1_folder: Path) -> None:
             self.asked.append((plan.request.batch, plan.request.count))
             raise BudgetError("too much")
 
-        def fitted(self, plan: RunPlan, placement: Placement, pictures: int) -> RunPlan:
+        def fit_batch(self, plan: RunPlan, placement: Placement, pictures: int) -> RunPlan:
             if pictures == 3:
                 self.check(plan, placement)
             assert pictures == 6

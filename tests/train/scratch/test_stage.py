@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mezzotint.atomic import PATTERN
 from mezzotint.errors import CheckpointError, TrainingError
 from mezzotint.train import checkpoints
 from mezzotint.train.loop import TrainingLoop
@@ -135,7 +136,8 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, unbroken: tuple[To
     """SIGKILL in a process of its own, half of the second checkpoint on the disk."""
     killed = subprocess.run([sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    first, half = (tmp_path / name / checkpoints.STATE for name in ("checkpoint-00000004", ".checkpoint-00000008.new"))
+    first = tmp_path / "checkpoint-00000004" / checkpoints.STATE
+    (half,) = (folder / checkpoints.STATE for folder in tmp_path.glob(PATTERN.format("*")))
     assert half.stat().st_size < first.stat().st_size
     assert state(tmp_path)["step"] == 4, "the first is whole"
     module = run(tmp_path)
@@ -145,7 +147,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, unbroken: tuple[To
 
 
 def test_only_a_partial_checkpoint_is_none(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
-    partial = tmp_path / ".checkpoint-00000004.new"
+    partial = tmp_path / PATTERN.format("0")
     partial.mkdir()
     (partial / checkpoints.STATE).write_bytes(b"half")
     run(tmp_path)
