@@ -73,7 +73,7 @@ def test_exact_before_approximate(model: Model) -> None:
 
 def test_the_cpu_streams_no_weights_that_are_stored_smaller(model: Model) -> None:
     """Each use would read the file and round the weights again; offloaded ones are rounded once."""
-    found = {(way.weights, way.storage) for rank in range(4) for way in memory._ways(model, rank)}
+    found = {(way.weights, way.storage) for rank in range(4) for way in memory._placements(model, rank)}
     assert {weights for weights, storage in found if storage} == {"resident", "offload"}
     assert ("stream", None) in found
 

@@ -280,4 +280,8 @@ def test_a_way_back_in_another_thread_has_this_ones_attention(monkeypatch: pytes
     assert seen == [(True, "math")] * 8 + [(False, "math")] * 8
     found = {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
     with backend("math"):
-        assert_same(gradients(unet, unet_loss), found)
+        expected = gradients(unet, unet_loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():  # another thread may sum in another order: sums of at most 60 terms
+        limit = 60 * torch.finfo(torch.float32).eps * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0.0, atol=limit, msg=name)
