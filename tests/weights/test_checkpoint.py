@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import mezzotint
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import inspect_model, open_model
 from mezzotint.weights.files import TensorFile
@@ -206,8 +207,19 @@ def test_wrong_missing_and_foreign_tensors_are_named(folder: Path) -> None:
     assert "conv_in.weight is int32" in refused(folder)
     rewrite(weights, lambda table: table.pop("conv_in.weight"))
     assert "lacks conv_in.weight" in refused(folder)
-    rewrite(weights, lambda table: table.update({"conv_in.weight": torch.ones(16, 4, 3, 3), "motion.w": torch.ones(1)}))
-    assert "do not belong to its config: motion.w" in refused(folder)
+
+
+def test_tensors_that_no_layer_uses_are_a_notice(folder: Path, tiny_model: Any) -> None:
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    rewrite(weights, lambda table: table.update({"motion.w": torch.ones(1)}))
+    notice = f"{folder / 'unet'} (unet): 1 tensor not used by any layer: motion.w"
+    parts = open_model(folder)
+    same(parts.unet, tiny_model.unet)
+    assert parts.notices == [notice]
+    report = inspect_model(folder)
+    assert (report.problems, report.notices) == ([], [notice])
+    assert f"notice          {notice}" in report.text()
+    assert mezzotint.Pipeline(parts).plan("a lemon").notices == (notice,)
 
 
 def test_a_truncated_part_is_named(folder: Path) -> None:

@@ -20,6 +20,7 @@ class ModelFacts(Protocol):
     scheduler_config: dict[str, Any]
     model_index: dict[str, Any]
     few_step: FewStep | None
+    notices: list[str]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ModelInfo:
         empty_prompt: The default negative prompt: "", or None for a context of zeros.
         few_step: The model's few-step form, if it has one.
         device_type: "cpu", "cuda", ...: decides the default batch.
+        notices: Remarks on the model's files.
     """
 
     family: Family
@@ -53,6 +55,7 @@ class ModelInfo:
     empty_prompt: str | None
     few_step: FewStep | None
     device_type: str
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, facts: ModelFacts, unet: UNetConfig, vae: VAEConfig, device_type: str) -> ModelInfo:
@@ -70,6 +73,7 @@ class ModelInfo:
             empty_prompt=None if facts.model_index.get("force_zeros_for_empty_prompt") else "",
             few_step=facts.few_step,
             device_type=device_type,
+            notices=tuple(facts.notices),
         )
 
     @property

@@ -183,9 +183,10 @@ class RunPlan:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """A sentence on each LoRA that does not match the model completely."""
+        """Remarks on the model's files, and on each LoRA that does not match the model completely."""
         covered = {name: adapter.coverage for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
-        return tuple(f"{name}: {found}" for name, found in covered.items() if found.unmatched)
+        on_loras = (f"{name}: {found}" for name, found in covered.items() if found.unmatched)
+        return *self.model.notices, *on_loras
 
     @cached_property
     def empty(self) -> PromptPlan:

@@ -50,6 +50,7 @@ class Parts:
         source: The model's folder or file.
         files: All files that were read.
         few_step: The field `few_step` of mezzotint.json.
+        notices: Remarks on the files, for example on tensors that no layer uses.
     """
 
     family: Family
@@ -63,6 +64,7 @@ class Parts:
     source: Path
     files: list[Path]
     few_step: FewStep | None = None
+    notices: list[str] = field(default_factory=list)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -109,6 +111,7 @@ def open_model(
         networks[part.name] = part.network()
         for problem in part.problems(networks[part.name]):
             raise CheckpointError(problem)
+        found.notices += part.notices(networks[part.name])
     tokenizers = [make() for make in found.tokenizers]
     for part in found.parts:
         own = placement if isinstance(placement, Placement) else placement.get(part.name, Placement())
@@ -125,6 +128,7 @@ def open_model(
         source=found.path,
         files=found.files,
         few_step=found.few_step,
+        notices=found.notices,
     )
 
 
@@ -192,6 +196,7 @@ class Report:
     bytes: int = 0
     parts: list[PartReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -208,6 +213,7 @@ class Report:
             dtypes = ", ".join(part.dtypes)
             lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors")
         lines += [f"  passed over     {line}" for line in self.passed_over]
+        lines += [f"  notice          {line}" for line in self.notices]
         lines += [f"  problem         {line}" for line in self.problems]
         return "\n".join(lines)
 
@@ -253,6 +259,7 @@ def _report(found: ModelFiles) -> Report:
         keys=sum(len(file.entries) for file in files.values()),
         bytes=sum(file.size for file in files.values()),
         problems=list(found.problems),
+        notices=list(found.notices),
         passed_over=found.passed_over,
         metadata={key: value for file in files.values() for key, value in file.metadata.items()},
     )
@@ -261,7 +268,9 @@ def _report(found: ModelFiles) -> Report:
         keys = len({source.key for source in part.sources.values()})
         report.parts.append(PartReport(part.name, sum(dtypes.values()), keys, dtypes))
         try:
-            report.problems += part.problems(part.network())
+            network = part.network()
+            report.problems += part.problems(network)
+            report.notices += part.notices(network)
         except CheckpointError as error:
             report.problems.append(str(error))
     return report

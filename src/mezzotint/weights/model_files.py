@@ -94,17 +94,21 @@ class NetworkFiles:
         except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as error:
             raise CheckpointError(f"{self.path}: its config does not describe a valid {self.name}: {error}") from None
 
+    def notices(self, network: nn.Module) -> list[str]:
+        """Return a sentence about the tensors that no layer uses, if there are any."""
+        wanted = network.state_dict().keys()
+        extra = self.unknown + [source.key for name, source in self.sources.items() if name not in wanted]
+        count = f"{len(extra)} tensor{'s' * (len(extra) > 1)}"
+        return [f"{self.path} ({self.name}): {count} not used by any layer: {join_names(extra)}"] if extra else []
+
     def problems(self, network: nn.Module) -> list[str]:
-        """Return sentences about missing and unexpected tensors, wrong shapes and wrong dtypes."""
+        """Return sentences about missing tensors, wrong shapes and wrong dtypes."""
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         here = f"{self.path} ({self.name})"
         found: list[str] = []
         missing = [name for name in wanted if name not in self.sources]
         if missing:
             found.append(f"{here} lacks {join_names(missing)}")
-        extra = self.unknown + [source.key for name, source in self.sources.items() if name not in wanted]
-        if extra:
-            found.append(f"{here} has tensors that do not belong to its config: {join_names(extra)}")
         for name, want in wanted.items():
             if name not in self.sources:
                 continue
@@ -209,6 +213,7 @@ class ModelFiles:
     few_step: FewStep | None = None
     files: list[Path] = field(default_factory=list)  # all that the model is made of
     problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # of what was guessed or left out; they do not prevent loading
     passed_over: list[str] = field(default_factory=list)
 
     def config(self, name: str) -> Config | None:
