@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from mezzotint.errors import RequestError
+from mezzotint.reading import read_bytes
 
 Source = str | bytes  # a path, or the contents of a file
 ResizeMode = Literal["resize", "crop", "fill"]
@@ -78,7 +79,7 @@ def read(source: Source, name: str = "image") -> bytes:
             raise RequestError(f"{name} is {source!r}, which is {what}; {EXPECTED}")
         if path.stat().st_size > MAX_BYTES:
             raise RequestError(f"{name} is {source!r}, larger than {MAX_BYTES // 2**20} MiB; {EXPECTED}")
-        return path.read_bytes()
+        return read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:  # ValueError: an impossible file name
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{name} is {source[:200]!r}, which cannot be read ({reason}); {EXPECTED}") from None

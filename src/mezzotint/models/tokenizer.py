@@ -26,9 +26,18 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.reading import read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77  # CLIP's window
+FILES = (  # of a tokenizer folder
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 WORD_END = "</w>"
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -354,7 +363,7 @@ def _describe_token(token: AddedToken) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as text: {error}.") from error
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from mezzotint.errors import RequestError
+from mezzotint.reading import read_text
 
 _MAX_DRAWS = 10_000
 _MAX_LENGTH = 1_000_000  # characters; nested wildcards can grow exponentially
@@ -119,7 +120,7 @@ def _read_lines(name: str, folder: str | Path | None, files: tuple[str, ...]) ->
         path = (root / f"{name}.txt").resolve()
         if not path.is_relative_to(root):
             raise RequestError(f"wildcard {name}.txt is outside of {folder}; it must be inside that folder")
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except UnicodeDecodeError:
         raise RequestError(f"wildcard file {path} is not UTF-8 text; it must have one choice per line") from None
     except (OSError, ValueError):

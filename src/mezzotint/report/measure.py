@@ -25,6 +25,7 @@ from PIL import Image
 from mezzotint import samplers
 from mezzotint.atomic import atomic_path
 from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.reading import read_text
 from mezzotint.report.statistics import CHECK_ROW, Row, Space
 from mezzotint.request import Request
 
@@ -87,7 +88,7 @@ class Settings:
             RequestError: If the file cannot be read or a value is invalid.
         """
         try:
-            lines = [line.strip() for line in prompts.read_text("utf-8-sig").splitlines()]
+            lines = [line.strip() for line in read_text(prompts, "utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise RequestError(f"prompts is {str(prompts)!r}, which cannot be read ({reason})") from None

@@ -26,6 +26,7 @@ from PIL import Image
 from mezzotint import rows
 from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.images import init_image
+from mezzotint.reading import read_bytes
 from mezzotint.request import MAX_PROMPT
 
 BrokenPolicy = Literal["stop", "skip"]
@@ -205,7 +206,7 @@ def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[
         caption, text_file = default, captions.get(file.with_suffix(""))
         try:
             if text_file is not None:
-                caption = _text(text_file.read_bytes(), str(text_file))
+                caption = _text(read_bytes(text_file), str(text_file))
         except OSError as error:
             yield f"the caption {str(text_file)!r} cannot be read ({error.strerror or error})"
             continue

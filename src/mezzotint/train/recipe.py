@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mezzotint.errors import RequestError
+from mezzotint.reading import read_text
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
 
@@ -216,7 +217,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise RequestError(f"{str(path)!r} cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

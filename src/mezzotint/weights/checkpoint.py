@@ -7,7 +7,6 @@ leads to a download.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
+from mezzotint.reading import hash_file
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
@@ -70,11 +70,7 @@ class Parts:
     def identity(self) -> dict[str, str]:
         """The SHA-256 of each file by its name relative to the model's folder, computed on first use."""
         root = self.source if self.source.is_dir() else self.source.parent
-        hashes = {}
-        for path in self.files:
-            with path.open("rb") as file:
-                hashes[path.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+        return {path.relative_to(root).as_posix(): hash_file(path) for path in self.files}
 
 
 def open_model(

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError
+from mezzotint.models.tokenizer import FILES as TOKENIZER_FILES
 from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.reading import read_text
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
@@ -21,7 +23,6 @@ from mezzotint.weights.model_files import ENCODERS, NETWORKS, FewStep, ModelFile
 
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
-MAX_JSON_BYTES = 50_000_000  # bytes; CLIP's whole tokenizer.json has 2 MB, a large index 1 MB
 
 
 def plan_folder(
@@ -106,9 +107,7 @@ def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError if the file is missing or is something else."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes, which no description needs")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
@@ -166,7 +165,7 @@ def _add_tokenizer(plan: ModelFiles, folder: Path) -> None:
         plan.problems.append(f"{folder} is missing: the text encoder needs its tokenizer")
         return
     plan.tokenizers.append(partial(Tokenizer.from_folder, folder))
-    plan.files += [file for file in _inside(folder) if file.is_file()]
+    plan.files += [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def _add_settings(plan: ModelFiles, path: Path) -> None:

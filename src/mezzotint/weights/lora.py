@@ -7,7 +7,6 @@ no rank, and its factor is 1.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import threading
@@ -35,6 +34,7 @@ from mezzotint.models.adapters import (
     merge,
 )
 from mezzotint.models.offload import weight_shape
+from mezzotint.reading import hash_file, read_text
 from mezzotint.weights.embeddings import BUNDLED
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource
@@ -157,11 +157,7 @@ def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[s
             f"{path} is not a LoRA for this model{hint}; its names match no layer: "
             f"{join_names(coverage.unmatched) or 'it is empty'}"
         )
-    digest = hashlib.sha256()
-    with path.open("rb") as data:
-        while piece := data.read(2**20):
-            digest.update(piece)
-    return Adapter(path, digest.hexdigest(), changes, coverage)
+    return Adapter(path, hash_file(path), changes, coverage)
 
 
 def read_unet_lora(path: Path, unet: nn.Module) -> Changes:
@@ -342,7 +338,11 @@ class _Alphas:
         text = file.metadata.get(METADATA)
         beside = file.path.with_name(CONFIG)
         if text is None and file.path.name.startswith("adapter_model.") and beside.is_file():
-            text = beside.read_text("utf-8", errors="replace")[:MAX_CONFIG_BYTES]
+            try:
+                text = read_text(beside, limit=MAX_CONFIG_BYTES)
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not UTF-8"
+                raise CheckpointError(f"{beside} cannot be read: {reason}") from None
             configs = {"": _json(beside, text)}
         elif text is None:
             configs = {}
