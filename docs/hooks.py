@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 
 import typer.main
 
-from mezzotint.cli import EXAMPLES, app
+from mezzotint.cli.commands import EXAMPLES, app
 from mezzotint.request import Request
 from mezzotint.samplers.names import FEW_STEPS, SPACINGS, TABLE
 

@@ -437,7 +437,8 @@ class Result:
             The paths of the files, in the order of `images`.
 
         Raises:
-            RequestError: If a file cannot be written, or the name has another ending.
+            RequestError: If a file cannot be written under its name, or the name has another ending.
+            WriteError: If the disk is full or broken.
         """
         from mezzotint.images.io import save
 

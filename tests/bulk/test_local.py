@@ -422,7 +422,7 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
         code, out, err = command("p.jsonl", "--out", "out")
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert (code, out) == (1, "")
+    assert (code, out) == (130, "")
     assert err == "Stopped; finished pictures are in out, and the same command continues from there\n"
     assert len(pictures(tmp_path / "out")) == 3 and len(pipe.groups) == 2
     assert command("p.jsonl", "--out", "out")[0] == 0

@@ -414,7 +414,7 @@ test_cli.cli.main()
         screen += chunk
     os.close(ours)
     out, _ = process.communicate()
-    assert (process.returncode, out) == (1, "")
+    assert (process.returncode, out) == (130, "")
     kept = sorted(os.listdir(tmp_path))
     assert 1 <= len(kept) < 1000
     assert kept == [f"x-{k + 1:04}.png" for k in range(len(kept))]
@@ -444,9 +444,9 @@ def test_ctrl_c_before_the_first_picture(run: Run, pipe: FakePipeline, monkeypat
 
     monkeypatch.setattr(pipe, "generate", interrupt)
     ran = run("generate", "x")
-    assert (ran.code, ran.out, ran.err) == (1, "", "Stopped; no picture was finished\n")
+    assert (ran.code, ran.out, ran.err) == (130, "", "Stopped; no picture was finished\n")
     monkeypatch.setattr(pipe, "plan", interrupt)
-    assert run("generate", "x").code == 1
+    assert run("generate", "x").code == 130
 
 
 # ---- the other commands ----------------------------------------------------------------------------------------------

@@ -446,7 +446,7 @@ def test_ctrl_c(run: Run, sd1: mezzotint.Pipeline, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mezzotint, "load", lambda *_, **__: sd1, raising=False)
     monkeypatch.setattr("mezzotint.report.measure.measure", interrupted)
     right = "Stopped; finished results are in out/results.jsonl, and the same command continues from there\n"
-    assert run(QUICK) == (1, "", right)
+    assert run(QUICK) == (130, "", right)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import mezzotint
-from mezzotint.cli import app
+from mezzotint.cli.commands import app
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError, RequestError, WriteError
 from mezzotint.models.clip import CLIPTextModel

@@ -22,7 +22,7 @@ from mezzotint.cli.options import (
     add_options_of,
     option,
 )
-from mezzotint.cli.terminal import load, long_work, print_json, say
+from mezzotint.cli.terminal import load, long_work, print_json, say, show
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.placement import Placement
 
@@ -121,7 +121,7 @@ def again(
             {"file": str(file), "code": code, "sentences": sentences, "paths": [str(path) for path in written]}
         )
         if not as_json:
-            (say if code == UNKNOWN else typer.echo)(f"{file}: {'; '.join(sentences)}")
+            (say if code == UNKNOWN else show)(f"{file}: {'; '.join(sentences)}")
     if as_json:
         print_json({"files": reports})
     raise typer.Exit(max(entry["code"] for entry in reports))

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mezzotint.cli import INTERRUPTED
 from mezzotint.cli.options import OUTPUT, Device, Dtype, Json, Memory, Model, option
-from mezzotint.cli.terminal import check_memory, print_json, say, stoppable
+from mezzotint.cli.terminal import check_memory, print_json, say, show, stoppable
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def bulk(
             failures.write()
     except KeyboardInterrupt:
         say(f"Stopped; finished pictures are in {out}, and the same command continues from there")
-        raise typer.Exit(1) from None
+        raise typer.Exit(INTERRUPTED) from None
     except WriteError as error:
         say(f"Error: {error}. Finished pictures are in {out}, and the same command continues from there")
         raise typer.Exit(1) from None
@@ -84,7 +85,7 @@ def bulk(
         print_json(record | {"rows": plan.rows, "threads": plan.threads, "seconds": round(seconds, 3)})
     else:
         before = f"; {found:,} were there already" if found else ""
-        typer.echo(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)})")
+        show(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)})")
     if failures.rows:
         say(f"{failures.rows:,} of {plan.rows:,} rows failed; the reasons are in {out / work.FAILURES}")
         raise typer.Exit(1)
@@ -96,7 +97,7 @@ def _local(plan: BulkPlan) -> Iterator[Outcome]:
 
     made = work.plan_memory(plan)
     if made is not None:
-        say(made.table())
+        say(*made.table().split("\n"))
     gc.disable()  # as in terminal.load
     try:
         worker = work.Worker.start(plan, made)

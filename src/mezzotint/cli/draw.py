@@ -41,7 +41,7 @@ from mezzotint.cli.options import (
     Syntax,
     option,
 )
-from mezzotint.cli.terminal import check_memory, fitted, load, long_work, print_json, say
+from mezzotint.cli.terminal import check_memory, fitted, load, long_work, print_json, say, show
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def generate(
     else:
         drawn = result.images[0]
         seeds = " to ".join(str(s) for s in sorted({result.seeds[0], result.seeds[-1]}))
-        typer.echo(f"{wrote(written)} ({drawn.width}x{drawn.height}, {request.steps} steps, seed {seeds})")
+        show(f"{wrote(written)} ({drawn.width}x{drawn.height}, {request.steps} steps, seed {seeds})")
 
 
 def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,7 +369,10 @@ def read_prompt(prompt: str) -> str:
     from mezzotint.request import MAX_PROMPT
 
     limit = 4 * MAX_PROMPT + 2  # bytes: UTF-8 takes at most four a character; and a line end
-    data = sys.stdin.buffer.read(limit + 1)
+    try:
+        data = sys.stdin.buffer.read(limit + 1)
+    except OSError as error:  # it is closed
+        raise RequestError(f"prompt on standard input cannot be read ({error.strerror})") from None
     right = f"it must be UTF-8 text of at most {MAX_PROMPT:,} characters"
     if len(data) > limit:
         raise RequestError(f"prompt on standard input is longer than {limit:,} bytes; {right}")

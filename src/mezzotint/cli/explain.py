@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mezzotint.cli.draw import check_out, pair, read_prompt
 from mezzotint.cli.options import (
     GUIDANCE,
@@ -28,7 +26,7 @@ from mezzotint.cli.options import (
     Syntax,
     option,
 )
-from mezzotint.cli.terminal import load, long_work, print_json
+from mezzotint.cli.terminal import load, long_work, print_json, show
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -99,7 +97,7 @@ def explain(
     if as_json:
         print_json({**written, "words": _words(explanation), "request": request.model_dump(mode="json")})
     else:
-        typer.echo(f"Wrote {' and '.join(written.values())} ({len(explanation.words)} words, seed {request.seed})")
+        show(f"Wrote {' and '.join(written.values())} ({len(explanation.words)} words, seed {request.seed})")
 
 
 def _words(explanation: Explanation) -> list[dict[str, Any]]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mezzotint.cli.draw import check_out, read_prompt
 from mezzotint.cli.options import OUTPUT, Device, Dtype, Json, Model, Prompt, option
-from mezzotint.cli.terminal import load, long_work, print_json
+from mezzotint.cli.terminal import load, long_work, print_json, show
 
 AXIS = "FIELD=VALUE,..."
 
@@ -77,4 +75,4 @@ def grid(
         )
     else:
         shape = " x ".join(str(n) for axis, n in zip(plan.axes, plan.shape, strict=True) if axis)
-        typer.echo(f"Wrote {out} ({shape} cells, {sheet.width}x{sheet.height})")
+        show(f"Wrote {out} ({shape} cells, {sheet.width}x{sheet.height})")

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mezzotint.cli.options import GUIDANCE, OUTPUT, SAMPLING, Device, Dtype, Json, Model, option
-from mezzotint.cli.terminal import load, long_work, print_json, say
+from mezzotint.cli.terminal import load, long_work, print_json, say, show
 
 
 def report(
@@ -59,4 +57,4 @@ def report(
     if as_json:
         print_json(record)
     else:
-        typer.echo(f"{record['recommendation']}\n{record['claim']}\nWrote {out / 'report.html'}")
+        show(record["recommendation"], record["claim"], f"Wrote {out / 'report.html'}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from mezzotint.cli.draw import fields_of
 from mezzotint.cli.options import (
     FROM_PICTURE,
@@ -23,7 +21,7 @@ from mezzotint.cli.options import (
     Steps,
     option,
 )
-from mezzotint.cli.terminal import check_memory, print_json
+from mezzotint.cli.terminal import check_memory, print_json, show
 
 
 def plan(
@@ -55,4 +53,4 @@ def plan(
     if as_json:
         print_json(made.to_dict())
     else:
-        typer.echo(made.table())
+        show(*made.table().split("\n"))

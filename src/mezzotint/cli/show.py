@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint.cli.options import Json, option
-from mezzotint.cli.terminal import print_json
+from mezzotint.cli.terminal import print_json, show
 
 
 def inspect(
@@ -23,7 +23,7 @@ def inspect(
     from mezzotint.weights.checkpoint import inspect_model
 
     report = inspect_model(file)
-    found, lines = report.to_dict(), [report.text()]
+    found, lines = report.to_dict(), report.lines()
     if model:
         from mezzotint.weights.checkpoint import scan_model
         from mezzotint.weights.lora import coverage
@@ -35,7 +35,7 @@ def inspect(
     if as_json:
         print_json(found)
     else:
-        typer.echo("\n".join(lines))
+        show(*lines)
 
 
 def samplers(as_json: Json = False) -> None:
@@ -57,16 +57,14 @@ def samplers(as_json: Json = False) -> None:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
-        typer.echo("  ".join(map(str.ljust, cells, widths)).rstrip())
-    typer.echo("\nFor models distilled to a few steps:")
+        show("  ".join(map(str.ljust, cells, widths)).rstrip())
+    show("", "For models distilled to a few steps:")
     for name, made in few.items():
-        typer.echo(f"  {name}: {made['sampler']}, {made['steps']} steps, guidance {made['guidance_scale']:g}")
-    typer.echo(f"\nspacings: {', '.join(SPACINGS)}")
-    typer.echo(
-        f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}."
-    )
-    typer.echo("order: order of convergence; calls: network calls per step; noise: whether the steps add noise.")
-    typer.echo("The names under sampler and diffusers run as diffusers does with the model's scheduler_config.json.")
+        show(f"  {name}: {made['sampler']}, {made['steps']} steps, guidance {made['guidance_scale']:g}")
+    show("", f"spacings: {', '.join(SPACINGS)}")
+    show(f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}.")
+    show("order: order of convergence; calls: network calls per step; noise: whether the steps add noise.")
+    show("The names under sampler and diffusers run as diffusers does with the model's scheduler_config.json.")
 
 
 def models(as_json: Json = False) -> None:
@@ -88,8 +86,8 @@ def models(as_json: Json = False) -> None:
         print_json(found)
         return
     for row in found:
-        typer.echo(f"{row['name']}  {row['source']}, {row['bytes'] / 1e6:,.0f} MB, {row['path']}")
-    typer.echo(
+        show(f"{row['name']}  {row['source']}, {row['bytes'] / 1e6:,.0f} MB, {row['path']}")
+    show(
         "--model takes one of these names, a diffusers folder, a .safetensors or .ckpt file or a hub id; without it "
         "the bundled model is used."
     )
@@ -118,4 +116,4 @@ def env(as_json: Json = False) -> None:
         print_json(facts | {"attention": backends})
     else:
         facts |= {f"attention {name}": state for name, state in backends.items()}
-        typer.echo("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
+        show(*(f"{name}: {fact}" for name, fact in facts.items()))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from mezzotint.cli import INTERRUPTED
+from mezzotint.errors import WriteError
 from mezzotint.placement import parse_size
 
 if TYPE_CHECKING:
@@ -20,14 +23,65 @@ if TYPE_CHECKING:
     from mezzotint.request import Request
 
 
-def say(text: str) -> None:
-    """Print one line on standard error."""
-    typer.echo(text, err=True)
+BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they reorder what is shown
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}  # C0, DEL and C1
+CONTROLS |= {code: f"\\u{code:04x}" for code in (*BIDI, 0x2028, 0x2029)}  # the last two are line ends
+
+
+def printable(text: str) -> str:
+    r"""Return one line of text with its control characters as \xNN and its bidirectional ones as \uNNNN.
+
+    What a file, its name or its metadata holds can then neither write to the terminal nor pretend to be another line.
+    """
+    return text.translate(CONTROLS)
+
+
+def show(*lines: str) -> None:
+    """Print lines of the result on standard output.
+
+    Raises:
+        WriteError: If standard output cannot be written.
+    """
+    _print("\n".join(map(printable, lines)))
 
 
 def print_json(record: Any) -> None:
-    """Print one line of JSON on standard output."""
-    typer.echo(json.dumps(record))
+    """Print one line of JSON, in ASCII, on standard output. Raises WriteError as `show` does."""
+    _print(json.dumps(record).replace("\x7f", "\\u007f"))
+
+
+def say(*lines: str) -> None:
+    """Print lines on standard error. What cannot be written there is lost."""
+    try:
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader wants no more, as in `mezzotint samplers | head -1`
+        _discard(sys.stdout)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        _discard(sys.stdout)
+        raise WriteError(f"standard output cannot be written ({error.strerror})") from None
+
+
+def discard_unwritten() -> None:
+    """Discard what standard output still holds if it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    """Lead a stream that cannot be written to nowhere, since Python would try to write the rest of it at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def load(model: str | None, device: str | None, dtype: str | None, **options: Any) -> Pipeline:
@@ -65,7 +119,7 @@ def fitted(
     from mezzotint.memory.planner import plan
 
     made = plan(model, memory, request, device=device, dtype=dtype)
-    say(made.table())
+    say(*made.table().split("\n"))
     return made
 
 
@@ -74,7 +128,7 @@ def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
     """Show a progress bar, and stop cleanly on Ctrl-C.
 
     Yields a function (done, total) to call after each step. After Ctrl-C it ends the work; then what was `kept` is
-    printed, and the exit code is 1.
+    printed, and the exit code is 130.
     """
     with stoppable() as stopped, _progress(what) as progress:
 
@@ -87,7 +141,7 @@ def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
             yield on_step
         except KeyboardInterrupt:
             say(f"Stopped; {kept()}")
-            raise typer.Exit(1) from None
+            raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
@@ -99,9 +153,9 @@ def _progress(what: str) -> Iterator[OnStep]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(printable(what), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -120,7 +174,7 @@ def stoppable() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # under nohup it is ignored, and stays so
+    if callable(before):  # under nohup it is ignored, and stays so
         signal.signal(signal.SIGINT, press)
     try:
         yield lambda: presses > 0

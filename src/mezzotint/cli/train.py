@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mezzotint.cli import INTERRUPTED
 from mezzotint.cli.options import MEMORY, OUTPUT, Json, Memory, Model, option
-from mezzotint.cli.terminal import check_memory, print_json, say, stoppable
+from mezzotint.cli.terminal import check_memory, print_json, say, show, stoppable
 from mezzotint.errors import RequestError, TrainingError, WriteError
 
 if TYPE_CHECKING:
@@ -85,17 +86,17 @@ def train(
                 if stopped():
                     raise KeyboardInterrupt
 
-            paths = run(made, out, device=device, say=say, on_step=on_step)
+            paths = run(made, out, device=device, say=lambda text: say(*text.split("\n")), on_step=on_step)
     except KeyboardInterrupt:
         say(f"Stopped; the same command continues from the newest checkpoint in {out}")
-        raise typer.Exit(1) from None
+        raise typer.Exit(INTERRUPTED) from None
     except (WriteError, TrainingError) as error:
         say(f"Error: {error}")
         raise typer.Exit(1) from None
     if as_json:
         print_json({"folder": str(out), "files": [str(path) for path in paths], "steps": made.steps})
     elif paths:
-        typer.echo(f"Wrote {' and '.join(map(str, paths))}")
+        show(f"Wrote {' and '.join(map(str, paths))}")
 
 
 @contextmanager

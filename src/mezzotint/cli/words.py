@@ -9,7 +9,7 @@ import typer
 
 from mezzotint.cli.draw import read_prompt
 from mezzotint.cli.options import PROMPT, SAMPLING, Embedding, Json, Model, Syntax, option
-from mezzotint.cli.terminal import print_json
+from mezzotint.cli.terminal import print_json, show
 
 if TYPE_CHECKING:
     from mezzotint.models.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def tokens(
     if as_json:
         print_json(record)
     else:
-        typer.echo("\n".join(_lines(record, request.prompt)))
+        show(*_lines(record, request.prompt))
 
 
 def _stretches(spoken: list[bool]) -> list[list[int]]:

@@ -26,8 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
-from mezzotint.atomic import write_atomically
-from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.atomic import DISK_ERRORS, write_atomically
+from mezzotint.errors import MezzotintError, RequestError, WriteError
 
 CHUNKS = ("mezzotint", "parameters")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -74,7 +74,8 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = 
 
     Raises:
         FileExistsError: If the file exists and `overwrite` is False.
-        RequestError: If the file cannot be written.
+        RequestError: If the file cannot be written under this name.
+        WriteError: If the disk is full or broken.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -172,7 +173,8 @@ def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None
     except FileExistsError:
         raise
     except (OSError, ValueError) as error:  # ValueError: an empty or impossible file name
-        raise RequestError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        kind = WriteError if getattr(error, "errno", None) in DISK_ERRORS else RequestError
+        raise kind(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) -> dict[str, str]:

@@ -200,8 +200,8 @@ class Report:
         """Return the report as JSON values."""
         return {**vars(self), "parts": [vars(part) for part in self.parts]}
 
-    def text(self) -> str:
-        """Return the report as text."""
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
         lines = [f"{self.path}: {self.kind}, {self.bytes / 1e6:,.1f} MB, {self.keys} tensors"]
         if self.family:
             lines.append(f"  family {self.family}, prediction {self.prediction}, sampler {self.sampler}")
@@ -211,7 +211,11 @@ class Report:
         lines += [f"  passed over     {line}" for line in self.passed_over]
         lines += [f"  notice          {line}" for line in self.notices]
         lines += [f"  problem         {line}" for line in self.problems]
-        return "\n".join(lines)
+        return lines
+
+    def text(self) -> str:
+        """Return the report as text."""
+        return "\n".join(self.lines())
 
 
 def inspect_model(path: str | Path, *, variant: str | None = None, config: Overrides | None = None) -> Report:
