@@ -30,6 +30,7 @@ class FakePipeline:
 
     device, dtype = torch.device("cpu"), torch.float32
     parts = SimpleNamespace(identity={"weights": "abc"})
+    notices = ()
 
     def __init__(self) -> None:
         self.drawn: list[Request] = []

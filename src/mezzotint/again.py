@@ -178,6 +178,21 @@ def select_model(source: Source, given: str | None) -> str | None:
     raise RequestError(f"it was generated with the model {source.model_name[:100]!r}{known}; give it with --model")
 
 
+def select_options(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options to load a file's model with: those of its record, overridden by the given ones.
+
+    Raises:
+        RequestError: If the picture was generated with another VAE than the model's and none is given.
+    """
+    model = source.record.model if source.record else None
+    if model and model.vae and not given.get("vae"):
+        name, digest = list(model.vae.items())[-1]  # the weights come after a config
+        raise RequestError(
+            f"it was generated with the VAE {name[:100]!r} (SHA-256 {digest[:10]}...); give it with --vae"
+        )
+    return {**(model.options.values() if model else {}), **given}
+
+
 def again(
     pipe: Pipeline,
     source: Source,

@@ -98,10 +98,21 @@ class VAEConfig(_Config):
     sample_size: int = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None  # per channel, as latents_std; the UNet denoises normalized latents
+    latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+
+    @model_validator(mode="after")
+    def _latents_agree(self) -> Self:
+        mean, std = self.latents_mean, self.latents_std
+        if (mean is None) != (std is None) or any(len(v) != self.latent_channels for v in (mean, std) if v is not None):
+            raise ValueError("latents_mean and latents_std must both have one number per latent channel")
+        if std and min(std) <= 0.0:
+            raise ValueError("latents_std must be above 0")
+        return self
 
     @property
     def downscale(self) -> int:

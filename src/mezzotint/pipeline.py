@@ -74,7 +74,8 @@ def load(
         memory: What the process may take, such as "4GiB" or "auto". The placement is then planned for it; the
             pipeline makes a batch smaller that would take more, and refuses a picture that would.
         request: The request, or requests, that `memory` is planned for.
-        options: `variant`, `family`, `prediction` and `config` of `open_model`.
+        options: `prediction`, `family`, `variant`, `config` and `vae`: the fields of `ModelOptions`, which overrule
+            what is found in the model's files.
 
     Raises:
         CheckpointError: If the model is missing, damaged or of an unsupported kind.
@@ -417,6 +418,11 @@ class Pipeline:
         return self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know of the model, such as a guess of its prediction type; each Result repeats it."""
+        return self._info.notices
+
+    @property
     def scheduler_config(self) -> dict[str, Any]:
         """The model's scheduler_config.json; it may be replaced."""
         return self._info.scheduler_config
@@ -458,11 +464,13 @@ class Pipeline:
             "embeddings": plan.embedding_digests,
             "loras": plan.lora_digests,
             "merged": self._adapters.merged_digests(),
+            "options": self.parts.options.values(),
+            **self.parts.given_hashes,
         }
         return {
             "name": self.name,
             "family": self.parts.family,
-            "files": self.parts.identity,
+            "files": self.parts.hashes,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -38,6 +38,7 @@ class FakePipeline:
 
     device, dtype, placement = torch.device("cpu"), torch.float32, Placement()
     parts = SimpleNamespace(identity={"weights": "abc"})
+    notices = ()
 
     def __init__(self) -> None:
         self.groups: list[list[Request]] = []

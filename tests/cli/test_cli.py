@@ -45,6 +45,8 @@ OWN = {"width": 16, "height": 8, "steps": 3, "guidance_scale": 7.5, "sampler": "
 class FakePipeline:
     """Draws yellow pictures; `pause` seconds a step."""
 
+    notices = ()
+
     def __init__(self, pause: float = 0.0) -> None:
         self.pause = pause
         self.requests: list[Request] = []

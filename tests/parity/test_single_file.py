@@ -433,7 +433,7 @@ def test_full_size_names_map_one_to_one(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_full_size_config_is_the_published_one(name: str, tmp_path: Path) -> None:
-    found = plan_file(hollow_file(tmp_path / "model.safetensors", full_size(name)), None, None, {})
+    found = plan_file(hollow_file(tmp_path / "model.safetensors", full_size(name)))
     ours, published = found.config("unet"), UNetConfig.model_validate(tiny.FULL_UNETS[name])
     assert isinstance(ours, UNetConfig)
     for field in UNetConfig.model_fields:

@@ -38,11 +38,14 @@ def record(**changes: Any) -> dict[str, str]:
 # ---- what it holds ---------------------------------------------------------------------------------------------------
 
 
+OPTIONAL = ("family", "vae", "options", "lora", "loras", "merged", "embeddings", "placement")
+
+
 def test_the_record_makes_the_request_again() -> None:
     found = read(texts())
     assert found is not None and found.request == REQUEST
     assert (found.seed, found.group, found.place) == (9, (9, 10), 0)
-    assert found.model.model_dump(exclude={"family", "lora", "loras", "merged", "embeddings", "placement"}) == MODEL
+    assert found.model.model_dump(exclude={*OPTIONAL}) == MODEL
     assert set(found.versions) == {"mezzotint", "torch"}
     assert found.pixels == hashlib.sha256(bytes([255, 255, 0]) * 16 * 8).hexdigest()
     assert found.jobs() == PAIR

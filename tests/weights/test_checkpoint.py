@@ -302,7 +302,8 @@ SDXL = {f"{UNET}label_emb.0.0.weight": (2, 2), "conditioner.embedders.0.transfor
 @pytest.mark.parametrize(
     ("names", "metadata", "expected"),
     [
-        (SD2, {}, ("sd2", "v_prediction", "DDIMScheduler")),
+        (SD2, {}, ("sd2", "epsilon", "PNDMScheduler")),
+        (SD2, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, ("sd2", "v_prediction", "DDIMScheduler")),
         (SD2, {"modelspec.prediction_type": "epsilon"}, ("sd2", "epsilon", "PNDMScheduler")),
         (SD2, {"modelspec.architecture": "stable-diffusion-v2-512"}, ("sd2", "epsilon", "PNDMScheduler")),
         (SD2 | {f"{UNET}input_blocks.0.0.weight": (320, 9, 1, 1)}, {}, ("sd2", "epsilon", "PNDMScheduler")),
@@ -313,7 +314,7 @@ SDXL = {f"{UNET}label_emb.0.0.weight": (2, 2), "conditioner.embedders.0.transfor
     ],
 )
 def test_family_prediction_and_scheduler(names: Any, metadata: Any, expected: Any, tmp_path: Path) -> None:
-    plan = plan_file(single(tmp_path / "a.safetensors", names, metadata), None, None, {})
+    plan = plan_file(single(tmp_path / "a.safetensors", names, metadata))
     assert (plan.family, plan.scheduler_config["prediction_type"], plan.scheduler_config["_class_name"]) == expected
     assert plan.scheduler_config.get("rescale_betas_zero_snr", False) == ("ztsnr" in names)
 
@@ -321,7 +322,7 @@ def test_family_prediction_and_scheduler(names: Any, metadata: Any, expected: An
 def test_the_count_of_steps_in_sd2_base(tmp_path: Path) -> None:
     weights = {name: torch.zeros(shape) for name, shape in SD2.items()}
     torch.save({"state_dict": weights, "global_step": 875000}, tmp_path / "a.ckpt")
-    assert plan_file(tmp_path / "a.ckpt", None, None, {}).scheduler_config["prediction_type"] == "epsilon"
+    assert plan_file(tmp_path / "a.ckpt").scheduler_config["prediction_type"] == "epsilon"
 
 
 def test_a_part_that_a_single_file_lacks_is_named(tmp_path: Path) -> None:

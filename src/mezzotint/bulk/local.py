@@ -58,6 +58,7 @@ class BulkPlan:
         rows: The number of rows.
         pictures: The number of pictures, as far as known before the rows are validated.
         memory: The memory budget of a worker, or None.
+        options: More arguments of `mezzotint.load`, which overrule the model's files.
     """
 
     file: Path
@@ -71,6 +72,7 @@ class BulkPlan:
     rows: int
     pictures: int
     memory: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def windows(self) -> int:
@@ -133,6 +135,7 @@ def prepare(
     threads: int | None = None,
     cores: int = 1,
     memory: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[BulkPlan]:
     """Validate the arguments, create the folder and lock it, all before a model is loaded.
 
@@ -146,6 +149,7 @@ def prepare(
         threads: CPU threads of each worker; None means those of the run to resume, or `cores` for a new one.
         cores: The default for `threads`.
         memory: The memory budget of a worker, such as "4GiB".
+        options: More arguments of `mezzotint.load`, which overrule the model's files.
 
     Raises:
         RequestError: If the file or an argument is invalid.
@@ -169,7 +173,9 @@ def prepare(
             raise RequestError(f"{str(folder)!r} contains pictures but no {RECORD}; choose an empty folder")
         threads = threads or (recorded or {}).get("threads", cores)
         absolute = file.absolute(), folder.absolute()
-        yield BulkPlan(*absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory)
+        yield BulkPlan(
+            *absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory, options or {}
+        )
 
 
 def plan_memory(plan: BulkPlan) -> MemoryPlan | None:
@@ -190,7 +196,7 @@ def plan_memory(plan: BulkPlan) -> MemoryPlan | None:
                 kinds[kind] = request
     # rows of a kind share batches, so assume full ones
     requests = [request.replace(count=max(request.count, request.batch or GPU_BATCH)) for request in kinds.values()]
-    return plan_for(plan.model, plan.memory, requests or None, device=plan.device, dtype=plan.dtype)
+    return plan_for(plan.model, plan.memory, requests or None, device=plan.device, dtype=plan.dtype, **plan.options)
 
 
 @contextmanager
@@ -242,7 +248,9 @@ class Worker:
         torch.set_num_threads(plan.threads)
         memory_plan = memory_plan or plan_memory(plan)
         placement = None if memory_plan else _placement(plan.folder)
-        pipe = mezzotint.load(plan.model, device=plan.device, dtype=plan.dtype, memory=memory_plan, placement=placement)
+        pipe = mezzotint.load(
+            plan.model, device=plan.device, dtype=plan.dtype, memory=memory_plan, placement=placement, **plan.options
+        )
         return cls(plan, pipe)
 
     def work(

@@ -21,6 +21,7 @@ from mezzotint.cli.options import (
     Model,
     add_options_of,
     option,
+    take_model_options,
 )
 from mezzotint.cli.terminal import load, long_work, print_json, say, show
 from mezzotint.errors import MezzotintError, RequestError
@@ -70,8 +71,9 @@ def again(
 
     The options of generate override the file: --steps 40 draws the same picture with 40 steps.
     """
-    from mezzotint.again import again, find_inputs, judge, read_source, select_model
+    from mezzotint.again import again, find_inputs, judge, read_source, select_model, select_options
 
+    given_options = take_model_options(options)
     changes = fields_of(options)
     if options.get("prompt") is not None:
         changes["prompt"] = read_prompt(options["prompt"])
@@ -95,7 +97,7 @@ def again(
             inputs, notes = find_inputs(source, places, [file.parent, Path()])
             if not verify:
                 check_out(out, _named(source, changes), SUFFIXES)
-            pipe = pipelines.get(source, path)
+            pipe = pipelines.get(source, path, select_options(source, given_options))
             notes += [f"ignored: {note}" for note in source.notes] + _other_model(source, pipe)
             with _progress(file) as on_step:
                 images = again(
@@ -132,9 +134,9 @@ class PipelineCache:
 
     def __init__(self, model: str | None, device: str | None, dtype: str | None) -> None:
         self._device, self._dtype = device, dtype
-        self._loaded: dict[tuple[str | None, str | None, str | None, Placement], Pipeline] = {}
+        self._loaded: dict[tuple[str | None, str | None, str | None, Placement, str], Pipeline] = {}
 
-    def get(self, source: Source, model: str | None) -> Pipeline:
+    def get(self, source: Source, model: str | None, options: Mapping[str, Any]) -> Pipeline:
         """Return the pipeline for a file.
 
         Device and dtype are the options', or those of the record where this machine has them; the placement is the
@@ -152,9 +154,9 @@ class PipelineCache:
         placement = adapt_placement(
             facts.placement if facts else Placement(), device_of(device or best_device()), dtype
         )
-        key = (model, device, dtype, placement)
+        key = (model, device, dtype, placement, repr(sorted(options.items())))
         if key not in self._loaded:
-            self._loaded[key] = load(model, device, dtype, placement=placement)
+            self._loaded[key] = load(model, device, dtype, placement=placement, **options)
         return self._loaded[key]
 
 

@@ -9,12 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mezzotint.cli import INTERRUPTED
-from mezzotint.cli.options import OUTPUT, Device, Dtype, Json, Memory, Model, option
+from mezzotint.cli.options import (
+    OUTPUT,
+    Device,
+    Dtype,
+    Json,
+    Memory,
+    Model,
+    add_options_of,
+    model_options,
+    option,
+    take_model_options,
+)
 from mezzotint.cli.terminal import check_memory, print_json, say, show, stoppable
 from mezzotint.errors import RequestError, WriteError
 
@@ -26,6 +37,7 @@ EVERY = 60.0  # seconds between lines where there is no terminal to show a bar
 Progress = Callable[[int, int], None]  # pictures done; of them drawn now
 
 
+@add_options_of(model_options)
 def bulk(
     file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .csv or .parquet file; each row is a Request.")],
     out: Annotated[Path, option("Folder for the pictures; those already in it are not drawn again.", "FOLDER", OUTPUT)],
@@ -45,8 +57,10 @@ def bulk(
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Draw a file of requests; a stopped run can be resumed."""
+    model_given = take_model_options(overrides)
     from mezzotint import rows
     from mezzotint.bulk import local as work
     from mezzotint.bulk import ray
@@ -62,7 +76,16 @@ def bulk(
     given = rows.assignments("set", fields or ())
     try:
         with work.prepare(
-            file, out, given, model=model, device=device, dtype=dtype, threads=threads, cores=cores, memory=memory
+            file,
+            out,
+            given,
+            model=model,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            cores=cores,
+            memory=memory,
+            options=model_given,
         ) as plan:
             outcomes = ray.run(plan) if engine == "ray" else _local(plan)
             failures = work.Failures(out)
@@ -104,6 +127,8 @@ def _local(plan: BulkPlan) -> Iterator[Outcome]:
     finally:
         gc.enable()
         gc.freeze()
+    for notice in worker.pipe.notices:
+        say(notice)
     with stoppable() as stopped:
 
         def on_step(done: int, total: int) -> None:

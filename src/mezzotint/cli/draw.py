@@ -39,7 +39,10 @@ from mezzotint.cli.options import (
     Spacing,
     Steps,
     Syntax,
+    add_options_of,
+    model_options,
     option,
+    take_model_options,
 )
 from mezzotint.cli.terminal import check_memory, fitted, load, long_work, print_json, say, show
 from mezzotint.errors import RequestError
@@ -94,6 +97,7 @@ SAME_NAME = (  # options that are named as their field of Request
 )
 
 
+@add_options_of(model_options)
 def generate(
     words: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")] = None,
     prompt: Annotated[str | None, option("The same as PROMPT, for one that starts with -.", "TEXT", PROMPT)] = None,
@@ -281,9 +285,11 @@ def generate(
         ),
     ] = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Draw pictures from a prompt."""
     options = locals()
+    model_given = take_model_options(overrides)
     from mezzotint.prompt import plan
     from mezzotint.request import Request
 
@@ -300,8 +306,8 @@ def generate(
             why = "give --lora-folder to load it" if network.kind == "lora" else "only LoRAs can be loaded"
             say(f"{request.prompt[network.start : network.end]} is ignored: {why}")
 
-    fit = fitted(model, memory, request, device, dtype)
-    pipe = load(model, device, dtype, **({"memory": fit} if fit else {}))
+    fit = fitted(model, memory, request, device, dtype, **model_given)
+    pipe = load(model, device, dtype, **model_given, **({"memory": fit} if fit else {}))
     run = pipe.plan(fit.request if fit else request)
     request = run.request
     written: list[Path] = []
@@ -310,7 +316,8 @@ def generate(
             run, on_step=on_step, on_image=lambda k, image: written.append(save_one(image, out, request, k))
         )
     for notice in result.notices:
-        say(notice)
+        if notice not in pipe.notices:  # which `load` has printed
+            say(notice)
     if as_json:
         print_json(
             {

@@ -24,7 +24,10 @@ from mezzotint.cli.options import (
     Spacing,
     Steps,
     Syntax,
+    add_options_of,
+    model_options,
     option,
+    take_model_options,
 )
 from mezzotint.cli.terminal import load, long_work, print_json, show
 from mezzotint.errors import RequestError
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from mezzotint.explain.maps import Explanation
 
 
+@add_options_of(model_options)
 def explain(
     prompt: Prompt,
     out: Annotated[str, option("File for the page; an existing one is replaced.", "FILE.png", OUTPUT)],
@@ -56,8 +60,10 @@ def explain(
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Draw a picture, and show where each word took effect."""
+    model_given = take_model_options(overrides)
     from mezzotint.request import Request
 
     width, height = pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
@@ -85,7 +91,7 @@ def explain(
     from mezzotint.explain.page import page
     from mezzotint.images.io import save_png
 
-    pipe = load(model, device, dtype)
+    pipe = load(model, device, dtype, **model_given)
     with long_work("drawing", lambda: "no page was finished") as on_step:
         explanation = run(pipe, request, on_step=on_step)
     save_png(page(explanation), out)

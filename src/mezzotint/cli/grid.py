@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from mezzotint.cli.draw import check_out, read_prompt
-from mezzotint.cli.options import OUTPUT, Device, Dtype, Json, Model, Prompt, option
+from mezzotint.cli.options import (
+    OUTPUT,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Prompt,
+    add_options_of,
+    model_options,
+    option,
+    take_model_options,
+)
 from mezzotint.cli.terminal import load, long_work, print_json, show
 
 AXIS = "FIELD=VALUE,..."
 
 
+@add_options_of(model_options)
 def grid(
     prompt: Prompt,
     x: Annotated[
@@ -37,8 +49,10 @@ def grid(
         ),
     ] = Path("grid.png"),
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Draw every combination of fields' values on one sheet."""
+    model_given = take_model_options(overrides)
     from mezzotint import grid as work
     from mezzotint import rows
     from mezzotint.errors import RequestError
@@ -54,7 +68,7 @@ def grid(
         raise RequestError(f"out is {str(out)!r}, a folder; it must be the name of a file, such as grid.png")
     check_out(str(out), request.replace(count=1))
 
-    pipe = load(model, device, dtype)
+    pipe = load(model, device, dtype, **model_given)
     plan = work.plan_grid(pipe, request, x, y, z)
     cells = out.with_name(f"{out.stem}-cells")
     with long_work(

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from mezzotint.cli.options import GUIDANCE, OUTPUT, SAMPLING, Device, Dtype, Json, Model, option
+from mezzotint.cli.options import (
+    GUIDANCE,
+    OUTPUT,
+    SAMPLING,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    add_options_of,
+    model_options,
+    option,
+    take_model_options,
+)
 from mezzotint.cli.terminal import load, long_work, print_json, say, show
 
 
+@add_options_of(model_options)
 def report(
     prompts: Annotated[Path, option("File with one prompt per line.", "FILE")],
     out: Annotated[Path, option("Folder for the report; results in it are kept.", "FOLDER", OUTPUT)],
@@ -37,8 +50,10 @@ def report(
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Measure which sampler, at how many steps, suits a model."""
+    model_given = take_model_options(overrides)
     from mezzotint.report import measure as sampler_report
     from mezzotint.report import page
 
@@ -47,7 +62,7 @@ def report(
     )
     page.prepare(out)
 
-    pipe = load(model, device, dtype)
+    pipe = load(model, device, dtype, **model_given)
     kept = f"finished results are in {out / 'results.jsonl'}, and the same command continues from there"
     with long_work("measuring", lambda: kept) as on_progress:
         rows = sampler_report.measure(pipe, settings, out, on_progress)

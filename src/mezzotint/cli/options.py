@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from mezzotint.model_options import ModelOptions, parse_config
+
 MODEL = "Model"
 PROMPT = "Prompt"
 SAMPLING = "Sampling"
@@ -131,8 +133,54 @@ Dtype = Annotated[
 Json = Annotated[bool, option("Print one JSON object instead of text.", None, OUTPUT, name="--json")]
 
 
+def model_options(
+    prediction: Annotated[
+        str | None,
+        option("What the UNet predicts: epsilon, v_prediction or sample.", "TYPE", MODEL, default="as its files say"),
+    ] = None,
+    family: Annotated[
+        str | None, option("Family of the model: sd1, sd2 or sdxl.", "FAMILY", MODEL, default="by its tensors")
+    ] = None,
+    variant: Annotated[
+        str | None,
+        option("Variant of a model folder's weights, such as fp16.", "NAME", MODEL, default="none, or fp16"),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        option(
+            "Value in the config of unet, vae, text_encoder, text_encoder_2 or scheduler, such as "
+            "unet.attention_head_dim=4. May be repeated.",
+            "PART.FIELD=VALUE",
+            MODEL,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        option("VAE: a file, a folder or a hub id.", "VAE", MODEL, default="the model's own"),
+    ] = None,
+) -> dict[str, Any]:
+    """Return those options of a model that are given, as keyword arguments of `mezzotint.load`.
+
+    A command has these options by `@add_options_of(model_options)`.
+
+    Raises:
+        RequestError: If `config` has another form.
+        CheckpointError: If an option has a value that it cannot have.
+    """
+    fields = parse_config(config) if config else None
+    given = {"prediction": prediction, "family": family, "variant": variant, "config": fields, "vae": vae}
+    kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    ModelOptions(**kept)  # checked before torch is imported
+    return kept
+
+
+def take_model_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `model_options` out of all options of a command."""
+    return model_options(**{name: options.pop(name) for name in inspect.signature(model_options).parameters})
+
+
 def add_options_of(
-    other: Callable[..., None], without: Container[str]
+    other: Callable[..., Any], without: Container[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command that takes **options so that it has the options of another one, too.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from mezzotint.cli.draw import fields_of
 from mezzotint.cli.options import (
@@ -19,11 +19,15 @@ from mezzotint.cli.options import (
     Sampler,
     Size,
     Steps,
+    add_options_of,
+    model_options,
     option,
+    take_model_options,
 )
-from mezzotint.cli.terminal import check_memory, print_json, show
+from mezzotint.cli.terminal import check_memory, print_json, say, show
 
 
+@add_options_of(model_options)
 def plan(
     model: Model = None,
     size: Size = None,
@@ -40,16 +44,20 @@ def plan(
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Predict the memory of a run, and how to make it fit."""
     options = locals()
+    model_given = take_model_options(overrides)
     from mezzotint.request import Request
 
     check_memory(memory)
     request = Request(prompt="", **fields_of(options))
     from mezzotint.memory.planner import plan as plan_memory
 
-    made = plan_memory(model, memory, request, device=device, dtype=dtype)
+    made = plan_memory(model, memory, request, device=device, dtype=dtype, **model_given)
+    for notice in made.model.found.notices:
+        say(notice)
     if as_json:
         print_json(made.to_dict())
     else:

@@ -8,27 +8,30 @@ from typing import Annotated, Any
 
 import typer
 
-from mezzotint.cli.options import Json, option
+from mezzotint.cli.options import Json, add_options_of, model_options, option, take_model_options
 from mezzotint.cli.terminal import print_json, show
 
 
+@add_options_of(model_options)
 def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Model folder or file, emoji (the bundled model), or LoRA file.")
     ],
     model: Annotated[str | None, option("For a LoRA file: list which of its layers fit this model.", "MODEL")] = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Describe a model or LoRA file, and what is missing in it."""
+    model_given = take_model_options(overrides)
     from mezzotint.weights.checkpoint import inspect_model
 
-    report = inspect_model(file)
+    report = inspect_model(file, **({} if model else model_given))
     found, lines = report.to_dict(), report.lines()
     if model:
         from mezzotint.weights.checkpoint import scan_model
         from mezzotint.weights.lora import coverage
 
-        parts = (part for part in scan_model(model).parts if part.name != "vae")
+        parts = (part for part in scan_model(model, **model_given).parts if part.name != "vae")
         covered = coverage(file, {part.name: part.network() for part in parts})
         found["coverage"] = vars(covered)
         lines.append(f"as a LoRA for {model}: {covered.text()}")

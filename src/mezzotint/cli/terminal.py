@@ -85,7 +85,7 @@ def _discard(stream: TextIO) -> None:
 
 
 def load(model: str | None, device: str | None, dtype: str | None, **options: Any) -> Pipeline:
-    """Load a model as `mezzotint.load` does, without garbage collection.
+    """Load a model as `mezzotint.load` does, without garbage collection, and print what should be known of it.
 
     What is imported and built here lasts until the process ends; collecting it would take longer than reading the
     bundled model.
@@ -94,10 +94,13 @@ def load(model: str | None, device: str | None, dtype: str | None, **options: An
 
     gc.disable()
     try:
-        return mezzotint.load(model, device=device, dtype=dtype, **options)
+        pipe = mezzotint.load(model, device=device, dtype=dtype, **options)
     finally:
         gc.enable()
         gc.freeze()
+    for notice in pipe.notices:
+        say(notice)
+    return pipe
 
 
 def check_memory(memory: str | None) -> None:
@@ -111,14 +114,19 @@ def check_memory(memory: str | None) -> None:
 
 
 def fitted(
-    model: str | None, memory: str | None, request: Request | Sequence[Request], device: str | None, dtype: str | None
+    model: str | None,
+    memory: str | None,
+    request: Request | Sequence[Request],
+    device: str | None,
+    dtype: str | None,
+    **options: Any,
 ) -> MemoryPlan | None:
     """Return the plan for a memory budget and print it; None without a budget."""
     if memory is None:
         return None
     from mezzotint.memory.planner import plan
 
-    made = plan(model, memory, request, device=device, dtype=dtype)
+    made = plan(model, memory, request, device=device, dtype=dtype, **options)
     say(*made.table().split("\n"))
     return made
 

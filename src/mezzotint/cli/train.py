@@ -6,12 +6,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mezzotint.cli import INTERRUPTED
-from mezzotint.cli.options import MEMORY, OUTPUT, Json, Memory, Model, option
+from mezzotint.cli.options import (
+    MEMORY,
+    OUTPUT,
+    Json,
+    Memory,
+    Model,
+    add_options_of,
+    model_options,
+    option,
+    take_model_options,
+)
 from mezzotint.cli.terminal import check_memory, print_json, say, show, stoppable
 from mezzotint.errors import RequestError, TrainingError, WriteError
 
@@ -28,6 +38,7 @@ METHODS = {
 }
 
 
+@add_options_of(model_options)
 def train(
     method: Annotated[
         str, typer.Argument(metavar="METHOD", help=f"{'; '.join(f'{n}: {t}' for n, t in METHODS.items())}.")
@@ -63,8 +74,11 @@ def train(
         str | None, option("cpu, or the device that accelerate chooses.", "cpu", MEMORY, default="the best available")
     ] = None,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Train a model on pictures; a stopped run can be resumed."""
+    config = overrides["config"]
+    opened = take_model_options(overrides)
     from mezzotint.train.recipe import Recipe, assignments
 
     if method not in METHODS:
@@ -72,7 +86,7 @@ def train(
     if out is None:
         raise RequestError("--out is missing; it must be the folder of the run")
     sizes = {"steps": steps, "batch": batch, "lr": lr, "rank": rank, "seed": seed, "resolution": resolution}
-    given_here = {"data": data, "model": model, "memory": memory, **sizes}
+    given_here = {"data": data, "model": model, "memory": memory, **opened, "config": config, **sizes}
     named = {name: value for name, value in given_here.items() if value is not None}
     made = Recipe.of(method, recipe, assignments(given or ()) | named)
     check_memory(made.memory)

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import read_prompt
-from mezzotint.cli.options import PROMPT, SAMPLING, Embedding, Json, Model, Syntax, option
+from mezzotint.cli.options import (
+    PROMPT,
+    SAMPLING,
+    Embedding,
+    Json,
+    Model,
+    Syntax,
+    add_options_of,
+    model_options,
+    option,
+    take_model_options,
+)
 from mezzotint.cli.terminal import print_json, show
 
 if TYPE_CHECKING:
@@ -17,6 +28,7 @@ if TYPE_CHECKING:
     from mezzotint.weights.embeddings import Library
 
 
+@add_options_of(model_options)
 def tokens(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt. - reads standard input.")],
     model: Model = None,
@@ -28,8 +40,10 @@ def tokens(
     ] = None,
     negative: Annotated[bool, option("Read it as a negative prompt.", None, PROMPT, name="--negative")] = False,
     as_json: Json = False,
+    **overrides: Any,
 ) -> None:
     """Show the tokens of a prompt, their weights and chunks."""
+    model_given = take_model_options(overrides)
     from mezzotint.request import Request
 
     request = Request(
@@ -45,7 +59,7 @@ def tokens(
     from mezzotint.weights.embeddings import Library
     from mezzotint.weights.hub import BUNDLED
 
-    tokenizers, widths, settings = read_tokenizers(model or BUNDLED)
+    tokenizers, widths, settings = read_tokenizers(model or BUNDLED, **model_given)
     steps = steps or int(settings.get("steps", STEPS))
     plan = parse_prompt(request, request.prompt, steps, negative=negative)
     library = Library(request.embeddings or (), widths)

@@ -286,7 +286,8 @@ def plan(
 def _check_same_model(planned: Model, model: Model | str | Path | None, device: Any, dtype: Any, options: Any) -> None:
     asked = model if isinstance(model, Model) else Model.of(model, device=device, dtype=dtype, **options)
     now = planned if device is None and not isinstance(model, Model) else asked  # no device or dtype was given
-    if asked.found.files != planned.found.files or (now.device, now.dtype) != (planned.device, planned.dtype):
+    ours, theirs = ((found.files, found.options, found.given_files) for found in (asked.found, planned.found))
+    if ours != theirs or (now.device, now.dtype) != (planned.device, planned.dtype):
         raise RequestError(
             f"memory is a plan for {planned.found.path} ({planned}), but the model is {asked.found.path} ({now}); "
             "make a plan for this one"

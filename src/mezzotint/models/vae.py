@@ -231,8 +231,19 @@ class VAE(nn.Module):
 
     def scale(self, z: Tensor) -> Tensor:
         """Scale latents to the unit variance that the UNet denoises."""
+        if self.config.latents_mean and self.config.latents_std:
+            mean, std = (_channels(values, z) for values in (self.config.latents_mean, self.config.latents_std))
+            return (z - mean) * self.config.scaling_factor / std
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Undo `scale`."""
+        if self.config.latents_mean and self.config.latents_std:
+            mean, std = (_channels(values, latents) for values in (self.config.latents_mean, self.config.latents_std))
+            return latents * std / self.config.scaling_factor + mean
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return one value per channel, (1, C, 1, 1)."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

@@ -24,6 +24,7 @@ from mezzotint.placement import Placement
 from mezzotint.records import infotext
 from mezzotint.request import MAX_SEED, Job, Request
 
+FOLDER_INDEX = "model_index.json"  # among a model's files if it is a folder, which A1111's text has no hash for
 MAX_DEPTH = 20  # nesting of the JSON; our own records have 5 levels
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(max_length=4096)]
@@ -35,16 +36,31 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
 
 
+class Options(_Part):
+    """The options of `ModelOptions` that name no file."""
+
+    prediction: Word | None = None
+    family: Word | None = None
+    variant: Word | None = None
+    config: dict[Word, dict[Word, Any]] | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the options that are set."""
+        return self.model_dump(exclude_none=True)
+
+
 class Model(_Part):
     """The model and the machine that a picture was generated with.
 
-    `files`, `loras` and `merged` (LoRAs merged into the weights) map a name to the SHA-256 of a file, and
-    `embeddings` to that of the vectors.
+    `files`, `vae` (given in place of the model's own), `loras` and `merged` (LoRAs merged into the weights) map a name
+    to the SHA-256 of a file, and `embeddings` to that of the vectors. `options` are those that overruled the files.
     """
 
     name: Word = ""
     family: Word = ""
     files: dict[Word, Sha256] = {}
+    vae: dict[Word, Sha256] = {}
+    options: Options = Options()
     lora: Word | None = None
     embeddings: dict[Word, Sha256] = {}
     loras: dict[Word, Sha256] = {}
@@ -114,6 +130,8 @@ class Record(_Part):
             "the number of threads": str(model.threads),
             **{f"the placement's {name}": str(value) for name, value in model.placement.changes().items()},
             **{f"the model's {name}": digest for name, digest in model.files.items()},
+            **{f"the VAE's {name}": digest for name, digest in model.vae.items()},
+            **{f"the option {name}": json.dumps(value) for name, value in model.options.values().items()},
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
@@ -169,10 +187,9 @@ def describe(
         "versions": versions,
         **{name: value for name, value in optional.items() if value},
     }
-    files = list(model.get("files", {}).values())
-    text = infotext.write(
-        request, seed, model["name"], versions["mezzotint"], files[0][:10] if len(files) == 1 else None
-    )
+    files = {} if FOLDER_INDEX in model.get("files", {}) else model.get("files", {})
+    first = next(iter(files.values()), "")[:10]  # of a single file, which comes before those beside it
+    text = infotext.write(request, seed, model["name"], versions["mezzotint"], first or None)
     return {"mezzotint": json.dumps(record, ensure_ascii=False), "parameters": text}
 
 

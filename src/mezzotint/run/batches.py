@@ -17,6 +17,8 @@ from mezzotint.records.record import describe
 from mezzotint.request import Job, Request, Result
 from mezzotint.run.plan import RunPlan
 
+UPCAST = "the {} returned values that are not finite in its own dtype, and was run again in float32, which takes longer"
+
 PlannedPicture = tuple[RunPlan, int]  # one picture: the plan of its request and its own seed
 
 
@@ -67,9 +69,10 @@ class Batch:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """Remarks for the user on each picture."""
+        """Remarks for the user on each picture; after the run also on the networks that ran in float32."""
         images = distinct_images(self.opened_images)
-        return (*(notice for image in images for notice in image.notices), *self.plan.notices)
+        repeated = (UPCAST.format(name) for name in dict.fromkeys(self.upcast_parts))
+        return (*(notice for image in images for notice in image.notices), *self.plan.notices, *repeated)
 
 
 def group_pictures(
@@ -159,7 +162,8 @@ def split_results(
     for request in (plan.request for plan in plans):
         own = slice(first, first + request.count)
         seeds = picture_seeds(request)
-        results.append(Result([*images[own]], torch.stack([*latents[own]]), seeds, request, timings, notices[first]))
+        told = tuple(dict.fromkeys(notice for each in notices[own] for notice in each))
+        results.append(Result([*images[own]], torch.stack([*latents[own]]), seeds, request, timings, told))
         first += request.count
     return results
 

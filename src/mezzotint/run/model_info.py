@@ -40,7 +40,7 @@ class ModelInfo:
         empty_prompt: The default negative prompt: "", or None for a context of zeros.
         few_step: The model's few-step form, if it has one.
         device_type: "cpu", "cuda", ...: decides the default batch.
-        notices: Remarks on the model's files.
+        notices: What a user should know of the model, such as a guess of its prediction type.
     """
 
     family: Family

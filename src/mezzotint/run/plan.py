@@ -32,6 +32,12 @@ from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import Adapter, Adapters, Scale
 from mezzotint.weights.model_files import FewStep
 
+ZERO_SNR_EPSILON = (
+    "the schedule has zero terminal SNR (rescale_betas_zero_snr) and the model predicts epsilon, which says nothing of "
+    "the picture where there is only noise (Lin et al. 2023); one of the two is probably wrong: --prediction "
+    "v_prediction or --config scheduler.rescale_betas_zero_snr=false overrules the model's files"
+)
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -183,10 +189,12 @@ class RunPlan:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """Remarks on the model's files, and on each LoRA that does not match the model completely."""
+        """Sentences on the model, on its schedule and on each LoRA that does not match the model completely."""
         covered = {name: adapter.coverage for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
-        on_loras = (f"{name}: {found}" for name, found in covered.items() if found.unmatched)
-        return *self.model.notices, *on_loras
+        loras = (f"{name}: {found}" for name, found in covered.items() if found.unmatched)
+        config = self.sampler.schedule
+        no_signal = config.sigma_data is None and config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
+        return (*self.model.notices, *([ZERO_SNR_EPSILON] if no_signal else []), *loras)
 
     @cached_property
     def empty(self) -> PromptPlan:

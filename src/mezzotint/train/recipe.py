@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mezzotint.errors import RequestError
+from mezzotint.model_options import parse_config
 from mezzotint.reading import read_text
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
@@ -34,8 +35,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "textual-inversion": {"lr": 5e-3, "caption_dropout": 0.0, "weight_decay": 0.0},
 }
 # Fields that may change when a run is resumed.
-FREE = ("data", "model", "class_folder", "cache", "validation", "save_every", "keep", "sample_every", "sample_prompts",
-        "sample_seed", "validate_every", "log_every", "tensorboard", "checkpointing", "memory",
+FREE = ("data", "model", "variant", "vae", "class_folder", "cache", "validation", "save_every", "keep", "sample_every",
+        "sample_prompts", "sample_seed", "validate_every", "log_every", "tensorboard", "checkpointing", "memory",
         "accumulate", "layout")  # fmt: skip
 
 
@@ -46,6 +47,12 @@ class Recipe(BaseModel):
 
     method: Method = Field(description="lora, full, dreambooth or textual-inversion")
     model: str | None = Field(default=None, description="a model folder, file or hub id (unset: the bundled model)")
+    family: str | None = Field(default=None, description="sd1, sd2 or sdxl (unset: by the model's tensors)")
+    variant: str | None = Field(default=None, description="a variant of the model folder's weights, such as fp16")
+    config: tuple[str, ...] = Field(
+        default=(), description="a list of PART.FIELD=VALUE for the model's configs, such as unet.attention_head_dim=4"
+    )
+    vae: str | None = Field(default=None, description="a VAE file, folder or hub id (unset: the model's own)")
 
     # data
     data: str = Field(description="a folder, Parquet file or WebDataset shards")
@@ -186,6 +193,12 @@ class Recipe(BaseModel):
             return cls.model_validate({**DEFAULTS.get(method, {}), **fields, **(given or {}), "method": method})
         except ValidationError as error:
             raise RequestError(_sentences(error)) from None
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The options to open the model with; `prediction` is what it is trained to predict, whatever it did before."""
+        given = {"family": self.family, "variant": self.variant, "config": parse_config(self.config), "vae": self.vae}
+        return {name: value for name, value in given.items() if value}
 
     def toml(self) -> str:
         """Return the recipe as TOML, which `of` reads; unset fields are comments."""

@@ -71,7 +71,9 @@ def run(
     dataset = open_data(recipe.data, recipe.broken, caption)
     if inversion:
         _check_captions(dataset, recipe.token)
-    model = Model.of(recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision)
+    model = Model.of(recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision, **recipe.model_options)
+    for notice in model.found.notices:
+        tell(notice)
     native = (model.unet.sample_size or 64) * model.vae.downscale
     recipe = recipe.model_copy(update={"resolution": recipe.resolution or native})
     held_out = open_data(recipe.validation, recipe.broken, caption) if recipe.validation else None
@@ -87,6 +89,7 @@ def run(
         device=model.device,
         dtype=model.dtype,
         placement={**placements, "unet": Placement(weights="offload")} if late else placements,
+        **recipe.model_options,
     )
     tell(recipe.toml())
     for line in check_saving(recipe, parts) if _is_full(recipe) else ():

@@ -7,17 +7,19 @@ leads to a download.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from mezzotint.config import CLIPConfig
 from mezzotint.errors import CheckpointError
+from mezzotint.model_options import FAMILIES, ModelOptions
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
@@ -28,10 +30,9 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_files import ENCODERS, NETWORKS, FewStep, ModelFiles, Overrides, dtype_name
+from mezzotint.weights.model_files import ENCODERS, FewStep, ModelFiles, dtype_name
 from mezzotint.weights.single import describe_kind, plan_file
-
-FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+from mezzotint.weights.vae_files import replace_vae
 
 
 @dataclass
@@ -50,7 +51,9 @@ class Parts:
         source: The model's folder or file.
         files: All files that were read.
         few_step: The field `few_step` of mezzotint.json.
-        notices: Remarks on the files, for example on tensors that no layer uses.
+        options: What overruled the files.
+        given_files: By option, the files that it gave in place of the model's own.
+        notices: Guesses and the like, which a user should know of.
     """
 
     family: Family
@@ -64,44 +67,50 @@ class Parts:
     source: Path
     files: list[Path]
     few_step: FewStep | None = None
+    options: ModelOptions = field(default_factory=ModelOptions)
+    given_files: dict[str, list[Path]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
     @cached_property
-    def identity(self) -> dict[str, str]:
-        """The SHA-256 of each file by its name relative to the model's folder, computed on first use."""
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of the model's files by its name relative to its folder, computed on first use."""
         root = self.source if self.source.is_dir() else self.source.parent
         return {path.relative_to(root).as_posix(): hash_file(path) for path in self.files}
+
+    @cached_property
+    def given_hashes(self) -> dict[str, dict[str, str]]:
+        """By option, the SHA-256 of each file that it gave in place of the model's own, by its name."""
+        return {option: {path.name: hash_file(path) for path in paths} for option, paths in self.given_files.items()}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the pictures depend on: `hashes`, `given_hashes` and the options, by name."""
+        given = {f"{option} {n}": digest for option, found in self.given_hashes.items() for n, digest in found.items()}
+        return {**self.hashes, **given, **{name: json.dumps(value) for name, value in self.options.values().items()}}
 
 
 def open_model(
     path_or_id: str | Path,
     *,
-    variant: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    family: str | None = None,
-    prediction: str | None = None,
-    config: Overrides | None = None,
     placement: Placement | Mapping[str, Placement] = Placement(),  # noqa: B008  # frozen
+    **options: Any,
 ) -> Parts:
     """Load a model.
 
     Args:
         path_or_id: A folder in the diffusers layout, a .safetensors, .ckpt, .pt or .bin file in the original layout, or
             the id of a hub repository (owner/name).
-        variant: Variant of a folder's weights, such as "fp16". By default the plain files, or fp16 if there are only
-            those.
         dtype: Dtype of all weights. By default that of most weights of each network.
         device: Where the networks compute.
-        family: "sd1", "sd2" or "sdxl"; by default detected.
-        prediction: "epsilon", "v_prediction" or "sample"; by default detected.
-        config: Config fields that shapes cannot show, by network, such as {"unet": {"attention_head_dim": 4}}.
         placement: Where large weights are stored and in which dtype, for all networks or by network name.
+        options: The fields of `ModelOptions`, which overrule what is found in the files.
 
     Raises:
         CheckpointError: If the model cannot be loaded. Almost all causes are found before weights are read.
     """
-    found = scan_model(path_or_id, variant=variant, family=family, prediction=prediction, config=config)
+    found = scan_model(path_or_id, **options)
     networks: dict[str, Any] = {}
     for part in found.parts:
         networks[part.name] = part.network()
@@ -124,49 +133,48 @@ def open_model(
         source=found.path,
         files=found.files,
         few_step=found.few_step,
+        options=found.options,
+        given_files=found.given_files,
         notices=found.notices,
     )
 
 
-def scan_model(
-    path_or_id: str | Path,
-    *,
-    variant: str | None = None,
-    family: str | None = None,
-    prediction: str | None = None,
-    config: Overrides | None = None,
-) -> ModelFiles:
+def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
     """Describe what `open_model` would open without reading weights. Raises CheckpointError if it has problems."""
-    found = _scan(locate(path_or_id, variant), variant, family, prediction, config or {})
+    given = ModelOptions(**options)
+    found = _scan(locate(path_or_id, given.variant), given)
     if found.problems:
         raise CheckpointError(found.problems[0])
     return found
 
 
-def read_tokenizers(path_or_id: str | Path) -> tuple[list[Tokenizer], list[int], dict[str, Any]]:
+def read_tokenizers(path_or_id: str | Path, **options: Any) -> tuple[list[Tokenizer], list[int], dict[str, Any]]:
     """Return a model's tokenizers, the width of the text encoder of each, and its settings (mezzotint.json).
 
     Raises:
         CheckpointError: As `open_model` does.
     """
-    found = _scan(locate(path_or_id), None, None, None, {})
+    given = ModelOptions(**options)
+    found = _scan(locate(path_or_id, given.variant), given)
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
     return [make() for make in found.tokenizers], [config.hidden_size for config in configs], found.settings
 
 
-def _scan(path: Path, variant: str | None, family: str | None, prediction: str | None, config: Overrides) -> ModelFiles:
-    for field_name, value, known in (
-        ("family", family, FAMILIES),
-        ("prediction", prediction, ("epsilon", "v_prediction", "sample")),
-        *(("config", name, NETWORKS) for name in config),
-    ):
-        if value is not None and value not in known:
-            raise CheckpointError(f"{field_name} is {value!r}; it must be one of {', '.join(known)}")
+def _scan(path: Path, options: ModelOptions) -> ModelFiles:
+    """Describe the files of a model and of what is given in place of them, without reading weights."""
+    found = _scan_own(path, options)
+    if options.vae is not None:
+        replace_vae(found)
+    return found
+
+
+def _scan_own(path: Path, options: ModelOptions) -> ModelFiles:
+    """Describe the model's own files."""
     if path.is_dir():
-        return plan_folder(path, variant, cast("Family | None", family), prediction, config)
-    if variant:
-        raise CheckpointError(f"{path} is one file and has no variant {variant!r}; leave variant out")
-    return plan_file(path, cast("Family | None", family), prediction, config)
+        return plan_folder(path, options)
+    if options.variant:
+        raise CheckpointError(f"{path} is one file and has no variant {options.variant!r}; leave variant out")
+    return plan_file(path, options)
 
 
 @dataclass
@@ -218,22 +226,22 @@ class Report:
         return "\n".join(self.lines())
 
 
-def inspect_model(path: str | Path, *, variant: str | None = None, config: Overrides | None = None) -> Report:
+def inspect_model(path: str | Path, **options: Any) -> Report:
     """Describe a model folder, any tensor file or the bundled model without reading weights.
 
     Args:
         path: A folder, a file, or "emoji".
-        variant: As for `open_model`.
-        config: As for `open_model`.
+        options: As for `open_model`.
 
     Raises:
         CheckpointError: If the path does not exist, or is neither a model folder nor a tensor file.
     """
+    given = ModelOptions(**options)
     path = local(path) or Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     try:
-        found = _scan(path, variant, None, None, config or {})
+        found = _scan_own(path, given)
     except CheckpointError:
         if path.is_dir():
             raise
@@ -245,6 +253,8 @@ def inspect_model(path: str | Path, *, variant: str | None = None, config: Overr
         return Report(
             str(path), describe_kind(file.shapes), keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata
         )
+    if given.vae is not None:
+        replace_vae(found)
     return _report(found)
 
 

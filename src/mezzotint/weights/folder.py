@@ -7,35 +7,40 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
-from mezzotint.config import UNetConfig
+from mezzotint.config import CLIPConfig, UNetConfig
 from mezzotint.errors import CheckpointError
+from mezzotint.model_options import ModelOptions
 from mezzotint.models.tokenizer import FILES as TOKENIZER_FILES
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.reading import read_text
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_files import ENCODERS, NETWORKS, FewStep, ModelFiles, NetworkFiles, Overrides, join_names
+from mezzotint.weights.model_files import (
+    ENCODERS,
+    NETWORKS,
+    NO_PROJECTION,
+    FewStep,
+    ModelFiles,
+    NetworkFiles,
+    join_names,
+)
 
+LATENT_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 
 
-def plan_folder(
-    path: Path, variant: str | None, family: Family | None, prediction: str | None, config: Overrides
-) -> ModelFiles:
+def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:  # noqa: B008  # frozen
     """Describe the files of a model folder without reading weights.
 
     Args:
         path: The folder.
-        variant: As for `open_model`.
-        family: The family, or None to detect it.
-        prediction: The prediction type, or None to read it.
-        config: Config fields to override, by network.
+        options: What overrules the folder's files. With a `vae` the folder's own is passed over.
 
     Returns:
         The description; what is wrong with the model is in its `problems`.
@@ -56,12 +61,16 @@ def plan_folder(
             f"{path} is a {index.get('_class_name', 'model')} without a unet; mezzotint draws with Stable Diffusion "
             "1, 2 and XL and small models of the same form"
         )
-    plan = ModelFiles(path, "diffusers folder", model_index=index, files=[index_path])
+    plan = ModelFiles(path, "diffusers folder", model_index=index, files=[index_path], options=options)
+    variant = options.variant
     needed = {"unet", "vae"} | (ENCODERS.keys() & named.keys() or {"text_encoder"})
+    if options.vae is not None:
+        needed.remove("vae")
+        plan.latents = _latent_fields(path / "vae" / "config.json")
     varied = False
     for name in (name for name in NETWORKS if name in needed):
         try:
-            part = _part(path / name, named.get(name), variant, config)
+            part = read_part(path / name, name, named.get(name), options)
             paths = sorted({file.path for file in part.files.values()})
             varied |= any(f".{variant}" in file.name for file in paths)
             plan.parts.append(part)
@@ -73,7 +82,7 @@ def plan_folder(
     if variant and not varied and not plan.problems:
         plan.problems.append(f"{path} has no files of the variant {variant!r}; leave variant out")
     for name, class_name in named.items():
-        if name not in (*needed, *ENCODERS.values(), "scheduler"):
+        if name not in (*needed, *ENCODERS.values(), "scheduler", "vae"):
             plan.passed_over.append(f"{name} ({class_name}): not needed to draw a picture")
     try:
         plan.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
@@ -82,9 +91,13 @@ def plan_folder(
             _add_settings(plan, path / "mezzotint.json")
     except CheckpointError as error:
         plan.problems.append(str(error))
-    if prediction:
-        plan.scheduler_config["prediction_type"] = prediction
-    plan.family = family or _family(plan)
+    if options.prediction:
+        plan.scheduler_config["prediction_type"] = options.prediction
+    plan.scheduler_config |= options.config_of("scheduler")
+    plan.family = cast("Family | None", options.family) or _family(plan)
+    second = plan.config("text_encoder_2")
+    if plan.family == "sdxl" and isinstance(second, CLIPConfig) and not second.has_projection:
+        plan.notices.append(f"{path.name} {NO_PROJECTION}")
     return plan
 
 
@@ -119,18 +132,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _part(folder: Path, class_name: str | None, variant: str | None, overrides: Overrides) -> NetworkFiles:
-    name = folder.name
+def read_part(folder: Path, name: str, class_name: str | None, options: ModelOptions) -> NetworkFiles:
+    """Describe one network of a diffusers folder.
+
+    Args:
+        folder: The network's folder.
+        name: The network, such as "vae".
+        class_name: Its class in model_index.json, if that names one.
+        options: What overrules its files.
+
+    Raises:
+        CheckpointError: If it is missing, of another class, or its config or weights are not valid.
+    """
     classes = NETWORKS[name][0]
     if class_name is None or not folder.is_dir():
-        raise CheckpointError(f"{folder} is missing: the model needs its {name}")
+        fix = "; give one with vae, on the command line --vae FOLDER" if name == "vae" else ""
+        raise CheckpointError(f"{folder} is missing: the model needs its {name}{fix}")
     if class_name not in classes:
         raise CheckpointError(f"{folder} is a {class_name}; mezzotint knows {' or '.join(classes)}")
     fields = read_json(folder / "config.json")
     if name in ENCODERS:
         fields["architectures"] = [class_name]  # model_index.json decides, as in diffusers
     files: dict[str, TensorFile] = {}
-    for path in _weight_files(folder, variant):
+    for path in _weight_files(folder, name, options.variant):
         file = TensorFile(path)
         twice = sorted(files.keys() & file.entries.keys())
         if twice:
@@ -139,13 +163,19 @@ def _part(folder: Path, class_name: str | None, variant: str | None, overrides: 
     sources = keys.folder_sources(files, name)
     if class_name == "CLIPTextModel":
         sources.pop("text_projection.weight", None)  # some files keep it; this class has none
-    return NetworkFiles.of(name, folder, {**fields, **overrides.get(name, {})}, files, sources, [])
+    return NetworkFiles.of(name, folder, {**fields, **options.config_of(name)}, files, sources, [])
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+def _latent_fields(path: Path) -> dict[str, Any]:
+    """Return what a VAE's config.json says of the latent space, if there is one."""
+    fields = read_json(path) if path.exists() else {}
+    return {name: fields[name] for name in LATENT_FIELDS if fields.get(name) is not None}
+
+
+def _weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     chosen = choose_weights((path.name for path in _inside(folder)), variant)
     if chosen is None:
-        stem = STEMS["safetensors"][folder.name in ENCODERS]
+        stem = STEMS["safetensors"][name in ENCODERS]
         raise CheckpointError(f"{folder} has no weights: no {stem}.safetensors, sharded or whole, and no .bin")
     if not chosen.endswith(".json"):
         return [folder / chosen]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mezzotint.errors import CheckpointError
+from mezzotint.model_options import ModelOptions
 from mezzotint.weights.folder import choose_weights, plan_folder
 from mezzotint.weights.model_files import NETWORKS
 
@@ -58,7 +59,7 @@ def _find_cached(name: str, variant: str | None) -> Path | None:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["model_index.json"]))
-        return None if plan_folder(folder, variant, None, None, {}).problems else folder
+        return None if plan_folder(folder, ModelOptions(variant=variant)).problems else folder
     except (OSError, HfHubHTTPError, CheckpointError):
         return None
 

@@ -84,7 +84,7 @@ def find_prefix(shapes: Shapes, prefixes: tuple[str, ...]) -> str | None:
     return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)), None)
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def count_numbers(shapes: Shapes, pattern: str) -> int:
     """Return one more than the highest number that the pattern's group matches in the keys, or 0."""
     found = (re.match(pattern, key) for key in shapes)
     count = max((int(match[1]) + 1 for match in found if match), default=0)
@@ -137,14 +137,14 @@ class Levels(NamedTuple):
     @classmethod
     def of(cls, shapes: Shapes) -> Levels:
         """Derive it from the shapes in a file."""
-        inputs = _count(shapes, r"input_blocks\.(\d+)\.")
+        inputs = count_numbers(shapes, r"input_blocks\.(\d+)\.")
         downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
         layers = (downs[0] if downs else inputs) - 1
         first = [1 + level * (layers + 1) for level in range(len(downs) + 1)]  # input block that starts each level
         return cls(
             layers,
             tuple(shapes.get(f"input_blocks.{i}.0.out_layers.3.weight", (0,))[0] for i in first),
-            tuple(_count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first),
+            tuple(count_numbers(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first),
         )
 
     def blocks(self) -> Iterator[tuple[str, str]]:
@@ -193,7 +193,7 @@ def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
     """Return UNetConfig fields from an LDM UNet's shapes. SD1 has 8 heads; in the others, a head has 64 channels."""
     levels = Levels.of(shapes)
     attends = [depth > 0 for depth in levels.depths]
-    middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    middle = count_numbers(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     depths = [*levels.depths[:-1], middle]  # the middle block has the deepest level's depth, with or without attention
     context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
     proj_in = next((shape for key, shape in shapes.items() if key.endswith(".proj_in.weight")), ())
@@ -216,6 +216,9 @@ def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
 
 
 # VAE
+
+
+SCALING_FACTORS: dict[Family, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
 def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
@@ -249,7 +252,7 @@ def _vae_resnet(table: Table, block: str, module: str) -> None:
 
 
 def _vae_levels(shapes: Shapes) -> tuple[int, int]:
-    return _count(shapes, r"encoder\.down\.(\d+)\."), _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
+    return count_numbers(shapes, r"encoder\.down\.(\d+)\."), count_numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
 
 
 def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
@@ -261,7 +264,7 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
         "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
         "layers_per_block": layers,
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "scaling_factor": 0.13025 if family == "sdxl" else 0.18215,
+        "scaling_factor": SCALING_FACTORS[family],
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
@@ -286,7 +289,7 @@ def clip_config(shapes: Shapes, _: Family) -> dict[str, Any]:
         "vocab_size": vocab,
         "hidden_size": width,
         "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_hidden_layers": count_numbers(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(width // 64, 1),
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "hidden_act": "quick_gelu",
@@ -296,7 +299,7 @@ def clip_config(shapes: Shapes, _: Family) -> dict[str, Any]:
 
 def open_clip_layers(shapes: Shapes, family: Family) -> int:
     """Return the number of layers used: all in SDXL, 23 of ViT-H's 24 in SD2 (some files lack the last one)."""
-    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    layers = count_numbers(shapes, r"transformer\.resblocks\.(\d+)\.")
     return layers if family == "sdxl" or layers == 23 else layers - 1
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from mezzotint import samplers
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
+from mezzotint.model_options import ModelOptions
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ from mezzotint.weights.keys import Family, Source, Sources
 from mezzotint.weights.offload import FileWeight, WeightPlacer
 
 Config = UNetConfig | VAEConfig | CLIPConfig
-Overrides = Mapping[str, Mapping[str, Any]]  # part -> fields of its config
 
 # By network: the classes that model_index.json may name, our config, our module.
 NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Module]]] = {
@@ -42,6 +42,10 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
+NO_PROJECTION = (
+    "has no text_projection of the second text encoder; its pooled vector is used as it is, so pictures follow the "
+    "prompt less"
+)
 NATURAL = (torch.float16, torch.bfloat16, torch.float32)
 COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")  # fields that a file's size bounds
 
@@ -215,6 +219,9 @@ class ModelFiles:
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)  # of what was guessed or left out; they do not prevent loading
     passed_over: list[str] = field(default_factory=list)
+    options: ModelOptions = field(default_factory=ModelOptions)
+    latents: dict[str, Any] = field(default_factory=dict)  # VAE config fields that belong to the UNet's latent space
+    given_files: dict[str, list[Path]] = field(default_factory=dict)  # by option, files in place of the model's own
 
     def config(self, name: str) -> Config | None:
         """Return the config of a network, or None if the model does not have it."""

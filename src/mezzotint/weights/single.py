@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mezzotint.errors import CheckpointError
+from mezzotint.model_options import ModelOptions
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
+from mezzotint.weights.evidence import find_evidence
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Shapes, Sources
-from mezzotint.weights.model_files import ModelFiles, NetworkFiles, Overrides, join_names
+from mezzotint.weights.model_files import NO_PROJECTION, ModelFiles, NetworkFiles, join_names
 
 CLIP_TOKENS = 49408
-PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction", "epsilon": "epsilon"}
 
 # Kinds of files that are not whole models, by a fragment of a key.
 KINDS = {
@@ -36,8 +37,12 @@ KINDS = {
 }
 
 
-def plan_file(path: Path, family: Family | None, prediction: str | None, config: Overrides) -> ModelFiles:
+def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:  # noqa: B008  # frozen
     """Describe a single file without reading weights. What is wrong with the model is in `problems`.
+
+    Args:
+        path: The file.
+        options: What overrules the file. With a `vae` the file's own is passed over.
 
     Raises:
         CheckpointError: If the file is damaged or is not a Stable Diffusion model.
@@ -49,31 +54,44 @@ def plan_file(path: Path, family: Family | None, prediction: str | None, config:
         raise CheckpointError(f"{path} holds {describe_kind(shapes)}, not a whole Stable Diffusion model")
     if prefixes["clip"] is None and any(key.startswith(keys.REFINER) for key in shapes):
         raise CheckpointError(f"{path} is SDXL's refiner, which mezzotint cannot run")
-    family = family or _family(keys.strip_prefix(shapes, prefixes["unet"]), prefixes["open_clip"] is not None)
+    family = cast("Family | None", options.family) or _family(
+        keys.strip_prefix(shapes, prefixes["unet"]), prefixes["open_clip"] is not None
+    )
     kinds = {"unet": "unet", "vae": "vae", "text_encoder": "clip"}
     if family == "sdxl":
         kinds["text_encoder_2"] = "open_clip"
     elif family == "sd2" and prefixes["open_clip"]:
         kinds["text_encoder"] = "open_clip"
+    if options.vae is not None:
+        del kinds["vae"]
 
-    plan = ModelFiles(path, "single file", family, files=[path])
-    plan.scheduler_config = _scheduler(file, family, prediction)
+    evidence = find_evidence(file, prefixes["unet"], family, options.prediction)
+    plan = ModelFiles(path, "single file", family, files=[path, *evidence.files], options=options)
+    plan.notices = evidence.notices
+    plan.scheduler_config = {**default_scheduler(family, evidence.prediction), **evidence.schedule}
+    plan.scheduler_config |= options.config_of("scheduler")
+    plan.latents = {"scaling_factor": keys.SCALING_FACTORS[family], **evidence.latents}
     plan.model_index = {"_class_name": "StableDiffusionPipeline"}
     if family == "sdxl":
         plan.model_index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     found: dict[str, tuple[dict[str, Any], Sources, list[str]]] = {}
     for name, kind in kinds.items():
         try:
-            found[name] = _read(path, name, kind, prefixes[kind], shapes, family)
+            found[name] = read_network(path, name, kind, prefixes[kind], shapes, family)
         except CheckpointError as error:
             plan.problems.append(str(error))
     if "unet" in found:
         second = found["text_encoder_2"][0] if "text_encoder_2" in found else None
         add_family_fields(found["unet"][0], family, plan.scheduler_config["prediction_type"], second)
+    if "vae" in found:
+        found["vae"][0].update(plan.latents)
+    if family == "sdxl" and "text_encoder_2" in found and "text_projection.weight" not in found["text_encoder_2"][1]:
+        plan.notices.append(f"{path.name} {NO_PROJECTION}")
     for name, (fields, sources, unknown) in found.items():
         try:
             files = dict.fromkeys((source.key for source in sources.values()), file)
-            plan.parts.append(NetworkFiles.of(name, path, {**fields, **config.get(name, {})}, files, sources, unknown))
+            fields |= options.config_of(name)
+            plan.parts.append(NetworkFiles.of(name, path, fields, files, sources, unknown))
         except CheckpointError as error:
             plan.problems.append(str(error))
         if name.startswith("text_encoder"):
@@ -106,12 +124,25 @@ def _family(unet: Shapes, open_clip: bool) -> Family:
     return "sd2" if open_clip or context == 1024 else "sd1"
 
 
-def _read(
+def read_network(
     path: Path, name: str, kind: str, prefix: str | None, shapes: Shapes, family: Family
 ) -> tuple[dict[str, Any], Sources, list[str]]:
-    """Return the config fields, sources and unknown keys of one network."""
+    """Return the config fields, sources and unknown keys of one network in the original layout.
+
+    Args:
+        path: The file, for error messages.
+        name: The network.
+        kind: The form of its names, a key of `keys.CONFIGS`.
+        prefix: The prefix of its tensors; None if the file has none of them.
+        shapes: The shapes in the file.
+        family: The family.
+
+    Raises:
+        CheckpointError: If the file does not have the network in this form.
+    """
     if prefix is None:
-        raise CheckpointError(f"{path} has no {name}, which a {family} model needs")
+        fix = ": give one with vae, on the command line --vae FILE" if name == "vae" else ""
+        raise CheckpointError(f"{path} has no {name}, which a {family} model needs{fix}")
     shapes = {key: shape for key, shape in keys.strip_prefix(shapes, prefix).items() if not keys.IGNORED.search(key)}
     try:
         fields = keys.CONFIGS[kind](shapes, family)
@@ -138,13 +169,6 @@ def add_family_fields(unet: dict[str, Any], family: Family, prediction: str, sec
         unet["addition_time_embed_dim"] = (inputs - second["projection_dim"]) // 6
 
 
-def _scheduler(file: TensorFile, family: Family, prediction: str | None) -> dict[str, Any]:
-    config = default_scheduler(family, prediction or _marked_prediction(file) or _default_prediction(file, family))
-    if "ztsnr" in file.entries:
-        config["rescale_betas_zero_snr"] = True
-    return config
-
-
 def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, Any]:
     """Return the published scheduler_config.json of SD 1.5, SD 2-base, SD 2.1 (v) or SDXL base."""
     config: dict[str, Any] = {
@@ -164,22 +188,3 @@ def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, 
     elif family == "sd2" and prediction == "v_prediction":
         config["_class_name"] = "DDIMScheduler"
     return config
-
-
-def _marked_prediction(file: TensorFile) -> str | None:
-    """Return the prediction type from ModelSpec metadata, a marker tensor or SD2-base's step count, or None."""
-    said = file.metadata.get("modelspec.prediction_type", "").lower()
-    architecture = file.metadata.get("modelspec.architecture", "")
-    if said in PREDICTIONS:
-        return PREDICTIONS[said]
-    if "v_pred" in file.entries or architecture.startswith("stable-diffusion-v2-768-v"):
-        return "v_prediction"
-    if architecture.startswith("stable-diffusion-v2-512") or file.scalars.get("global_step") == 875000:
-        return "epsilon"
-    return None
-
-
-def _default_prediction(file: TensorFile, family: Family) -> str:
-    """Return v_prediction for SD 2.1's shapes, which SD 2-base shares, and epsilon for others."""
-    first = file.shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())
-    return "v_prediction" if family == "sd2" and first[:2] == (320, 4) else "epsilon"

@@ -1,0 +1,167 @@
+"""Find what a single file says of its noise schedule and prediction.
+
+The evidence is taken in this order: metadata (ModelSpec), marker tensors (`v_pred`, `ztsnr`, `edm_mean` and `edm_std`,
+`edm_vpred.sigma_max`), a .yaml file of the same name beside it, the shapes and statistics of its weights. Only the last
+is a guess.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezzotint.errors import CheckpointError
+from mezzotint.reading import read_bytes
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.keys import Family
+
+PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction"} | {
+    name: "epsilon" for name in ("epsilon", "eps")
+}
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+SD2_BASE_STEPS = 875000  # the global_step of the published SD 2-base
+# the key of whose statistics ComfyUI tells SD 2.x's predictions apart, and the standard deviation above which it is v
+SD2_BIAS, SD2_V_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+
+MAX_YAML_BYTES = 1_000_000  # the published ones have 2 to 4 kB
+# Latent Diffusion names the parametrization, Stability's generative-models the class of its scaling
+YAML_PREDICTION = re.compile(
+    r"""^[ \t]*(?:parameterization[ \t]*:[ \t]*["']?(v|eps|x0)["']?"""
+    r"""|target[ \t]*:[ \t]*["']?[\w.]*\.denoiser_scaling\.(VScaling|EpsScaling)["']?)[ \t\r]*(?:\#.*)?$""",
+    re.MULTILINE,
+)
+YAML_PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"} | {
+    "VScaling": "v_prediction",
+    "EpsScaling": "epsilon",
+}
+
+MAX_CHANNELS = 64  # of the latents
+PLAYGROUND_SCALING_FACTOR = 0.5  # of the VAE of a file with edm_mean and edm_std
+
+
+@dataclass
+class Evidence:
+    """What was found.
+
+    Attributes:
+        prediction: The prediction type.
+        schedule: Fields of the scheduler_config.json that differ from the family's published one.
+        latents: Fields of the VAE's config: the mean and standard deviation of the latents, and their scaling factor.
+        notices: A sentence if the prediction is a guess.
+        files: Other files that were read.
+    """
+
+    prediction: str
+    schedule: dict[str, Any] = field(default_factory=dict)
+    latents: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+
+def find_evidence(file: TensorFile, prefix: str, family: Family, prediction: str | None) -> Evidence:
+    """Find what a file says of its schedule.
+
+    Args:
+        file: The file.
+        prefix: The prefix of the UNet's tensors.
+        family: The family.
+        prediction: The prediction type if the caller decides it; then no evidence of it is looked for.
+
+    Raises:
+        CheckpointError: If a marker tensor has no valid value, or the .yaml file cannot be read.
+    """
+    found = Evidence(prediction or _explicit_prediction(file) or "")
+    if "edm_vpred.sigma_max" in file.entries:
+        low = _numbers(file, "edm_vpred.sigma_min")[0] if "edm_vpred.sigma_min" in file.entries else 0.002
+        found.schedule = edm_schedule("EDMEulerScheduler", 1.0, low, _numbers(file, "edm_vpred.sigma_max")[0])
+        found.schedule["sigma_schedule"] = "exponential"  # as CosXL was trained
+        if not 0.0 < low < found.schedule["sigma_max"]:
+            raise CheckpointError(f"{file.path}: edm_vpred.sigma_min must be above 0 and below edm_vpred.sigma_max")
+        found.prediction = found.prediction or "v_prediction"
+    elif {"edm_mean", "edm_std"} <= file.entries.keys():
+        mean, std = _numbers(file, "edm_mean"), _numbers(file, "edm_std")
+        if min(std) <= 0.0 or len(mean) != len(std):
+            raise CheckpointError(f"{file.path}: edm_std must have a positive number for each of edm_mean")
+        found.schedule = edm_schedule("EDMDPMSolverMultistepScheduler", 0.5, 0.002, 80.0)
+        found.latents = {"latents_mean": mean, "latents_std": std, "scaling_factor": PLAYGROUND_SCALING_FACTOR}
+        found.prediction = found.prediction or "epsilon"
+    if "ztsnr" in file.entries:
+        found.schedule["rescale_betas_zero_snr"] = True
+    if not found.prediction and "v_pred" in file.entries:
+        found.prediction = "v_prediction"
+    if not found.prediction:
+        _read_yaml(file.path.with_suffix(".yaml"), found)
+    if not found.prediction:
+        found.prediction = "epsilon"
+        if family == "sd2" and file.scalars.get("global_step") != SD2_BASE_STEPS:
+            _guess_sd2(file, prefix, found)
+    return found
+
+
+def edm_schedule(class_name: str, sigma_data: float, sigma_min: float, sigma_max: float) -> dict[str, Any]:
+    """Return the scheduler_config.json of a model with EDM's preconditioning, without its prediction type."""
+    return {
+        "_class_name": class_name,
+        "num_train_timesteps": 1000,
+        "rho": 7.0,
+        "sigma_data": sigma_data,
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+    }
+
+
+def _explicit_prediction(file: TensorFile) -> str | None:
+    """Return the prediction type in ModelSpec metadata, or None."""
+    for key in PREDICTION_KEYS:
+        said = file.metadata.get(key, "").strip().lower()
+        if said in PREDICTIONS:
+            return PREDICTIONS[said]
+    architecture = file.metadata.get("modelspec.architecture", "")
+    if architecture.startswith("stable-diffusion-v2-768-v"):
+        return "v_prediction"
+    return "epsilon" if architecture.startswith("stable-diffusion-v2-512") else None
+
+
+def _read_yaml(path: Path, found: Evidence) -> None:
+    """Read the prediction from the .yaml file that belongs to a checkpoint, if there is one."""
+    if not path.exists():
+        return
+    try:
+        text = read_bytes(path, MAX_YAML_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    match = YAML_PREDICTION.search(text.decode("utf-8", "replace"))
+    if match:
+        found.prediction = YAML_PREDICTIONS[match[1] or match[2]]
+        found.files.append(path)
+
+
+def _guess_sd2(file: TensorFile, prefix: str, found: Evidence) -> None:
+    """Guess the prediction of an SD 2.x file as ComfyUI does, from the spread of one bias."""
+    entry = file.entries.get(prefix + SD2_BIAS)
+    channels = (*file.shapes.get(f"{prefix}input_blocks.0.0.weight", ()), 0, 0)[1]
+    why = "its weights do not have the statistics of v-prediction"
+    if channels == 4 and entry is not None and entry.dtype.is_floating_point and entry.count <= 2**16:
+        std = float(torch.std(file.read(prefix + SD2_BIAS).float(), unbiased=False))
+        if std > SD2_V_STD:
+            found.prediction = "v_prediction"
+            why = f"the standard deviation of a bias is {std:.2g}, as in models of v-prediction"
+    found.notices.append(
+        f"{file.path.name} does not say what its UNet predicts; {found.prediction} is assumed, since {why}: give "
+        "prediction (--prediction) if it is another"
+    )
+
+
+def _numbers(file: TensorFile, key: str) -> tuple[float, ...]:
+    """Return the values of a marker tensor. Raises CheckpointError if they are not a few finite numbers."""
+    entry = file.entries[key]
+    if 1 <= entry.count <= MAX_CHANNELS:
+        values = tuple(float(value) for value in file.read(key).flatten().double())
+        if all(map(math.isfinite, values)):
+            return values
+    raise CheckpointError(f"{file.path}: {key} must be at most {MAX_CHANNELS} finite numbers")

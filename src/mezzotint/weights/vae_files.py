@@ -1,0 +1,111 @@
+"""Find a VAE that is given in place of a model's own: a file, a folder or a hub id.
+
+A folder brings its config.json. A file has none, so what the UNet's latents are (their scaling factor, mean and
+standard deviation) stays the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mezzotint.errors import CheckpointError
+from mezzotint.weights import keys
+from mezzotint.weights.files import TensorFile
+from mezzotint.weights.folder import choose_weights, read_json, read_part
+from mezzotint.weights.hub import resource
+from mezzotint.weights.keys import Shapes
+from mezzotint.weights.model_files import ModelFiles, NetworkFiles
+from mezzotint.weights.single import describe_kind, read_network
+
+CLASS = "AutoencoderKL"
+PREFIXES = (*keys.PREFIXES["vae"], "")
+DIFFUSERS_KEY = "encoder.down_blocks.0.resnets.0.norm1.weight"
+
+
+def replace_vae(plan: ModelFiles) -> None:
+    """Add the VAE of the plan's options to a model that was described without one.
+
+    Raises:
+        CheckpointError: If it is missing, or is no VAE for this model.
+    """
+    source = plan.options.vae
+    assert source is not None
+    path = _find(Path(resource(str(source), "VAE", lambda names: _choose(str(source), names, plan.options.variant))))
+    if path.is_dir():
+        part = read_part(path, "vae", read_json(path / "config.json").get("_class_name", CLASS), plan.options)
+    else:
+        part = _read_file(path, plan)
+    channels, latents = getattr(plan.config("unet"), "out_channels", None), getattr(part.config, "latent_channels", 0)
+    if channels not in (None, latents):
+        raise CheckpointError(f"{path} is a VAE of {latents} latent channels; the UNet of {plan.path} needs {channels}")
+    plan.parts.append(part)
+    paths = sorted({file.path for file in part.files.values()})
+    plan.given_files["vae"] = [*([path / "config.json"] if path.is_dir() else []), *paths]
+
+
+def _read_file(path: Path, plan: ModelFiles) -> NetworkFiles:
+    """Describe the VAE in a file: alone, or in a whole checkpoint; in the original layout, or diffusers'."""
+    file = TensorFile(path)
+    if DIFFUSERS_KEY in file.entries:
+        config = path.with_name("config.json")
+        if config.exists() and read_json(config).get("_class_name") == CLASS:
+            return NetworkFiles.of(
+                "vae", path, {**read_json(config), **plan.options.config_of("vae")}, dict.fromkeys(file.entries, file),
+                keys.folder_sources(file.entries, "vae"), [],
+            )  # fmt: skip
+        fields, sources = _diffusers_config(file.shapes), keys.folder_sources(file.entries, "vae")
+        unknown: list[str] = []
+    else:
+        prefix = next((known for known in PREFIXES if f"{known}encoder.conv_in.weight" in file.entries), None)
+        if prefix is None:
+            raise CheckpointError(f"{path} holds {describe_kind(file.shapes)}, not a VAE")
+        fields, sources, unknown = read_network(path, "vae", "vae", prefix, file.shapes, plan.family)
+    fields |= {**plan.latents, **plan.options.config_of("vae")}
+    return NetworkFiles.of("vae", path, fields, dict.fromkeys(file.entries, file), sources, unknown)
+
+
+def _diffusers_config(shapes: Shapes) -> dict[str, Any]:
+    """Return VAEConfig fields from the shapes of diffusers' names."""
+    levels = keys.count_numbers(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    first = (shapes.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", (0,))[0] for i in range(levels))
+    return {
+        "block_out_channels": list(first),
+        "layers_per_block": keys.count_numbers(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": (*shapes.get("decoder.conv_in.weight", ()), 0, 0)[1],
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "mid_block_add_attention": any(key.startswith("encoder.mid_block.attentions.") for key in shapes),
+    }
+
+
+def _find(path: Path) -> Path:
+    """Return a VAE's file, or its folder: the path itself, its folder vae, or its one file."""
+    if not path.is_dir():
+        return path
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file() and choose_weights((file.name for file in folder.iterdir()), None):
+            return folder
+    return path / _one_file(str(path), [file.name for file in path.iterdir()])
+
+
+def _choose(name: str, listing: Iterable[str], variant: str | None) -> list[str]:
+    """Choose the files of a VAE in a hub repository."""
+    names = set(listing)
+    for folder in ("", "vae/"):
+        inside = [each.removeprefix(folder) for each in names if each.startswith(folder)]
+        chosen = choose_weights(inside, variant)
+        if chosen and f"{folder}config.json" in names:
+            return [f"{folder}config.json", f"{folder}{chosen}"]
+    return [_one_file(name, names)]
+
+
+def _one_file(name: str, names: Iterable[str]) -> str:
+    """Return the only .safetensors file among the names. Raises CheckpointError if it is not one."""
+    found = sorted(each for each in names if each.endswith(".safetensors") and "/" not in each)
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{name} has no VAE: it must have config.json and weights, in itself or in vae/, or one .safetensors file"
+        )
+    return found[0]
