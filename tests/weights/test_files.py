@@ -158,7 +158,7 @@ def test_a_header_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{")
         file.truncate(MAX_HEADER_BYTES + 100)
-    with pytest.raises(CheckpointError, match="more than the format's"):
+    with pytest.raises(CheckpointError, match="at most 16,000,000 are read"):
         TensorFile(path)
 
 
@@ -210,9 +210,8 @@ def test_code_in_a_pickle_is_not_run(container: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         TensorFile(tmp_path / "a.ckpt")
     assert not (tmp_path / "canary").exists()
-    assert "nothing in it was run" in str(error.value) or "damaged" in str(error.value)
-    if container == "zip":
-        assert "mkdir" in str(error.value)
+    assert "nothing in it was run" in str(error.value)
+    assert "mkdir" in str(error.value) or container in "245"  # where torch's own names come first
 
 
 def test_training_leftovers_of_the_original_files_are_passed_over(tmp_path: Path) -> None:
@@ -251,8 +250,8 @@ def test_a_pytorch_file_of_something_else(thing: Any, tmp_path: Path) -> None:
 def test_what_is_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     for path, words in (
-        (tmp_path / "pipe.safetensors", "not a file"),
-        (tmp_path, "not a file"),
+        (tmp_path / "pipe.safetensors", "not a regular file"),
+        (tmp_path, "a folder, not a file"),
         (tmp_path / "none.safetensors", "cannot be read"),
     ):
         with pytest.raises(CheckpointError, match=words):

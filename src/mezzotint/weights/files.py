@@ -5,10 +5,8 @@ keeps nothing: no memory map, whose pages would count as ours. `read_into` fills
 small pieces, so that nothing else is held. Threads may share a file. What a file is, is seen in its first bytes, not
 its name.
 
-A safetensors header is held to the format's own rules (github.com/huggingface/safetensors, README "Format") before
-anything is allocated. A PyTorch file goes through `torch.load(weights_only=True, map_location="meta")`, which gives the
-shapes and where the bytes lie; the bytes are then read like those of a safetensors file. What lies in its tables
-`state_dict` and, in a textual inversion, `string_to_param` counts as the file's own, the latter with that prefix.
+A safetensors header is held to the format's own rules (github.com/huggingface/safetensors, README "Format"), and to
+smaller bounds of our own, before anything is allocated. PyTorch files are read by torch_files.py, which runs nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +14,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
-import re
-import stat
 import threading
 import weakref
-import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -32,46 +25,15 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError
+from mezzotint.reading import open_regular
+from mezzotint.weights.entries import DTYPES, MAX_COUNT, Entry
+from mezzotint.weights.torch_files import CodeError, Contents, read_legacy, read_zip
 
-MAX_HEADER_BYTES = 100_000_000  # bytes; the safetensors format's own bound
+MAX_HEADER_BYTES = 16_000_000  # bytes; the format allows 100 MB, SDXL has 0.3 MB
+MAX_HEADER_VALUES = 1_000_000  # JSON values in a header; a tensor has about 10
+MAX_FORMAT_BYTES = 100_000_000
 CHUNK_BYTES = 2**22  # bytes that `read_into` reads at a time
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin, by protocol
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its elements start at byte `start`; `stride` is None if they are contiguous."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stride: tuple[int, ...] | None = None
-
-    @property
-    def count(self) -> int:
-        """Number of elements from the first to the last."""
-        if self.stride is None:
-            return math.prod(self.shape)
-        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
 
 class TensorFile:
@@ -93,7 +55,7 @@ class TensorFile:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self.scalars: dict[str, float] = {}
-        self._tensors: dict[str, Tensor] = {}  # of PyTorch's format before 1.6, which can only be read whole
+        self._tensors: dict[str, Tensor] = {}  # numpy arrays inside a pickle
         self._file = _open(path)
         self._lock = threading.Lock()  # of the file's position
         weakref.finalize(self, self._file.close)
@@ -102,12 +64,12 @@ class TensorFile:
 
         head = self._file.read(64)
         length = int.from_bytes(head[:8], "little")
-        if head[8:9] == b"{" and length <= max(self.size, MAX_HEADER_BYTES):  # first: the length may spell anything
+        if head[8:9] == b"{" and length <= max(self.size, MAX_FORMAT_BYTES):  # first: the length may spell anything
             self._read_safetensors(length)
         elif head.startswith(b"PK\x03\x04"):
-            self._read_zip()
+            self._read_torch(read_zip)
         elif head[:2] in PICKLES:
-            self._read_legacy()
+            self._read_torch(read_legacy)
         elif head.startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it")
         elif head.lstrip()[:1] == b"<":
@@ -194,9 +156,11 @@ class TensorFile:
         if self.size < 8 or length > self.size - 8:
             raise refuse(f"its header should have {length} bytes, the file has {self.size}; download it again")
         if length > MAX_HEADER_BYTES:
-            raise refuse(f"its header has {length} bytes, more than the format's {MAX_HEADER_BYTES}")
+            raise refuse(f"its header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
         self._file.seek(8)
         header = self._file.read(length)
+        if sum(map(header.count, (b",", b":", b"[", b"{"))) > MAX_HEADER_VALUES:  # before each value stands one of them
+            raise refuse(f"its header has more than {MAX_HEADER_VALUES:,} values")
         if header[:1] != b"{":
             raise refuse("its header does not begin with '{'")
         try:
@@ -225,101 +189,24 @@ class TensorFile:
             raise refuse(f"it {what}: {self.size} bytes of {first + reached}; download it again")
         self.metadata = metadata
 
-    def _read_zip(self) -> None:
+    def _read_torch(self, read: Callable[[FileIO, int], Contents]) -> None:
         try:
-            with zipfile.ZipFile(self._file) as archive:
-                packed = next(
-                    (row.filename for row in archive.infolist() if row.compress_type or row.flag_bits & 1), ""
-                )
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+            contents = read(self._file, self.size)
+        except CodeError as error:
             raise CheckpointError(
-                f"{self.path} is a damaged PyTorch file ({_short(error)}); download it again"
+                f"{self.path} holds Python code ({error}) and is refused; nothing in it was run. "
+                "Ask for a safetensors file"
             ) from None
-        if packed:
-            raise CheckpointError(f"{self.path} is a packed archive ({packed!r}), not a file that torch.save wrote")
-        tensors = self._unpickle()
-        for name, tensor in tensors.items():
-            storage = tensor.untyped_storage()
-            start = getattr(storage, "_checkpoint_offset", None)
-            if start is None or tensor.layout != torch.strided:
-                raise CheckpointError(f"{self.path}: {name!r} is not a plain tensor")
-            entry = Entry(
-                tensor.dtype,
-                tuple(tensor.shape),
-                start + tensor.storage_offset() * tensor.dtype.itemsize,
-                None if tensor.is_contiguous() else tensor.stride(),
-            )
-            if entry.start + entry.count * entry.dtype.itemsize > min(self.size, start + storage.nbytes()):
-                raise CheckpointError(f"{self.path}: {name!r} lies outside the file; download it again")
-            self.entries[name] = entry
-
-    def _read_legacy(self) -> None:
-        self._tensors = self._unpickle("cpu")
-        self.entries = {name: Entry(t.dtype, tuple(t.shape), 0) for name, t in self._tensors.items()}
-
-    def _unpickle(self, device: str = "meta") -> dict[str, Tensor]:
-        self._file.seek(0)
-        try:
-            with torch.serialization.safe_globals(_STUBS):
-                tree = torch.load(self._file, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            code = f"Python code ({found[1]})" if found else "more than plain tensors"
-            raise CheckpointError(
-                f"{self.path} holds {code} and is refused; nothing in it was run. Ask for a safetensors file"
-            ) from None
-        except Exception as error:  # torch's reader answers damage with whatever its parser met
-            raise CheckpointError(
-                f"{self.path} is a damaged PyTorch file ({_short(error)}); download it again"
-            ) from None
-        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-            tree = {**tree, **tree["state_dict"]}
-        if isinstance(tree, dict) and isinstance(params := tree.get("string_to_param"), dict | _Parameters):
-            params = params.held if isinstance(params, _Parameters) else params
-            tree = {**tree, **{f"string_to_param.{name}": tensor for name, tensor in params.items()}}
-        if not isinstance(tree, dict):
-            raise CheckpointError(f"{self.path} holds a {type(tree).__name__}, not a table of tensors")
-        self.scalars = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, int | float)}
-        return {k: v.detach() for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
-
-
-class _Ignored:
-    """Stub for the few training objects in the original Stable Diffusion .ckpt files."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-class _Parameters:
-    """Stub for the ParameterDict in textual inversions of torch 1.11 and earlier."""
-
-    def __init__(self) -> None:
-        self.held: dict[Any, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        held = state.get("_parameters") if isinstance(state, dict) else None
-        self.held = held if isinstance(held, dict) else {}
-
-
-_STUBS: list[Any] = [
-    (_Parameters, "torch.nn.modules.container.ParameterDict"),
-    (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (_Ignored, "numpy.core.multiarray.scalar"),
-    (_Ignored, "numpy.dtype"),
-    (_Ignored, "_codecs.encode"),
-]
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{self.path} is a PyTorch file that cannot be read: {_short(error)}") from None
+        self.entries, self.scalars, self._tensors = contents.entries, contents.scalars, contents.arrays
 
 
 def _open(path: Path) -> FileIO:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block or never end
-            raise CheckpointError(f"{path} is not a file")
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        return open_regular(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _short(error: BaseException) -> str:
@@ -358,7 +245,7 @@ def _parse_entry(name: str, row: Any, refuse: Any) -> tuple[torch.dtype, tuple[i
     count = 1
     for size in shape:
         count *= size
-        if count >= 2**60:
+        if count >= MAX_COUNT:
             raise refuse(f"{name!r} is too large")
     if count * dtype.itemsize != end - begin:
         raise refuse(
