@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Numbers = int | tuple[int, ...]
 
@@ -130,6 +130,7 @@ class ScheduleConfig(_Config):
     trained_betas: tuple[float, ...] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     rescale_betas_zero_snr: bool = False
+    terminal_alpha: float = Field(default=2.0**-24, gt=0, lt=1)  # for a last alpha_bar of zero; sigma 4096 in diffusers
     float32_table: bool = False  # as diffusers rounds it, which matters for a Brownian path in sigma
     sigma_data: float | None = None  # if set, the model has EDM's preconditioning (Karras et al. 2022) and no betas
     sigma_min: float | None = None

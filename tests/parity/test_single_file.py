@@ -394,8 +394,11 @@ def full_size(name: str) -> dict[str, tuple[int, ...]]:
     return {prefix + key: shape for prefix, rows in networks.items() for key, shape in rows}
 
 
-def hollow_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A safetensors file of fp16 zeros that takes no room on the disk (a hole)."""
+V_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+def hollow_file(path: Path, shapes: dict[str, tuple[int, ...]], name: str) -> Path:
+    """A safetensors file of fp16 zeros that takes no room on the disk (a hole); SD 2.1 has its sign of v-prediction."""
     header, end = {}, 0
     for key, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
@@ -404,6 +407,9 @@ def hollow_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        if name == "sd2.1":
+            file.seek(8 + len(text) + header[V_BIAS]["data_offsets"][0])  # type: ignore[index]
+            file.write(torch.tensor([0.1, -0.1], dtype=torch.float16).repeat(160).numpy().tobytes())
     return path
 
 
@@ -422,7 +428,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_full_size_names_map_one_to_one(name: str, tmp_path: Path) -> None:
-    report = inspect_model(hollow_file(tmp_path / "model.safetensors", full_size(name)))
+    report = inspect_model(hollow_file(tmp_path / "model.safetensors", full_size(name), name))
     assert report.problems == []
     assert report.passed_over == []
     assert report.family == {"sd2.1": "sd2", "sdxl": "sdxl"}.get(name, "sd1")
@@ -433,7 +439,7 @@ def test_full_size_names_map_one_to_one(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_full_size_config_is_the_published_one(name: str, tmp_path: Path) -> None:
-    found = plan_file(hollow_file(tmp_path / "model.safetensors", full_size(name)))
+    found = plan_file(hollow_file(tmp_path / "model.safetensors", full_size(name), name))
     ours, published = found.config("unet"), UNetConfig.model_validate(tiny.FULL_UNETS[name])
     assert isinstance(ours, UNetConfig)
     for field in UNetConfig.model_fields:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mezzotint import samplers
@@ -333,3 +335,29 @@ def test_the_kinds_of_sa_solver() -> None:
 def test_needs_no_torch() -> None:
     code = "import sys, mezzotint.samplers.names; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["Euler a", "DPM++ 2M Karras", "DDIM", "euler_ancestral", "dpmpp_2m karras", "dpm_2"])
+def test_zero_snr_under_another_programs_name_is_that_programs(name: str) -> None:
+    """Both set the last alpha_bar of the rescaled table to this number, and take sqrt((1 - a) / a) of it."""
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    root = np.sqrt(alphas)
+    rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    rescaled[-1] = 4.8973451890853435e-08
+    theirs = np.sqrt((1 - rescaled) / rescaled)
+    config = SD1 | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    ours = Schedule.from_config(resolve(name, config).schedule)
+    np.testing.assert_allclose(ours.sigmas, theirs, rtol=1e-12)
+    assert ours.sigma_max == pytest.approx(4518.8, abs=0.05)
+    assert Schedule.from_config(resolve("euler", config).schedule).sigma_max == pytest.approx(4096, rel=1e-6)
+    if "arras" in name:  # k-diffusion's get_sigmas_karras between the ends of that table
+        ends = theirs[-1] ** (1 / 7), theirs[0] ** (1 / 7)
+        karras = [(ends[0] + k / 9 * (ends[1] - ends[0])) ** 7 for k in range(10)]
+        np.testing.assert_allclose(levels(name, 10, config), [*karras, 0.0], rtol=1e-9)
+
+
+def test_edm_levels_under_comfyuis_names_are_even_in_log_sigma() -> None:
+    """Its table is exp(linspace(log sigma_min, log sigma_max)) for every model with EDM's preconditioning."""
+    ours = Schedule.from_config(resolve("euler_ancestral", EDM).schedule)
+    np.testing.assert_allclose(ours.sigmas, np.exp(np.linspace(math.log(0.002), math.log(60.0), 1000)), rtol=1e-9)
+    assert resolve("euler", EDM).schedule.sigma_schedule == "karras"

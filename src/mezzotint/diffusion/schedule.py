@@ -2,8 +2,8 @@
 
 All other modules use the coordinate x = x0 + sigma * noise, where sigma^2 = (1 - alpha_bar) / alpha_bar of the
 variance-preserving process that Stable Diffusion was trained on. Tables are float64. The last sigma of a
-zero-terminal-SNR schedule is kept finite (4096) here, and nowhere else. A model with EDM's preconditioning has no
-betas, but its levels are made a table too, so that every spacing works with it.
+zero-terminal-SNR schedule is kept finite here, and nowhere else (`ScheduleConfig.terminal_alpha`). A model with EDM's
+preconditioning has no betas, but its levels are made a table too, so that every spacing works with it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from mezzotint.config import ScheduleConfig
 
 Table = NDArray[np.float64]
-
-MIN_ALPHA_CUMPROD = 2.0**-24  # replaces a terminal SNR of zero: sigma = 4096, as in diffusers
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ class Schedule:
         if config.float32_table:
             alphas_cumprod = float32_alphas_cumprod(config)
         if config.rescale_betas_zero_snr:
-            alphas_cumprod = zero_terminal_snr(alphas_cumprod)
+            alphas_cumprod = zero_terminal_snr(alphas_cumprod, config.terminal_alpha)
         return cls(alphas_cumprod)
 
     @cached_property
@@ -168,9 +166,14 @@ def float32_alphas_cumprod(config: ScheduleConfig) -> Table:
     return exact
 
 
-def zero_terminal_snr(alphas_cumprod: Table) -> Table:
-    """Shift and scale sqrt(alpha_bar) so that the last is zero and the first is unchanged (Lin et al. 2023, alg. 1)."""
+def zero_terminal_snr(alphas_cumprod: Table, terminal_alpha: float = ScheduleConfig().terminal_alpha) -> Table:
+    """Shift and scale sqrt(alpha_bar) so that the last is zero and the first is unchanged (Lin et al. 2023, alg. 1).
+
+    Args:
+        alphas_cumprod: The table, (T,).
+        terminal_alpha: Replaces the last alpha_bar, so that its noise level is finite.
+    """
     root = np.sqrt(alphas_cumprod)
     rescaled: Table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    rescaled[-1] = MIN_ALPHA_CUMPROD
+    rescaled[-1] = terminal_alpha
     return rescaled

@@ -31,6 +31,7 @@ from mezzotint.samplers.presets import (
     COMFYUI_ENDS,
     COMFYUI_SAMPLERS,
     COMFYUI_SCHEDULES,
+    PRESET_SCHEDULE,
     PRESETS,
 )
 from mezzotint.samplers.solvers import SOLVERS
@@ -123,7 +124,8 @@ def resolve(
         sampler = from_config(CLASSES[base], config | keys, spacing)
         sampler = replace(sampler, name=name, steps=steps, guidance_scale=guidance_scale)
     elif name in PRESETS:
-        sampler = with_spacing(replace(PRESETS[name], schedule=read_schedule_config(config)), spacing)
+        trained = read_schedule_config(config).model_copy(update=PRESET_SCHEDULE)
+        sampler = with_spacing(replace(PRESETS[name], schedule=trained), spacing)
     else:
         stem, _, schedule = name.rpartition(" ")
         sought = stem if schedule in COMFYUI_SCHEDULES and stem not in NAMES else name

@@ -37,6 +37,8 @@ class Preset:
     last: float | str = "zero"
 
 
+# Both programs keep a last alpha_bar of zero at this value (sigma 4518.8), and have EDM's levels evenly in log sigma.
+PRESET_SCHEDULE = {"terminal_alpha": 4.8973451890853435e-08, "sigma_schedule": "exponential"}
 _WHOLE_ORDER = {"lower_order_final": False}  # k-diffusion never lowers the order
 _HEUN = {**_WHOLE_ORDER, "solver_type": "heun"}
 _EXP_HEUN: dict[str, Any] = {"nodes": (1.0,), "solver_type": "logrho"}
