@@ -527,10 +527,14 @@ MUTATIONS = [
     ),
     Mutation("train/latents.py", "scale = max(size[0]", "scale = min(size[0]", "tests/train/test_batches.py", "view"),
     Mutation(
-        "cli/draw.py", "while len(scales) < 2 and", "while len(scales) < 1 and", "tests/cli/test_cli.py", "every_field"
+        "cli/fields.py",
+        "while len(scales) < 2 and",
+        "while len(scales) < 1 and",
+        "tests/cli/test_cli.py",
+        "every_field",
     ),
     Mutation(
-        "cli/draw.py", "if len(data) > limit:", "if len(data) > limit + 1:", "tests/cli/test_cli.py", "standard_input"
+        "cli/fields.py", "if len(data) > limit:", "if len(data) > limit + 1:", "tests/cli/test_cli.py", "standard_input"
     ),
     Mutation(
         "cli/again.py", "if len(files) > 1 and out", "if len(files) > 2 and out", "tests/test_again.py", "wrong_options"

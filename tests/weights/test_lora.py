@@ -19,7 +19,7 @@ from torch import Tensor
 import mezzotint
 from mezzotint import CheckpointError, Pipeline, Request, RequestError
 from mezzotint.again import again, read_source
-from mezzotint.cli.draw import lora_of
+from mezzotint.cli.fields import lora_of
 from mezzotint.cli.show import inspect
 from mezzotint.images.io import save
 from mezzotint.records.record import read

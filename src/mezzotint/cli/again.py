@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli.draw import SUFFIXES, check_out, fields_of, generate, lora_of, read_prompt, save_one, wrote
+from mezzotint.cli.draw import SUFFIXES, check_out, generate, save_one, wrote
+from mezzotint.cli.fields import fields_of, lora_of, read_prompt
 from mezzotint.cli.options import (
     FROM_PICTURE,
     OUTPUT,

@@ -1,17 +1,17 @@
-"""`mezzotint generate`: options to a Request, a Request to pictures in files."""
+"""`mezzotint generate`: draw pictures from a prompt, and write them to files."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count as counting
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mezzotint.cli.fields import fields_of, read_prompt
 from mezzotint.cli.options import (
     FROM_PICTURE,
     GUIDANCE,
@@ -52,49 +52,7 @@ if TYPE_CHECKING:
 
     from mezzotint.request import Request
 
-Number = TypeVar("Number", int, float)
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # images.io.FORMATS, whose import would bring torch
-SAME_NAME = (  # options that are named as their field of Request
-    "emphasis",
-    "lora_folder",
-    "choices",
-    "wildcards",
-    "steps",
-    "guidance_method",
-    "sampler",
-    "spacing",
-    "seed",
-    "count",
-    "batch",
-    "clip_skip",
-    "eta",
-    "guidance_rescale",
-    "image",
-    "mask",
-    "strength",
-    "fix_steps",
-    "resize_mode",
-    "mask_blur",
-    "invert_mask",
-    "masked_content",
-    "only_masked",
-    "hires",
-    "hires_upscale",
-    "hires_steps",
-    "hires_strength",
-    "seamless",
-    "variation_seed",
-    "variation_strength",
-    "apg_eta",
-    "apg_momentum",
-    "apg_norm_threshold",
-    "cfg_zero_init_steps",
-    "perp_neg_scale",
-    "mimic_scale",
-    "threshold_percentile",
-    "noise",
-)
 
 
 @add_options_of(model_options)
@@ -330,135 +288,6 @@ def generate(
         drawn = result.images[0]
         seeds = " to ".join(str(s) for s in sorted({result.seeds[0], result.seeds[-1]}))
         show(f"{wrote(written)} ({drawn.width}x{drawn.height}, {request.steps} steps, seed {seeds})")
-
-
-def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a Request that the options of `generate` set, except the prompt.
-
-    Args:
-        options: Values by the names of generate's parameters. None and missing ones are left out.
-    """
-    get = options.get
-    width, height = pair("size", get("size"), "x", int, "WxH in pixels, such as 512x768") or (None, None)
-    shape = "WxH in pixels, such as 1024x1024"
-    fields = {name: get(name) for name in SAME_NAME} | {
-        "negative_prompt": get("negative"),
-        "prompt_syntax": get("syntax"),
-        "embeddings": tuple(get("embedding") or ()) or None,
-        "loras": tuple(map(lora_of, get("lora") or ())) or None,
-        "width": width,
-        "height": height,
-        "guidance_scale": _scales(get("guidance")),
-        "sigmas": _numbers("sigmas", get("sigmas"), "falling noise levels separated by commas, such as 14.6,3,0.5,0"),
-        "timesteps": _numbers(
-            "timesteps", get("timesteps"), "falling timesteps separated by commas, such as 999,500,250"
-        ),
-        "guidance_interval": pair(
-            "guidance_interval", get("guidance_interval"), ":", float, "LOW:HIGH in sigma, such as 0.3:5"
-        ),
-        "guidance_steps": pair(
-            "guidance_steps", get("guidance_steps"), ":", float, "START:STOP from 0 to 1, such as 0:0.6"
-        ),
-        # a Request has SDXL's order, (height, width); the command line that of --size
-        "original_size": _swapped(pair("original_size", get("original_size"), "x", int, shape)),
-        "crop": _swapped(pair("crop", get("crop"), "x", int, "LEFTxTOP in pixels, such as 0x64")),
-        "target_size": _swapped(pair("target_size", get("target_size"), "x", int, shape)),
-        "outpaint": _sides(get("outpaint")),
-        "seed_size": pair("seed_size", get("seed_size"), "x", int, "WxH in pixels, such as 512x512"),
-    }
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def read_prompt(prompt: str) -> str:
-    """Return the prompt, or for "-" the text on standard input, of which no more is read than a prompt may hold."""
-    if prompt != "-":
-        return prompt
-    from mezzotint.request import MAX_PROMPT
-
-    limit = 4 * MAX_PROMPT + 2  # bytes: UTF-8 takes at most four a character; and a line end
-    try:
-        data = sys.stdin.buffer.read(limit + 1)
-    except OSError as error:  # it is closed
-        raise RequestError(f"prompt on standard input cannot be read ({error.strerror})") from None
-    right = f"it must be UTF-8 text of at most {MAX_PROMPT:,} characters"
-    if len(data) > limit:
-        raise RequestError(f"prompt on standard input is longer than {limit:,} bytes; {right}")
-    try:
-        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError:
-        raise RequestError(f"prompt on standard input is not UTF-8; {right}") from None
-
-
-def pair(
-    field: str, text: str | None, mark: str, kind: Callable[[str], Number], right: str
-) -> tuple[Number, Number] | None:
-    """Parse two numbers, as in "512x768" or "0.3:5".
-
-    Args:
-        field: The option's name, for the error.
-        text: The option's value.
-        mark: The separator.
-        kind: int or float.
-        right: What the value must be, for the error.
-
-    Raises:
-        RequestError: If the text is not two numbers.
-    """
-    if text is None:
-        return None
-    try:
-        first, second = text.lower().split(mark)
-        return kind(first), kind(second)
-    except ValueError:
-        raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
-
-
-def lora_of(text: str) -> tuple[str | float, ...]:
-    """Parse "a.safetensors:0.8:0.5" to ("a.safetensors", 0.8, 0.5); without a scale it is 1."""
-    scales: list[float] = []
-    while len(scales) < 2 and ":" in text:
-        head, _, tail = text.rpartition(":")
-        try:
-            scales.insert(0, float(tail))
-        except ValueError:  # a name with a colon in it
-            break
-        text = head
-    return (text, *(scales or [1.0]))
-
-
-def _scales(text: str | None) -> float | tuple[float, ...] | None:
-    """Parse one guidance scale, or several."""
-    scales = _numbers("guidance_scale", text, "a number, or several separated by commas, such as 7.5 or 9,3")
-    return scales[0] if scales and len(scales) == 1 else scales
-
-
-def _numbers(field: str, text: str | None, right: str) -> tuple[float, ...] | None:
-    """Parse the numbers in "9,3.5,1"."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
-
-
-def _sides(text: str | None) -> tuple[int, ...] | None:
-    """Parse "right=64,top=32" to (left, top, right, bottom)."""
-    if text is None:
-        return None
-    sides = dict.fromkeys(("left", "top", "right", "bottom"), 0)
-    try:
-        given = dict(part.strip().split("=") for part in text.lower().split(","))
-        if not set(given) <= set(sides):
-            raise ValueError
-        return tuple((sides | {side: int(pixels) for side, pixels in given.items()}).values())
-    except ValueError:
-        right = "it must be sides and pixels, such as right=64 or left=32,top=32"
-        raise RequestError(f"outpaint is {text[:60]!r}; {right}") from None
-
-
-def _swapped(pair: tuple[int, int] | None) -> tuple[int, int] | None:
-    return pair and pair[::-1]
 
 
 def _names(out: str | None, request: Request, k: int) -> Iterator[Path]:

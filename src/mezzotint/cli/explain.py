@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mezzotint.cli.draw import check_out, pair, read_prompt
+from mezzotint.cli.draw import check_out
+from mezzotint.cli.fields import fields_of, read_prompt
 from mezzotint.cli.options import (
-    GUIDANCE,
     OUTPUT,
     ClipSkip,
     Device,
     Dtype,
     Embedding,
+    Guidance,
     Json,
     Model,
     Negative,
@@ -49,10 +50,7 @@ def explain(
     negative: Negative = None,
     size: Size = None,
     steps: Steps = None,
-    guidance: Annotated[
-        float | None,
-        option("Guidance scale; 1 is no guidance.", "SCALE", GUIDANCE, default="the model's own, or 7.5, SDXL 5"),
-    ] = None,
+    guidance: Guidance = None,
     sampler: Sampler = None,
     spacing: Spacing = None,
     seed: Seed = None,
@@ -63,24 +61,11 @@ def explain(
     **overrides: Any,
 ) -> None:
     """Draw a picture, and show where each word took effect."""
+    options = locals()
     model_given = take_model_options(overrides)
     from mezzotint.request import Request
 
-    width, height = pair("size", size, "x", int, "WxH in pixels, such as 512x768") or (None, None)
-    request = Request(
-        prompt=read_prompt(prompt),
-        prompt_syntax=syntax,
-        embeddings=tuple(embedding or ()),
-        negative_prompt=negative,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance,
-        sampler=sampler,
-        spacing=spacing,
-        seed=seed,
-        clip_skip=clip_skip,
-    )
+    request = Request(prompt=read_prompt(prompt), **fields_of(options))
     if os.path.isdir(out) or not out.lower().endswith(".png"):
         raise RequestError(f"out is {out!r}; it must be a file name ending in .png")
     check_out(out, request)

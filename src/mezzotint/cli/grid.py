@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from mezzotint.cli.draw import check_out, read_prompt
+from mezzotint.cli.draw import check_out
+from mezzotint.cli.fields import read_prompt
 from mezzotint.cli.options import (
     OUTPUT,
     Device,

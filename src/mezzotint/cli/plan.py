@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from mezzotint.cli.draw import fields_of
+from mezzotint.cli.fields import fields_of
 from mezzotint.cli.options import (
     FROM_PICTURE,
     HIRES,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli.draw import read_prompt
+from mezzotint.cli.fields import read_prompt
 from mezzotint.cli.options import (
     PROMPT,
     SAMPLING,
