@@ -15,7 +15,8 @@ from PIL import Image
 
 from mezzotint.errors import RequestError
 from mezzotint.images import io
-from mezzotint.request import MAX_PROMPT, MAX_SEED, Request, Result
+from mezzotint.request import MAX_PROMPT, MAX_SEED, Request
+from mezzotint.result import Result
 
 FULL: dict[str, Any] = {
     "prompt": "a lemon, 柠檬 🍋",

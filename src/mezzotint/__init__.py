@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from mezzotint.models import attention
     from mezzotint.pipeline import Pipeline, load
     from mezzotint.placement import Placement
-    from mezzotint.request import Request, Result
+    from mezzotint.request import Request
+    from mezzotint.result import Result
 
 __version__ = "0.2.0"
 
@@ -61,7 +62,7 @@ _SOURCES = {  # the module that defines each name
     "Placement": "placement",
     "Request": "request",
     "RequestError": "errors",
-    "Result": "request",
+    "Result": "result",
     "TrainingError": "errors",
     "WriteError": "errors",
     "load": "pipeline",

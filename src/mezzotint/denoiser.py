@@ -17,7 +17,7 @@ from mezzotint.diffusion.guidance import step_index
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.unet import Condition, UNet
-from mezzotint.samplers.diffusers_classes import TimestepKind
+from mezzotint.samplers.sampler import TimestepKind
 
 Timeline = Sequence[tuple[int, Condition]]  # (last step, counted from 0, that the condition holds for; condition)
 KeysValues = list[tuple[Tensor, Tensor]]  # of each cross-attention

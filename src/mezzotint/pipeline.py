@@ -20,7 +20,7 @@ from typing import Any, overload
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mezzotint.conditioning.encode import EncodedPart
 from mezzotint.devices import best_device, device_of, dtype_of
@@ -31,10 +31,11 @@ from mezzotint.images.io import from_pil, to_pil
 from mezzotint.memory.planner import Budget, MemoryPlan
 from mezzotint.memory.planner import plan as plan_memory
 from mezzotint.models.adapters import apply_adapters
-from mezzotint.models.offload import OffloadedLayer, onload, weight_shape
+from mezzotint.models.offload import count_parameters, onload
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
-from mezzotint.request import Job, Request, Result
+from mezzotint.request import Job, Request
+from mezzotint.result import Result
 from mezzotint.run.batches import Batch, finish_pictures, group_pictures, picture_seeds, split_results, step_counter
 from mezzotint.run.execute import Executor, iterate_inside
 from mezzotint.run.few_step import FewStepUNets
@@ -188,7 +189,7 @@ class Pipeline:
         if isinstance(request, Request | RunPlan | str):
             return self.generate([request], latents, on_step=on_step, on_image=on_image)[0]
         with self._executor.exclusive():
-            return self._generate([self._plan(each) for each in request], latents, on_step, on_image)
+            return self._generate([self.plan(each) for each in request], latents, on_step, on_image)
 
     def stream(self, request: OneRequest, latents: Tensor | None = None) -> Iterator[Step]:
         """Generate a request step by step, all its pictures in one batch.
@@ -201,7 +202,7 @@ class Pipeline:
             An iterator of the steps; Step.x and Step.denoised are of shape (count, C, h, w). With hires the steps of
             the second pass follow, which are larger.
         """
-        plan = self._check_budget(self._plan(request))
+        plan = self._check_budget(self.plan(request))
         return self._steps(Batch.of([(plan, seed) for seed in picture_seeds(plan.request)], latents))
 
     def draw(self, jobs: Sequence[Job], on_step: OnStep | None = None) -> list[Image.Image]:
@@ -302,14 +303,16 @@ class Pipeline:
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 
-    def plan(self, request: Request | str) -> RunPlan:
+    def plan(self, request: OneRequest) -> RunPlan:
         """Plan the run of a request: its values, noise levels, parsed prompts, LoRAs and embeddings.
+
+        A plan is returned as it is.
 
         Raises:
             RequestError: If the request does not fit the model.
             CheckpointError: If a LoRA or an embedding is missing, damaged or another model's.
         """
-        return plan_run(self._info, _as_request(request), self._files)
+        return request if isinstance(request, RunPlan) else plan_run(self._info, _as_request(request), self._files)
 
     def resolve(self, request: Request | str) -> Request:
         """Return the request with the model's own values where it has None; no file that it names is opened.
@@ -325,10 +328,6 @@ class Pipeline:
             return None
         placement = self._executor.effective_placement.model_copy(update={"guidance": "batched"})
         return self._budget.spare(plan, placement)
-
-    def _plan(self, request: OneRequest) -> RunPlan:
-        """Plan a request that is not planned yet."""
-        return request if isinstance(request, RunPlan) else self.plan(request)
 
     def _check_budget(self, plan: RunPlan, batch: int | None = None) -> RunPlan:
         """Return the plan if `batch` such pictures at once, or all, fit into the budget; raise BudgetError if not."""
@@ -432,11 +431,6 @@ class Pipeline:
         self._info = replace(self._info, scheduler_config=config)
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks that a LoRA may change, by their names in LoRA files."""
-        return self._adapters.networks
-
-    @property
     def device(self) -> torch.device:
         """The device of the UNet."""
         return self.unet.conv_in.weight.device
@@ -453,7 +447,7 @@ class Pipeline:
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        millions = sum(map(_count_parameters, (self.unet, self.vae, *self.text_encoders))) / 1e6
+        millions = sum(map(count_parameters, (self.unet, self.vae, *self.text_encoders))) / 1e6
         return f"Pipeline({self.name!r}, {self.parts.family}, {dtype} on {self.device}, {millions:,.1f}M parameters)"
 
     def _model_record(self, plan: RunPlan) -> dict[str, Any]:
@@ -476,12 +470,6 @@ class Pipeline:
             "threads": torch.get_num_threads(),
             **{name: value for name, value in optional.items() if value},
         }
-
-
-def _count_parameters(network: nn.Module) -> int:
-    """Return the number of a network's parameters, offloaded ones included."""
-    offloaded = sum(weight_shape(module).numel() for module in network.modules() if isinstance(module, OffloadedLayer))
-    return offloaded + sum(parameter.numel() for parameter in network.parameters())
 
 
 def _as_request(request: Request | str) -> Request:

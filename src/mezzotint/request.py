@@ -1,4 +1,4 @@
-"""Request, the record of what to generate, and Result, what was generated. Importing this does not import torch.
+"""Request, the record of what to generate. Importing this does not import torch.
 
 A `Request` is a frozen, validated record. The Python call, the command line, a row of a bulk file and the metadata of a
 picture are all this record. A field that is None takes the model's default, which `Pipeline.resolve` fills in. An
@@ -11,14 +11,10 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
-import html
-import io
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import (
@@ -36,10 +32,6 @@ from pydantic_core import PydanticCustomError
 
 from mezzotint import samplers
 from mezzotint.errors import RequestError
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
 
 MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
 MAX_SIDE = 8192  # pixels
@@ -71,6 +63,17 @@ Lora = tuple[Name, Amount] | tuple[Name, Amount, Amount] | tuple[Name, Amount, A
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1, max_length=1000)]
 
 
+def _optional(description: str, **limits: Any) -> Any:
+    """Return a field that is None by default; `description` completes "<field> is <value>; it must be"."""
+    return Field(default=None, description=description, **limits)
+
+
+def _choice(*names: str, meaning: str = "") -> Any:
+    """Return a field that takes one of a few words."""
+    description = f"{', '.join(names[:-1])} or {names[-1]}{meaning and f' ({meaning})'}"
+    return _optional(description, pattern=f"^({'|'.join(names)})$")
+
+
 class Request(BaseModel):
     """What to generate: one frozen, validated record with a field for every option.
 
@@ -85,183 +88,119 @@ class Request(BaseModel):
 
     # kw_only=False is for type checkers, which derive the signature from the fields
     prompt: Text = Field(kw_only=False, description=_TEXT)
-    negative_prompt: Text | None = Field(default=None, description=_TEXT)
-    prompt_syntax: str | None = Field(
-        default=None, pattern="^(a1111|comfy|compel|plain)$", description="a1111, comfy, compel or plain"
+    negative_prompt: Text | None = _optional(_TEXT)
+    prompt_syntax: str | None = _choice("a1111", "comfy", "compel", "plain")
+    emphasis: str | None = _choice("original", "no_norm", "ignore", meaning="how the a1111 syntax applies weights")
+    embeddings: tuple[Name, ...] | None = _optional(
+        "a list of at most 1000 textual inversions: files, folders or hub ids (owner/name)", max_length=1000
     )
-    emphasis: str | None = Field(
-        default=None,
-        pattern="^(original|no_norm|ignore)$",
-        description="original, no_norm or ignore (how the a1111 syntax applies weights)",
-    )
-    embeddings: tuple[Name, ...] | None = Field(
-        default=None,
-        max_length=1000,
-        description="a list of at most 1000 textual inversions: files, folders or hub ids (owner/name)",
-    )
-    loras: tuple[Lora, ...] | None = Field(
-        default=None,
-        max_length=100,
-        description="a list of at most 100 LoRAs: (a file, scale) or (a file, UNet scale, text encoder scale), each "
+    loras: tuple[Lora, ...] | None = _optional(
+        "a list of at most 100 LoRAs: (a file, scale) or (a file, UNet scale, text encoder scale), each "
         "scale from -100 to 100; a fourth element may give factors by block, such as {'unet.down_blocks.1': 0.5}",
+        max_length=100,
     )
-    lora_folder: Name | None = Field(
-        default=None, description="a folder with the files that <lora:name:0.8> in a prompt refers to"
+    lora_folder: Name | None = _optional("a folder with the files that <lora:name:0.8> in a prompt refers to")
+    choices: str | None = _optional(
+        "draw (choose by the seed) or keep (as text), for {this|that} in a comfy prompt", pattern="^(draw|keep)$"
     )
-    choices: str | None = Field(
-        default=None,
-        pattern="^(draw|keep)$",
-        description="draw (choose by the seed) or keep (as text), for {this|that} in a comfy prompt",
+    wildcards: Name | None = _optional("a folder with the files of the __wildcards__ in a comfy prompt")
+    width: Side | None = _optional(f"{_SIDE} (pixels)")
+    height: Side | None = _optional(f"{_SIDE} (pixels)")
+    steps: int | None = _optional("a whole number from 1 to 1000", ge=1, le=1000)
+    guidance_scale: Scale | Scales | None = _optional(
+        "a number from 0 to 1000 (1: no guidance), or a list of 1 to 1000 such numbers, spread evenly "
+        "over the steps and interpolated linearly"
     )
-    wildcards: Name | None = Field(
-        default=None, description="a folder with the files of the __wildcards__ in a comfy prompt"
+    guidance_method: str | None = _choice("cfg", "apg", "cfg_zero", "perp_neg")
+    sampler: str | None = _optional("a name from `mezzotint samplers`", min_length=1, max_length=100)
+    spacing: str | None = _optional("a name from `mezzotint samplers`", min_length=1, max_length=100)
+    sigmas: tuple[Sigma, ...] | None = _optional(
+        "2 to 1001 falling noise levels from 0 to 1e6; the run stops at the last one", min_length=2, max_length=1001
     )
-    width: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
-    height: Side | None = Field(default=None, description=f"{_SIDE} (pixels)")
-    steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
-    guidance_scale: Scale | Scales | None = Field(
-        default=None,
-        description="a number from 0 to 1000 (1: no guidance), or a list of 1 to 1000 such numbers, spread evenly "
-        "over the steps and interpolated linearly",
+    timesteps: tuple[Timestep, ...] | None = _optional(
+        "1 to 1000 falling timesteps of the model, each from 0", min_length=1, max_length=1000
     )
-    guidance_method: str | None = Field(
-        default=None, pattern="^(cfg|apg|cfg_zero|perp_neg)$", description="cfg, apg, cfg_zero or perp_neg"
-    )
-    sampler: str | None = Field(
-        default=None, min_length=1, max_length=100, description="a name from `mezzotint samplers`"
-    )
-    spacing: str | None = Field(
-        default=None, min_length=1, max_length=100, description="a name from `mezzotint samplers`"
-    )
-    sigmas: tuple[Sigma, ...] | None = Field(
-        default=None,
-        min_length=2,
-        max_length=1001,
-        description="2 to 1001 falling noise levels from 0 to 1e6; the run stops at the last one",
-    )
-    timesteps: tuple[Timestep, ...] | None = Field(
-        default=None,
-        min_length=1,
-        max_length=1000,
-        description="1 to 1000 falling timesteps of the model, each from 0",
-    )
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1")
+    seed: int | None = _optional("a whole number from 0 to 2**64 - 1", ge=0, le=MAX_SEED)
     count: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1 to 10,000 (pictures)")
-    batch: int | None = Field(
-        default=None, ge=1, le=MAX_COUNT, description="a whole number from 1 to 10,000 (pictures at once)"
+    batch: int | None = _optional("a whole number from 1 to 10,000 (pictures at once)", ge=1, le=MAX_COUNT)
+    clip_skip: int | None = _optional(
+        "the number of text encoder layers to skip from the end, beyond the model's own, as in diffusers", ge=0, le=100
     )
-    clip_skip: int | None = Field(
-        default=None,
-        ge=0,
-        le=100,
-        description="the number of text encoder layers to skip from the end, beyond the model's own, as in diffusers",
+    eta: float | None = _optional("a number from 0 (no fresh noise) to 1", ge=0.0, le=1.0)
+    guidance_rescale: float | None = _optional("a number from 0 to 1 (Lin et al. 2023)", ge=0.0, le=1.0)
+    guidance_interval: tuple[Sigma, Sigma] | None = _optional(
+        "two noise levels (low, high) in sigma with 0 <= low < high <= 1e6; guidance is applied where "
+        "low < sigma <= high (Kynkäänniemi et al. 2024)"
     )
-    eta: float | None = Field(default=None, ge=0.0, le=1.0, description="a number from 0 (no fresh noise) to 1")
-    guidance_rescale: float | None = Field(
-        default=None, ge=0.0, le=1.0, description="a number from 0 to 1 (Lin et al. 2023)"
+    guidance_steps: tuple[Share, Share] | None = _optional(
+        "two fractions (start, stop) of the steps with 0 <= start < stop <= 1; guidance is applied from "
+        "start until before stop"
     )
-    guidance_interval: tuple[Sigma, Sigma] | None = Field(
-        default=None,
-        description="two noise levels (low, high) in sigma with 0 <= low < high <= 1e6; guidance is applied where "
-        "low < sigma <= high (Kynkäänniemi et al. 2024)",
+    apg_eta: float | None = _optional("a number from 0 to 10 (1: as in classifier-free guidance)", ge=0.0, le=10.0)
+    apg_momentum: float | None = _optional("a number above -1 and below 1 (0: none; usually negative)", gt=-1.0, lt=1.0)
+    apg_norm_threshold: float | None = _optional("a norm in latent space from 0 (no limit) to 1e6", ge=0.0, le=1e6)
+    cfg_zero_init_steps: int | None = _optional(
+        "a whole number from 0 to 1000 (first steps whose output is zero)", ge=0, le=1000
     )
-    guidance_steps: tuple[Share, Share] | None = Field(
-        default=None,
-        description="two fractions (start, stop) of the steps with 0 <= start < stop <= 1; guidance is applied from "
-        "start until before stop",
+    perp_neg_scale: float | None = _optional(
+        "a number from 0 to 1000 (weight of the negative prompt)", ge=0.0, le=1000.0
     )
-    apg_eta: float | None = Field(
-        default=None, ge=0.0, le=10.0, description="a number from 0 to 10 (1: as in classifier-free guidance)"
-    )
-    apg_momentum: float | None = Field(
-        default=None, gt=-1.0, lt=1.0, description="a number above -1 and below 1 (0: none; usually negative)"
-    )
-    apg_norm_threshold: float | None = Field(
-        default=None, ge=0.0, le=1e6, description="a norm in latent space from 0 (no limit) to 1e6"
-    )
-    cfg_zero_init_steps: int | None = Field(
-        default=None, ge=0, le=1000, description="a whole number from 0 to 1000 (first steps whose output is zero)"
-    )
-    perp_neg_scale: float | None = Field(
-        default=None, ge=0.0, le=1000.0, description="a number from 0 to 1000 (weight of the negative prompt)"
-    )
-    mimic_scale: float | None = Field(
-        default=None,
+    mimic_scale: float | None = _optional(
+        "a guidance scale from 0 to 1000, whose range of values is not exceeded (dynamic thresholding)",
         ge=0.0,
         le=1000.0,
-        description="a guidance scale from 0 to 1000, whose range of values is not exceeded (dynamic thresholding)",
     )
-    threshold_percentile: float | None = Field(
-        default=None,
-        ge=0.0,
-        le=1.0,
-        description="a fraction from 0 to 1 of a channel's values; larger values are clipped",
+    threshold_percentile: float | None = _optional(
+        "a fraction from 0 to 1 of a channel's values; larger values are clipped", ge=0.0, le=1.0
     )
-    noise: str | None = Field(
-        default=None,
+    noise: str | None = _optional(
+        "seeded (CPU generators, as in diffusers) or philox (the noise of a CUDA GPU, as in A1111)",
         pattern="^(seeded|philox)$",
-        description="seeded (CPU generators, as in diffusers) or philox (the noise of a CUDA GPU, as in A1111)",
     )
-    original_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
-    crop: tuple[Offset, Offset] | None = Field(
-        default=None,
-        description="(top, left) in pixels, two whole numbers from 0 (SDXL's micro-conditioning)",
+    original_size: tuple[Extent, Extent] | None = _optional(_EXTENT)
+    crop: tuple[Offset, Offset] | None = _optional(
+        "(top, left) in pixels, two whole numbers from 0 (SDXL's micro-conditioning)"
     )
-    target_size: tuple[Extent, Extent] | None = Field(default=None, description=_EXTENT)
-    image: Picture | None = Field(default=None, description=_PICTURE)
-    mask: Picture | None = Field(default=None, description=f"{_PICTURE}; white areas are inpainted")
-    fix_steps: bool | None = Field(
-        default=None,
-        strict=True,
-        description="true or false: whether a run from a picture takes all of its steps (of a schedule longer by "
+    target_size: tuple[Extent, Extent] | None = _optional(_EXTENT)
+    image: Picture | None = _optional(_PICTURE)
+    mask: Picture | None = _optional(f"{_PICTURE}; white areas are inpainted")
+    fix_steps: bool | None = _optional(
+        "true or false: whether a run from a picture takes all of its steps (of a schedule longer by "
         "1/strength), or only the share `strength` of them",
+        strict=True,
     )
-    strength: Share | None = Field(
-        default=None, description="a number from 0 to 1: the share of the steps that is run, hence how much may change"
+    strength: Share | None = _optional(
+        "a number from 0 to 1: the share of the steps that is run, hence how much may change"
     )
-    resize_mode: str | None = Field(
-        default=None,
-        pattern="^(resize|crop|fill)$",
-        description="resize (stretch), crop or fill (how an image of another shape is fitted)",
+    resize_mode: str | None = _optional(
+        "resize (stretch), crop or fill (how an image of another shape is fitted)", pattern="^(resize|crop|fill)$"
     )
-    mask_blur: float | None = Field(default=None, ge=0.0, le=1000.0, description="a number of pixels from 0 to 1000")
-    invert_mask: bool | None = Field(default=None, strict=True, description="true or false")
-    masked_content: str | None = Field(
-        default=None,
+    mask_blur: float | None = _optional("a number of pixels from 0 to 1000", ge=0.0, le=1000.0)
+    invert_mask: bool | None = _optional("true or false", strict=True)
+    masked_content: str | None = _optional(
+        "original, fill (the surrounding colours) or noise (what the masked area starts from)",
         pattern="^(original|fill|noise)$",
-        description="original, fill (the surrounding colours) or noise (what the masked area starts from)",
     )
-    only_masked: Padding | None = Field(
-        default=None,
-        description=f"a whole number of pixels from 0 to {MAX_SIDE}: the padding around the masked area, which is "
-        "inpainted alone at the full size",
+    only_masked: Padding | None = _optional(
+        f"a whole number of pixels from 0 to {MAX_SIDE}: the padding around the masked area, which is "
+        "inpainted alone at the full size"
     )
-    outpaint: tuple[Extension, Extension, Extension, Extension] | None = Field(
-        default=None,
-        description=f"(left, top, right, bottom), multiples of 8 from 0 to {MAX_SIDE}: the pixels to add on each side",
+    outpaint: tuple[Extension, Extension, Extension, Extension] | None = _optional(
+        f"(left, top, right, bottom), multiples of 8 from 0 to {MAX_SIDE}: the pixels to add on each side"
     )
-    hires: float | None = Field(
-        default=None,
-        gt=1.0,
-        le=8.0,
-        description="a number above 1 and at most 8, the factor by which the second pass is larger",
+    hires: float | None = _optional(
+        "a number above 1 and at most 8, the factor by which the second pass is larger", gt=1.0, le=8.0
     )
-    hires_upscale: str | None = Field(
-        default=None, pattern="^(latent|pixels)$", description="latent or pixels (what is enlarged for the second pass)"
+    hires_upscale: str | None = _choice("latent", "pixels", meaning="what is enlarged for the second pass")
+    hires_steps: int | None = _optional("a whole number from 1 to 1000", ge=1, le=1000)
+    hires_strength: float | None = _optional("a number above 0 and at most 1", gt=0.0, le=1.0)
+    seamless: str | None = _optional("x, y or xy, the directions in which the picture tiles", pattern="^(x|y|xy)$")
+    variation_seed: int | None = _optional("a whole number from 0 to 2**64 - 1", ge=0, le=MAX_SEED)
+    variation_strength: Share | None = _optional(
+        "a number from 0 to 1: how far the noise is turned towards that of variation_seed"
     )
-    hires_steps: int | None = Field(default=None, ge=1, le=1000, description="a whole number from 1 to 1000")
-    hires_strength: float | None = Field(default=None, gt=0.0, le=1.0, description="a number above 0 and at most 1")
-    seamless: str | None = Field(
-        default=None, pattern="^(x|y|xy)$", description="x, y or xy, the directions in which the picture tiles"
-    )
-    variation_seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="a whole number from 0 to 2**64 - 1"
-    )
-    variation_strength: Share | None = Field(
-        default=None, description="a number from 0 to 1: how far the noise is turned towards that of variation_seed"
-    )
-    seed_size: tuple[Side, Side] | None = Field(
-        default=None, description=f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"
+    seed_size: tuple[Side, Side] | None = _optional(
+        f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"
     )
 
     if not TYPE_CHECKING:
@@ -406,79 +345,6 @@ class Request(BaseModel):
 Job = tuple[Request, int]  # one picture: its request and its own seed
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Result:
-    """What a request gave.
-
-    Attributes:
-        images: `count` PIL pictures in order. Each carries its record in `image.info`, and `image.save` keeps it.
-        latents: Final latents (count, C, h, w), float32, as diffusers returns them for `output_type="latent"`.
-        seeds: The seed of each picture.
-        request: The request as it ran, with the model's defaults filled in.
-        timings: Seconds by stage.
-        notices: Remarks for the user, for example that a mask was resized.
-    """
-
-    images: list[Image.Image]
-    latents: torch.Tensor
-    seeds: list[int]
-    request: Request
-    timings: dict[str, float]
-    notices: tuple[str, ...] = ()
-
-    def save(self, path: str | PathLike[str]) -> list[Path]:
-        """Save the pictures with their records; an existing file is replaced.
-
-        Args:
-            path: A file name ending in .png, .jpg, .jpeg or .webp. One picture is saved under this name. Several are
-                numbered: "lemon.png" gives lemon-0001.png, lemon-0002.png and so on.
-
-        Returns:
-            The paths of the files, in the order of `images`.
-
-        Raises:
-            RequestError: If a file cannot be written under its name, or the name has another ending.
-            WriteError: If the disk is full or broken.
-        """
-        from mezzotint.images.io import save
-
-        path = Path(path)
-        numbers = range(1, len(self.images) + 1)
-        paths = [path] if len(self.images) == 1 else [path.with_stem(f"{path.stem}-{n:04}") for n in numbers]
-        for image, file in zip(self.images, paths, strict=True):
-            save(image, file)
-        return paths
-
-    def __repr__(self) -> str:
-        count, seeds = len(self.images), sorted({self.seeds[0], self.seeds[-1]}) if self.seeds else []
-        sizes = " of {}x{}".format(*self.images[0].size) if self.images else ""
-        facts = [f"{count} {'picture' if count == 1 else 'pictures'}{sizes}"]
-        if seeds:
-            facts.append(f"seed{'s' if len(seeds) > 1 else ''} {' to '.join(map(str, seeds))}")
-        if "total" in self.timings:
-            facts.append(f"{self.timings['total']:.1f} s")
-        if self.notices:
-            facts.append(f"notices: {'; '.join(self.notices)}")
-        return f"<Result: {', '.join(facts)}>"
-
-    def _repr_png_(self) -> bytes | None:
-        """Show a single picture in a notebook."""
-        return _png(self.images[0]) if len(self.images) == 1 else None
-
-    def _repr_html_(self) -> str:
-        """Show every picture with its seed in a notebook."""
-        figures = []
-        for image, seed in zip(self.images, self.seeds, strict=True):
-            data = base64.b64encode(_png(image)).decode()
-            title = html.escape(self.request.prompt[:300])
-            figures.append(
-                f'<figure style="display:inline-block;margin:0 8px 8px 0"><img src="data:image/png;base64,{data}" '
-                f'width="{image.width}" height="{image.height}" alt="{title}" title="{title}">'
-                f"<figcaption>seed {seed}</figcaption></figure>"
-            )
-        return f"<div>{''.join(figures)}</div>"
-
-
 class _Bytes:
     """Stand in for bytes in a repr."""
 
@@ -487,12 +353,6 @@ class _Bytes:
 
     def __repr__(self) -> str:
         return f"<{self.size:,} bytes>"
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def _sentence(error: ValidationError, data: Any) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 import mezzotint
 from mezzotint import cli
 from mezzotint.bulk import local as bulk
+from mezzotint.bulk.folder import Failures
 from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.images.io import read_metadata
 from mezzotint.pipeline import Pipeline
@@ -75,7 +76,7 @@ def write(path: Path, table: Table) -> Path:
 def run(file: Path, folder: Path, pipe: Any = None, on_step: Any = lambda *_: None, **options: Any) -> list[Any]:
     """As the command does it."""
     with bulk.prepare(file, folder, options.pop("fields", {}), **options) as plan:
-        worker, failures, outcomes = bulk.Worker(plan, pipe or FakePipeline()), bulk.Failures(folder), []
+        worker, failures, outcomes = bulk.Worker(plan, pipe or FakePipeline()), Failures(folder), []
         for outcome in bulk.run(plan, worker, on_step):
             failures.add(outcome)
             outcomes.append(outcome)
@@ -204,7 +205,7 @@ def test_parts_of_windows_make_the_whole(tmp_path: Path, monkeypatch: pytest.Mon
         outcomes = [
             outcome for k, (window, part) in enumerate(parts) for outcome in workers[k % 2].work(window, part, parts=4)
         ]
-        failures = bulk.Failures(plan.folder)
+        failures = Failures(plan.folder)
         for outcome in sorted(outcomes, key=lambda outcome: outcome.window):
             failures.add(bulk.from_json(bulk.to_json(outcome)))
         failures.write()

@@ -23,7 +23,8 @@ from mezzotint import cli
 from mezzotint.cli import terminal
 from mezzotint.images.io import read_metadata
 from mezzotint.records.record import describe
-from mezzotint.request import Request, Result
+from mezzotint.request import Request
+from mezzotint.result import Result
 
 COMMANDS = [
     "generate",

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.samplers.names import CLASSES
+from mezzotint.samplers.diffusers_classes import CLASSES
 
 FAMILIES = tuple(tiny.SCHEDULER_CONFIGS)
 PROMPT = "a red lemon, left of a whale!"

@@ -40,7 +40,8 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import SOLVERS, Noise
 from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.models.unet import Condition
-from mezzotint.samplers.names import CLASSES, SCHEDULERS, resolve
+from mezzotint.samplers.diffusers_classes import CLASSES, SCHEDULERS
+from mezzotint.samplers.names import resolve
 from tiny import apart
 
 SHAPE = (4, 9, 13)  # of 72x104 pixels

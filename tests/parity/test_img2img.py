@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.samplers.names import CLASSES
+from mezzotint.samplers.diffusers_classes import CLASSES
 from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, ours, pixels, same
 
 pytestmark = [

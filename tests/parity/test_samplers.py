@@ -21,7 +21,8 @@ from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.prediction import PREDICTIONS
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.spacing import SPACINGS
-from mezzotint.samplers.names import CLASSES, SCHEDULERS, resolve
+from mezzotint.samplers.diffusers_classes import CLASSES, SCHEDULERS
+from mezzotint.samplers.names import resolve
 from table import (
     LIMITS,
     NAMES,

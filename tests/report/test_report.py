@@ -26,7 +26,8 @@ from mezzotint.images.io import from_pil
 from mezzotint.report import page
 from mezzotint.report.measure import REFERENCE, Settings, measure
 from mezzotint.report.statistics import CHECK_ROW, Curve, Distance, Point, Row, claim, curves, recommend, residual
-from mezzotint.request import Request, Result
+from mezzotint.request import Request
+from mezzotint.result import Result
 
 Cloud = NDArray[np.float64]  # (seeds, dimensions)
 
@@ -480,7 +481,7 @@ def test_bad_input_is_answered_before_a_model_is_loaded(
 
 
 def test_all_is_every_solver_and_matplotlib_is_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings.parse(Path("prompts.txt"), "all", "5").samplers == tuple(mezzotint.samplers.names.SOLVERS)
+    assert Settings.parse(Path("prompts.txt"), "all", "5").samplers == tuple(mezzotint.samplers.SOLVERS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run(QUICK)
     assert code == 2 and 'pip install "mezzotint[report]"' in err

@@ -19,7 +19,8 @@ from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.errors import RequestError
 from mezzotint.request import Request
 from mezzotint.samplers import presets
-from mezzotint.samplers.names import CLASSES, NAMES, TABLE, resolve
+from mezzotint.samplers.diffusers_classes import CLASSES
+from mezzotint.samplers.names import NAMES, TABLE, resolve
 
 SD1 = {
     "_class_name": "PNDMScheduler",

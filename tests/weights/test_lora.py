@@ -93,7 +93,7 @@ def test_every_name_of_a_layer(adapters: Adapters, name: str) -> None:
 
 
 def test_names_of_sdxl(sdxl: Pipeline) -> None:
-    table = layer_names(sdxl.networks)
+    table = layer_names(sdxl._adapters.networks)
     assert table[f"lora_te2_{flat(K_PROJ)}"] == f"text_encoder_2.{K_PROJ}"
     assert table["lora_te2_text_projection"] == "text_encoder_2.text_projection"
     assert table["lora_unet_label_emb_0_2"] == "unet.add_embedding.linear_2"

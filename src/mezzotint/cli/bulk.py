@@ -62,8 +62,8 @@ def bulk(
     """Draw a file of requests; a stopped run can be resumed."""
     model_given = take_model_options(overrides)
     from mezzotint import rows
+    from mezzotint.bulk import folder, ray
     from mezzotint.bulk import local as work
-    from mezzotint.bulk import ray
 
     check_memory(memory)
     if engine not in ("local", "ray"):
@@ -88,7 +88,7 @@ def bulk(
             options=model_given,
         ) as plan:
             outcomes = ray.run(plan) if engine == "ray" else _local(plan)
-            failures = work.Failures(out)
+            failures = folder.Failures(out)
             with _progress(plan.pictures) as progress:
                 for outcome in outcomes:
                     drawn += outcome.drawn
@@ -110,7 +110,7 @@ def bulk(
         before = f"; {found:,} were there already" if found else ""
         show(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)})")
     if failures.rows:
-        say(f"{failures.rows:,} of {plan.rows:,} rows failed; the reasons are in {out / work.FAILURES}")
+        say(f"{failures.rows:,} of {plan.rows:,} rows failed; the reasons are in {out / folder.FAILURES}")
         raise typer.Exit(1)
 
 
@@ -160,13 +160,13 @@ def _progress(total: int) -> Iterator[Progress]:
     """Show a bar with pictures per minute and time left, or a line per minute where there is no terminal."""
     start = time.perf_counter()
     if not sys.stderr.isatty():
-        said = start
+        printed = start
 
         def line(done: int, drawn: int) -> None:
-            nonlocal said
+            nonlocal printed
             now = time.perf_counter()
-            if now - said >= EVERY:
-                said, passed = now, now - start
+            if now - printed >= EVERY:
+                printed, passed = now, now - start
                 left = _left(total - done, drawn, passed)
                 say(f"{done:,} of {total:,} pictures, {_rate(drawn, passed)}, {left} left")
 

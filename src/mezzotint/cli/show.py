@@ -43,7 +43,8 @@ def inspect(
 
 def samplers(as_json: Json = False) -> None:
     """List the samplers, and their names in other programs."""
-    from mezzotint.samplers.names import A1111_SCHEDULES, COMFYUI_SCHEDULES, FEW_STEPS, NAMES, SPACINGS, TABLE
+    from mezzotint.samplers.names import FEW_STEPS, NAMES, SPACINGS, TABLE
+    from mezzotint.samplers.presets import A1111_SCHEDULES, COMFYUI_SCHEDULES
 
     few = {name: {"sampler": base, "steps": n, "guidance_scale": w} for name, (base, _, n, w) in FEW_STEPS.items()}
     if as_json:

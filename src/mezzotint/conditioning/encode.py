@@ -101,7 +101,7 @@ class Conditioner:
         longest = max(c.context.shape[1] for texts in parts for c in texts.values())
         encoded = []
         for part, texts in zip(plan.parts, parts, strict=True):
-            texts = {text: _extend(condition, longest) for text, condition in texts.items()}
+            texts = {text: extend(condition, longest) for text, condition in texts.items()}
             encoded.append(EncodedPart(part.weight, [(v.until, texts[v.text]) for v in part.variants]))
         return encoded
 
@@ -368,7 +368,7 @@ def _texts(part: Part) -> dict[str, Variant]:
     return {variant.text: variant for variant in part.variants}
 
 
-def _extend(condition: Condition, length: int) -> Condition:
+def extend(condition: Condition, length: int) -> Condition:
     """Repeat the last vector of a condition up to a length."""
     context = condition.context
     missing = length - context.shape[1]

@@ -31,7 +31,8 @@ from mezzotint.models.tokenizer import WORD_END, Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.pipeline import OnStep, Pipeline
 from mezzotint.prompt import PromptPlan, Variant
-from mezzotint.request import Request, Result
+from mezzotint.request import Request
+from mezzotint.result import Result
 
 MAX_MAP_BYTES = 2**30
 MIN_GRID_SIDE = 8  # cells; coarser layers blur a word's map into its neighbours

@@ -311,6 +311,12 @@ def weight_shape(layer: nn.Module) -> torch.Size:
     return layer.weight_source.shape if isinstance(layer, OffloadedLayer) else layer.weight.shape  # type: ignore[return-value]
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of a network's parameters, offloaded ones included."""
+    offloaded = sum(weight_shape(module).numel() for module in network.modules() if isinstance(module, OffloadedLayer))
+    return offloaded + sum(parameter.numel() for parameter in network.parameters())
+
+
 @contextmanager
 def onload(*networks: nn.Module) -> Iterator[None]:
     """Keep the networks' offloaded weights on their device inside the block."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from mezzotint.errors import RequestError
 from mezzotint.request import Request
-from mezzotint.samplers.names import SOLVERS, TABLE
+from mezzotint.samplers import SOLVERS, TABLE
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE, PRESETS
 
 MAX_FIELDS = 1000  # of the last line; the rest is ignored

@@ -15,7 +15,7 @@ from typing import Any
 from mezzotint.errors import RequestError
 from mezzotint.records.infotext import MAX_TEXT
 from mezzotint.request import Request
-from mezzotint.samplers.names import SOLVERS
+from mezzotint.samplers import SOLVERS
 from mezzotint.samplers.presets import PRESETS
 
 ReadResult = tuple[Request, list[str], str]  # the request, notes on what is not supported, the model's name

@@ -14,7 +14,8 @@ from torch import Tensor
 from mezzotint.images.init_image import InitImage
 from mezzotint.images.io import Picture
 from mezzotint.records.record import describe
-from mezzotint.request import Job, Request, Result
+from mezzotint.request import Job, Request
+from mezzotint.result import Result
 from mezzotint.run.plan import RunPlan
 
 UPCAST = "the {} returned values that are not finite in its own dtype, and was run again in float32, which takes longer"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from mezzotint.models.attention import backend, chosen, watcher
 from mezzotint.models.convolution import seamless
 from mezzotint.models.offload import onload
 from mezzotint.models.vae import VAE, Posterior
-from mezzotint.models.vae_modes import decode, encode
+from mezzotint.models.vae_modes import VAEMode, decode, encode
 from mezzotint.placement import Placement
 from mezzotint.run.nan_guard import with_fp32_fallback
 
@@ -111,11 +112,7 @@ class Executor:
             z: The latents.
             upcast_parts: Receives "vae" if it had to run in float32.
         """
-
-        def run(vae: VAE) -> Tensor:
-            with onload(vae.decoder):
-                return decode(vae, z.to(vae.decoder.conv_in.weight.dtype), self.placement.vae)
-
+        run = partial(self._run_vae, "decoder", decode, z)
         return with_fp32_fallback("vae", vae, run, lambda x: [x], upcast_parts)
 
     def encode(self, vae: VAE, pixels: Tensor, upcast_parts: list[str]) -> Posterior:
@@ -126,9 +123,11 @@ class Executor:
             pixels: The pixels.
             upcast_parts: Receives "vae" if it had to run in float32.
         """
-
-        def run(vae: VAE) -> Posterior:
-            with onload(vae.encoder):
-                return encode(vae, pixels.to(vae.encoder.conv_in.weight.dtype), self.placement.vae)
-
+        run = partial(self._run_vae, "encoder", encode, pixels)
         return with_fp32_fallback("vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar], upcast_parts)
+
+    def _run_vae(self, half: str, run: Callable[[VAE, Tensor, VAEMode], Item], x: Tensor, vae: VAE) -> Item:
+        """Run a half of the VAE in the placement's mode and the weights' dtype."""
+        network = getattr(vae, half)
+        with onload(network):
+            return run(vae, x.to(network.conv_in.weight.dtype), self.placement.vae)

@@ -1,35 +1,8 @@
 """Sampler names and their meaning: our own, diffusers' classes, and the presets of A1111 and ComfyUI. No torch here."""
 
-from mezzotint.samplers.names import (
-    A1111_SCHEDULES,
-    CLASSES,
-    COMFYUI_SCHEDULES,
-    FEW_STEPS,
-    NAMES,
-    SCHEDULERS,
-    SOLVERS,
-    SPACINGS,
-    TABLE,
-    NoiseKind,
-    Row,
-    Sampler,
-    Start,
-    resolve,
-)
+from mezzotint.samplers.diffusers_classes import SCHEDULERS
+from mezzotint.samplers.names import NAMES, SPACINGS, TABLE, resolve
+from mezzotint.samplers.sampler import Sampler
+from mezzotint.samplers.solvers import SOLVERS
 
-__all__ = [
-    "A1111_SCHEDULES",
-    "CLASSES",
-    "COMFYUI_SCHEDULES",
-    "FEW_STEPS",
-    "NAMES",
-    "SCHEDULERS",
-    "SOLVERS",
-    "SPACINGS",
-    "TABLE",
-    "NoiseKind",
-    "Row",
-    "Sampler",
-    "Start",
-    "resolve",
-]
+__all__ = ["NAMES", "SCHEDULERS", "SOLVERS", "SPACINGS", "TABLE", "Sampler", "resolve"]

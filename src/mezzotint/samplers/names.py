@@ -1,7 +1,7 @@
 """The names of samplers in every dialect, and their meaning: a solver, a spacing and their options. No torch here.
 
 `resolve(name, scheduler_config)` returns a `Sampler`. Our own names and the class names of diffusers mean that class's
-`from_config(scheduler_config)` (diffusers_classes.py). The names of A1111 ("DPM++ 2M Karras") and ComfyUI ("dpmpp_2m
+`from_config(scheduler_config)` (from_config.py). The names of A1111 ("DPM++ 2M Karras") and ComfyUI ("dpmpp_2m
 karras", sampler and scheduler) mean what those programs do (presets.py). Differences between the programs are values in
 tables, never code in a solver.
 """
@@ -14,19 +14,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mezzotint.errors import RequestError
-from mezzotint.samplers.diffusers_classes import (
-    CLASSES,
-    SCHEDULERS,
-    NoiseKind,
-    Sampler,
-    Start,
-    from_config,
-    read_schedule_config,
-    with_spacing,
-)
+from mezzotint.samplers.diffusers_classes import CLASSES
+from mezzotint.samplers.from_config import from_config, read_schedule_config, with_spacing
 from mezzotint.samplers.presets import (
     A1111_SAMPLERS,
-    A1111_SCHEDULES,
     A1111_WITHOUT_SCHEDULE,
     COMFYUI_ENDS,
     COMFYUI_SAMPLERS,
@@ -34,25 +25,8 @@ from mezzotint.samplers.presets import (
     PRESET_SCHEDULE,
     PRESETS,
 )
+from mezzotint.samplers.sampler import Sampler
 from mezzotint.samplers.solvers import SOLVERS
-
-__all__ = [
-    "A1111_SCHEDULES",
-    "CLASSES",
-    "COMFYUI_SCHEDULES",
-    "FEW_STEPS",
-    "NAMES",
-    "SCHEDULERS",
-    "SOLVERS",
-    "SPACINGS",
-    "TABLE",
-    "NoiseKind",
-    "Row",
-    "Sampler",
-    "Start",
-    "resolve",
-]
-
 
 # For models distilled to a few steps: (our name, configuration keys to replace, steps, guidance_scale).
 FEW_STEPS: dict[str, tuple[str, dict[str, Any], int, float]] = {

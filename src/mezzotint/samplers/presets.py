@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mezzotint.samplers.diffusers_classes import NoiseKind, Sampler
+from mezzotint.samplers.sampler import NoiseKind, Sampler
 
 Schedules = dict[str, tuple[str, dict[str, Any]]]  # the program's name: (spacing, its options)
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint import prompt, samplers
-from mezzotint.conditioning.encode import Conditioner
+from mezzotint.conditioning.encode import Conditioner, extend
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.offload import OffloadedLayer
+from mezzotint.models.offload import count_parameters
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.train.keyed_rng import generator
 from mezzotint.train.latents import Texts
@@ -119,12 +119,7 @@ class TrainableModel(nn.Module):
 
     def count_parameters(self) -> tuple[int, int]:
         """Return the number of trained parameters and that of all parameters of the UNet and text encoders."""
-        offloaded = sum(
-            module.weight_source.shape.numel() for module in self.modules() if isinstance(module, OffloadedLayer)
-        )
-        return sum(p.numel() for p in self.trainable_parameters().values()), sum(
-            p.numel() for p in self.parameters()
-        ) + offloaded
+        return sum(p.numel() for p in self.trainable_parameters().values()), count_parameters(self)
 
     def forward(
         self, batch: Batch | None, prior: Batch | None = None, shares: tuple[float, float] = (1.0, 1.0)
@@ -184,11 +179,8 @@ class TrainableModel(nn.Module):
             return Condition(cached.context, cached.pooled, ids).to(weight.device, weight.dtype)
         rows = [self._encode(text) for text in captions]
         longest = max(row.context.shape[1] for row in rows)
-        context = torch.cat([_pad_context(row.context, longest) for row in rows])
-        pooled = (
-            torch.cat([row.pooled for row in rows if row.pooled is not None]) if rows[0].pooled is not None else None
-        )
-        return Condition(context, pooled, ids).to(weight.device, weight.dtype)
+        batch = Condition.cat([extend(row, longest) for row in rows])
+        return Condition(batch.context, batch.pooled, ids).to(weight.device, weight.dtype)
 
     def _encode(self, text: str) -> Condition:
         """Encode one caption as generation does with plain syntax; a long one takes several windows."""
@@ -298,8 +290,3 @@ def _lora_delta(layer: Any) -> Tensor:
 
 def _conv_layers(unet: UNet) -> list[str]:
     return [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
-
-
-def _pad_context(context: Tensor, length: int) -> Tensor:
-    missing = length - context.shape[1]
-    return torch.cat([context, context[:, -1:].expand(-1, missing, -1)], dim=1) if missing else context

@@ -1,0 +1,51 @@
+"""Sampler, what a sampler's name stands for: a solver, a spacing and their options. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mezzotint.config import ScheduleConfig
+
+Start = Literal["sigma", "vp"]
+TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm"]
+NoiseKind = Literal["seeded", "brownian", "brownian midpoints"]
+Counts = Literal["diffusers", "a1111", "a1111 timesteps", "a1111 unipc", "comfyui"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a run gets from noise to a picture.
+
+    Attributes:
+        name: The name that was requested, or our name of the model's own sampler.
+        solver: A key of `diffusion.solvers.SOLVERS`.
+        spacing: A key of `diffusion.spacing.SPACINGS`.
+        options: Keyword arguments of the solver.
+        spacing_options: Keyword arguments of the spacing.
+        start: Scale of the starting noise: "sigma", or "vp" for sqrt(sigma^2 + 1).
+        timestep: How the denoiser converts noise levels to timesteps.
+        noise: Noise of the steps: "seeded" draws, or a "brownian" path, which "brownian midpoints" also evaluates
+            halfway.
+        rescale_final: Whether to divide the final latents by sqrt(1 + sigma_last^2) before decoding.
+        schedule: The training schedule of the model, as the class that runs reads it.
+        steps: Default number of steps, if the sampler has one.
+        guidance_scale: Default guidance scale, if the sampler has one.
+        guidance_divisor: The requested guidance scale is divided by this.
+        counts: Whose rule determines the number of steps of an image-to-image run (run/levels.py).
+    """
+
+    name: str
+    solver: str
+    spacing: str
+    options: dict[str, Any] = field(default_factory=dict)
+    spacing_options: dict[str, Any] = field(default_factory=dict)
+    start: Start = "sigma"
+    timestep: TimestepKind = "interpolated"
+    noise: NoiseKind = "seeded"
+    rescale_final: bool = False
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_divisor: float = 1.0
+    counts: Counts = "diffusers"
