@@ -101,7 +101,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     import mezzotint.images.io
     import mezzotint.pipeline
     from mezzotint.memory import system
-    from mezzotint.memory.footprint import Model, predict
+    from mezzotint.memory.footprint import ModelHeaders, predict
     from mezzotint.memory.planner import plan
     from mezzotint.placement import Placement
 
@@ -124,7 +124,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
 
     said: dict[str, Any] = {}
     if memory is None:
-        estimate = predict(Model.of(folder, device="cpu", dtype=dtype), request, placement)
+        estimate = predict(ModelHeaders.of(folder, device="cpu", dtype=dtype), request, placement)
         foreseen = time.perf_counter() - last
         last = time.perf_counter()
         pipe = mezzotint.load(folder, device="cpu", dtype=dtype, placement=placement)
@@ -157,7 +157,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
 def predict_only(row: dict[str, Any]) -> dict[str, Any]:
     """Predict the peak of a combination in this process, from headers; a budget's placement is planned."""
     import mezzotint
-    from mezzotint.memory.footprint import Model, predict
+    from mezzotint.memory.footprint import ModelHeaders, predict
     from mezzotint.memory.planner import plan
     from mezzotint.placement import Placement
 
@@ -165,7 +165,7 @@ def predict_only(row: dict[str, Any]) -> dict[str, Any]:
     placement = Placement(**row.pop("placement"))
     request = mezzotint.Request(prompt="a lemon on a blue background", seed=1, **{"steps": 2, **row})
     if memory is None:
-        return {"predicted": predict(Model.of(folder, device="cpu", dtype=dtype), request, placement).peak}
+        return {"predicted": predict(ModelHeaders.of(folder, device="cpu", dtype=dtype), request, placement).peak}
     made = plan(folder, memory, request, device="cpu", dtype=dtype)
     return {"predicted": made.estimate.peak, "placement": made.placement.changes(), "table": made.table()}
 

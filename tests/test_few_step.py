@@ -232,9 +232,9 @@ def test_a_foreign_or_damaged_file_is_refused(folder: Path, sd1: Pipeline) -> No
 )
 def test_settings_that_are_wrong_are_named(folder: Path, few_step: Any, where: str) -> None:
     settle(folder, few_step)
-    with pytest.raises(CheckpointError, match=r"mezzotint\.json is wrong at " + where):
+    with pytest.raises(CheckpointError, match=r"mezzotint\.json has an invalid " + where):
         mezzotint.load(folder, device="cpu")
-    assert "is wrong at few_step" in inspect_model(folder).problems[0]
+    assert "has an invalid few_step" in inspect_model(folder).problems[0]
 
 
 # ---- against the ecosystem -------------------------------------------------------------------------------------------

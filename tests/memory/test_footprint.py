@@ -12,7 +12,7 @@ import torch
 
 import mezzotint
 from mezzotint.memory import system
-from mezzotint.memory.footprint import Model, Weights, predict
+from mezzotint.memory.footprint import ModelHeaders, Weights, predict
 from mezzotint.placement import Placement
 from mezzotint.request import Request
 from mezzotint.weights.files import TensorFile
@@ -29,7 +29,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def foreseen(fields: dict[str, object], placement: dict[str, object] | None = None, **options: object) -> int:
     """Of the bundled model."""
-    model = Model.of(device="cpu", **options)  # type: ignore[arg-type]
+    model = ModelHeaders.of(device="cpu", **options)  # type: ignore[arg-type]
     return predict(model, Request(prompt="a", **fields), Placement(**placement or {}), base=BASE).peak  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ def test_the_peak_is_foreseen(row: dict[str, object]) -> None:
 
 def test_weights_are_counted_from_headers(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorFile, "_bytes", lambda *_: pytest.fail("a weight was read"))
-    model = Model.of(sd1_folder, device="cpu")
+    model = ModelHeaders.of(sd1_folder, device="cpu")
     monkeypatch.undo()
     pipe = mezzotint.load(sd1_folder, device="cpu")
     for name, networks in (("unet", [pipe.unet]), ("text", pipe.text_encoders), ("decoder", [pipe.vae.decoder])):
@@ -79,7 +79,7 @@ def test_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("conv2d", "linear"):
         original = getattr(functions, name)
         monkeypatch.setattr(functions, name, lambda x, *args, f=original: (refuse(x), f(x, *args))[1])
-    predict(Model.of(device="cpu"), Request(prompt="a lemon", count=4), base=BASE)
+    predict(ModelHeaders.of(device="cpu"), Request(prompt="a lemon", count=4), base=BASE)
 
 
 def test_more_takes_more() -> None:
@@ -87,7 +87,7 @@ def test_more_takes_more() -> None:
     assert foreseen({"width": 512, "height": 512}) > least
     assert foreseen({"count": 4, "batch": 4}) > foreseen({"count": 4, "batch": 2}) > least
     assert foreseen({"hires": 2.0}) > least
-    model, wide = Model.of(device="cpu"), Request(prompt="a", width=512, height=512)
+    model, wide = ModelHeaders.of(device="cpu"), Request(prompt="a", width=512, height=512)
 
     def step(request: Request, **placement: object) -> int:
         return predict(model, request, Placement(**placement), base=BASE).stages["step"]  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def test_more_takes_more() -> None:
 
 def test_a_window_has_two_tokens_less_than_the_encoder() -> None:
     """One begins it and one ends it."""
-    model = Model.of(device="cpu")
+    model = ModelHeaders.of(device="cpu")
     window = model.encoders[0].max_position_embeddings - 2
     work = [
         predict(model, Request(prompt="a " * tokens), Placement(), base=BASE).macs for tokens in (window, window + 1)
@@ -130,7 +130,7 @@ def test_bytes_of_large_weights() -> None:
 
 def test_guidance_by_several_conditions_counts() -> None:
     fields: dict[str, object] = {"width": 1024, "height": 1024}
-    model = Model.of(device="cpu")
+    model = ModelHeaders.of(device="cpu")
 
     def step(**more: object) -> int:
         request = Request(**{"prompt": "a", **fields, **more})  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from mezzotint.explain.maps import explain
 from mezzotint.images.io import CHUNKS, read_metadata
 from mezzotint.memory import planner as memory
 from mezzotint.memory import system
-from mezzotint.memory.footprint import MemoryEstimate, Model
+from mezzotint.memory.footprint import MemoryEstimate, ModelHeaders
 from mezzotint.memory.planner import Budget, MemoryPlan, plan
 from mezzotint.placement import Placement
 from mezzotint.records.record import read
@@ -28,21 +28,26 @@ LARGE = Request(prompt="a lemon", width=1024, height=1024)
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The bundled model, in a process of 250 MiB with libraries of a fixed size, which the system may map or not."""
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report a process of 250 MiB with libraries of a fixed size, whatever this machine has mapped."""
     monkeypatch.setattr(system, "resident", lambda: BASE)
     monkeypatch.setattr(system, "mapped", lambda: 100 * 2**20)
-    return Model.of(device="cpu")
 
 
-def test_with_room_nothing_is_done(model: Model) -> None:
+@pytest.fixture
+def model(process: None) -> ModelHeaders:
+    """Return the bundled model."""
+    return ModelHeaders.of(device="cpu")
+
+
+def test_with_room_nothing_is_done(model: ModelHeaders) -> None:
     made = plan(model, "20GiB", LARGE)
     assert made.placement == Placement() and not made.costs and not made.returns_freed
     assert made.slowdown == 0.0 and made.estimate == made.baseline
     assert "no measures are needed" in made.table()
 
 
-def test_less_memory_is_never_faster_and_always_kept(model: Model) -> None:
+def test_less_memory_is_never_faster_and_always_kept(model: ModelHeaders) -> None:
     """From what the fast way takes down to the least that can be met."""
     made = [plan(model, "20GiB", LARGE)]
     while True:
@@ -60,7 +65,7 @@ def test_less_memory_is_never_faster_and_always_kept(model: Model) -> None:
         plan(model, f"{least - 1}MiB", LARGE)
 
 
-def test_exact_before_approximate(model: Model) -> None:
+def test_exact_before_approximate(model: ModelHeaders) -> None:
     """A byte below the least that exact placements need, one is chosen that is not exact."""
     exact = min(memory.predict(model, LARGE, way, base=BASE).peak for way in memory._placements(model, 0))
     made = plan(model, int(exact * memory.SAFETY) + 1, LARGE)
@@ -71,14 +76,14 @@ def test_exact_before_approximate(model: Model) -> None:
     assert less.estimate.peak < exact
 
 
-def test_the_cpu_streams_no_weights_that_are_stored_smaller(model: Model) -> None:
+def test_the_cpu_streams_no_weights_that_are_stored_smaller(model: ModelHeaders) -> None:
     """Each use would read the file and round the weights again; offloaded ones are rounded once."""
     found = {(way.weights, way.storage) for rank in range(4) for way in memory._placements(model, rank)}
     assert {weights for weights, storage in found if storage} == {"resident", "offload"}
     assert ("stream", None) in found
 
 
-def test_a_smaller_batch_comes_before_slower_measures(model: Model) -> None:
+def test_a_smaller_batch_comes_before_slower_measures(model: ModelHeaders) -> None:
     request = LARGE.replace(count=4, batch=4)
     whole = plan(model, "40GiB", request)
     made = plan(model, int(whole.estimate.peak * 0.6), request)
@@ -88,7 +93,7 @@ def test_a_smaller_batch_comes_before_slower_measures(model: Model) -> None:
     assert [r.batch for r in several.requests] == [4, 1], "of several, whose batches they share, none is changed"
 
 
-def test_the_table_says_everything(model: Model) -> None:
+def test_the_table_says_everything(model: ModelHeaders) -> None:
     limit = int(plan(model, "40GiB", LARGE).estimate.peak * 0.85)
     made = plan(model, limit, LARGE)
     assert made.placement.changes()
@@ -102,7 +107,7 @@ def test_the_table_says_everything(model: Model) -> None:
     assert record["placement"] == made.placement.changes()
 
 
-def test_freed_memory_goes_back_only_where_it_must(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_goes_back_only_where_it_must(model: ModelHeaders, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
     monkeypatch.setattr(system, "return_freed", lambda: called.append(1))
     made = plan(model, "20GiB", LARGE)
@@ -119,7 +124,7 @@ def test_what_is_no_budget(size: str | int) -> None:
         plan(None, size)
 
 
-def test_auto_is_what_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_what_is_free(model: ModelHeaders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "available", lambda: 2**30)
     assert plan(model, "auto").limit == int(BASE + memory.AUTO_SHARE * 2**30)
     monkeypatch.setattr(system, "available", lambda: None)
@@ -127,14 +132,15 @@ def test_auto_is_what_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
         plan(model, "auto")
 
 
-def test_a_plan_is_itself(model: Model) -> None:
+def test_a_plan_is_itself(model: ModelHeaders) -> None:
     made = plan(model, "20GiB")
     assert plan(None, made) is made
     assert made.request.width == made.request.height == 128, "no request is the model's own picture"
 
 
+@pytest.mark.usefixtures("process")
 def test_a_pipeline_keeps_its_budget() -> None:
-    pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
+    pipe = mezzotint.load(device="cpu", memory=BASE + 400 * 2**20)
     assert isinstance(pipe._budget, Budget)
     with pytest.raises(mezzotint.BudgetError, match="this request needs"):
         pipe.generate(Request(prompt="a", width=2048, height=2048))
@@ -145,7 +151,7 @@ def test_a_pipeline_keeps_its_budget() -> None:
     assert pipe("a lemon", steps=1, seed=1).size == (128, 128)
 
 
-def test_a_batch_is_made_smaller_where_that_makes_it_fit(model: Model) -> None:
+def test_a_batch_is_made_smaller_where_that_makes_it_fit(model: ModelHeaders) -> None:
     """As the plan does, so that what was planned for is drawn: of one request, and of several that share a batch."""
     run = model.plan(LARGE.replace(count=4, batch=4))
     request = run.request
@@ -160,7 +166,7 @@ def test_a_batch_is_made_smaller_where_that_makes_it_fit(model: Model) -> None:
         budget.fit_batch(model.plan(request.replace(width=4096, height=4096)), way, 4)
 
 
-def test_requests_that_share_a_batch_are_planned_together(model: Model) -> None:
+def test_requests_that_share_a_batch_are_planned_together(model: ModelHeaders) -> None:
     together = LARGE.replace(count=8, batch=8)
     alone = plan(model, "90GiB", LARGE.replace(batch=8))
     assert plan(model, "90GiB", [LARGE.replace(batch=8, seed=k) for k in range(8)]).estimate == (
@@ -226,7 +232,7 @@ def test_generate_and_bulk_say_it_before_they_load(said, tmp_path: Path) -> None
     assert code == 2 and "256x128" in err
 
 
-def test_a_plan_is_of_one_model(model: Model, sd1_folder: Path) -> None:
+def test_a_plan_is_of_one_model(model: ModelHeaders, sd1_folder: Path) -> None:
     made = plan(model, "20GiB")
     assert plan(model, made) is made
     with pytest.raises(mezzotint.RequestError, match="make a plan for this one") as error:
@@ -236,7 +242,7 @@ def test_a_plan_is_of_one_model(model: Model, sd1_folder: Path) -> None:
         mezzotint.load(device="cpu", dtype="bfloat16", memory=made)
 
 
-def test_loras_count(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loras_count(model: ModelHeaders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are in the file, and in float32; what is no pair of factors is made whole as it is used."""
     monkeypatch.setattr(system, "mapped", lambda: 100 * 2**20)
     plain = LARGE.replace(loras=())
@@ -250,8 +256,9 @@ def test_loras_count(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert memory.predict(model, one, base=BASE).peak == peak + 4000 * 4 + 12 * largest
 
 
+@pytest.mark.usefixtures("process")
 def test_maps_of_an_explanation_count() -> None:
-    pipe = mezzotint.load(device="cpu", memory=memory.system.resident() + 400 * 2**20)
+    pipe = mezzotint.load(device="cpu", memory=BASE + 400 * 2**20)
     request = Request(prompt="a lemon", steps=2, width=64, height=64)
     assert explain(pipe, request).steps == ((0, 1),)
     budget = pipe._budget

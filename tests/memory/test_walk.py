@@ -223,10 +223,10 @@ def test_a_walk_imports_no_compiler() -> None:
     """torch._dynamo and sympy take seconds and 80 MB: no operation of the networks may need them."""
     script = """
 import sys
-from mezzotint.memory.footprint import Model, predict
+from mezzotint.memory.footprint import ModelHeaders, predict
 from mezzotint.placement import Placement
 from mezzotint.request import Request
-model = Model.of(device="cpu")
+model = ModelHeaders.of(device="cpu")
 for mode in ("whole", "strips", "tiles"):
     predict(model, Request(prompt="a", width=1024, height=1024, hires=1.5, hires_upscale="pixels"), Placement(vae=mode))
 found = {"torch._dynamo", "sympy", "torch.fx.experimental.symbolic_shapes"} & set(sys.modules)

@@ -135,7 +135,7 @@ def test_a_listing_is_sorted_folder_by_folder(tmp_path: Path) -> None:
 
 
 def test_a_model_info_from_headers_is_that_of_the_loaded_model(sd1: Pipeline, sd1_folder: Path) -> None:
-    found = footprint.Model(checkpoint.scan_model(sd1_folder), torch.device("cpu"), torch.float32)
+    found = footprint.ModelHeaders(checkpoint.scan_model(sd1_folder), torch.device("cpu"), torch.float32)
     assert found.info == ModelInfo.of(sd1.parts, sd1.unet.config, sd1.vae.config, "cpu")
     ours, theirs = sd1.plan(LEMON), found.plan(LEMON)
     assert ours.request == theirs.request and ours.sigmas == theirs.sigmas

@@ -176,7 +176,7 @@ def test_parts_that_drawing_does_not_need_are_passed_over(folder: Path) -> None:
     (folder / "safety_checker").mkdir()
     open_model(folder)
     assert inspect_model(folder).passed_over == [
-        "safety_checker (StableDiffusionSafetyChecker): not needed to draw a picture"
+        "safety_checker (StableDiffusionSafetyChecker): not needed to generate pictures"
     ]
 
 
@@ -259,7 +259,7 @@ def test_descriptions_that_are_wrong(file: str, content: str, words: str, folder
 def test_a_shard_lies_beside_its_index(shard: Any, folder: Path) -> None:
     split(folder / "unet", PARTS["unet"])
     edit(folder / "unet/diffusion_pytorch_model.safetensors.index.json", lambda t: t["weight_map"].update(x=shard))
-    assert "beside its index" in refused(folder)
+    assert "in the same folder" in refused(folder)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -342,16 +342,16 @@ def test_a_hostile_number_in_a_name(tmp_path: Path) -> None:
     [
         (["lora_unet_down_blocks_0.lora_up.weight"], "a LoRA"),
         (["double_blocks.0.x"], "a Flux model"),
-        (["first_stage_model.encoder.down.0.x"], "a VAE alone"),
-        (["down_blocks.0.resnets.0.norm1.weight"], "a UNet alone"),
-        (["text_model.x"], "a text encoder alone"),
+        (["first_stage_model.encoder.down.0.x"], "only a VAE"),
+        (["down_blocks.0.resnets.0.norm1.weight"], "only a UNet"),
+        (["text_model.x"], "only a text encoder"),
         (["nonsense"], "1 tensors of an unknown kind (such as nonsense)"),
         ([], "no tensors"),
     ],
 )
 def test_files_that_are_no_whole_model(names: list[str], kind: str, tmp_path: Path) -> None:
     path = single(tmp_path / "a.safetensors", dict.fromkeys(names, (2, 3)))
-    assert f"holds {kind}, not a whole Stable Diffusion model" in refused(path)
+    assert f"contains {kind}; it must contain a whole Stable Diffusion model" in refused(path)
     report = inspect_model(path)
     assert report.kind == kind
     assert report.parts[0].parameters == 6 * len(names)

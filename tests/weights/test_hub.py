@@ -133,9 +133,9 @@ def test_an_incomplete_cache_is_completed(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_what_the_hub_does_not_have(hub: Hub) -> None:
-    with pytest.raises(CheckpointError, match="neither a path here nor a model on the hub"):
+    with pytest.raises(CheckpointError, match="neither a local path nor a model on the hub"):
         open_model("someone/else")
-    with pytest.raises(CheckpointError, match="licence to be accepted"):
+    with pytest.raises(CheckpointError, match="requires accepting a licence"):
         open_model("gated/model")
     del hub.files["model_index.json"]
     with pytest.raises(CheckpointError, match="has no model_index"):

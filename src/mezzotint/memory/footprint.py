@@ -2,7 +2,7 @@
 
     predict(model, request, placement)   ->  MemoryEstimate: the peak of each stage of a run, in bytes
 
-`model` is a `Model`, which is read from the headers of the files and the configs. No weight is read and no network
+`model` is a `ModelHeaders`, which is read from the headers of the files and the configs. No weight is read and no network
 runs with data.
 
 The peak of a stage is the sum of
@@ -99,7 +99,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelHeaders:
     """A model as its configs and the headers of its files describe it.
 
     Attributes:
@@ -120,7 +120,7 @@ class Model:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         **options: Any,
-    ) -> Model:
+    ) -> ModelHeaders:
         """Describe a model; the arguments are those of `mezzotint.load`.
 
         Raises:
@@ -209,7 +209,7 @@ class MemoryEstimate:
 
 
 def predict(
-    model: Model,
+    model: ModelHeaders,
     request: Request | RunPlan,
     placement: Placement = Placement(),  # noqa: B008  # frozen
     *,
@@ -236,7 +236,7 @@ def predict(
 class _Run:
     """Predict one planned run with one placement."""
 
-    def __init__(self, model: Model, plan: RunPlan, placement: Placement, base: int | None) -> None:
+    def __init__(self, model: ModelHeaders, plan: RunPlan, placement: Placement, base: int | None) -> None:
         self.model, self.plan, self.request, self.placement = model, plan, plan.request, placement
         self.itemsize = model.dtype.itemsize
         self.cpu = model.device.type == "cpu"

@@ -21,7 +21,7 @@ import torch
 
 from mezzotint.errors import BudgetError, RequestError
 from mezzotint.memory import system
-from mezzotint.memory.footprint import MACS_PER_BYTE, MemoryEstimate, Model, predict
+from mezzotint.memory.footprint import MACS_PER_BYTE, MemoryEstimate, ModelHeaders, predict
 from mezzotint.placement import Placement, format_size, parse_size
 from mezzotint.request import MAX_COUNT, Request
 from mezzotint.run.plan import RunPlan
@@ -55,7 +55,7 @@ class Budget:
         base: Bytes of it that the process used before the model was loaded.
     """
 
-    model: Model
+    model: ModelHeaders
     limit: int
     base: int
 
@@ -117,7 +117,7 @@ class MemoryPlan:
         costs: For each measure the time that it adds, as a share of the baseline's.
     """
 
-    model: Model
+    model: ModelHeaders
     requests: tuple[Request, ...]
     placement: Placement
     estimate: MemoryEstimate
@@ -206,7 +206,7 @@ class MemoryPlan:
 
 
 def plan(
-    model: Model | str | Path | None,
+    model: ModelHeaders | str | Path | None,
     memory: int | str | MemoryPlan,
     request: Request | Sequence[Request] | None = None,
     *,
@@ -239,8 +239,8 @@ def plan(
         return memory
     if memory != "auto":
         parse_size(memory)  # an invalid size is reported before files are opened
-    if not isinstance(model, Model):
-        model = Model.of(model, device=device, dtype=dtype, **options)
+    if not isinstance(model, ModelHeaders):
+        model = ModelHeaders.of(model, device=device, dtype=dtype, **options)
     base = system.resident() if model.device.type == "cpu" else 0
     limit = _auto_limit(model, base) if memory == "auto" else parse_size(memory)
     asked = [request] if isinstance(request, Request) else list(request or [Request(prompt="")])
@@ -283,9 +283,11 @@ def plan(
     return MemoryPlan(model, smaller, placement, estimate, baseline, limit, base, costs)
 
 
-def _check_same_model(planned: Model, model: Model | str | Path | None, device: Any, dtype: Any, options: Any) -> None:
-    asked = model if isinstance(model, Model) else Model.of(model, device=device, dtype=dtype, **options)
-    now = planned if device is None and not isinstance(model, Model) else asked  # no device or dtype was given
+def _check_same_model(
+    planned: ModelHeaders, model: ModelHeaders | str | Path | None, device: Any, dtype: Any, options: Any
+) -> None:
+    asked = model if isinstance(model, ModelHeaders) else ModelHeaders.of(model, device=device, dtype=dtype, **options)
+    now = planned if device is None and not isinstance(model, ModelHeaders) else asked  # no device or dtype was given
     ours, theirs = ((found.files, found.options, found.given_files) for found in (asked.found, planned.found))
     if ours != theirs or (now.device, now.dtype) != (planned.device, planned.dtype):
         raise RequestError(
@@ -294,7 +296,7 @@ def _check_same_model(planned: Model, model: Model | str | Path | None, device: 
         )
 
 
-def _placements(model: Model, rank: int) -> Iterator[Placement]:
+def _placements(model: ModelHeaders, rank: int) -> Iterator[Placement]:
     """Yield placements: rank 0 exact, 1 weights rounded to 16 bits, 2 the VAE in tiles, 3 weights in 8 bits."""
     wide = model.dtype == torch.float32
     exact = [name for name in ("float16", "bfloat16") if wide and model.file_dtypes == {name}]
@@ -312,7 +314,9 @@ def _placements(model: Model, rank: int) -> Iterator[Placement]:
         yield Placement.of(weights=weights, storage=storage, guidance=guidance, vae=vae)
 
 
-def _estimate(model: Model, runs: Sequence[RunPlan], placement: Placement, batch: int, base: int) -> MemoryEstimate:
+def _estimate(
+    model: ModelHeaders, runs: Sequence[RunPlan], placement: Placement, batch: int, base: int
+) -> MemoryEstimate:
     """Return the largest peak of each stage over all runs, and the work of the longest run."""
     every = [predict(model, run.with_batch(min(run.request.batch or 1, batch)), placement, base=base) for run in runs]
     stages = {stage: max(one.stages.get(stage, 0) for one in every) for one in every for stage in one.stages}
@@ -331,7 +335,7 @@ def _distinct(runs: Sequence[RunPlan]) -> list[RunPlan]:
     return list(kinds.values())
 
 
-def _auto_limit(model: Model, base: int) -> int:
+def _auto_limit(model: ModelHeaders, base: int) -> int:
     """Return the bytes that "auto" stands for."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)

@@ -52,14 +52,14 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
     if not index_path.exists():
         raise CheckpointError(
             f"{path} has no model_index.json, so it is not a model folder in the diffusers layout; "
-            "a single .safetensors or .ckpt file is named by its own path"
+            "for a single .safetensors or .ckpt file, give the path of the file"
         )
     index = read_json(index_path)
     named = {name: row[1] for name, row in index.items() if isinstance(row, list) and len(row) == 2 and row[1]}
     if "unet" not in named:
         raise CheckpointError(
-            f"{path} is a {index.get('_class_name', 'model')} without a unet; mezzotint draws with Stable Diffusion "
-            "1, 2 and XL and small models of the same form"
+            f"{path} is a {index.get('_class_name', 'model')} without a unet; mezzotint supports Stable Diffusion "
+            "1, 2 and XL, and small models of the same architecture"
         )
     plan = ModelFiles(path, "diffusers folder", model_index=index, files=[index_path], options=options)
     variant = options.variant
@@ -80,10 +80,10 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
         if name in ENCODERS:
             _add_tokenizer(plan, path / ENCODERS[name])
     if variant and not varied and not plan.problems:
-        plan.problems.append(f"{path} has no files of the variant {variant!r}; leave variant out")
+        plan.problems.append(f"{path} has no files of the variant {variant!r}; give another variant, or leave it out")
     for name, class_name in named.items():
         if name not in (*needed, *ENCODERS.values(), "scheduler", "vae"):
-            plan.passed_over.append(f"{name} ({class_name}): not needed to draw a picture")
+            plan.passed_over.append(f"{name} ({class_name}): not needed to generate pictures")
     try:
         plan.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
         plan.files.append(path / "scheduler" / "scheduler_config.json")
@@ -147,9 +147,9 @@ def read_part(folder: Path, name: str, class_name: str | None, options: ModelOpt
     classes = NETWORKS[name][0]
     if class_name is None or not folder.is_dir():
         fix = "; give one with vae, on the command line --vae FOLDER" if name == "vae" else ""
-        raise CheckpointError(f"{folder} is missing: the model needs its {name}{fix}")
+        raise CheckpointError(f"{folder} is missing; the model needs its {name}{fix}")
     if class_name not in classes:
-        raise CheckpointError(f"{folder} is a {class_name}; mezzotint knows {' or '.join(classes)}")
+        raise CheckpointError(f"{folder} is a {class_name}; it must be {' or '.join(classes)}")
     fields = read_json(folder / "config.json")
     if name in ENCODERS:
         fields["architectures"] = [class_name]  # model_index.json decides, as in diffusers
@@ -158,7 +158,7 @@ def read_part(folder: Path, name: str, class_name: str | None, options: ModelOpt
         file = TensorFile(path)
         twice = sorted(files.keys() & file.entries.keys())
         if twice:
-            raise CheckpointError(f"{path} repeats tensors of another shard: {join_names(twice)}")
+            raise CheckpointError(f"{path} contains tensors that another shard contains too: {join_names(twice)}")
         files |= dict.fromkeys(file.entries, file)
     sources = keys.folder_sources(files, name)
     if class_name == "CLIPTextModel":
@@ -176,23 +176,27 @@ def _weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     chosen = choose_weights((path.name for path in _inside(folder)), variant)
     if chosen is None:
         stem = STEMS["safetensors"][name in ENCODERS]
-        raise CheckpointError(f"{folder} has no weights: no {stem}.safetensors, sharded or whole, and no .bin")
+        raise CheckpointError(
+            f"{folder} has no weights; it must have {stem}.safetensors, whole or sharded, or a .bin file"
+        )
     if not chosen.endswith(".json"):
         return [folder / chosen]
     shards = read_json(folder / chosen).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise CheckpointError(f"{folder / chosen} has no weight_map")
+        raise CheckpointError(f"{folder / chosen} has no weight_map, which lists the tensors of each shard")
     for shard in shards.values():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
-            raise CheckpointError(f"{folder / chosen} names the shard {shard!r}; a shard is a file beside its index")
+            raise CheckpointError(
+                f"{folder / chosen} names the shard {shard!r}; a shard must be a file in the same folder"
+            )
         if not (folder / shard).exists():
-            raise CheckpointError(f"{folder / shard} is missing: {chosen} names it")
+            raise CheckpointError(f"{folder / shard} is missing; {chosen} names it")
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
 def _add_tokenizer(plan: ModelFiles, folder: Path) -> None:
     if not folder.is_dir():
-        plan.problems.append(f"{folder} is missing: the text encoder needs its tokenizer")
+        plan.problems.append(f"{folder} is missing; the text encoder needs its tokenizer")
         return
     plan.tokenizers.append(partial(Tokenizer.from_folder, folder))
     plan.files += [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -208,7 +212,7 @@ def _add_settings(plan: ModelFiles, path: Path) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("few_step", *first["loc"])))
-        raise CheckpointError(f"{path} is wrong at {where}: {first['msg']}") from None
+        raise CheckpointError(f"{path} has an invalid {where}: {first['msg']}") from None
     lora = path.with_name(plan.few_step.lora)
     plan.files += [lora] if lora.exists() else []  # only generation in few steps needs it
 

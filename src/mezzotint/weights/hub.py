@@ -35,7 +35,7 @@ def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
     name = str(path_or_id)
     if isinstance(path_or_id, Path) or not HUB_ID.fullmatch(name) or name.endswith(FILES):
         raise CheckpointError(
-            f"{name[:200]!r} does not exist: give a model folder, a .safetensors or .ckpt file, "
+            f"{name[:200]!r} does not exist; give a model folder, a .safetensors or .ckpt file, "
             "or a hub id (owner/name)"
         )
     return _find_cached(name, variant) or _download_model(name, variant)
@@ -83,7 +83,7 @@ def resource(source: str, what: str, choose: Choose) -> Path:
         pass
     if not HUB_ID.fullmatch(source) or source.endswith(FILES):
         raise CheckpointError(
-            f"the {what} {source[:200]!r} does not exist: give a .safetensors, .bin or .pt file, a folder with it, "
+            f"the {what} {source[:200]!r} does not exist; give a .safetensors, .bin or .pt file, a folder with it, "
             "or a hub id (owner/name)"
         )
     return snapshot(source, choose)
@@ -111,7 +111,7 @@ def _download_model(name: str, variant: str | None) -> Path:
         files = needed(listing, variant)
         if "model_index.json" not in files:
             raise CheckpointError(
-                f"The hub's {name} has no model_index.json; to use a single file of it, download that and give its path"
+                f"{name} on the hub has no model_index.json; to use a single file of it, download it and give its path"
             )
         return files
 
@@ -130,14 +130,17 @@ def _download(name: str, choose: Choose) -> Path:
         raise
     except GatedRepoError:
         raise CheckpointError(
-            f"The hub's {name} asks for a licence to be accepted: do so on its page, then log in with `hf auth login`"
+            f"{name} on the hub requires accepting a licence; accept it on the model's page and log in with "
+            "`hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"{name!r} is neither a path here nor a model on the hub (a private one needs `hf auth login`)"
+            f"{name!r} is neither a local path nor a model on the hub; for a private model, log in with `hf auth login`"
         ) from None
     except OfflineModeIsEnabled:
-        raise CheckpointError(f"{name!r} is not in the cache, and HF_HUB_OFFLINE forbids downloading it") from None
+        raise CheckpointError(
+            f"{name!r} is not in the cache, and HF_HUB_OFFLINE is set; unset it to download the model"
+        ) from None
     except Exception as error:  # the client passes on whatever its HTTP library, the disk or the server met
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name!r} is not in the cache and could not be downloaded: {first}") from error

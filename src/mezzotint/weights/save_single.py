@@ -85,7 +85,7 @@ def check_single(parts: Parts) -> None:
         fields = _fields(parts, shapes)
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
-            f"{parts.source} has no form in the original layout ({error}); save it as a folder"
+            f"{parts.source} cannot be written in the original layout ({error}); save it as a folder"
         ) from None
     wrong = [
         difference
@@ -102,8 +102,8 @@ def check_single(parts: Parts) -> None:
     if own != usual.model_copy(update=stored) or own.prediction_type not in PREDICTIONS:
         wrong.append("its noise schedule is not the family's")
     if wrong:
-        raise CheckpointError(f"{parts.source} would be read as another model from a single file: {join_names(wrong)}; "
-                              "save it as a folder")  # fmt: skip
+        raise CheckpointError(f"{parts.source} would load as a different model from a single file: "
+                              f"{join_names(wrong)}; save it as a folder")  # fmt: skip
 
 
 def _networks(parts: Parts) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _to_original_names(state: dict[str, Tensor], table: keys.Table) -> dict[str,
     """Rename tensors from module to original names, with the VAE's attention as 1x1 convolutions."""
     sources, unknown = keys.rename_keys(state, {module: original for original, module in table.items()})
     if unknown:
-        raise ValueError(f"no name for {join_names(unknown)}")
+        raise ValueError(f"no original name for {join_names(unknown)}")
     turned = {}
     for key, source in sources.items():
         tensor = state[source.key]

@@ -30,10 +30,10 @@ KINDS = {
     "controlnet_": "a ControlNet",
     "string_to_param": "a textual-inversion embedding",
     "emb_params": "a textual-inversion embedding",
-    "encoder.down": "a VAE alone",
-    "down_blocks.": "a UNet alone",
-    "input_blocks.": "a UNet alone",
-    "text_model.": "a text encoder alone",
+    "encoder.down": "only a VAE",
+    "down_blocks.": "only a UNet",
+    "input_blocks.": "only a UNet",
+    "text_model.": "only a text encoder",
 }
 
 
@@ -51,9 +51,11 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
     shapes = file.shapes
     prefixes = {kind: keys.find_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
     if prefixes["unet"] is None:
-        raise CheckpointError(f"{path} holds {describe_kind(shapes)}, not a whole Stable Diffusion model")
+        raise CheckpointError(
+            f"{path} contains {describe_kind(shapes)}; it must contain a whole Stable Diffusion model"
+        )
     if prefixes["clip"] is None and any(key.startswith(keys.REFINER) for key in shapes):
-        raise CheckpointError(f"{path} is SDXL's refiner, which mezzotint cannot run")
+        raise CheckpointError(f"{path} is SDXL's refiner, which is not supported; give the base model")
     family = cast("Family | None", options.family) or _family(
         keys.strip_prefix(shapes, prefixes["unet"]), prefixes["open_clip"] is not None
     )
@@ -98,8 +100,8 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
             plan.tokenizers.append(partial(clip_tokenizer, kinds[name]))
             if fields["vocab_size"] != CLIP_TOKENS:
                 plan.problems.append(
-                    f"{path}: its text encoder knows {fields['vocab_size']} tokens, not CLIP's {CLIP_TOKENS}; "
-                    "a model with a tokenizer of its own must be a folder"
+                    f"{path}: its text encoder has {fields['vocab_size']} tokens instead of CLIP's {CLIP_TOKENS}; "
+                    "a model with its own tokenizer must be a folder"
                 )
     used = tuple(prefix for kind in kinds.values() if (prefix := prefixes[kind]))
     over = Counter(key.partition(".")[0] for key in shapes if not key.startswith(used))
