@@ -6,7 +6,7 @@
     python benchmarks/memory.py predict FILE.json                  predicted peaks alone, without running a model
 
 The models are the bundled one and those that benchmarks/random_model.py writes into DIR: half, sd15, sdxl. A child
-(`draw`) prints one JSON object: the peak of each stage (VmHWM, reset between them) beside what was predicted before
+(`draw`) prints one JSON object: the peak of each stage (VmHWM, reset between them) with what was predicted before
 the model was opened, and seconds. Linux only.
 """
 
@@ -122,7 +122,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
         if memory is None:  # under a budget it is /usr/bin/time that measures, and would see what was reset
             Path("/proc/self/clear_refs").write_text("5")
 
-    said: dict[str, Any] = {}
+    planned: dict[str, Any] = {}
     if memory is None:
         estimate = predict(ModelHeaders.of(folder, device="cpu", dtype=dtype), request, placement)
         foreseen = time.perf_counter() - last
@@ -131,7 +131,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     else:
         made = plan(folder, memory, request, device="cpu", dtype=dtype)
         foreseen, estimate = time.perf_counter() - last, made.estimate
-        said = {"placement": made.placement.changes(), "limit": made.limit, "slower": round(made.slowdown, 3)}
+        planned = {"placement": made.placement.changes(), "limit": made.limit, "slower": round(made.slowdown, 3)}
         last = time.perf_counter()
         pipe = mezzotint.load(folder, device="cpu", dtype=dtype, memory=made)
     mark("load")
@@ -144,7 +144,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
         mezzotint.images.io.encode_file(image, "PNG")
     mark("png")
     most = max(measured.values())
-    return said | {
+    return planned | {
         "predicted": estimate.peak,
         "measured": most,
         "predicted_over_measured": round(estimate.peak / most, 4),
@@ -236,7 +236,7 @@ def main() -> None:
         predict_all(Path(options.file))
         return
     if options.what == "show":
-        print("| model | size | request | budget | done | predicted, MiB | measured, MiB | off |")
+        print("| model | size | request | budget | measures | predicted, MiB | measured, MiB | error |")
         print("|---|---|---|---|---|---|---|---|")
         for record in json.loads(Path(options.file).read_text()):
             print(line(record))

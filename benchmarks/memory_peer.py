@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 folder, size, steps, *measures = sys.argv[1:]
 width, height = map(int, size.split("x"))
-begun = time.perf_counter()
+start = time.perf_counter()
 pipe = StableDiffusionPipeline.from_pretrained(
     folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
 )
@@ -34,5 +34,5 @@ pipe("a lemon on a blue background", width=width, height=height, num_inference_s
 drawn = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 record = {"dtype": str(pipe.unet.dtype), "measures": measures, "peak_mib": round(peak)}
-seconds = {"load_s": round(loaded - begun, 1), "draw_s": round(drawn - loaded, 1)}
+seconds = {"load_s": round(loaded - start, 1), "draw_s": round(drawn - loaded, 1)}
 print(json.dumps({**record, **seconds, "threads": torch.get_num_threads()}))

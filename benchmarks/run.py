@@ -204,14 +204,14 @@ def run_once(command: list[str], picture: Path | None, threads: int | None) -> M
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        said, wrong = out.read().decode(errors="replace"), err.read().decode(errors="replace")
+        stdout, stderr = out.read().decode(errors="replace"), err.read().decode(errors="replace")
     if process.returncode or (picture and not picture.exists()):
-        what = (wrong or said).strip()[-600:]
-        raise RuntimeError(f"{shlex.join(shown(command))} failed ({process.returncode}): {what}")
+        what = (stderr or stdout).strip()[-600:]
+        raise RuntimeError(f"{shlex.join(shown(command))} failed with exit code {process.returncode}: {what}")
     measures = {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
     if picture:
         measures["saved_s"] = picture.stat().st_mtime - clock
-    last = said.strip().splitlines()[-1:] or [""]
+    last = stdout.strip().splitlines()[-1:] or [""]
     if last[0].startswith("{"):
         measures |= {name: value for name, value in json.loads(last[0]).items() if isinstance(value, int | float)}
     return measures

@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--size")
-    parser.add_argument("--ways", default="", help="only those of which this is a part, and the exact one")
+    parser.add_argument("--ways", default="", help="only run variants whose name contains this, and the exact one")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=len(PROMPTS))
     given = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
             float((a.latents - b.latents).abs().max() / b.latents.abs().max())
             for a, b in zip(drawn, exact, strict=True)
         )
-        told = {
+        record = {
             "way": way,
             "psnr_mean": round(statistics.mean(errors), 1),
             "psnr_least": round(min(errors), 1),
@@ -79,7 +79,7 @@ def main() -> None:
             "step_seconds": round(statistics.median(times), 4),
             "held_bytes": _held(pipe),
         }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(record), flush=True)
         del pipe
 
 

@@ -7,7 +7,7 @@ import mezzotint
 pipe = mezzotint.load()
 lemon = pipe("a small lemon on a blue background", seed=7)
 width, height = lemon.size
-corner = Image.new("L", lemon.size)  # a mask: white is what is drawn anew
+corner = Image.new("L", lemon.size)  # a mask: white areas are repainted
 corner.paste(255, (width * 9 // 16, height * 9 // 16, width, height))
 
 tangerine = pipe("a small tangerine on a blue background", image=lemon, strength=0.7, seed=2)

@@ -1,6 +1,6 @@
 """Draw training pictures for `emoji`: a lighthouse, which has no emoji, and a mint green ghost with a top hat.
 
-Each is 128x128 on one of the model's own backgrounds, its caption beside it in the model's own wordings.
+Each is 128x128 on one of the model's own backgrounds, with a caption file in the model's own wording.
 
     python examples/teach/drawings.py pictures      # pictures/lighthouse/00.png, 00.txt, ...
 """

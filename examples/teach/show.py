@@ -96,14 +96,14 @@ class Looks:
 
     def __init__(self, judge: Judge, scenes: Scenes) -> None:
         self.judge = judge
-        chance = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
         looks = []
         for number, ground in enumerate(RENDERED_ON):
             at = corner(number)
             specs = [Spec("single", (name,), ground, (PLAIN,), (at,)) for name in NAMES]
             parts = [scenes.compose(specs[k : k + 70]) for k in range(0, len(specs), 70)]
             parts.append(to_pixels([picture(thing, ground, at) for thing in (lighthouse(), ghost())]))
-            looks.append(torch.cat([self.of(roughen(part, chance)) for part in parts]))
+            looks.append(torch.cat([self.of(roughen(part, rng)) for part in parts]))
         self.means = F.normalize(torch.stack(looks).mean(0), dim=-1)  # (1192, 256)
 
     @torch.no_grad()

@@ -6,12 +6,12 @@
     latents    scenes through the encoder, which is final from here on
     text       the text encoder alone learns to foretell them
     diffusion  text encoder and UNet on them
-    decoder    the decoder alone goes on; it needs `vae` only, so it may run beside `diffusion`
+    decoder    the decoder alone is trained further; it needs only `vae`, so it may run in parallel with `diffusion`
     distill    a change of low rank with which four steps do what twenty did
     save       the folder
 
 `--stages decoder` runs one of them. `--share 0.1` is the first tenth of every stage, with a decay of its own: a model
-for an afternoon of two CPU cores. See README.md beside this file for packages, times and curves.
+for an afternoon of two CPU cores. See README.md in this folder for packages, times and curves.
 """
 
 from __future__ import annotations

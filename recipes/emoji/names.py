@@ -1,4 +1,4 @@
-"""Write more.txt and words.txt: every emoji that a person would name, beside the core set, and other words for all.
+"""Write more.txt and words.txt: every emoji that a person would name, except the core set, and synonyms for all.
 
     python recipes/emoji/names.py       # reads Unicode's emoji list and CLDR's English annotations (Debian packages
                                         # unicode-data, unicode-cldr-core) and the font; the results are committed
@@ -97,7 +97,7 @@ def main() -> None:
             lines.append(f"{name}: {', '.join(own)}")
     (HERE / "more.txt").write_text("".join(f"{e} {n}\n" for n, e in more.items()), encoding="utf-8")
     (HERE / "words.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    print(f"{len(more)} objects beside the core's {len(core)}; other words for {len(lines)}")
+    print(f"{len(more)} objects in addition to the core's {len(core)}; synonyms for {len(lines)}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def draw_glyph(emoji: str, face: ImageFont.FreeTypeFont) -> Image.Image:
     ImageDraw.Draw(image).text((20, 20), emoji.replace("\ufe0f", ""), font=face, embedded_color=True)
     box = image.getchannel("A").getbbox()
     if box is None:
-        raise ValueError(f"the font {FONT.name} draws nothing for {emoji!r}: take another emoji in the list")
+        raise ValueError(f"the font {FONT.name} draws nothing for {emoji!r}; replace it in the list by another emoji")
     glyph = image.crop(box)
     side = max(glyph.size)
     square = Image.new("RGBA", (side, side))
@@ -71,7 +71,7 @@ def build_atlas(objects: Mapping[str, str] = OBJECTS, font: Path = FONT) -> dict
     """Return all objects at each size: (len(objects), size, size, 4) uint8, premultiplied RGBA."""
     if not font.is_file():
         raise FileNotFoundError(
-            f"the emoji font is not at {font}: install it (Debian, Ubuntu: apt install fonts-noto-color-emoji)"
+            f"the emoji font is not at {font}; install it (Debian, Ubuntu: apt install fonts-noto-color-emoji)"
         )
     face = ImageFont.truetype(str(font), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)  # joins sequences
     atlas = {size: np.zeros((len(objects), size, size, 4), dtype=np.uint8) for size in SIZES}
@@ -265,7 +265,7 @@ class Scenes:
     @classmethod
     def prompts(cls, count: int, seed: int = 0, *, core: bool = True) -> list[tuple[str, Spec]]:
         """Held-out prompts for evaluation, the same for the same arguments: of ten, four single, three pairs, two
-        recoloured and one counted; of core objects, or all. They name their background always. Needs no font."""
+        recoloured and one counted; of core objects, or all. They always name their background. No font is needed."""
         share = 1.0 if core else len(CORE_NAMES) / len(NAMES)
         drawn = [cls(seed, held_out=True, shares={kind: 1.0}, core_share=share) for kind in PROMPT_KINDS]
         rows = (drawn[i % len(drawn)].specs([i]) for i in range(count))

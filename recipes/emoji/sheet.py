@@ -72,7 +72,7 @@ PROMPTS = (
     "a cow below a heart on a white background *",
     "a snowman under a shoe on a green background *",
     "a snake below a moon on an orange background *",
-    # inside, next to; two of the other objects beside one of the core set
+    # inside, next to; two of the other objects, each next to one of the core set
     "a key inside a heart on a white background *",
     "a bee inside a house on a blue background *",
     "a fish inside a balloon on a yellow background *",

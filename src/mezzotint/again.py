@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MAX_FILES = 10_000  # per folder, in the search for an input picture
 PICTURE_SUFFIXES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")
-# fields whose resolved values depend on another field; they are resolved anew when that field is overridden
+# fields whose resolved values depend on another field; they are resolved again if that field is overridden
 DEPENDENT_FIELDS = {
     "sampler": ("spacing", "sigmas", "timesteps", "eta", "guidance_scale"),
     "spacing": ("sigmas", "timesteps"),

@@ -197,7 +197,7 @@ class Request(BaseModel):
     seamless: str | None = _optional("x, y or xy, the directions in which the picture tiles", pattern="^(x|y|xy)$")
     variation_seed: int | None = _optional("a whole number from 0 to 2**64 - 1", ge=0, le=MAX_SEED)
     variation_strength: Share | None = _optional(
-        "a number from 0 to 1: how far the noise is turned towards that of variation_seed"
+        "a number from 0 to 1: how far the noise is interpolated to that of variation_seed"
     )
     seed_size: tuple[Side, Side] | None = _optional(
         f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"

@@ -25,7 +25,17 @@ from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.io import from_pil
 from mezzotint.report import page
 from mezzotint.report.measure import REFERENCE, Settings, measure
-from mezzotint.report.statistics import CHECK_ROW, Curve, Distance, Point, Row, claim, curves, recommend, residual
+from mezzotint.report.statistics import (
+    CHECK_ROW,
+    Curve,
+    Distance,
+    Point,
+    Row,
+    check_claim,
+    make_curves,
+    measure_residual,
+    recommend,
+)
 from mezzotint.request import Request
 from mezzotint.result import Result
 
@@ -46,7 +56,7 @@ def row(own: Cloud, reference: Cloud, *, stochastic: bool = False, prompt: str =
 
 
 def one_point(rows: Sequence[Row]) -> Point:
-    (curve,) = curves(rows)
+    (curve,) = make_curves(rows)
     (point,) = curve.points
     return point
 
@@ -103,9 +113,9 @@ def test_curves_leave_out_what_failed_and_the_check() -> None:
         {"sampler": "x", "steps": 5, "prompt": "b", "failure": "it ran away"},
         {"sampler": "y", "steps": 5, "prompt": "b", "failure": "it ran away"},
     ]
-    (curve,) = curves(rows)
+    (curve,) = make_curves(rows)
     assert [(point.steps, point.seconds) for point in curve.points] == [(10, 2.0)]
-    assert residual(rows).steps == 250
+    assert measure_residual(rows).steps == 250
     assert page.notes(rows)[1:] == ["Left out: x at 5 steps: it ran away", "Left out: y at 5 steps: it ran away"]
     doubtful, good = (page.notes([row(a, a + moved, sampler=CHECK_ROW)]) for moved in (0.1, 0.01))
     assert doubtful == ["The reference itself is only accurate to 7 %; use more reference steps."] and good == []
@@ -176,27 +186,29 @@ def test_not_told_from_chance_is_not_near() -> None:
 )
 def test_the_claim_is_judged_by_the_curves(ddpm: dict[int, float], verdict: str) -> None:
     ours = curve("dpmpp_2m", {10: 0.2, 15: 0.18, 30: 0.05})
-    said = claim([ours, curve("ddpm", ddpm, stochastic=True)])
-    assert verdict in said
-    assert f"dpmpp_2m at 15 steps 18 %, ddpm at 50 {100 * ddpm[50]:.0f} %" in said
+    sentence = check_claim([ours, curve("ddpm", ddpm, stochastic=True)])
+    assert verdict in sentence
+    assert f"dpmpp_2m at 15 steps 18 %, ddpm at 50 {100 * ddpm[50]:.0f} %" in sentence
 
 
 def test_the_claim_needs_its_steps() -> None:
     ours = curve("dpmpp_2m", {10: 0.1})
     for found in ([ours], [curve("ddpm", {30: 0.2})], [ours, curve("ddpm", {10: 0.2, 20: 0.2, 60: 0.1})]):
-        assert "was not measured" in claim(found)
+        assert "was not measured" in check_claim(found)
 
 
 def test_the_claim_is_judged_where_chance_hides_nothing_that_matters() -> None:
-    def said(ours: float, ddpm: float, noise: float) -> str:
+    def verdict_on(ours: float, ddpm: float, noise: float) -> str:
         other = curve("ddpm", {30: ddpm}, stochastic=True, noise=noise)
-        return claim([curve("dpmpp_2m", {10: ours}, noise=0.02), other])
+        return check_claim([curve("dpmpp_2m", {10: ours}, noise=0.02), other])
 
-    assert "does not hold" in said(0.25, 0.06, 0.08)  # ddpm is at most 10 % away
-    assert "ddpm at 30 at most 20 %" in said(0.25, 0.12, 0.16) and "cannot be judged" in said(0.25, 0.12, 0.16)
-    hidden = said(0.08, 0.12, 0.3)  # at its best ddpm is 8 % nearer
+    assert "does not hold" in verdict_on(0.25, 0.06, 0.08)  # ddpm is at most 10 % away
+    assert "ddpm at 30 at most 20 %" in verdict_on(0.25, 0.12, 0.16) and "cannot be judged" in verdict_on(
+        0.25, 0.12, 0.16
+    )
+    hidden = verdict_on(0.08, 0.12, 0.3)  # at its best ddpm is 8 % nearer
     assert "holds on this model, to within 10 %, even if ddpm is as close as its uncertainty allows." in hidden
-    assert "cannot be judged" in said(0.099, 0.12, 0.3)  # two standard deviations of ours are above 10 %
+    assert "cannot be judged" in verdict_on(0.099, 0.12, 0.3)  # two standard deviations of ours are above 10 %
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -254,8 +266,8 @@ def test_rows_are_what_the_pipeline_draws(sd1: mezzotint.Pipeline, measured: tup
 
 def test_errors_fall_towards_the_reference(sd1: mezzotint.Pipeline, tmp_path: Path) -> None:
     rows = measure(sd1, Settings(("a lemon",), ("euler/karras",), (4, 16), seeds=2, reference_steps=80), tmp_path)
-    ((coarse, fine),) = (curve.points for curve in curves(rows))
-    assert coarse.latents.error > 1.5 * fine.latents.error > 4 * residual(rows).latents.error
+    ((coarse, fine),) = (curve.points for curve in make_curves(rows))
+    assert coarse.latents.error > 1.5 * fine.latents.error > 4 * measure_residual(rows).latents.error
 
 
 def test_finished_rows_are_never_run_again(
@@ -352,7 +364,7 @@ def test_a_sampler_that_fails_leaves_the_others(
     monkeypatch.setattr(sd1, "generate", diverges)
     monkeypatch.setattr(sd1, "plan", rejects)
     rows = measure(sd1, SETTINGS, tmp_path)
-    assert [(curve.name, [point.steps for point in curve.points]) for curve in curves(rows)] == [
+    assert [(curve.name, [point.steps for point in curve.points]) for curve in make_curves(rows)] == [
         ("euler", [3]),
         ("ddpm", [1, 3]),
     ]
@@ -372,7 +384,7 @@ def test_the_report_is_whole(measured: tuple[Path, list[Row]], folder: Path) -> 
     rows = [row | {"prompt": "a <lemon>"} for row in measured[1]]
     record = page.write(folder, rows, settings)
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record))
-    assert record["recommendation"] == recommend(page.ranked(curves(rows)))
+    assert record["recommendation"] == recommend(page.ranked(make_curves(rows)))
     html = (folder / "report.html").read_text()
     assert record["recommendation"] in html and "a &lt;lemon&gt;" in html and "<lemon>" not in html
     assert "http" not in html and "<script" not in html

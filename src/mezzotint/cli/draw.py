@@ -107,7 +107,7 @@ def generate(
         str | None, option("Draw a picture that tiles in these directions.", "x|y|xy", SAMPLING)
     ] = None,
     variation_strength: Annotated[
-        float | None, option("How far to turn the noise towards that of another seed, 0 to 1.", "X", SAMPLING)
+        float | None, option("How far to interpolate the noise to that of another seed, 0 to 1.", "X", SAMPLING)
     ] = None,
     variation_seed: Annotated[int | None, option("That other seed.", "N", SAMPLING, default="random")] = None,
     seed_size: Annotated[

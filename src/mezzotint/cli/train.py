@@ -120,7 +120,7 @@ def _progress(total: int) -> Iterator[Callable[[Report], None]]:
 
         def line(report: Report) -> None:
             if report.step % EVERY == 0 or report.validation is not None:
-                say(f"{report.step:,} of {total:,} steps, {_told(report)}")
+                say(f"{report.step:,} of {total:,} steps, {_describe(report)}")
 
         yield line
         return
@@ -130,9 +130,9 @@ def _progress(total: int) -> Iterator[Callable[[Report], None]]:
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda report: bar.update(task, completed=report.step, description=_told(report))
+        yield lambda report: bar.update(task, completed=report.step, description=_describe(report))
 
 
-def _told(report: Report) -> str:
-    held = "" if report.validation is None else f", validation {report.validation:.4f}"
-    return f"loss {report.loss:.4f}{held}, {report.rate:.3g} pictures/s"
+def _describe(report: Report) -> str:
+    validation = "" if report.validation is None else f", validation {report.validation:.4f}"
+    return f"loss {report.loss:.4f}{validation}, {report.rate:.3g} pictures/s"

@@ -46,9 +46,9 @@ def page(explanation: Explanation, picture: int = 0) -> Image.Image:
     main = _resize(image, 2 * TILE + GAP)
     cell, line = (max((tile.height for tile in some), default=0) + GAP for some in (tiles, small))
     # the picture takes two columns; the words are to the right of it, then below it
-    beside = 2 * (-(-(main.height + GAP) // cell) if tiles else 1)
-    spots = [(2 + k % 2, k // 2) for k in range(beside)]
-    spots += [(k % COLUMNS, beside // 2 + k // COLUMNS) for k in range(len(tiles))]
+    side_tiles = 2 * (-(-(main.height + GAP) // cell) if tiles else 1)
+    spots = [(2 + k % 2, k // 2) for k in range(side_tiles)]
+    spots += [(k % COLUMNS, side_tiles // 2 + k // COLUMNS) for k in range(len(tiles))]
     top = head.height
     bottom = top + max(main.height + GAP, *((row + 1) * cell for _, row in spots[: len(tiles)]), 0)
     notes = [

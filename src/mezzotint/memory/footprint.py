@@ -2,8 +2,8 @@
 
     predict(model, request, placement)   ->  MemoryEstimate: the peak of each stage of a run, in bytes
 
-`model` is a `ModelHeaders`, which is read from the headers of the files and the configs. No weight is read and no network
-runs with data.
+`model` is a `ModelHeaders`, which is read from the headers of the files and the configs. No weight is read and no
+network runs with data.
 
 The peak of a stage is the sum of
 

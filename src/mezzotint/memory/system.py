@@ -1,6 +1,6 @@
 """Free memory of the system, memory of this process, and how freed memory is returned. Does not import torch.
 
-The numbers are Linux's (/proc, cgroups); elsewhere `resident` and `available` say 0 and None.
+The numbers are Linux's (/proc, cgroups); on other systems `resident` and `available` return 0 and None.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class TensorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes = {t.untyped_storage()._cdata: 0 for t in tensors}
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # else the first operation imports torch's compiler: 2 s and 80 MB
+    def _should_skip_dynamo(cls) -> bool:  # otherwise the first operation imports torch's compiler: 2 s and 80 MB
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

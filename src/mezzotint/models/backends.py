@@ -7,7 +7,7 @@
 | sliced | the same over a few heads and queries at a time, so many that their scores fit a number of bytes | yes |
 | xformers, flash | the memory-efficient kernels of xformers and of flash-attn; CUDA | yes |
 | sage | SageAttention: queries and keys in int8; CUDA | no |
-| auto | xformers where it is installed and can, else sdpa; never raises | yes |
+| auto | xformers if it is installed and supports the call, otherwise sdpa; never raises | yes |
 
 What a package cannot do (a mask, a device, a dtype, a head size) sdpa does instead, with one line in the log a reason.
 """
@@ -37,7 +37,7 @@ log = logging.getLogger("mezzotint")
 
 @dataclass(frozen=True)
 class Backend:
-    """One way, as chosen: its name, and for `sliced` the bytes that the scores may take."""
+    """A chosen backend: its name, and for `sliced` the bytes that the scores may take."""
 
     name: str = "auto"
     bytes: int = DEFAULT_SLICE_BYTES
@@ -100,7 +100,7 @@ def sliced(
     """`plain`, exactly, in float32 at least, a slice of heads and queries at a time.
 
     The scores of one slice are one table of at most `size` bytes, but of one query's Tk scores at least. Where
-    gradients flow, each slice is computed again on the way back, and its three tables share `size`.
+    gradients flow, each slice is computed again in the backward pass, and its three tables share `size`.
     """
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -276,7 +276,7 @@ def _import(name: str) -> Any:
         if name != "xformers" or broken is None:
             return module
         why = str(broken)
-    except Exception as error:  # a package for another torch fails in whatever way it comes upon first
+    except Exception as error:  # a package built for another torch may raise anything
         why = str(error) or type(error).__name__
     why = " ".join(why.split()).partition(" Please ")[0][:300]
     return f"{_version(name)} does not work with torch {torch.__version__} ({why}): {package.install} for this torch"

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: blocks whose activations are not kept for the way back but computed again there.
+"""Gradient checkpointing: the activations of some blocks are not kept for the backward pass, but computed again in it.
 
     with checkpointing(unet), checkpointing(text_encoder, every=2):
         loss = ...
@@ -88,7 +88,7 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     def computed(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
-        # on a GPU the way back has a thread of its own, which knows nothing of this one's attention backend
+        # on a GPU the backward pass runs in another thread, where this thread's attention backend is not set
         context = copy_context()
         return checkpoint(lambda *x, **y: context.copy().run(forward, *x, **y), *inputs, use_reentrant=False, **named)
 

@@ -1,12 +1,12 @@
 """The VAE layer by layer, each layer in strips of rows: the same pixels and latents from less memory.
 
-The whole way holds, at its worst layer, what goes in, that normalised, and what comes out. Here a group norm's mean and
-variance come from a first pass over the layer's input; then norm, SiLU and convolution make one strip of rows after
-another, from those rows and the ones next to them, and a residual is added where its input lies. So no more is held
-than a layer's input, its output and a few strips: It is exact; what is
-left is the order of float sums, about 1e-6 of the range in float32.
+Run whole, the largest layer keeps its input, the normalized input and its output in memory. In strips, the mean and
+variance of a group norm are computed in a first pass over the layer's input. Norm, SiLU and convolution then compute
+one strip of rows at a time, from these rows and their neighbours, and a residual is added in place. Memory holds a
+layer's input, its output and a few strips. The result is exact up to the order of float sums, about 1e-6 of the range
+in float32.
 
-A batch goes one picture after another. No gradients are kept. `seamless` holds as it does in the whole way.
+The pictures of a batch are processed one by one, without gradients. `seamless` applies as in the whole VAE.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from mezzotint.models.attention import attention
 from mezzotint.models.convolution import joined, pad
 from mezzotint.models.vae import VAE, Downsample, MidBlock, Posterior, ResnetBlock, SpatialAttention, Upsample
 
-STRIP = 2**21  # elements of a strip where it is widest: 8 MiB in float32, little beside a layer of a large picture
+STRIP = (
+    2**21
+)  # elements of a strip where it is widest: 8 MiB in float32, little compared with a layer of a large picture
 T = TypeVar("T")
-Moments = Callable[[nn.GroupNorm, Tensor], tuple[Tensor, Tensor]]  # of a norm and its input: mean, variance (groups,)
-Part = Callable[[Tensor], Tensor]  # some rows -> those rows, each value by itself
+Moments = Callable[[nn.GroupNorm, Tensor], tuple[Tensor, Tensor]]  # norm, its input -> mean, variance (groups,)
+Part = Callable[[Tensor], Tensor]  # rows -> rows, elementwise
 
 
 @torch.no_grad()
@@ -71,24 +73,24 @@ def _exact(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Strips:
-    """How a layer is computed. A method owns its input x, (1, C, h, w), and may write its result there.
+    """Computes layers strip by strip. A method owns its input x, (1, C, h, w), and may overwrite it with its result.
 
     Attributes:
-        strip: About how many elements a strip has.
-        moments: Where group norms take their mean and variance from; None: from all rows of their input.
+        strip: The approximate number of elements of a strip.
+        moments: Computes the mean and variance of group norms; None computes them over all rows of the input.
     """
 
     strip: int = STRIP
     moments: Moments | None = None
 
     def each(self, pieces: Sequence[T]) -> Sequence[T]:
-        """Return the strips or tiles to compute: all. The memory planner takes the first few, without data."""
+        """Return the strips or tiles to compute: all of them. The memory planner overrides this to compute a few."""
         return pieces
 
     def measure(self, norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each of the norm's groups over all rows of x (1, C, h, w), at least in float32.
 
-        The moments of strips and channels are combined as in Chan et al. 1983, eq. 2.1: no difference of large sums.
+        The moments of strips and channels are combined by Chan et al. 1983, eq. 2.1, which avoids cancellation.
         """
         each = x.shape[1] // norm.num_groups
         parts = self.each(torch.split(x, strip_rows(x.shape[1], x.shape[3], self.strip), dim=2))
@@ -117,7 +119,7 @@ class Strips:
         return activate
 
     def layer(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """One of the layers between conv_in and conv_norm_out."""
+        """Compute one of the layers between conv_in and conv_norm_out."""
         match layer:
             case ResnetBlock():
                 return self.resnet(layer, x)
@@ -131,10 +133,10 @@ class Strips:
                 return self.convolve(layer.conv, x, scale=2)
             case Downsample():
                 return self.convolve(layer.conv, x)
-        raise TypeError(f"no layer of the VAE: {type(layer).__name__}")
+        raise TypeError(f"{type(layer).__name__} is not a layer of the VAE")
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, prepare: Part | None = None, scale: int = 1) -> Tensor:
-        """Convolve x, or what `prepare` makes of it, with each pixel first repeated `scale` times."""
+        """Convolve x, prepared by `prepare` and upsampled by repeating each pixel `scale` times."""
         size = (1, conv.out_channels, *(scale * side // conv.stride[0] for side in x.shape[2:]))
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for rows, part in self._parts(conv, x, prepare, scale):
@@ -171,13 +173,13 @@ class Strips:
     def _parts(
         self, conv: nn.Conv2d, x: Tensor, prepare: Part | None, scale: int = 1
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the convolution's rows strip by strip from the top, each with its position.
+        """Yield the convolution's output strip by strip from the top, each with its rows.
 
-        What the next strip is made of is read before one is given away, so that it may be written where x is.
+        The input of the next strip is read before a strip is yielded, so that the caller may overwrite x.
         """
-        weight, bias = conv.weight, conv.bias  # asked for once: a layer may make them anew each time
+        weight, bias = conv.weight, conv.bias  # read once: an offloaded layer loads them at each access
         stride, kernel, before = conv.stride[0], conv.kernel_size[0], int(conv.padding[0])
-        after = before or stride - 1  # Downsample's one cell is on the right and below
+        after = before or stride - 1  # Downsample pads one cell on the right and below
         height = scale * x.shape[2] // stride
         step = strip_rows(max(x.shape[1], conv.out_channels), scale * x.shape[3], self.strip)
         edges = (x[:, :, -1:].clone(), x[:, :, :1].clone()) if "y" in joined.get() else None
@@ -204,7 +206,7 @@ def _positions(x: Tensor) -> Tensor:
 def _rows(
     x: Tensor, first: int, last: int, prepare: Part | None, scale: int, edges: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Rows first to last of the prepared and repeated x; beyond its sides zeros, or `edges`, prepared, where given."""
+    """Return rows first to last of x, prepared and upsampled; outside of x they are zeros, or `edges` if given."""
     top, bottom = first // scale, -(-last // scale)
     above, below = max(-top, 0), max(bottom - x.shape[2], 0)
     h = x[:, :, top + above : bottom - below]

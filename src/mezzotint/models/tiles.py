@@ -1,13 +1,13 @@
-"""The VAE in overlapping tiles: pixels and latents almost the same, from about what one tile needs.
+"""The VAE in overlapping tiles: almost the same pixels and latents, from about the memory of one tile.
 
-The layers near the latents, where a picture is small, are done on the whole of it, exactly, in strips: the middle with
-its attention, and as many more as need no more than a tile does (`untiled_layers`). The others are tiled. They
-are convolutions, which see few neighbours, and group norms, whose mean and variance are the whole picture's: tiles that
-took their own would differ in colour and contrast, and the seams would show. So these are measured once, on a copy of
-the picture with rows and columns left out until it is of a tile's size, and are the same in every tile. What is left of
-the error is in those measures: a slight change over the whole picture, without seams. Overlaps are blended.
+The layers near the latents, where the feature maps are small, run on the whole picture, exactly, in strips: the middle
+with its attention, and as many others as need no more memory than a tile (`untiled_layers`). The others are tiled. They
+are convolutions, which depend on few neighbours, and group norms, which need the mean and variance of the whole
+picture: with each tile's own, tiles would differ in colour and contrast, and seams would be visible. So these are
+measured once, on a copy of the picture subsampled to the size of a tile, and used in every tile. The remaining error
+comes from these measures: a slight change over the whole picture, without seams. Overlaps are blended.
 
-A batch goes one picture after another. No gradients are kept. `seamless` holds as it does in the whole way.
+The pictures of a batch are processed one by one, without gradients. `seamless` applies as in the whole VAE.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ from mezzotint.models.vae import VAE, Downsample, Posterior
 TILE = 64  # latents along a side of a tile
 OVERLAP = 16  # of them shared with the next one
 Half = Literal["encode", "decode"]
-Layers = Callable[[Strips, Tensor], Tensor]  # those that are tiled
+Layers = Callable[[Strips, Tensor], Tensor]  # the tiled layers
 
 
 @torch.no_grad()
 def decode_in_tiles(vae: VAE, z: Tensor, tile: int = TILE, overlap: int = OVERLAP, strip: int = STRIP) -> Tensor:
-    """About what `vae.decode` gives of z (B, 4, h, w): pixels (B, 3, 8h, 8w).
+    """Decode z (B, 4, h, w) to about the pixels (B, 3, 8h, 8w) of `vae.decode`.
 
-    tile: its side in latents. overlap: those shared with the next one, at most a quarter of it. strip: as in strips.
+    Args:
+        vae: The autoencoder.
+        z: Unscaled latents.
+        tile: The side of a tile in latents.
+        overlap: The latents shared with the next tile, at most a quarter of `tile`.
+        strip: As in `decode_in_strips`.
     """
     return torch.cat([decode_one(Strips(strip), vae, one, tile, overlap) for one in torch.split(z, 1)])
 
@@ -46,7 +51,7 @@ def decode_in_tiles(vae: VAE, z: Tensor, tile: int = TILE, overlap: int = OVERLA
 def encode_in_tiles(
     vae: VAE, pixels: Tensor, tile: int = TILE, overlap: int = OVERLAP, strip: int = STRIP
 ) -> Posterior:
-    """Return about what `vae.encode` makes of pixels (B, 3, H, W) in [-1, 1]."""
+    """Encode pixels (B, 3, H, W) in [-1, 1] to about the posterior of `vae.encode`."""
     return Posterior.from_moments(
         torch.cat([encode_one(Strips(strip), vae, one, tile, overlap) for one in torch.split(pixels, 1)])
     )
@@ -95,9 +100,12 @@ def encode_one(strips: Strips, vae: VAE, pixels: Tensor, tile: int = TILE, overl
 def _in_tiles(
     layers: Layers, strips: Strips, x: Tensor, tile: int, overlap: int, cells_in: int, cells_out: int
 ) -> Tensor:
-    """Return `layers` of x (1, C, h, w), tile by tile; `cells_in`, `cells_out`: of a latent's side, in x and result."""
+    """Compute `layers` on x (1, C, h, w) tile by tile.
+
+    `cells_in` and `cells_out` are the pixels along the side of one latent, in x and in the result.
+    """
     moments, channels = _measure(layers, strips, x, tile * cells_in)
-    # joined sides go on with what lies opposite; what is made of that is cut off at the end
+    # seamless sides are padded with the opposite side, and the padding is cropped at the end
     down, across = (
         min(overlap, length // cells_in) if axis in joined.get() else 0
         for axis, length in zip("yx", x.shape[2:], strict=True)

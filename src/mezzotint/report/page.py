@@ -18,7 +18,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.report.measure import CHECK, REFERENCE, Settings, thumbnail
-from mezzotint.report.statistics import NEAR, Curve, Distance, Point, Row, claim, curves, percent, recommend, residual
+from mezzotint.report.statistics import (
+    NEAR,
+    Curve,
+    Distance,
+    Point,
+    Row,
+    as_percent,
+    check_claim,
+    make_curves,
+    measure_residual,
+    recommend,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,11 +69,11 @@ def write(folder: Path, rows: Sequence[Row], settings: Settings) -> dict[str, An
     Returns:
         The content of report.json.
     """
-    found = ranked(curves(rows))
-    check = residual(rows)
+    found = ranked(make_curves(rows))
+    check = measure_residual(rows)
     report = {
         "recommendation": recommend(found),
-        "claim": claim(found),
+        "claim": check_claim(found),
         "settings": asdict(settings),
         "model": rows[0]["model"],
         "reference": {"sampler": REFERENCE, "steps": settings.reference_steps, "residual": asdict(check)},
@@ -99,8 +110,8 @@ def ranked(found: Sequence[Curve]) -> list[Curve]:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """Return warnings: a reference that has not converged, and runs that failed."""
-    error = residual(rows).latents.error
-    doubt = [f"The reference itself is only accurate to {percent(error)}; use more reference steps."]
+    error = measure_residual(rows).latents.error
+    doubt = [f"The reference itself is only accurate to {as_percent(error)}; use more reference steps."]
     steps: dict[tuple[str, str], dict[int, None]] = {}
     for row in rows:
         if "failure" in row:
@@ -149,7 +160,7 @@ def chart(found: Sequence[Curve], check: Point, x: str, label: str) -> bytes:
         axes.set_xlabel(label)
         axes.set_title(title, loc="left", fontsize=11)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: percent(value))
+        axes.yaxis.set_major_formatter(lambda value, _: as_percent(value))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_minor_locator(NullLocator())
@@ -275,12 +286,12 @@ def page(report: Row, found: Sequence[Curve], check: Point, settings: Settings, 
 <p>{escape(report["claim"])}</p>
 {notes}
 <h2>Distance from converged</h2>
-<p>100 % is the distance of another seed's picture. The dotted line is at {percent(NEAR)}, which counts as converged. A
-hollow mark is an upper bound: the distance is within chance, and may be smaller. In parentheses, for comparison, is a
+<p>100 % is the distance of another seed's picture. The dotted line is at {as_percent(NEAR)}, which counts as converged.
+A hollow mark is an upper bound: the distance is within chance, and may be smaller. In parentheses, for comparison, is a
 sampler that adds no noise, measured like those that do.</p>
 <img alt="Distance from converged against model calls" src="{images["calls"]}">
 <div class="wide"><table>
-<tr><th>sampler</th><th>calls to {percent(NEAR)}</th><th>seconds</th>{"".join(f"<th>{n}</th>" for n in steps)}</tr>
+<tr><th>sampler</th><th>calls to {as_percent(NEAR)}</th><th>seconds</th>{"".join(f"<th>{n}</th>" for n in steps)}</tr>
 {"".join(_table_row(curve, settings) for curve in found)}
 </table></div>
 <p class="quiet">For each number of steps: the distance of the latents and, in small type, of the pictures. &sim;: adds
@@ -293,7 +304,7 @@ noise, and is compared by distribution; &le;: an upper bound, since the distance
 <h2>How this was measured</h2>
 <ul>
 <li><b>Converged</b> means {REFERENCE} with {settings.reference_steps} steps, over all noise levels that the model was
-trained on. {CHECK} with half the steps ends {percent(check.latents.error)} from it
+trained on. {CHECK} with half the steps ends {as_percent(check.latents.error)} from it
 ({check.pictures.error * check.pictures.unit:.2g} levels of 255); smaller distances, shaded in the charts, cannot be
 resolved.</li>
 <li><b>Samplers that add no noise</b> are compared with the converged picture from the same starting noise: root mean
@@ -305,7 +316,7 @@ ones. The distance is the root of the energy distance between the two sets of se
 each prompt. If all pictures were moved a tenth of the way to those of another seed, it would be 10 %. It detects
 pictures that are shifted, blurred or too similar, but not fine detail, nor which picture is better. With few seeds it
 is imprecise; distances of up to two standard deviations count as chance. In the sentence on DDPM, equal means not
-farther by more than {percent(NEAR)} at the ends of the confidence intervals (non-inferiority, Schuirmann 1987).</li>
+farther by more than {as_percent(NEAR)} at the ends of the confidence intervals (non-inferiority, Schuirmann 1987).</li>
 <li><b>100 %</b> is the mean distance between the converged pictures of two seeds:
 {check.latents.unit:.3g} for latents, {check.pictures.unit:.3g} levels of 255 for pictures.</li>
 <li><b>Calls</b> are those of the UNet; the prompt and the negative prompt together count as one. <b>Seconds</b> are for
@@ -340,8 +351,8 @@ def _cell(curve: Curve, point: Point | None) -> str:
 def _format_distance(curve: Curve, distance: Distance) -> str:
     """Format a distance in the table."""
     if not curve.stochastic:
-        return percent(distance.error)
-    return f"{'' if distance.significant else '&le; '}{percent(distance.bound)}"
+        return as_percent(distance.error)
+    return f"{'' if distance.significant else '&le; '}{as_percent(distance.bound)}"
 
 
 def _count(prompts: Sequence[str]) -> str:

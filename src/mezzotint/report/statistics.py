@@ -1,6 +1,6 @@
 """Statistics of a sampler report: distances from the converged pictures, one curve per sampler, and conclusions.
 
-    curves(rows) -> list[Curve]                 the statistics
+    make_curves(rows) -> list[Curve]                 the statistics
     recommend(curves), claim(curves) -> str     the conclusions
 
 All distances are in units of the mean distance between the reference's pictures of two seeds. A sampler that adds no
@@ -47,7 +47,7 @@ class Distance:
 
     @property
     def significant(self) -> bool:
-        """Return whether `shift` is more than chance explains."""
+        """Return whether `shift` exceeds the noise of the estimate."""
         return self.shift > self.noise
 
     @property
@@ -106,7 +106,7 @@ class Curve:
         return self.stochastic and not last.significant and last.bound > near
 
 
-def curves(rows: Iterable[Row]) -> list[Curve]:
+def make_curves(rows: Iterable[Row]) -> list[Curve]:
     """Return a curve for each sampler, in the order of the rows, without steps that failed on a prompt."""
     groups: dict[str, dict[int, list[Row]]] = {}
     for row in rows:
@@ -117,22 +117,24 @@ def curves(rows: Iterable[Row]) -> list[Curve]:
         whole = [group for _, group in sorted(by_steps.items()) if not any("failure" in row for row in group)]
         if whole:
             first = whole[0][0]
-            found.append(Curve(name, first["solver"], first["stochastic"], tuple(map(_point, whole))))
+            found.append(Curve(name, first["solver"], first["stochastic"], tuple(map(_make_point, whole))))
     return found
 
 
-def residual(rows: Iterable[Row]) -> Point:
+def measure_residual(rows: Iterable[Row]) -> Point:
     """Return the distance of the check's solver from the reference, which estimates the reference's own error."""
-    return _point([row for row in rows if row["sampler"] == CHECK_ROW])
+    return _make_point([row for row in rows if row["sampler"] == CHECK_ROW])
 
 
-def _point(rows: Sequence[Row]) -> Point:
+def _make_point(rows: Sequence[Row]) -> Point:
     """Return the results of one sampler at one number of steps, averaged over the prompts."""
     calls, seconds = (float(np.mean([row[name] for row in rows])) for name in ("calls", "seconds"))
-    return Point(rows[0]["steps"], calls, seconds, _distance(rows, "latents"), _distance(rows, "pictures"))
+    return Point(
+        rows[0]["steps"], calls, seconds, _measure_distance(rows, "latents"), _measure_distance(rows, "pictures")
+    )
 
 
-def _distance(rows: Sequence[Row], space: Space) -> Distance:
+def _measure_distance(rows: Sequence[Row], space: Space) -> Distance:
     """Return the mean error and the energy distance between the distributions (Szekely and Rizzo 2013).
 
     For samples s of the sampler and r of the reference, the energy distance is 2 E|s - r'| - E|s - s'| - E|r - r'|. It
@@ -159,10 +161,10 @@ def _distance(rows: Sequence[Row], space: Space) -> Distance:
     return Distance(float(np.mean(errors)), shift, noise, float(np.mean(spreads)), float(np.mean(units)))
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- conclusions -----------------------------------------------------------------------------------------------------
 
 
-def percent(part: float) -> str:
+def as_percent(part: float) -> str:
     """Format a fraction as a percentage: 0.0823 -> "8 %", 0.0082 -> "0.8 %"."""
     return f"{100 * part:.{0 if part >= 0.0095 else 1}f} %"
 
@@ -181,13 +183,14 @@ def recommend(curves: Sequence[Curve], near: float = NEAR) -> str:
             ((curve, point) for curve in curves for point in curve.points), key=lambda pair: pair[0].distance(pair[1])
         )
         return (
-            f"No sampler came within {percent(near)} of converged; the closest is {curve.name} at {point.steps} steps "
-            f"({point.calls:g} model calls), at {percent(curve.distance(point))}. Measure more steps."
+            f"No sampler came within {as_percent(near)} of converged; the closest is {curve.name} at "
+            f"{point.steps} steps ({point.calls:g} model calls), at {as_percent(curve.distance(point))}. "
+            "Measure more steps."
         )
     (best, point), *others = reached
     text = (
-        f"{best.name} at {point.steps} steps ({point.calls:g} model calls) is within {percent(best.distance(point))} "
-        f"of converged{', in distribution' if best.stochastic else ''}"
+        f"{best.name} at {point.steps} steps ({point.calls:g} model calls) is within "
+        f"{as_percent(best.distance(point))} of converged{', in distribution' if best.stochastic else ''}"
     )
     needs = [
         f"{curve.name} needs {point.steps}" + (f" ({point.calls:g} calls)" if point.calls != point.steps else "")
@@ -203,7 +206,7 @@ def recommend(curves: Sequence[Curve], near: float = NEAR) -> str:
     return f"{text}."
 
 
-def claim(curves: Sequence[Curve]) -> str:
+def check_claim(curves: Sequence[Curve]) -> str:
     """Test the claim of Lu et al. (2022b) on DPM-Solver++ and DDPM against the curves.
 
     The test is one of non-inferiority (Schuirmann 1987): DPM-Solver++ counts as equal if, at the ends of the confidence
@@ -227,20 +230,21 @@ def claim(curves: Sequence[Curve]) -> str:
     elif all(farther):
         verdict = "does not hold on this model"
     else:
-        verdict = f"holds {'' if all(equal) else 'in part '}on this model, to within {percent(NEAR)}"
+        verdict = f"holds {'' if all(equal) else 'in part '}on this model, to within {as_percent(NEAR)}"
         if not all(other.significant for *_, other in pairs):
             verdict += f", even if {ddpm.name} is as close as its uncertainty allows"
     figures = [
-        f"{ours.name} at {n} steps {_shift(one)}, {ddpm.name} at {m} {_shift(other)}" for n, one, m, other in pairs
+        f"{ours.name} at {n} steps {_format_shift(one)}, {ddpm.name} at {m} {_format_shift(other)}"
+        for n, one, m, other in pairs
     ]
     return (
         f"The published claim that {words} {verdict}. Distance from the converged distribution: {'; '.join(figures)}."
     )
 
 
-def _shift(distance: Distance) -> str:
+def _format_shift(distance: Distance) -> str:
     """Format a distance between distributions."""
-    return f"{'' if distance.significant else 'at most '}{percent(distance.bound)}"
+    return f"{'' if distance.significant else 'at most '}{as_percent(distance.bound)}"
 
 
 def _join(names: Sequence[str], most: int = 6) -> str:

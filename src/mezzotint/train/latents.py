@@ -1,7 +1,7 @@
 """Cached encodings of pictures by the VAE and of captions by text encoders, neither of which is trained here.
 
 Files are named by a hash of everything they depend on, so a cache is never stale, and are written atomically. For a
-picture the posterior's mean and log variance are stored in float32, so that its latents can be sampled anew each epoch.
+picture the posterior's mean and log variance are stored in float32, so that each epoch can sample other latents.
 Pictures and captions are encoded one at a time, so results do not depend on the batch.
 """
 

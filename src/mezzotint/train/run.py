@@ -44,7 +44,7 @@ def run(
     say: Say = lambda line: None,
     on_step: OnStep | None = None,
 ) -> list[Path]:
-    """Train by a recipe, or resume the run that was begun in the folder.
+    """Train by a recipe, or resume the run that was started in the folder.
 
     Args:
         recipe: what to train, on what, and how.

@@ -127,7 +127,7 @@ class TrainableModel(nn.Module):
         """Return the mean loss of a batch plus the weighted loss of class pictures (Ruiz et al. 2022, eq. 2).
 
         Args:
-            batch: pictures to learn; None for a part of a batch that has none.
+            batch: pictures to train on; None for a part of a batch that has none.
             prior: class pictures.
             shares: of parts of batches, their shares of the whole.
         """

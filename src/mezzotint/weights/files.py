@@ -2,8 +2,8 @@
 
 `TensorFile(path)` reads the table of contents only. `read(name)` copies one tensor from the file into fresh memory and
 keeps nothing: no memory map, whose pages would count as ours. `read_into` fills a tensor of another dtype or format in
-small pieces, so that nothing else is held. Threads may share a file. What a file is, is seen in its first bytes, not
-its name.
+small pieces, so that nothing else is held. Threads may share a file. The type of a file is determined by its first
+bytes, not its name.
 
 A safetensors header is held to the format's own rules (github.com/huggingface/safetensors, README "Format"), and to
 smaller bounds of our own, before anything is allocated. PyTorch files are read by torch_files.py, which runs nothing.

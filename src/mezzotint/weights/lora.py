@@ -336,14 +336,14 @@ class _Alphas:
     @classmethod
     def of(cls, file: TensorFile) -> _Alphas:
         text = file.metadata.get(METADATA)
-        beside = file.path.with_name(CONFIG)
-        if text is None and file.path.name.startswith("adapter_model.") and beside.is_file():
+        config = file.path.with_name(CONFIG)
+        if text is None and file.path.name.startswith("adapter_model.") and config.is_file():
             try:
-                text = read_text(beside, limit=MAX_CONFIG_BYTES)
+                text = read_text(config, limit=MAX_CONFIG_BYTES)
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "it is not UTF-8"
-                raise CheckpointError(f"{beside} cannot be read: {reason}") from None
-            configs = {"": _json(beside, text)}
+                raise CheckpointError(f"{config} cannot be read: {reason}") from None
+            configs = {"": _json(config, text)}
         elif text is None:
             configs = {}
         else:

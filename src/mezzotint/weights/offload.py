@@ -36,7 +36,7 @@ class FileWeight(WeightSource):
             file: The file.
             source: Which tensor of it, and how it becomes the parameter.
             shape: Shape of the parameter. The tensor may be a 1x1 convolution's where the parameter is a linear
-                layer's, or the other way round.
+                layer's, or vice versa.
         """
         self.file, self.source, self.shape = file, source, shape
 

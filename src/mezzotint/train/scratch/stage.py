@@ -23,7 +23,7 @@ class Stage:
     """Length and learning rate of a stage.
 
     The rate warms up, stays constant, and falls to 0 over the last `decay` steps. So a run may be extended by resuming
-    it with more `steps` before its decay has begun.
+    it with more `steps` before its decay starts.
     """
 
     steps: int

@@ -25,7 +25,7 @@ class TextToMean(nn.Module):
 def text_losses(model: TextToMean, latents: Tensor, ids: Tensor) -> Losses:
     """Return the mean squared error of scaled latents (B, C, h, w) predicted from each token of ids (B, T) except BOS.
 
-    `last` is the error of the window's last token, which has seen the whole caption.
+    `last` is the error of the window's last token, which attends to the whole caption.
     """
     hidden, _ = model.text_encoder(ids)
     errors = (model.head(hidden[:, 1:]) - latents.flatten(1)[:, None]).square().mean((0, 2))  # (T - 1,)
