@@ -16,7 +16,7 @@ from torch import nn
 from mezzotint.errors import BudgetError
 from mezzotint.memory import planner as memory
 from mezzotint.memory import system, walk
-from mezzotint.memory.footprint import Model
+from mezzotint.memory.footprint import ModelHeaders
 from mezzotint.train import budget
 from mezzotint.train.batches import Batch
 from mezzotint.train.budget import TrainingPlan, offload_placements, plan_training
@@ -37,7 +37,7 @@ def recipe_of(model: Path, method: str = "lora", **fields: Any) -> Recipe:
 
 def plan_of(model: Path, memory: str | int, method: str = "lora", **fields: Any) -> TrainingPlan:
     recipe = recipe_of(model, method, memory=str(memory), **fields)
-    return plan_training(recipe, Model.of(model, device="cpu"), [(40, 40)], [(32, 32)])
+    return plan_training(recipe, ModelHeaders.of(model, device="cpu"), [(40, 40)], [(32, 32)])
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_what_a_step_is_made_of(sd1_folder: Path, base: None) -> None:
 
 
 def test_networks_wait_in_their_files_where_no_step_needs_them(sd1_folder: Path) -> None:
-    model = Model.of(sd1_folder, device="cpu")
+    model = ModelHeaders.of(sd1_folder, device="cpu")
     assert set(offload_placements(recipe_of(sd1_folder), model)) == {"vae", "text_encoder", "text_encoder_2"}
     assert set(offload_placements(recipe_of(sd1_folder, text_encoder=True), model)) == {"vae"}
     assert not offload_placements(recipe_of(sd1_folder, random_crop=True), model)

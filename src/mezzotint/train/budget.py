@@ -30,7 +30,7 @@ from mezzotint.memory.footprint import (
     LIBRARY_MEMORY,
     READ_BUFFER_BYTES,
     TOKENIZER_BYTES_PER_TOKEN,
-    Model,
+    ModelHeaders,
     predict,
 )
 from mezzotint.memory.planner import AUTO_SHARE, HEAP_FACTOR, SAFETY
@@ -158,7 +158,7 @@ class TrainingPlan:
         return "\n".join(lines)
 
 
-def offload_placements(recipe: Recipe, model: Model) -> dict[str, Placement]:
+def offload_placements(recipe: Recipe, model: ModelHeaders) -> dict[str, Placement]:
     """Return the placements of the networks that stay in their files because no training step uses them."""
     if model.device.type != "cpu" or recipe.random_crop or recipe.shuffle_tags:
         return {}
@@ -166,7 +166,9 @@ def offload_placements(recipe: Recipe, model: Model) -> dict[str, Placement]:
     return dict.fromkeys(("vae", *texts), Placement(weights="offload"))
 
 
-def plan_training(recipe: Recipe, model: Model, pictures: Sequence[Size], buckets: Sequence[Size]) -> TrainingPlan:
+def plan_training(
+    recipe: Recipe, model: ModelHeaders, pictures: Sequence[Size], buckets: Sequence[Size]
+) -> TrainingPlan:
     """Plan the fastest way to train within the recipe's memory budget.
 
     Args:
@@ -202,7 +204,7 @@ def plan_training(recipe: Recipe, model: Model, pictures: Sequence[Size], bucket
 class _Run:
     """Predict one recipe on one model."""
 
-    def __init__(self, model: Model, recipe: Recipe, pictures: list[Size], buckets: list[Size]) -> None:
+    def __init__(self, model: ModelHeaders, recipe: Recipe, pictures: list[Size], buckets: list[Size]) -> None:
         self.model, self.recipe, self.pictures, self.buckets = model, recipe, pictures, buckets
         self.cpu = model.device.type == "cpu"
         self.itemsize = model.dtype.itemsize

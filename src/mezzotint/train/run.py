@@ -14,7 +14,7 @@ from PIL import Image
 
 from mezzotint.atomic import report_write_errors, write_atomically
 from mezzotint.errors import RequestError
-from mezzotint.memory.footprint import Model
+from mezzotint.memory.footprint import ModelHeaders
 from mezzotint.models.offload import onload
 from mezzotint.models.unet import UNet
 from mezzotint.pipeline import Pipeline
@@ -71,7 +71,9 @@ def run(
     dataset = open_data(recipe.data, recipe.broken, caption)
     if inversion:
         _check_captions(dataset, recipe.token)
-    model = Model.of(recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision, **recipe.model_options)
+    model = ModelHeaders.of(
+        recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision, **recipe.model_options
+    )
     for notice in model.found.notices:
         tell(notice)
     native = (model.unet.sample_size or 64) * model.vae.downscale
@@ -168,14 +170,16 @@ def draw_samples(model: TrainableModel, folder: Path, step: int) -> None:
         _save_picture(image, folder / f"step-{step:08}-{number}.png")
 
 
-def _load_unet(model: Model, placement: Placement) -> UNet:
+def _load_unet(model: ModelHeaders, placement: Placement) -> UNet:
     part = next(part for part in model.found.parts if part.name == "unet")
     network = cast(UNet, part.network())
     part.load(network, model.dtype, model.device, placement)
     return network
 
 
-def _plan_memory(recipe: Recipe, model: Model, pictures: Sequence[Dataset | None], tell: Say) -> TrainingPlan | None:
+def _plan_memory(
+    recipe: Recipe, model: ModelHeaders, pictures: Sequence[Dataset | None], tell: Say
+) -> TrainingPlan | None:
     """Plan for the recipe's memory budget, if it has one, and print the plan. Raises BudgetError."""
     if recipe.memory is None:
         return None
