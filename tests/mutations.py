@@ -259,7 +259,7 @@ MUTATIONS = [
         "<= MAX_LORA_SCALE",
         "< MAX_LORA_SCALE",
         "tests/weights/test_lora.py",
-        "loras_must_be or what_is_wrong or named_in or words_of",
+        "invalid_loras or what_is_wrong or named_in or words_of",
     ),
     Mutation(
         "run/plan.py", "len(self.all_sigmas) - 1", "len(self.all_sigmas)", "tests/run/test_initial.py", "solver_starts"
@@ -284,7 +284,7 @@ MUTATIONS = [
     ),
     # placement
     Mutation(
-        "placement.py", '(2**10, "KiB")', '(2**11, "KiB")', "tests/memory/test_planner.py", "budget or table_says"
+        "placement.py", '(2**10, "KiB")', '(2**11, "KiB")', "tests/memory/test_planner.py", "budget or table_lists"
     ),
     # request
     Mutation("request.py", "len(value) > 60", "len(value) > 6", "tests/test_request.py", "sentence"),
@@ -458,7 +458,7 @@ MUTATIONS = [
         "gap * (k - (n - 1) / 2)",
         "gap * (k - n / 2)",
         "tests/report/test_report.py",
-        "names_beside or report_is_whole",
+        "names_next_to or report_is_whole",
     ),
     # grid
     Mutation(

@@ -295,7 +295,7 @@ def test_input_pictures_are_found_by_what_they_are(run: Any, orange: Path, scene
     assert run(*verify, "--image", "elsewhere/deep.png").code == 0
 
 
-def test_a_changed_input_picture_is_said(run: Any, orange: Path, scene: Path) -> None:
+def test_a_changed_input_picture_is_reported(run: Any, orange: Path, scene: Path) -> None:
     with Image.open(scene / "scene.png") as image:
         image.transpose(Image.Transpose.ROTATE_90).save(scene / "scene.png")
     ran = run("orange.png", "--verify", "--model", "tiny")

@@ -97,7 +97,7 @@ def test_a_command_that_fails_is_named(bench: ModuleType, tmp_path: Path) -> Non
         bench.run_once([sys.executable, "-c", ""], tmp_path / "none.png", None)
 
 
-def test_a_missing_model_is_said(
+def test_a_missing_model_is_reported(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--rows", "first_picture", "--model", str(tmp_path)])

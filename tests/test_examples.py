@@ -47,7 +47,7 @@ def test_all_are_listed_here() -> None:
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_an_example_is_short_and_says_what_it_is(name: str) -> None:
+def test_an_example_is_short_and_has_a_docstring(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 30
     assert text.startswith('"""') and "mezzotint.load()" in text

@@ -1,4 +1,4 @@
-"""The few-step form of a model: a LoRA beside its mezzotint.json, merged where the solver that it was made for runs."""
+"""The few-step form of a model: a LoRA next to its mezzotint.json, merged if the solver that it was made for runs."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_cells_are_every_combination_and_stand_where_the_axes_say(tmp_path: Path
     assert tuple(sheet[0, 0]) == PAPER
 
 
-def test_labels_are_drawn_beside_the_cells_and_do_not_touch_them(tmp_path: Path) -> None:
+def test_labels_are_next_to_the_cells_and_do_not_touch_them(tmp_path: Path) -> None:
     pipe: Any = FakePipeline()
     words = "lemon,whale with a name that is far too long for one line and " + "w" * 200
     plan = grid.plan_grid(pipe, LEMON, f"prompt={words}", "guidance_scale=3,[9,3]", "sampler=euler,ddim")
@@ -155,7 +155,7 @@ def test_a_cell_is_the_picture_that_generate_draws(sd1: Pipeline, tmp_path: Path
         ('negative_prompt="",dark', None),
     ],
 )
-def test_what_an_axis_says(text: str, values: Any) -> None:
+def test_values_of_an_axis(text: str, values: Any) -> None:
     if values is None:
         with pytest.raises(RequestError, match="a value of negative_prompt is empty"):
             grid.Axis.parse("x", text)

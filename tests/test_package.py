@@ -83,7 +83,7 @@ def test_a_step_and_a_condition_say_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_every_name_is_there_and_says_what_it_is(name: str) -> None:
+def test_every_name_exists_and_is_documented(name: str) -> None:
     public = getattr(mezzotint, name)
     assert (inspect.getdoc(public) or "").strip()
     assert not isinstance(public, type) or public.__module__.startswith("mezzotint.")

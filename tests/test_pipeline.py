@@ -1,4 +1,4 @@
-"""Pipeline: what a run promises whatever the weights. Two tiny models (conftest.py), no oracle; parity is elsewhere."""
+"""Pipeline: the properties of a run with any weights, on two tiny models (conftest.py). For parity see tests/parity."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_noise_of_a_wrong_shape(sd1: Pipeline, shape: tuple[int, ...]) -> None:
 # ---- several requests ------------------------------------------------------------------------------------------------
 
 
-def test_the_default_batch_is_one_on_a_cpu_and_four_elsewhere(sd1: Pipeline) -> None:
+def test_the_default_batch_is_one_on_a_cpu_and_four_on_a_gpu(sd1: Pipeline) -> None:
     assert sd1.resolve(LEMON).batch == 1
     on_gpu = replace(sd1.plan(LEMON).model, device_type="cuda")
     assert plan_run(on_gpu, LEMON).request.batch == 4

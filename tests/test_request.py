@@ -126,7 +126,7 @@ def test_a_result_numbers_several_pictures(tmp_path: Path) -> None:
     assert [io.read_metadata(path)["parameters"] for path in paths] == ["seed 7", "seed 8"]
 
 
-def test_a_result_says_what_it_is() -> None:
+def test_repr_of_a_result() -> None:
     assert repr(result(7)) == "<Result: 1 picture of 16x8, seed 7, 3.2 s, notices: a notice>"
     assert repr(result(7, 8)).startswith("<Result: 2 pictures of 16x8, seeds 7 to 8, ")
 
@@ -146,7 +146,7 @@ def test_none_is_the_models_own() -> None:
     assert {value for name, value in request if name not in ("prompt", "count")} == {None}
 
 
-def test_every_field_says_what_is_right() -> None:
+def test_every_field_has_a_description() -> None:
     assert all(field.description for field in Request.model_fields.values())
 
 

@@ -84,7 +84,7 @@ def test_nothing_of_a_row_is_left_to_chance(tmp_path: Path, sd1: Pipeline) -> No
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_row_that_is_no_request_says_why_and_the_next_is_read(tmp_path: Path, line: bytes, sentence: str) -> None:
+def test_an_invalid_row_gives_a_reason_and_the_next_is_read(tmp_path: Path, line: bytes, sentence: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "first"}\n\n' + line + b'\r\n{"prompt": "last", "seed": null}')
     first, wrong, last = rows.read(path, {})

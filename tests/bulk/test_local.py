@@ -1,4 +1,4 @@
-"""Bulk: which files come of a file of requests, whatever happens on the way."""
+"""Bulk: which files a file of requests gives, whatever happens during the run."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def command(
     torch.set_num_threads(threads)
 
 
-def test_what_the_command_says(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_the_command(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "p.jsonl", [{"prompt": f"lemon {k}"} for k in range(7)])
     code, out, err = command("p.jsonl", "--out", "out", "--threads", "1", "--json")
     record = json.loads(out)
@@ -374,7 +374,7 @@ def test_what_the_command_says(command: Any, tmp_path: Path, monkeypatch: pytest
         ("p.jsonl --out out --engine ray", 2, "--engine ray needs Ray: pip install 'mezzotint[scale]'"),
     ],
 )
-def test_what_is_wrong_is_said_before_a_model_is_loaded(
+def test_errors_are_raised_before_a_model_is_loaded(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, code: int, sentence: str
 ) -> None:
     def load(*_: Any, **__: Any) -> None:
@@ -414,7 +414,7 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
     def resolve(request: Request) -> Request:
         nonlocal steps
         steps += 1
-        if steps == 5:  # while the second unit is begun
+        if steps == 5:  # while the second unit starts
             os.kill(os.getpid(), signal.SIGINT)
         return FakePipeline.resolve(pipe, request)
 

@@ -619,7 +619,7 @@ def test_the_bundled_model_draws(run: Run) -> None:
 
 
 def test_pictures_from_pictures_with_the_bundled_model(run: Run) -> None:
-    """What only the model and the files can tell is wrong is said before anything is drawn; a resized mask after."""
+    """Errors that need the model and the files are raised before drawing; a resized mask is a notice after it."""
     Image.new("RGB", (64, 64), "blue").save("blue.png")
     Image.new("L", (32, 32), "white").save("mask.png")
     Image.new("L", (64, 64), "black").save("black.png")

@@ -114,7 +114,7 @@ def test_tokenizers_that_disagree_on_length(sdxl: Pipeline) -> None:
     assert sdxl.encode(text).context.shape == (1, 2 * 77, 32)
 
 
-def test_nothing_said_is_zeros(sdxl: Pipeline) -> None:
+def test_missing_negative_prompt_is_zeros(sdxl: Pipeline) -> None:
     condition = sdxl.encode("a lemon")
     nothing = zeros_like(condition)
     assert nothing.context.shape == condition.context.shape and not nothing.context.any()
@@ -599,7 +599,7 @@ def test_choices_may_be_kept(sd1: Pipeline) -> None:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_says_how_the_words_were_read(sd1: Pipeline, tmp_path: Path) -> None:
+def test_the_record_contains_the_prompt_fields(sd1: Pipeline, tmp_path: Path) -> None:
     """And which numbers the embeddings were that the prompt names."""
     for k, name in enumerate(("style", "unused")):
         save_file({"emb_params": torch.full((2, 16), k + 1.0)}, tmp_path / f"{name}.safetensors")

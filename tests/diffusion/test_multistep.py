@@ -243,7 +243,7 @@ def test_pndm_of_three_steps_has_no_room_for_runge_kutta() -> None:
 @pytest.mark.parametrize("sigmas", LISTS, ids=str)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_ipndm_as_the_paper_writes_it(sigmas: list[float], order: int) -> None:
-    """Zhang and Chen 2022, section 3: PNDM's linear multistep formulas on epsilon, begun by lower orders of its own."""
+    """Zhang and Chen 2022, section 3: PNDM's linear multistep formulas on epsilon, started with lower orders."""
     x, epsilons = START, []
     for sigma, sigma_next in pairwise(sigmas):
         epsilons.append((x - mixture(x, sigma)) / sigma)

@@ -63,7 +63,7 @@ def test_v_prediction_is_edm_of_unit_data() -> None:
             assert float(target.std()) == pytest.approx(1.0, rel=0.02)
 
 
-def test_the_configuration_says_which() -> None:
+def test_the_configuration_selects_the_prediction() -> None:
     assert Prediction.from_config(ScheduleConfig(prediction_type="sample")) is PREDICTIONS["sample"]
     assert Prediction.from_config(ScheduleConfig(sigma_data=0.5)).sigma_data == 0.5
     with pytest.raises(RequestError, match="prediction_type is 'sample'; with EDM's preconditioning"):

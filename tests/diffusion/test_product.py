@@ -233,7 +233,7 @@ ROWS = [
     Row("seeds_3", 3, 3, {"eta": 0.0}),
     Row("dpm_fast", 3, 3),
     Row("pndm", 2, 2),
-    Row("pndm", 3, 4, equal=True),  # begun by Heun's method
+    Row("pndm", 3, 4, equal=True),  # starts with Heun's method
     Row("ipndm", 2, 2),
     Row("ipndm", 2, 4, equal=True),
     Row("ipndm_v", 2, 4),

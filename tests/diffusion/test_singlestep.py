@@ -331,7 +331,7 @@ def test_restart_without_segments_is_what_a1111_does(n: int, segment: tuple[int,
 
 
 def test_restart_of_a1111_goes_on_along_karras() -> None:
-    """With steps to spare it spaces the list anew, between the ends of the one that was chosen, whichever that was."""
+    """With steps to spare it spaces the levels again, between the ends of any chosen list."""
     for steps in (20, 40):
         chosen = [10 - 9.95 * i / (steps - 1) for i in range(steps)] + [0.0]
         theirs = run("restart", chosen, seeded(), karras=True)
@@ -485,7 +485,7 @@ def test_an_exact_consistency_model_gives_the_data(name: str, eta: float | None,
     down_to = {sigma: (0.0 if eta is None else (1 - eta) * down) for sigma, down in pairwise(sigmas)}
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        """What takes `towards` exactly along the ODE; to 0 that is the consistency function."""
+        """The exact solution of the ODE at `towards`; at 0 it is the consistency function."""
         ratio = down_to[sigma] / sigma
         return (torch.from_numpy(along_the_ode(x.numpy(), sigma, down_to[sigma])) - ratio * x) / (1 - ratio)
 

@@ -174,7 +174,7 @@ def test_the_data_keep_their_variance(eta: float) -> None:
 
 
 # Lists whose last level is repeated occur: PNDM with leading from 0, DEIS under karras. UniPC and SA-Solver still
-# correct the x before, dpm_fast and dpm_adaptive are given no such list, and lcm is drawn anew at every level.
+# correct the x before, dpm_fast and dpm_adaptive are given no such list, and lcm draws fresh noise at every level.
 @pytest.mark.parametrize("name", sorted({*STEPPING} - {"unipc", "sa_solver", "dpm_fast", "lcm"}))
 def test_a_step_of_no_length_changes_nothing(name: str) -> None:
     denoise = MixtureLike()

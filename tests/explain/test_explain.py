@@ -1,4 +1,4 @@
-"""The recorded maps against diffusers' own attention, the picture against the one drawn unwatched, and the page."""
+"""The recorded maps against diffusers' own attention, the picture against the one drawn without a recorder, and the page."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_the_change_of_few_steps_is_watched_too(sd1: Pipeline, sd1_folder: Path,
 # ---- what the grammars make of a prompt ------------------------------------------------------------------------------
 
 
-def watched(pipe: Pipeline, request: Request) -> list[Tensor]:
+def record_attention(pipe: Pipeline, request: Request) -> list[Tensor]:
     """The first layer's attention at each call, (rows, cells, T), of a run on its own."""
     calls: dict[Attention, list[Tensor]] = {}
 
@@ -216,14 +216,14 @@ def test_words_of_every_grammar_are_found_in_their_rows(
     assert torch.equal(explanation.result.latents, sd1.generate(request).latents)
     assert " ".join(word.text for word in explanation.words) == words
     assert all(word.text == prompt[word.start : word.end] for word in explanation.words)
-    whole = watched(sd1, request)
+    whole = record_attention(sd1, request)
     spots = [(0, 1 + i) for i in range(len(explanation.tokens))] if spots is None else spots
     for step, shares in enumerate(explanation.maps[0][0]):
         for token, (row, position) in enumerate(spots):
             torch.testing.assert_close(shares[token].flatten(), whole[step][row, :, position])
 
 
-def test_an_edited_word_is_there_while_it_is_said(sd1: Pipeline) -> None:
+def test_an_edited_word_has_maps_in_its_steps(sd1: Pipeline) -> None:
     request = LEMON.replace(prompt="a [lemon:blue:0.5] background", steps=4, guidance_scale=1.0, sampler="ddim")
     explanation = explain(sd1, request)
     assert [word.text for word in explanation.words] == ["a", "lemon", "blue", "background"]
@@ -231,7 +231,7 @@ def test_an_edited_word_is_there_while_it_is_said(sd1: Pipeline) -> None:
     lemon, blue = there[1], there[2]
     assert 0 < sum(lemon) < 4 and blue == [not now for now in lemon] and lemon == sorted(lemon, reverse=True)
     assert there[0] == there[3] == [True] * 4
-    whole = watched(sd1, request)
+    whole = record_attention(sd1, request)
     for step, shares in enumerate(explanation.maps[0][0]):
         second = shares[1 if lemon[step] else 2]
         torch.testing.assert_close(second.flatten(), whole[step][0, :, 2])
@@ -248,7 +248,7 @@ def test_an_embedding_is_one_word(sd1: Pipeline, tmp_path: Path) -> None:
         *(("a", (0,)), ("cat", (1, 2, 3)), ("on", (4,)), ("blue", (5,)))
     ]
     assert explanation.tokens[2] == Token("cat", 2, 5, row=1)
-    whole = watched(sd1, request)[0][0]
+    whole = record_attention(sd1, request)[0][0]
     torch.testing.assert_close(explanation.maps[0][0][0].flatten(1).T, whole[:, 1:7])
 
 
@@ -263,13 +263,13 @@ def test_one_thread_watches_and_the_other_does_not(sd1: Pipeline) -> None:
     results: list[Result] = []
     started, stop = threading.Event(), threading.Event()
 
-    def unwatched() -> None:
+    def run_alone() -> None:
         while not stop.is_set():
             seen.append(watcher.get())
             results.append(sd1.generate(other))
             started.set()
 
-    thread = threading.Thread(target=unwatched)
+    thread = threading.Thread(target=run_alone)
     thread.start()
     try:
         assert started.wait(60)
@@ -451,8 +451,8 @@ def test_the_command_writes_a_page_and_arrays(
 ) -> None:
     out, arrays = tmp_path / "e.png", tmp_path / "e.npz"
     options = ["a lemon", "--model", str(sd1_folder), "--seed", "3", "--device", "cpu", "--out", str(out)]
-    code, said, _ = run(monkeypatch, capsys, *options, "--arrays", str(arrays))
-    assert (code, said) == (0, f"Wrote {out} and {arrays} (2 words, seed 3)\n")
+    code, out_text, _ = run(monkeypatch, capsys, *options, "--arrays", str(arrays))
+    assert (code, out_text) == (0, f"Wrote {out} and {arrays} (2 words, seed 3)\n")
     with Image.open(out) as image:
         assert image.format == "PNG" and image.width > 2 * TILE
     expected = explain(sd1, Request(prompt="a lemon", seed=3))
@@ -463,8 +463,8 @@ def test_the_command_writes_a_page_and_arrays(
             assert np.array_equal(kept[f"layer_{layer}"], shares.numpy())
         assert np.array_equal(kept["picture"], np.asarray(expected.result.images[0]))
 
-    code, said, _ = run(monkeypatch, capsys, *options, "--json")
-    record = json.loads(said)
+    code, out_text, _ = run(monkeypatch, capsys, *options, "--json")
+    record = json.loads(out_text)
     assert code == 0 and record["page"] == str(out) and record["request"]["seed"] == 3
     assert [(word["word"], word["start"], word["end"]) for word in record["words"]] == [("a", 0, 1), ("lemon", 2, 7)]
     assert all(0 < word["share"] < 1 for word in record["words"])
@@ -492,6 +492,6 @@ def test_wrong_input_is_a_sentence_and_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, said, complaint = run(monkeypatch, capsys, *arguments, "--model", str(sd1_folder), "--device", "cpu")
-    assert (code, said) == (2, "") and sentence in complaint and "Traceback" not in complaint
+    code, out_text, complaint = run(monkeypatch, capsys, *arguments, "--model", str(sd1_folder), "--device", "cpu")
+    assert (code, out_text) == (2, "") and sentence in complaint and "Traceback" not in complaint
     assert not list(tmp_path.iterdir())

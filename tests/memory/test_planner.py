@@ -93,7 +93,7 @@ def test_a_smaller_batch_comes_before_slower_measures(model: ModelHeaders) -> No
     assert [r.batch for r in several.requests] == [4, 1], "of several, whose batches they share, none is changed"
 
 
-def test_the_table_says_everything(model: ModelHeaders) -> None:
+def test_the_table_lists_every_measure(model: ModelHeaders) -> None:
     limit = int(plan(model, "40GiB", LARGE).estimate.peak * 0.85)
     made = plan(model, limit, LARGE)
     assert made.placement.changes()
@@ -185,7 +185,7 @@ def test_the_peak_is_of_the_largest_stage() -> None:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
     """The command line in this process: (code, output, errors)."""
     monkeypatch.chdir(tmp_path)
 
@@ -198,37 +198,39 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return run
 
 
-def test_the_command_says_the_plan(said) -> None:  # type: ignore[no-untyped-def]
-    code, out, _ = said("plan", "--size", "512x512", "--count", "4", "--memory", "6GiB", "--device", "cpu")
+def test_the_command_prints_the_plan(run_command) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run_command("plan", "--size", "512x512", "--count", "4", "--memory", "6GiB", "--device", "cpu")
     assert code == 0 and out.startswith("stage") and "of 6.00 GiB" in out
-    code, out, _ = said("plan", "--memory", "6GiB", "--device", "cpu", "--json")
+    code, out, _ = run_command("plan", "--memory", "6GiB", "--device", "cpu", "--json")
     assert code == 0 and json.loads(out)["memory"] == 6 * 2**30
 
 
 @pytest.mark.parametrize("size", ["0", "4 gigs", "10EiB", "1MiB"])
 @pytest.mark.parametrize("command", [("plan",), ("generate", "a lemon")])
-def test_a_wrong_budget_is_an_error_of_the_user(said, command: tuple[str, ...], size: str) -> None:  # type: ignore[no-untyped-def]
-    code, out, err = said(*command, "--memory", size, "--device", "cpu")
+def test_a_wrong_budget_is_an_error_of_the_user(run_command, command: tuple[str, ...], size: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run_command(*command, "--memory", size, "--device", "cpu")
     assert code == 2 and not out and err.startswith("Error: memory is")
 
 
-def test_generate_and_bulk_say_it_before_they_load(said, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    code, out, err = said("generate", "a lemon", "--steps", "1", "--seed", "1", "--memory", "16GiB", "--device", "cpu")
+def test_generate_and_bulk_print_the_plan_before_they_load(run_command, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run_command(
+        "generate", "a lemon", "--steps", "1", "--seed", "1", "--memory", "16GiB", "--device", "cpu"
+    )
     assert code == 0 and err.startswith("stage") and "Wrote" in out
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "steps": 1}\n{"prompt": "b", "width": 256, "steps": 1}\n')
-    code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
+    code, out, err = run_command("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
     assert code == 0 and err.startswith("stage") and "Wrote 2" in out
     (tmp_path / "out" / "bulk.json").write_text(
         (tmp_path / "out" / "bulk.json").read_text().replace('"placement": {}', '"placement": {"guidance": "split"}')
     )
     first = next(path for path in sorted((tmp_path / "out").glob("*.png")))
     first.unlink()
-    code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
+    code, out, err = run_command("bulk", "rows.jsonl", "--out", "out", "--memory", "16GiB", "--device", "cpu")
     assert code == 2 and "leave out --memory" in err
-    code, out, err = said("bulk", "rows.jsonl", "--out", "out", "--device", "cpu")
+    code, out, err = run_command("bulk", "rows.jsonl", "--out", "out", "--device", "cpu")
     record = read(read_metadata(first, CHUNKS))
     assert code == 0 and record is not None and record.model.placement.guidance == "split"
-    code, out, err = said("bulk", "rows.jsonl", "--out", "other", "--memory", "1MiB", "--device", "cpu")
+    code, out, err = run_command("bulk", "rows.jsonl", "--out", "other", "--memory", "1MiB", "--device", "cpu")
     assert code == 2 and "256x128" in err
 
 

@@ -106,7 +106,7 @@ TENSORS = Workspace(copies_conv_weights=False)  # oneDNN's copies of weights are
 @pytest.mark.parametrize("name", ["sdpa", "math", "sliced:64KiB"])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
-def test_a_step_holds_what_the_walk_says(name: str, batch: int) -> None:
+def test_a_step_needs_what_the_walk_predicts(name: str, batch: int) -> None:
     """Batch 2 is guidance in one call. `math` also scales its queries, and the fused kernel has a buffer."""
     config = UNetConfig.model_validate(UNET)
     network = UNet(config).eval().to(memory_format=torch.channels_last)
@@ -119,7 +119,7 @@ def test_a_step_holds_what_the_walk_says(name: str, batch: int) -> None:
 
 
 @torch.inference_mode()
-def test_a_text_encoder_holds_what_the_walk_says() -> None:
+def test_a_text_encoder_needs_what_the_walk_predicts() -> None:
     config = CLIPConfig(vocab_size=100, hidden_size=64, intermediate_size=256, num_hidden_layers=3)
     network, ids = CLIPTextModel(config).eval(), torch.zeros(1, 77, dtype=torch.long)
     assert walk_text_encoder(config).peak(TENSORS) == pytest.approx(live(lambda: network(ids)), rel=0.06)
@@ -129,7 +129,7 @@ def test_a_text_encoder_holds_what_the_walk_says() -> None:
     "changes", [{}, {"block_out_channels": (8, 64), "mid_block_add_attention": False}], ids=["sd", "f=2"]
 )
 @torch.inference_mode()
-def test_the_vae_holds_what_the_walk_says(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vae_needs_what_the_walk_predicts(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole VAE to 2 %, strips and tiles to four strips."""
     fields = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "layers_per_block": 2} | changes
     config = VAEConfig.model_validate(fields)

@@ -136,7 +136,7 @@ def test_a_lora_with_dropout_on_frozen_weights() -> None:
 
 
 def kept(network: nn.Module, loss: Callable[[nn.Module], Tensor], *how: Any) -> int:
-    """Bytes that a forward pass keeps for the way back, parameters aside."""
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     tensors: list[Tensor] = []
 
@@ -170,17 +170,17 @@ def test_less_is_kept_the_more_blocks_are_chosen() -> None:
 def test_the_blocks_chosen() -> None:
     unet, clip = build(depth=2), build_clip()
 
-    def counted(*how: Any) -> Counter[str]:
+    def count_checkpointed(*how: Any) -> Counter[str]:
         return Counter(type(module).__name__ for module in checkpointed(unet, *how).values())
 
     # resnets: 1, 1 down, 2 in the middle, 2, 2 up; transformer blocks: 2 down, 1 in the middle, 2 x 2 up
-    assert counted("all") == {"ResnetBlock": 8, "TransformerBlock": 7}
-    assert counted("resnets") == {"ResnetBlock": 8}
-    assert counted(["resnets"], 3) == {"ResnetBlock": 3}
-    assert counted("attentions") == {"Attention": 14}
-    assert counted("feedforwards") == {"FeedForward": 7}
-    assert counted("up_blocks") == {"ResnetBlock": 4, "TransformerBlock": 4}
-    assert counted(["transformers", "mid_block"]) == {"TransformerBlock": 1}
+    assert count_checkpointed("all") == {"ResnetBlock": 8, "TransformerBlock": 7}
+    assert count_checkpointed("resnets") == {"ResnetBlock": 8}
+    assert count_checkpointed(["resnets"], 3) == {"ResnetBlock": 3}
+    assert count_checkpointed("attentions") == {"Attention": 14}
+    assert count_checkpointed("feedforwards") == {"FeedForward": 7}
+    assert count_checkpointed("up_blocks") == {"ResnetBlock": 4, "TransformerBlock": 4}
+    assert count_checkpointed(["transformers", "mid_block"]) == {"TransformerBlock": 1}
     names = list(checkpointed(unet, ["resnets", "up_blocks.1", "down_blocks.0"]))
     assert names == ["down_blocks.0.resnets.0", "up_blocks.1.resnets.0", "up_blocks.1.resnets.1"]
     wrapped = nn.ModuleDict({"module": unet})
@@ -267,11 +267,11 @@ def test_a_way_back_in_another_thread_has_this_ones_attention(monkeypatch: pytes
     seen: list[tuple[bool, str]] = []
     call = Backend.__call__
 
-    def watched(self: Backend, *x: Any) -> Tensor:
+    def recording_call(self: Backend, *x: Any) -> Tensor:
         seen.append((threading.current_thread() is threading.main_thread(), self.name))
         return call(self, *x)
 
-    monkeypatch.setattr(Backend, "__call__", watched)
+    monkeypatch.setattr(Backend, "__call__", recording_call)
     with backend("math"), checkpointing(unet):
         loss = unet_loss(unet)
     thread = threading.Thread(target=loss.backward)

@@ -1,4 +1,4 @@
-"""The VAE in strips and in tiles against the whole way, and what each needs against what it is said to need."""
+"""The VAE in strips and in tiles against the whole VAE, and their memory against the predicted memory."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_statistics_do_not_lose_a_small_spread_on_a_large_mean() -> None:
 
 
 def test_a_layers_weight_is_asked_for_once() -> None:
-    """A layer that is kept elsewhere makes it anew each time."""
+    """An offloaded layer loads its weight at each access."""
     asked = []
 
     class Held(nn.Conv2d):
@@ -161,7 +161,7 @@ def test_the_bundled_vae_in_strips_and_tiles() -> None:
 @pytest.mark.parametrize("axes", ["", "xy"])
 @torch.inference_mode()
 def test_no_seam_is_seen_between_tiles(axes: str) -> None:
-    """Beside tiles that are decoded each by itself and laid next to one another."""
+    """Compare with tiles that are decoded independently and placed side by side."""
     vae, pixels = bundled()
     with seamless(axes):
         z = vae.encode(pixels[:, :, 64:192]).mean

@@ -152,7 +152,7 @@ def test_their_picture_with_the_same_file(pairs: dict[str, Pair], tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_dora_beside_what_is_none(pairs: dict[str, Pair], tmp_path: Path) -> None:
+def test_dora_with_plain_lora(pairs: dict[str, Pair], tmp_path: Path) -> None:
     """Where diffusers' picture is another, each side's weights are computed by hand (docs/lora.md).
 
     A file with DoRA in some layers: diffusers has it in all, at the rows' own lengths where the file has none. A file

@@ -159,7 +159,7 @@ def test_guidance_rescale(network: Network, name: str, family: str) -> None:
     assert apart(ours(network, name, config, 10, 7.5, [1, 2]), expected) > 1e-2
 
 
-def test_every_other_sampler_ends_elsewhere(network: Network) -> None:
+def test_every_other_sampler_gives_other_latents(network: Network) -> None:
     """Or the tests above would show nothing."""
     finals = {name: ours(network, name, SD1, 10, 7.5, [1]) for name in NAMES}
     for name, other in itertools.combinations(finals, 2):
@@ -255,7 +255,7 @@ def test_zero_terminal_snr_differs_by_the_cap(network: Network, name: str) -> No
 
 @pytest.mark.parametrize("name", ["lms", "euler", "heun"])
 def test_karras_differs_by_the_rounding_of_their_tables(network: Network, name: str) -> None:
-    """Their float32 tables put a level up to 1e-3 of a timestep elsewhere; this network feels that, and only that."""
+    """Their float32 tables shift a level by up to 1e-3 of a timestep, which is all that this network depends on."""
     config = SD2 | {"timestep_spacing": "linspace", "use_karras_sigmas": True}
     scheduler = reference(name, config)
     table = scheduler.alphas_cumprod.double().numpy()

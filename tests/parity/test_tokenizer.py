@@ -52,7 +52,7 @@ DECODER = {"49406": token(START, special=True), "49407": token(END, special=True
 NEW = CONFIG | {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 TABLE = ("vocab.json", "merges.txt")
 
-# name: (files of the table, {file beside it: content})
+# name: (files of the table, {file next to it: content})
 FOLDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "table alone": (TABLE, {}),
     "sd1": (TABLE, {"special_tokens_map": MAP | {"pad_token": END}, "tokenizer_config": OLD}),
@@ -116,10 +116,10 @@ def assert_same(ours: Tokenizer, theirs: Any, samples: list[str]) -> None:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_same_ids_from_every_folder(name: str, clip_folder: Path, tmp_path: Path) -> None:
-    table, beside = FOLDERS[name]
+    table, others = FOLDERS[name]
     for file in table:
         shutil.copy(clip_folder / file, tmp_path)
-    for file, content in beside.items():
+    for file, content in others.items():
         (tmp_path / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
     assert_same(Tokenizer.from_folder(tmp_path), CLIPTokenizer.from_pretrained(tmp_path), texts())
 

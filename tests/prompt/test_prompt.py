@@ -82,7 +82,7 @@ def test_refused(syntax: str, text: str, words: str) -> None:
         plan(text, syntax)
 
 
-def test_parse_says_what_plan_refuses() -> None:
+def test_parse_reports_what_plan_refuses() -> None:
     """Weights that no picture can have, and half characters, are no errors where the original has none."""
     assert parse("(a:nan) (b:inf)", "comfy")[2][1] == float("inf")
     assert parse("(a:1e308)", "comfy") == [("a", 1e308)]
@@ -155,9 +155,9 @@ def test_any_conversion_is_read_by_its_target(text: str, source: str, target: st
         plan(text, source)
     except RequestError:
         return
-    said, lost = convert(text, source, target)
+    converted, lost = convert(text, source, target)
     assert all(isinstance(sentence, str) for sentence in lost)
-    parse(said, target)
+    parse(converted, target)
 
 
 HOSTILE = [
@@ -221,7 +221,7 @@ def test_ten_megabytes(unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "source", "target", "said", "sentences"),
+    ("text", "source", "target", "converted", "sentences"),
     [
         ("a ((b:1.3)) c", "a1111", "comfy", "a (b:1.43) c", 0),
         ("a (b c:1.3) d", "a1111", "compel", "a (b c)1.3 d", 0),
@@ -240,9 +240,9 @@ def test_ten_megabytes(unit: str) -> None:
         ("a AND b :2", "a1111", "compel", '("a", "b").and(1, 2)', 1),
     ],
 )
-def test_convert(text: str, source: str, target: str, said: str, sentences: int) -> None:
+def test_convert(text: str, source: str, target: str, converted: str, sentences: int) -> None:
     result, lost = convert(text, source, target)
-    assert (result, len(lost)) == (said, sentences), lost
+    assert (result, len(lost)) == (converted, sentences), lost
 
 
 @pytest.mark.parametrize(

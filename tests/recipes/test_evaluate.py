@@ -49,7 +49,7 @@ class Oracle(judge.Judge):
 
 
 def judged(shown: words.Spec, asked: words.Spec) -> dict[str, bool]:
-    """What is said of a picture of one spec when another one was asked for."""
+    """The verdicts on a picture of one spec when the prompt was another."""
     answers = evaluate.verdicts(Oracle([shown]), torch.zeros(1, 3, 128, 128), [asked])
     return {column: given[0] for column, given in answers.items() if given}
 

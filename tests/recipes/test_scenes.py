@@ -109,7 +109,7 @@ def test_held_out_combinations_are_never_trained() -> None:
 
 
 def test_a_picture_shows_these_combinations() -> None:
-    """What the two tests beside this one rest on, by hand."""
+    """The assumption of the two tests next to this one, by hand."""
 
     def spec(*objects: str, **fields: str) -> data.Spec:
         return data.Spec("", objects, "red", (56,) * len(objects), ((0, 0),) * len(objects), **fields)
@@ -237,7 +237,7 @@ def test_prompts_are_fixed_and_held_out() -> None:
     assert any(not set(spec.objects) <= set(words.CORE_NAMES) for _, spec in every)
 
 
-def test_a_missing_font_is_said_plainly(tmp_path: Path) -> None:
+def test_a_missing_font_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
         data.build_atlas(font=tmp_path / "none.ttf")
 

@@ -96,7 +96,7 @@ def test_neighbours_with_other_words_are_part_of_it(sd1: Pipeline) -> None:
         assert [(job.prompt, seed) for job, seed in r.jobs()] == [("a lemon", 7), ("a", 7), ("a lemon", 7)]
 
 
-def test_given_latents_are_said(sd1: Pipeline) -> None:
+def test_given_latents_are_recorded(sd1: Pipeline) -> None:
     noise = torch.randn(1, 4, 4, 4)
     found = read(sd1.generate(Request(prompt="a lemon", steps=1), noise).images[0].info)
     assert found and found.latents == hashlib.sha256(noise[0].numpy().tobytes()).hexdigest()
@@ -122,7 +122,7 @@ def test_it_survives_every_format(tmp_path: Path) -> None:
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 
-def test_what_changed_is_said() -> None:
+def test_changes_are_listed() -> None:
     now = describe(
         REQUEST, 9, MODEL | {"device": "cuda", "files": {"unet/a.safetensors": "cd" * 32, "vae/b": "12" * 32}}, PAIR
     )

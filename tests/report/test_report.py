@@ -334,14 +334,14 @@ def test_pictures_are_let_go(sd1: mezzotint.Pipeline, tmp_path: Path, monkeypatc
     generate = sd1.generate
     made: list[weakref.ref[Image.Image]] = []
 
-    def watched(*arguments: Any, **options: Any) -> Any:
+    def counting(*arguments: Any, **options: Any) -> Any:
         assert not any(image() for image in made)
         result = generate(*arguments, **options)
         if isinstance(result, Result):  # not the list of the call for one request inside it
             made.extend(map(weakref.ref, result.images))
         return result
 
-    monkeypatch.setattr(sd1, "generate", watched)
+    monkeypatch.setattr(sd1, "generate", counting)
     measure(sd1, replace(SETTINGS, samplers=("euler",)), tmp_path)
     assert len(made) == 1 + 2 * (2 + 2)
 
@@ -405,7 +405,7 @@ def test_the_report_is_whole(measured: tuple[Path, list[Row]], folder: Path) -> 
                     assert cut.tobytes() == small.convert("RGB").tobytes()
 
 
-def test_names_beside_the_chart_do_not_overlap() -> None:
+def test_names_next_to_the_chart_do_not_overlap() -> None:
     wanted = [0.0, 0.01, 0.02, 0.5, 0.7, 0.705, 0.99, 1.0]
     heights = page._spread_out(wanted, 0.05)
     assert all(b - a > 0.0499 for a, b in pairwise(heights))

@@ -185,7 +185,7 @@ def test_a_streamed_model_saves_whole(sd1_folder: Path, sd1: Pipeline, tmp_path:
     assert torch.equal(load(tmp_path / "copy").generate(request).latents, sd1.generate(request).latents)
 
 
-def test_what_says_nothing_is_refused(sd1_folder: Path) -> None:
+def test_invalid_placements_are_refused(sd1_folder: Path) -> None:
     with pytest.raises(RequestError, match=r"storage is 'int8' and weights 'stream'.*leave one of the two out"):
         load(sd1_folder, weights="stream", storage="int8")
 
@@ -409,7 +409,7 @@ def test_fewer_bytes_of_weights_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_it_takes_less_memory() -> None:
-    """Of the bundled model's 53 MB in float32 39 are large weights: what loading and drawing take beside torch,
+    """Of the bundled model's 53 MB in float32 39 are large weights: what loading and drawing take in addition to torch,
     in fresh processes.
     """
 
@@ -448,7 +448,7 @@ def test_the_caller_s_attention_comes_first(sd1_folder: Path) -> None:
     assert record is not None and record.model.placement.attention == "sliced:1000B", "the record says what was used"
 
 
-def test_words_are_encoded_anew_for_another_attention(sd1_folder: Path) -> None:
+def test_prompts_are_encoded_again_for_another_attention(sd1_folder: Path) -> None:
     """Its last bits may be others, and the record names it."""
     pipe, seen = load(sd1_folder), list[Any]()
     pipe.text_encoders[0].register_forward_hook(lambda *_: seen.append(chosen()))
@@ -471,7 +471,7 @@ def test_a_record_of_another_machine_is_followed_as_far_as_it_can_be(monkeypatch
     assert adapt_placement(streamed, torch.device("cuda"), "float32") == streamed
 
 
-def test_an_attention_that_is_not_here_is_said_on_loading(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_attention_is_an_error_on_loading(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sageattention", None)
     with pytest.raises(MezzotintError, match="sage"):
         load(sd1_folder, attention="sage")
@@ -530,7 +530,7 @@ def test_a_placement_that_is_none_is_a_damaged_record(sd1: Pipeline) -> None:
         read({"mezzotint": json.dumps(record)})
 
 
-def test_changes_are_said() -> None:
+def test_changes_are_recorded() -> None:
     record = read({"mezzotint": json.dumps(RECORD)})
     now = read({"mezzotint": json.dumps(RECORD | {"model": RECORD["model"] | {"placement": {"vae": "tiles"}}})})
     assert record and now

@@ -159,7 +159,7 @@ def test_outpainting_keeps_the_picture(sd1: Pipeline) -> None:
     assert len(np.unique(levels(image)[32:].reshape(-1, 3), axis=0)) > 50
 
 
-def test_a_resized_mask_is_said(sd1: Pipeline) -> None:
+def test_a_resized_mask_is_a_notice(sd1: Pipeline) -> None:
     result = sd1.generate(MASKED.replace(mask=blot(32, 32).resize((64, 48)), count=2))
     assert result.notices == ("the mask is 64x48 and the image 32x32; the mask was resized",)
     assert sd1.generate(MASKED).notices == ()

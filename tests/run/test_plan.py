@@ -1,4 +1,4 @@
-"""A run is planned once: how often samplers are resolved, prompts parsed, files read and folders listed is counted."""
+"""A run is planned once: count how often samplers are resolved, prompts parsed, files read and folders listed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_every_row_resolves_under_all_its_names() -> None:
         assert row.order in (1, 2, 3) and row.calls in (1, 2, 3) and row.good_for
 
 
-def test_the_table_says_what_is_stochastic() -> None:
+def test_the_table_marks_stochastic_solvers() -> None:
     for row in TABLE:
         parameters = inspect.signature(SOLVERS[row.name]).parameters
         eta = parameters["eta"].default if "eta" in parameters else None

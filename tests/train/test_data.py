@@ -54,7 +54,7 @@ def pack(path: Path, files: dict[str, bytes | str]) -> Path:
     return path
 
 
-def beside(folder: Path) -> Path:
+def next_to(folder: Path) -> Path:
     texts = {f"{name}.txt": f"\ufeff{text}\n" for name, text in CAPTIONS.items()}
     return put(folder, {**{f"{name}.png": data for name, data in FILES.items()}, **texts, ".hidden/no.txt": "no"})
 
@@ -90,7 +90,7 @@ def plain_bytes(folder: Path) -> Path:
     return table(folder / "t.parquet", {"image": list(FILES.values()), "prompt": list(CAPTIONS.values())})
 
 
-@pytest.mark.parametrize("write", [beside, metadata, shards, structs, plain_bytes])
+@pytest.mark.parametrize("write", [next_to, metadata, shards, structs, plain_bytes])
 def test_the_layouts_give_the_same_examples(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     dataset = open_data(write(tmp_path / "data"))
     assert [example.caption for example in dataset] == list(CAPTIONS.values())
@@ -101,7 +101,7 @@ def test_the_layouts_give_the_same_examples(tmp_path: Path, write: Callable[[Pat
 
 
 def test_ids_do_not_name_where_the_dataset_lies(tmp_path: Path) -> None:
-    for write in (beside, metadata, shards):
+    for write in (next_to, metadata, shards):
         here, there = (open_data(write(tmp_path / place / write.__name__)) for place in ("here", "there"))
         assert [e.id for e in here] == [e.id for e in there]
 
@@ -137,7 +137,7 @@ BROKEN: dict[str, tuple[dict[str, bytes | str], str]] = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_cannot_be_used_is_named_and_stops_or_is_skipped(tmp_path: Path, what: str) -> None:
     files, sentence = BROKEN[what]
-    put(beside(tmp_path), files)
+    put(next_to(tmp_path), files)
     with pytest.raises(RequestError, match=sentence):
         open_data(tmp_path)
     dataset = open_data(tmp_path, broken="skip")
@@ -258,13 +258,13 @@ def test_nothing_to_learn_from(tmp_path: Path) -> None:
 
 
 def test_two_layouts_at_once_are_not_guessed_between(tmp_path: Path) -> None:
-    shards(beside(tmp_path))
+    shards(next_to(tmp_path))
     with pytest.raises(RequestError, match="has tar shards and pictures; give a folder that has only one"):
         open_data(tmp_path)
 
 
 def test_a_picture_that_changes_while_it_is_learnt_from(tmp_path: Path) -> None:
-    dataset: Dataset = open_data(beside(tmp_path))
+    dataset: Dataset = open_data(next_to(tmp_path))
     put(tmp_path, {"whale.png": FILES["a/lemon"]})
     with pytest.raises(RequestError, match=r"whale\.png' has changed"):
         dataset[1].open()

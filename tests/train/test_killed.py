@@ -1,4 +1,4 @@
-"""SIGKILL from outside at moments of chance: a run that goes on afterwards ends with the bits of an unbroken one.
+"""SIGKILL at random moments: a resumed run ends with the same bits as an uninterrupted one.
 
 Run as a script (`test_killed.py MODEL FOLDER KILLS`) this file makes the runs: it imports once and forks each of them,
 so that a kill costs a second and not the import of torch.
@@ -27,7 +27,7 @@ def whole_run(model: Path, folder: Path) -> None:
     run(model, folder, recipe_of(steps=12, save_every=2, ema=0.9, log_every=1, lora_dropout=0.1))
 
 
-def begun(model: Path, folder: Path) -> ForkProcess:
+def start_training(model: Path, folder: Path) -> ForkProcess:
     process = multiprocessing.get_context("fork").Process(target=whole_run, args=(model, folder))
     process.start()
     return process
@@ -40,11 +40,11 @@ def killed_runs(model: Path, folder: Path, kills: int) -> None:
     for name in ("accelerate", "peft", "torch._dynamo"):  # what a run would import
         importlib.import_module(name)
     start = time.monotonic()
-    begun(model, folder / "unbroken").join()
+    start_training(model, folder / "unbroken").join()
     lasted, tries, steps = time.monotonic() - start, 0, list[int]()
     while len(steps) < kills:
         place = folder / str(len(steps))
-        process = begun(model, place)
+        process = start_training(model, place)
         process.join(lasted * keyed_rng.uniform("kill", tries))
         process.kill()
         process.join()
@@ -52,7 +52,7 @@ def killed_runs(model: Path, folder: Path, kills: int) -> None:
         if process.exitcode == -signal.SIGKILL:
             log = place / loop.LOG
             steps.append(len(log.read_text().splitlines()) if log.exists() else 0)
-            begun(model, place).join()
+            start_training(model, place).join()
         else:
             place.rename(folder / f"over {tries}")
     print(json.dumps(steps))

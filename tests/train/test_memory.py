@@ -60,7 +60,9 @@ def test_tensors_count_from_when_they_are_made_until_nothing_names_them() -> Non
         del view, x
         gc.collect()
         assert counting.now == 0 and counting.peak == 640
-        out = network(torch.empty(10, 8)).square()  # input, result, square: of which the way back needs the first two
+        out = network(
+            torch.empty(10, 8)
+        ).square()  # input, result, square: of which the backward pass needs the first two
         assert counting.now == 960
         torch.autograd.backward(out.sum())
         assert network.weight.grad is not None and counting.peak >= 960 + 4 * 72

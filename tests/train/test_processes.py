@@ -21,7 +21,7 @@ from mezzotint.train import finetune, sharding
 from mezzotint.train.saving import save_results
 from mezzotint.weights import open_model
 
-pytestmark = pytest.mark.timeout(900)  # each of the launched processes imports everything anew
+pytestmark = pytest.mark.timeout(900)  # each of the launched processes imports everything again
 
 ACCELERATE = "-m accelerate.commands.accelerate_cli launch --num_processes 2 --num_machines 1 --mixed_precision no"
 TWO = f"{ACCELERATE} --dynamo_backend no --main_process_port 0 --multi_gpu"

@@ -256,7 +256,7 @@ def test_descriptions_that_are_wrong(file: str, content: str, words: str, folder
 
 
 @pytest.mark.parametrize("shard", ["../../secret.safetensors", "/etc/passwd.bin", "a\\b.bin", "..", 7, ""])
-def test_a_shard_lies_beside_its_index(shard: Any, folder: Path) -> None:
+def test_a_shard_must_be_in_the_folder_of_its_index(shard: Any, folder: Path) -> None:
     split(folder / "unet", PARTS["unet"])
     edit(folder / "unet/diffusion_pytorch_model.safetensors.index.json", lambda t: t["weight_map"].update(x=shard))
     assert "in the same folder" in refused(folder)

@@ -32,7 +32,7 @@ def a1111(vectors: Tensor) -> dict[str, Any]:
 
 
 def original(vectors: Tensor) -> dict[str, Any]:
-    """What Gal et al.'s code saves: a ParameterDict, as torch 1.11 pickled it, with its fields beside it."""
+    """What Gal et al.'s code saves: a ParameterDict, as torch 1.11 pickled it, with its fields."""
     table = nn.ParameterDict()
     table.__dict__["_parameters"] = {"*": nn.Parameter(vectors)}
     return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}

@@ -125,7 +125,7 @@ def delta(adapters: Adapters, path: str, layer: str, weight: Tensor) -> Tensor:
 
 
 def test_alpha_is_over_the_rank(adapters: Adapters, tmp_path: Path) -> None:
-    """The file's tensor; else peft's configuration, its patterns before the rest, with rslora over the root; else 1."""
+    """The file's tensor, or peft's configuration (patterns first, rslora divides by the root), or 1."""
     stem, tensors = f"unet.{TO_Q}", pair(f"unet.{TO_Q}", rank=4)
     weight, full = torch.zeros(16, 16), tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
 
@@ -144,11 +144,11 @@ def test_alpha_is_over_the_rank(adapters: Adapters, tmp_path: Path) -> None:
     assert factor("rslora", lora_alpha=8, use_rslora=True) == 4
     assert factor("pattern", lora_alpha=8, alpha_pattern={"attn1.to_q": 12, "to_k": 100}) == 3
     assert factor("both", 2.0, lora_alpha=8) == 0.5
-    beside = tmp_path / "peft"
-    beside.mkdir()
-    write(beside / "adapter_model.safetensors", {f"base_model.model.{k[5:]}": t for k, t in tensors.items()})
-    (beside / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "r": 4}))
-    torch.testing.assert_close(delta(adapters, str(beside), stem, weight), 0.5 * full)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors", {f"base_model.model.{k[5:]}": t for k, t in tensors.items()})
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "r": 4}))
+    torch.testing.assert_close(delta(adapters, str(folder), stem, weight), 0.5 * full)
 
 
 def test_every_kind_of_change(adapters: Adapters, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_from_the_hub(adapters: Adapters, tmp_path: Path, monkeypatch: pytest.Mo
             adapters.read(name)
 
 
-def test_inspect_says_what_fits_a_model(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_what_fits_a_model(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = pair(f"unet.{TO_Q}") | pair("unet.nowhere") | {f"unet.{CONV}.diff": r(16, 16)}
     path = write(tmp_path / "a.safetensors", tensors)
     inspect(Path(path), str(sd1_folder))
@@ -450,7 +450,7 @@ def test_the_record_has_its_hash_and_again_asks_for_the_file(sd1: Pipeline, file
     assert drawn.tobytes() == result.images[0].tobytes()
 
 
-def test_what_matches_nothing_is_said(sd1: Pipeline, tmp_path: Path) -> None:
+def test_unmatched_keys_are_reported(sd1: Pipeline, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", pair(f"unet.{TO_Q}") | pair("unet.nowhere"))
     result = sd1.generate(Request(prompt=PROMPT, seed=3, loras=(path,)))
     assert result.notices == (f"{path}: 1 layers matched; 1 names match no layer: unet.nowhere",)
@@ -477,7 +477,7 @@ def test_words_of_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("loras", [((1, 2),), (("a", "b"),), (("a", 1000.0),), (("a",),), (("a", 1.0, 1.0, 1.0),), 5])
-def test_a_request_says_what_loras_must_be(loras: object) -> None:
+def test_invalid_loras_are_described(loras: object) -> None:
     with pytest.raises(RequestError, match=r"loras is .*; it must be a list of at most 100 LoRAs"):
         Request(prompt="", loras=loras)  # type: ignore[arg-type]
 

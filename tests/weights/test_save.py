@@ -51,7 +51,7 @@ def test_saving_again_replaces_the_weights_and_leaves_other_files(tiny_model: An
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_who_may_read_is_said_by_the_umask(tiny_model: Any, tmp_path: Path, umask: int, mode: int) -> None:
+def test_file_mode_follows_the_umask(tiny_model: Any, tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         folder = save(tmp_path / "m", tiny_model)

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_model_is_a_sentence(tmp_path: Path, foreign: st
 
 
 def test_a_longer_run_goes_on_from_where_a_shorter_one_was(tmp_path: Path) -> None:
-    """As long as the decay has not begun, more steps are the same run."""
+    """Before the decay starts, a run with more steps is the same run."""
     short, long = Stage(steps=8, batch=8, decay=2, save_every=4), Stage(steps=16, batch=8, decay=2, save_every=4)
     with pytest.raises(Died):
         run(tmp_path / "a", short, die_at=5)
