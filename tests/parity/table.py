@@ -78,37 +78,37 @@ def variants(name: str) -> Iterator[Variant]:
     if scheduler.flags:  # the class has a name of its own
         return
     spaced = [{"timestep_spacing": s} for s in ("leading", "linspace", "trailing") if "timestep_spacing" in has]
-    variants: list[dict[str, Any]] = [*spaced, *([{**spaced[0], "steps_offset": 0}] if spaced else [])]
+    flag_sets: list[dict[str, Any]] = [*spaced, *([{**spaced[0], "steps_offset": 0}] if spaced else [])]
     for flag in USES:
         if flag in has:  # where they range over the whole table, what they are laid over does not matter
-            variants += [{**s, flag: True} for s in (spaced if scheduler.points == "n" else [{}])]
-            variants += [{flag: True, "final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
+            flag_sets += [{**s, flag: True} for s in (spaced if scheduler.points == "n" else [{}])]
+            flag_sets += [{flag: True, "final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
     if "beta_schedule" in has:
-        variants += [{"beta_schedule": s} for s in ("linear", "squaredcos_cap_v2")]
-        variants += [{"prediction_type": "sample"}] if name not in NO_SAMPLE else []
-    variants += [{"final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
-    variants += [{"set_alpha_to_one": True}] if "set_alpha_to_one" in has else []
-    variants += [{"skip_prk_steps": False}] if "skip_prk_steps" in has else []
+        flag_sets += [{"beta_schedule": s} for s in ("linear", "squaredcos_cap_v2")]
+        flag_sets += [{"prediction_type": "sample"}] if name not in NO_SAMPLE else []
+    flag_sets += [{"final_sigmas_type": "sigma_min"}] if "final_sigmas_type" in has else []
+    flag_sets += [{"set_alpha_to_one": True}] if "set_alpha_to_one" in has else []
+    flag_sets += [{"skip_prk_steps": False}] if "skip_prk_steps" in has else []
     for order, *types in itertools.product((1, 2, 3), *scheduler.choices.values()):
         if "solver_order" in has:
             flags = {"solver_order": order, **dict(zip(scheduler.choices, types, strict=True))}
-            variants += [
+            flag_sets += [
                 flags | ({} if flags.get("algorithm_type", "++")[-1] in "+s" else {"final_sigmas_type": "sigma_min"})
             ]
     if "lower_order_final" in has:
         lower = {"lower_order_final": False}
-        variants += [
+        flag_sets += [
             lower,
             *({**lower, "solver_order": order, **_ENDS} for order in (2, 3) if _ENDS.keys() <= has.keys()),
         ]
-    variants += [{"euler_at_final": True, **_ENDS}] if "euler_at_final" in has else []
-    variants += [{"predict_x0": False, **_ENDS}, {"disable_corrector": [0, 2]}] if "predict_x0" in has else []
+    flag_sets += [{"euler_at_final": True, **_ENDS}] if "euler_at_final" in has else []
+    flag_sets += [{"predict_x0": False, **_ENDS}, {"disable_corrector": [0, 2]}] if "predict_x0" in has else []
     if "predictor_order" in has:
         orders = ((1, 1), (1, 3), (3, 1), (3, 3), (2, 4))
-        variants += [{"predictor_order": p, "corrector_order": c} for p, c in orders]
-        variants += [{"algorithm_type": "noise_prediction"}]
-    variants += [{"sigma_schedule": "exponential"}, {"sigma_data": 1.0}] if "sigma_data" in has else []
-    for flags in variants:
+        flag_sets += [{"predictor_order": p, "corrector_order": c} for p, c in orders]
+        flag_sets += [{"algorithm_type": "noise_prediction"}]
+    flag_sets += [{"sigma_schedule": "exponential"}, {"sigma_data": 1.0}] if "sigma_data" in has else []
+    for flags in flag_sets:
         yield Variant(name, "sd1", flags)
     if "rescale_betas_zero_snr" in has:
         yield Variant(name, "sd2", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
