@@ -1,4 +1,4 @@
-"""The recorded maps against diffusers' own attention, the picture against the one drawn without a recorder, and the page."""
+"""The recorded maps against diffusers' own attention, the picture against one without a recorder, and the page."""
 
 from __future__ import annotations
 
