@@ -32,7 +32,7 @@ def a1111(vectors: Tensor) -> dict[str, Any]:
 
 
 def original(vectors: Tensor) -> dict[str, Any]:
-    """What Gal et al.'s code saves: a ParameterDict, as torch 1.11 pickled it, with its fields."""
+    """What Gal et al.'s code saves: a ParameterDict, as torch 1.11 pickled it, with its fields beside it."""
     table = nn.ParameterDict()
     table.__dict__["_parameters"] = {"*": nn.Parameter(vectors)}
     return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}
@@ -159,7 +159,7 @@ class Evil:
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"string_to_param": {"*": VECTORS}, "x": Evil(tmp_path / "canary")}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match="which is not executed"):
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
         read_embeddings(tmp_path / "evil.pt")
     assert not (tmp_path / "canary").exists()
 
