@@ -12,6 +12,7 @@ import os
 # the tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,24 @@ def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd1(sd1_folder: Path) -> mezzotint.Pipeline:
     """The SD1-shaped model, loaded. A pipeline keeps nothing between calls, so all tests share it."""
     return mezzotint.load(sd1_folder, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def shared_models_unchanged(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that changes a shared model, rather than one that happens to run after it."""
+    names = {"sd1", "sdxl"} & set(request.fixturenames)
+    models = {name: request.getfixturevalue(name) for name in names}
+    before = {name: fingerprint(pipe) for name, pipe in models.items()}
+    yield
+    for name, pipe in models.items():
+        assert fingerprint(pipe) == before[name], f"this test changed the shared {name}; load one of its own"
+
+
+def fingerprint(pipe: mezzotint.Pipeline) -> list[tuple[object, ...]]:
+    """Summarize what a test could leave behind: settings, writes to weights, gradient flags."""
+    parts = [pipe.unet, pipe.vae, *pipe.text_encoders]
+    weights = [(p._version, p.requires_grad) for part in parts for p in part.parameters()]
+    return [(repr(pipe._info), repr(pipe.parts.settings)), *weights]
 
 
 @pytest.fixture(scope="session")

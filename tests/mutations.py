@@ -165,14 +165,14 @@ MUTATIONS = [
         '{"order": 3, "solver_type": "bh1"}, "n+1", last=0.001',
         '{"order": 3, "solver_type": "bh1"}, "n+1", last=0.01',
         "tests/samplers/test_names.py",
-        "a1111 or comfy",
+        "penultimate",
     ),
     Mutation(
         "samplers/presets.py",
         '"dpm_2_ancestral": Preset("dpm2_a", "normal", points="n+1")',
         '"dpm_2_ancestral": Preset("dpm2_a", "normal", points="n")',
         "tests/samplers/test_names.py",
-        "comfy or penultimate",
+        "penultimate",
     ),
     Mutation(
         "samplers/presets.py",
@@ -193,7 +193,10 @@ MUTATIONS = [
     ),
     Mutation("prompt/choices.py", "match.end()) + 2", "match.end()) + 1", "tests/prompt/test_prompt.py", "choices"),
     Mutation(
-        "prompt/linting.py", "or len(match[0]) > 1", "or len(match[0]) > 2", "tests/prompt/test_prompt.py", "lint"
+        "prompt/linting.py",
+        "if match[0] not in kinds:",
+        "if match[0][-1] not in kinds:",
+        "tests/prompt/test_prompt.py",
     ),
     # conditioning
     Mutation(
@@ -208,7 +211,7 @@ MUTATIONS = [
         "attention_mask[window - 1 :: window] = True",
         "attention_mask[window :: window] = True",
         "tests/conditioning/test_encode.py",
-        "windows or tokenizers_that or breaks or pooled",
+        "hidden_span",
     ),
     # run
     Mutation(
@@ -466,7 +469,7 @@ MUTATIONS = [
         "count=1, seed=request.seed or 0",
         "count=1, seed=request.seed or 1",
         "tests/test_grid.py",
-        "cells_are or cell_is",
+        "grows",
     ),
     # again
     Mutation(

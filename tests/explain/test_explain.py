@@ -21,7 +21,7 @@ import mezzotint
 import pictures
 from mezzotint import BudgetError, Pipeline, Request, RequestError, Result, cli
 from mezzotint.explain.maps import Explanation, Token, Word, explain
-from mezzotint.explain.page import SMALL, TILE, overlay, page
+from mezzotint.explain.page import HEAT, SMALL, TILE, overlay, page
 from mezzotint.models.attention import probabilities, recording, watcher
 from mezzotint.models.blocks import Attention
 from mezzotint.weights.save_lora import save_lora
@@ -415,6 +415,9 @@ def test_heat_lies_where_the_map_is() -> None:
     red, green, blue = pixels[2, 5]
     assert red > blue and red + green > 2 * pixels[0, 0, :2].sum()
     assert np.ptp(pixels[0, 0]) <= 4, "cold places are grey"
+    under = 0.75 * image.convert("L").getpixel((5, 2))
+    warmest = 0.75 * np.asarray(HEAT[-1])
+    assert pixels[2, 5] == pytest.approx(0.25 * under + warmest, abs=1)
     assert (np.asarray(overlay(image, torch.zeros(8, 8))) == np.asarray(overlay(image, torch.zeros(8, 8)))[0, 0]).all()
 
 

@@ -332,6 +332,9 @@ def test_outpainting_keeps_the_picture_and_draws_around_it() -> None:
     assert 0 < softer.alpha.getpixel((17, 3)) < 255 and softer.alpha.getpixel((40, 3)) == 0
     with pytest.raises(RequestError, match=r"outpaint is .*leaves"):
         prepare({"image": picture()}, (48, 64), outpaint=(24, 0, 24, 0))
+    assert prepare({"image": picture()}, (48, 64), outpaint=(24, 0, 16, 0)).mask is not None  # 8 pixels are kept
+    with pytest.raises(RequestError, match=r"leaves 7x64 of 48x64"):
+        prepare({"image": picture()}, (48, 64), outpaint=(24, 0, 17, 0))
 
 
 def test_outpainting_and_a_mask() -> None:

@@ -160,19 +160,12 @@ def test_when_guidance_is_on(sd1: Pipeline, fields: dict[str, Any], guides: bool
     assert len(sd1._prompts.encode_batch([sd1.plan(LEMON.replace(**fields))])) in (conditions, conditions - 1)
 
 
-def test_a_string_is_a_request(sd1: Pipeline) -> None:
-    short = {"steps": 1, "width": 32, "height": 32, "seed": 7}
-    size, steps = sd1.parts.settings, sd1.parts.settings | short
-    sd1.parts.settings = steps
-    sd1._info.settings.update(short)
-    try:
-        one = sd1.generate("a lemon")
-        assert one.request.prompt == "a lemon" and len(sd1.generate(["a lemon", "a whale"])) == 2
-        assert [step.index for step in sd1.stream("a lemon")] == [0]
-    finally:
-        sd1.parts.settings = size
-        for name in short:
-            sd1._info.settings.pop(name)
+def test_a_string_is_a_request(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    for field, value in {"steps": 1, "width": 32, "height": 32, "seed": 7}.items():
+        monkeypatch.setitem(sd1._info.settings, field, value)
+    one = sd1.generate("a lemon")
+    assert one.request.prompt == "a lemon" and len(sd1.generate(["a lemon", "a whale"])) == 2
+    assert [step.index for step in sd1.stream("a lemon")] == [0]
 
 
 def test_a_pipeline_is_one_line_for_a_person(sd1: Pipeline) -> None:

@@ -146,7 +146,8 @@ def test_a1111() -> None:
 def test_the_penultimate_level_is_dropped() -> None:
     full, dropped = levels("Euler Karras", 11), levels("DPM2 a", 10)
     assert dropped == [*full[:10], 0.0]
-    assert levels("dpm_2 karras", 10) == dropped
+    assert levels("dpm_2 karras", 10) == levels("dpm_2_ancestral karras", 10) == dropped
+    assert levels("uni_pc_bh2 karras", 10) == [*full[:10], 0.001]
     assert levels("uni_pc karras", 10) == [*full[:10], 0.001]
     assert levels("DPM2 KL Optimal", 10)[-1] == Schedule.from_config(resolve("DPM2", SD1).schedule).sigma_min
 

@@ -48,7 +48,7 @@ def _brackets(text: str, syntax: str) -> Iterator[Remark]:
     kinds = {"a1111": "()[]", "comfy": "()", "compel": "()", "plain": ""}[syntax]
     open_brackets: list[re.Match[str]] = []
     for match in re.finditer(r"\\.|[()\[\]]", text, re.DOTALL):
-        if match[0] not in kinds or len(match[0]) > 1:
+        if match[0] not in kinds:
             continue
         if kinds.index(match[0]) % 2 == 0:
             open_brackets.append(match)
