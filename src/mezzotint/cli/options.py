@@ -176,7 +176,8 @@ def model_options(
 
 def take_model_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of `model_options` out of all options of a command."""
-    return model_options(**{name: options.pop(name) for name in inspect.signature(model_options).parameters})
+    names = inspect.signature(model_options).parameters
+    return model_options(**{name: options.pop(name) for name in names if name in options})
 
 
 def add_options_of(

@@ -34,7 +34,7 @@ def inspect(
         parts = (part for part in scan_model(model, **model_given).parts if part.name != "vae")
         covered = coverage(file, {part.name: part.network() for part in parts})
         found["coverage"] = vars(covered)
-        lines.append(f"as a LoRA for {model}: {covered.text()}")
+        lines += f"as a LoRA for {model}: {covered.text()}".split("\n")
     if as_json:
         print_json(found)
     else:
