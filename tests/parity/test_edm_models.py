@@ -93,11 +93,7 @@ def test_a_file_with_edm_markers_is_the_folder(tmp_path: Path) -> None:
     save_file(weights | markers, tmp_path / "playground.safetensors")
     parts = open_model(tmp_path / "playground.safetensors", config=model.config)
     assert parts.scheduler_config.items() >= PLAYGROUND.items()
-    ours, config = parts.vae, model.vae.config
-    theirs = diffusers.AutoencoderKL.from_config(
-        {**config, "scaling_factor": 0.5, "latents_mean": MEAN, "latents_std": STD}
-    )
-    theirs.load_state_dict(model.vae.state_dict())
+    ours, theirs = parts.vae, tiny.vae(scaling_factor=0.5, latents_mean=MEAN, latents_std=STD)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (MEAN, STD))

@@ -149,6 +149,23 @@ def test_offline_and_not_cached(hub: Hub) -> None:
         open_model(NAME)
 
 
+@pytest.mark.parametrize("place", ["", "vae/"])
+def test_a_vae_from_the_hub(place: str, hub: Hub, tiny_model: Any) -> None:
+    """Of a repository that is one, or of a whole model's, and nothing else of it."""
+    vae = {name.removeprefix("vae/"): content for name, content in hub.files.items() if name.startswith("vae/")}
+    hub.files = {place + name: content for name, content in vae.items()} | {"README.md": b"x", "unet/config.json": b"x"}
+    parts = open_model(tiny_model.folder, vae=NAME)
+    assert torch.equal(parts.vae.decoder.conv_out.weight, tiny_model.vae.decoder.conv_out.weight)
+    assert sorted(hub.downloads) == [f"{place}config.json", f"{place}diffusion_pytorch_model.safetensors"]
+    assert list(parts.given_hashes["vae"]) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_hub_without_a_vae(hub: Hub, tiny_model: Any) -> None:
+    hub.files = {"README.md": b"x", "model.ckpt": b"x"}
+    with pytest.raises(CheckpointError, match="someone/tiny-model has no VAE"):
+        open_model(tiny_model.folder, vae=NAME)
+
+
 def test_needed_picks_one_format_and_variant() -> None:
     listing = [
         "model_index.json",
