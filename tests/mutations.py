@@ -381,7 +381,7 @@ MUTATIONS = [
         "beyond_all_memory",
     ),
     Mutation(
-        "weights/lora.py",
+        "models/adapters.py",
         "made in (shape, flat, (*shape, 1, 1))",
         "made in (shape, (*shape, 1, 1))",
         "tests/weights/test_lora.py",

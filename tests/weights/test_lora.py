@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from mezzotint.cli.fields import lora_of
 from mezzotint.cli.show import inspect
 from mezzotint.images.io import save
 from mezzotint.records.record import read
-from mezzotint.weights import hub
+from mezzotint.weights import hub, lora_files
+from mezzotint.weights.files import TensorFile
 from mezzotint.weights.lora import Adapters, Scale, coverage, read_adapter
 from mezzotint.weights.lora_keys import layer_names, split_key
 
@@ -85,6 +87,11 @@ NAMES = {  # in a file -> layer
     f"text_encoder.{K_PROJ.removeprefix('text_model.')}": f"text_encoder.{K_PROJ}",
     f"text_encoder.{K_PROJ.replace('k_proj', 'to_k_lora')}": f"text_encoder.{K_PROJ}",
 }
+NAMES |= {  # ComfyUI's, and those of its own checkpoints
+    f"{prefix}{path}": f"text_encoder.{K_PROJ}"
+    for path in (K_PROJ, K_PROJ.removeprefix("text_model."))
+    for prefix in ("text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "clip_l.transformer.", "clip_l.")
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,6 +103,10 @@ def test_names_of_sdxl(sdxl: Pipeline) -> None:
     table = layer_names(sdxl._adapters.networks)
     assert table[f"lora_te2_{flat(K_PROJ)}"] == f"text_encoder_2.{K_PROJ}"
     assert table["lora_te2_text_projection"] == "text_encoder_2.text_projection"
+    for prefix in ("text_encoders.clip_g.transformer.", "text_encoders.clip_g.", "clip_g.transformer.", "clip_g."):
+        for path in (K_PROJ, K_PROJ.removeprefix("text_model.")):
+            assert table[prefix + path] == f"text_encoder_2.{K_PROJ}"
+            assert table[prefix.replace("clip_g", "clip_l") + path] == f"text_encoder.{K_PROJ}"
     assert table["lora_unet_label_emb_0_2"] == "unet.add_embedding.linear_2"
 
 
@@ -192,6 +203,34 @@ def test_every_kind_of_change(adapters: Adapters, tmp_path: Path) -> None:
         torch.testing.assert_close(found, scale * moved / moved.norm(dim=axis, keepdim=True) - weight)
 
 
+def test_conv_in_of_4_channels_on_an_inpainting_unet(tmp_path: Path) -> None:
+    """Of a 9-channel UNet only the latents' channels change; a change of 9 channels is taken whole."""
+    unet = mezzotint.models.unet.UNet(mezzotint.config.UNetConfig(
+        sample_size=8, in_channels=9, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=2,
+    ))  # fmt: skip
+    adapters, weight = Adapters(unet, []), torch.zeros(8, 9, 3, 3)
+    down, up, full, wide = r(2, 4, 3, 3), r(8, 2, 1, 1), r(8, 4, 3, 3), r(8, 9, 3, 3)
+    a, b, c, d = r(8, 2), r(2, 36), r(8, 2), r(2, 36)
+    hadamard = dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), (a, b, c, d), strict=True))
+    kinds: dict[str, tuple[dict[str, Tensor], Tensor]] = {
+        "lora": ({"lora_down.weight": down, "lora_up.weight": up}, torch.einsum("orxx,rikl->oikl", up, down)),
+        "full": ({"diff": full}, full),
+        "loha": (hadamard, ((a @ b) * (c @ d)).view(8, 4, 3, 3)),
+        "wide": ({"diff": wide}, wide),
+    }
+    for name, (tensors, expected) in kinds.items():
+        path = write(tmp_path / name, {f"lora_unet_conv_in.{key}": tensor for key, tensor in tensors.items()})
+        made = delta(adapters, path, "unet.conv_in", weight)
+        torch.testing.assert_close(made[:, : expected.shape[1]], expected)
+        assert not made[:, expected.shape[1] :].any()
+    for kind in ({"dora_scale": r(8, 1, 1, 1)}, {}):  # the norm of 9 channels is not that of 4
+        tensors = kinds["lora"][0] | kind if kind else {"diff": r(8, 5, 3, 3)}
+        with pytest.raises(CheckpointError, match=r"does not fit this model; unet\.conv_in, whose weight is \(8, 9"):
+            adapters.read(write(tmp_path / "bad", {f"lora_unet_conv_in.{key}": t for key, t in tensors.items()}))
+
+
 def test_how_much_of_each_layer() -> None:
     scale = Scale(0.8, 0.5, (("unet.down_blocks", 0.5), ("unet.down_blocks.1", 0.0), ("text_encoder", 2.0)))
     assert scale.of("unet.mid_block.conv") == 0.8
@@ -250,6 +289,70 @@ def test_what_is_wrong_is_a_sentence(
     with pytest.raises(CheckpointError) as error:
         read_adapter(Path(path), adapters.networks)
     assert words in str(error.value) and path in str(error.value)
+
+
+TO_K = f"lora_unet_{flat(TO_Q)}"
+HUGE = {f"{TO_K}.lora_down.weight": torch.full((2, 16), 1e30), f"{TO_K}.lora_up.weight": torch.full((16, 2), 1e30)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "words"),
+    [
+        (HUGE, {}, "so large that their product is not finite"),
+        ({f"{TO_K}.hada_{k}": torch.full((16, 16), 1e20) for k in ("w1_a", "w1_b", "w2_a", "w2_b")}, {}, "not finite"),
+        ({f"{TO_K}.oft_blocks": torch.full((4, 4, 4), 1e30)}, {}, "its oft_blocks have 1e+30; they must be at most"),
+        ({f"{TO_K}.lokr_{k}": torch.full((4, 4), 1e30) for k in ("w1", "w2")}, {}, "not finite"),
+        (pair(TO_Q) | {f"{TO_Q}.alpha": torch.tensor(1e30)}, {}, "its alpha is 1e+30; it must be from -1e+06 to 1e+06"),
+        (pair(TO_Q) | {f"{TO_Q}.alpha": torch.tensor(math.inf)}, {}, "not finite"),
+        (pair(TO_Q) | {f"{TO_Q}.alpha": torch.ones(3)}, {}, "its alpha is a tensor of shape (3,); it must be a number"),
+        (pair(TO_Q) | {f"{TO_Q}.alpha": torch.ones(0)}, {}, "its alpha is a tensor of shape (0,)"),
+        (pair(TO_Q, rank=8193), {}, "its rank is 8193; it must be at most 8192"),
+        ({f"{TO_Q}.hada_w1_a": r(16, 1), f"{TO_Q}.hada_w1_b": r(1, 16), f"{TO_Q}.hada_w2_a": r(16, 8193),
+          f"{TO_Q}.hada_w2_b": r(8193, 16)}, {}, "its rank is 8193"),
+        (pair(TO_Q), {"unet.lora_alpha": 10**400}, "the alpha lora_alpha is 10000"),
+        (pair(TO_Q), {"unet.lora_alpha": math.nan}, "the alpha lora_alpha is nan; it must be a number"),
+        (pair(TO_Q), {"unet.lora_alpha": "8"}, "the alpha lora_alpha is '8'"),
+        (pair(TO_Q), {"unet.alpha_pattern": [1]}, "alpha_pattern is [1]; it must be a table of numbers"),
+        (pair(TO_Q), {"unet.alpha_pattern": {"to_q": {}}}, "the alpha to_q is {}"),
+        (pair(TO_Q), {"unet.use_rslora": "no"}, "use_rslora is 'no'; it must be true or false"),
+        ({f"{TO_K}.weight": r(16), f"{TO_K}.on_input": torch.ones(2)}, {}, "on_input is a tensor of shape (2,)"),
+        ({f"{TO_K}.oft_blocks": r(4, 4, 3)}, {}, "the last two must be equal"),
+        ({f"{TO_K}.oft_blocks": r(4, 3, 3)}, {}, "has tensors of (4, 3, 3)"),
+        ({f"{TO_K}.oft_blocks": r(9, 4, 4, 4)}, {}, "has tensors of (9, 4, 4, 4)"),
+        ({f"{TO_K}.oft_blocks": r(4, 4, 4), f"{TO_K}.rescale": r(3)}, {}, "has tensors of (4, 4, 4), (3,)"),
+        ({f"{TO_K}.a1.weight": r(16, 2), f"{TO_K}.b1.weight": r(16, 2)}, {}, "a2 and b2 missing"),
+        ({f"base_model.model.{TO_Q}.oft_R.weight": r(4, 6)}, {}, "is OFT of peft (base_model.model"),
+        ({f"{TO_K}.lambda_layer": r(1, 4)}, {}, "is T-LoRA"),
+        ({f"{TO_Q}.weight": r(16, 16)}, {}, f"is not a LoRA for this model; its names match no layer: {TO_Q}.weight"),
+    ],
+)  # fmt: skip
+def test_hostile_numbers_and_metadata_are_refused(
+    adapters: Adapters, tmp_path: Path, tensors: dict[str, Tensor], metadata: dict[str, object], words: str
+) -> None:
+    fields = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {}
+    path = write(tmp_path / "a.safetensors", tensors, **fields)
+    with pytest.raises(CheckpointError) as error:
+        read_adapter(Path(path), adapters.networks)
+    assert words in str(error.value) and path in str(error.value)
+
+
+def test_ranks_are_checked_before_a_tensor_is_read(
+    adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.safetensors", pair(TO_Q, rank=8193) | pair("unet.mid_block.nowhere"))
+    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(CheckpointError, match="its rank is 8193"):
+        read_adapter(Path(path), adapters.networks)
+
+
+def test_the_first_version_of_glora_has_its_matrices_the_other_way_round(adapters: Adapters, tmp_path: Path) -> None:
+    a1, a2, b1, b2 = r(16, 2), r(2, 16), r(16, 2), r(2, 16)
+    weight = r(16, 16)
+    for names in (("a1", "a2", "b1", "b2"), ("a2", "a1", "b2", "b1")):
+        tensors = {f"{TO_K}.{k}.weight": t for k, t in zip(names, (a1, a2, b1, b2), strict=True)}
+        path = write(tmp_path / "a.safetensors", tensors | {f"{TO_K}.alpha": torch.tensor(1.0)})
+        expected = (weight @ a1 @ a2 + b1 @ b2) / 2
+        torch.testing.assert_close(delta(adapters, path, f"unet.{TO_Q}", weight), expected)
 
 
 def test_numbers_that_are_none_and_files_that_are_not(adapters: Adapters, tmp_path: Path) -> None:
@@ -405,6 +508,7 @@ def test_named_in_the_prompt(sd1: Pipeline, file: str) -> None:
         f"{PROMPT}<lora:Style>": (file, 1.0),
         f"{PROMPT}<lora:style:0.5:0.25>": (file, 0.25, 0.5),
         f"{PROMPT}<lora:style:te=0.5:unet=2>": (file, 2.0, 0.5),
+        f"{PROMPT}<lyco:style:0.5>": (file, 0.5),
     }
     for prompt, lora in prompts.items():
         assert torch.equal(latents(sd1, prompt=prompt, lora_folder=folder), latents(sd1, loras=(lora,))), prompt
@@ -415,6 +519,36 @@ def test_named_in_the_prompt(sd1: Pipeline, file: str) -> None:
         latents(sd1, prompt="<lora:style:much>", lora_folder=folder)
     with pytest.raises(RequestError, match="lora_folder is 'nowhere'; it must be an existing folder"):
         latents(sd1, prompt="<lora:style:1>", lora_folder="nowhere")
+
+
+def test_named_by_its_training(sd1: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kohya's ss_output_name where no file has the name; each header is read once, as long as its file stays."""
+    for name, output in (("style", "Trained"), ("other", "style"), ("a", "twice"), ("b", "twice")):
+        write(tmp_path / f"{name}.safetensors", pair(TO_Q), ss_output_name=output, ss_tag_frequency='{"x": "}"}')
+    write(tmp_path / "plain.safetensors", pair(TO_Q))
+    (tmp_path / "broken.safetensors").write_bytes(b'\x20\0\0\0\0\0\0\0{"__metadata__":{"ss_output_name":[')
+    (tmp_path / "short.safetensors").write_bytes(b"\0")
+    opened, own_open = list[str](), lora_files.open_regular
+
+    def counting(path: str) -> Any:
+        opened.append(Path(path).name)
+        return own_open(path)
+
+    monkeypatch.setattr(lora_files, "open_regular", counting)
+
+    def named(name: str) -> str:
+        plan = sd1.plan(Request(prompt=f"a lemon<lora:{name}:1>", lora_folder=str(tmp_path)))
+        ((path, _),) = plan.loras
+        return Path(path).name
+
+    assert named("style") == "style.safetensors" and not opened
+    assert named("trained") == named("TRAINED") == "style.safetensors"
+    assert sorted(opened) == sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(RequestError, match=r"'twice', the ss_output_name of 2 files in lora_folder; .*: a, b$"):
+        named("twice")
+    opened.clear()
+    write(tmp_path / "a.safetensors", pair(TO_Q), ss_output_name="another name")
+    assert named("twice") == "b.safetensors" and opened == ["a.safetensors"]
 
 
 def test_two_requests_with_other_loras_in_their_prompts_do_not_share_a_batch(sd1: Pipeline, file: str) -> None:

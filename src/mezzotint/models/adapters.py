@@ -8,8 +8,8 @@
     Full         ΔW itself, for norms too
     Decomposed   ΔW = m (W + ΔV) / |W + ΔV| - W                                DoRA, Liu et al. 2024, eq. 5
 
-They are applied in one of two ways. At run time, each layer concerned has a forward hook that looks up its changes in a
-context variable, so they affect only the current thread and only inside the block:
+and those of relative_adapters.py. They are applied in one of two ways. At run time, each layer concerned has a forward
+hook that looks up its changes in a context variable, so they affect only the current thread and only inside the block:
 
     with apply_adapters(networks, changes):
         unet(...)
@@ -20,6 +20,7 @@ Or `merge` adds them to the weights, until `MergedWeights.undo` restores the ori
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ class Change:
         made = self.product().view(weight_shape(layer))
         return _layer(layer, x, made.to(x.dtype))
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether the change is one for a weight of this shape. Its tensors may be on the meta device."""
+        made = tuple(self.product().shape)
+        flat = (shape[0], math.prod(shape[1:]))
+        return made in (shape, flat, (*shape, 1, 1)) or (*made, 1, 1) == shape
+
+    def at(self, scale: float) -> tuple[Change, float]:
+        """Return the change to apply at a scale, and the factor to apply it with."""
+        return self, scale
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Change:
         """Return the change on a device, without a copy if it is there already. `dtype` is that of the layer there."""
         moved = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]  # dataclasses
@@ -93,6 +104,11 @@ class LowRank(Change):
         down = down if down.ndim == 4 else down[:, :, None, None]
         inner = (x, down) if self.mid is None else (F.conv2d(x, down), self.mid.to(x))
         return F.conv2d(_layer(layer, *inner).mul_(self.factor), up)  # (B, outputs, h, w)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        rest = tuple(self.down.shape[1:])
+        whole = self.mid is not None or rest == shape[1:] or (*rest, 1, 1) == shape[1:] or rest == (*shape[1:], 1, 1)
+        return whole and super().fits(shape)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LowRank:
         down, up, mid = (t if t is None else t.to(device, dtype) for t in (self.down, self.up, self.mid))
@@ -151,8 +167,15 @@ class Full(Change):
         return self.diff.float()
 
 
+class RelativeChange(Change):
+    """A change whose ΔW depends on the weight."""
+
+    def effect(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return _layer(layer, x, self.delta(layer.weight.detach()).to(x.dtype))  # type: ignore[operator]
+
+
 @dataclass(frozen=True, eq=False)
-class Decomposed(Change):
+class Decomposed(RelativeChange):
     """Another change, after which the weight's rows (with `inputs`, its columns) are rescaled to the norms `magnitude`.
 
     A scale s adds s times the resulting difference, so that scale 0 changes nothing and changes can be added.
@@ -173,8 +196,8 @@ class Decomposed(Change):
         length = moved.square().sum(rest, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         return moved * (self.magnitude.float().view(length.shape) / length) - before
 
-    def effect(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return _layer(layer, x, self.delta(layer.weight.detach()).to(x.dtype))  # type: ignore[operator]
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return self.change.fits(shape) and self.magnitude.numel() == (shape[1] if self.inputs else shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +210,13 @@ class LayerChange:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerChange:
         """Return the change on a device, as `Change.to` does."""
         return LayerChange(self.weight and self.weight.to(device, dtype), _to(self.bias, device, dtype))
+
+    def at(self, scale: float) -> list[tuple[LayerChange, float]]:
+        """Return the changes that make up this one at a scale, each with the factor to apply it with."""
+        weight, factor = self.weight.at(scale) if self.weight else (None, scale)
+        if factor == scale or self.bias is None:
+            return [(LayerChange(weight, self.bias), factor)]
+        return [(LayerChange(weight), factor), (LayerChange(bias=self.bias), scale)]
 
 
 Changes = Mapping[str, Sequence[tuple[LayerChange, float]]]  # layer ("unet.conv_in") -> its changes and their scales

@@ -38,7 +38,7 @@ def _convert_network(network: Network, target: str, lost: list[str]) -> str:
     if target == "a1111":
         options = [f"{key}={value}" for key, value in network.options.items()]
         return f"<{':'.join([network.kind, network.name, *network.args, *options])}>"
-    if target == "compel" and network.kind == "lora" and compel.is_name(network.name):
+    if target == "compel" and network.kind in ("lora", "lyco") and compel.is_name(network.name):
         if network.options or len(network.args) > 1:
             lost.append(f"Compel has one weight per LoRA; the other options of {network.name!r} are left out")
         return f" withLora({', '.join([network.name, *network.args[:1]])})"

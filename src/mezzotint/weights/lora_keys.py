@@ -7,6 +7,7 @@
                          SDXL's UNet the original path (input_blocks_4_1_...)
     LyCORIS              lycoris_ and the same paths
     diffusers, peft      unet., text_encoder., text_encoder_2., base_model.model. or no prefix
+    ComfyUI              text_encoders.clip_l.transformer., text_encoders.clip_g.transformer., clip_l., clip_g.
     diffusers, old       ...attn1.processor.to_q_lora; in the text encoder ...self_attn.to_q_lora
     others               diffusion_model., model.diffusion_model. and the original path
 """
@@ -22,6 +23,8 @@ from torch import nn
 from mezzotint.config import UNetConfig
 from mezzotint.models.adapters import LAYERS
 from mezzotint.weights.keys import Levels, unet_table
+
+SCALE = ".weight"  # of an (IA)^3, which also has .on_input; without it, a layer's own weight
 
 # ending of a key -> role of the tensor
 ENDINGS = {
@@ -45,15 +48,27 @@ ENDINGS = {
     ".b_norm": "diff_b",
     **{f".hada_{part}": part for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": f"k_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2", "bm")},  # GLoRA
+    ".oft_blocks": "oft_blocks",  # OFT and BOFT
+    ".rescale": "rescale",
+    ".on_input": "on_input",  # (IA)^3
+    SCALE: "scale",
 }
 _ORDER = sorted(ENDINGS, key=len, reverse=True)
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")  # peft's name
 
+
+def _comfyui(encoder: str) -> tuple[str, ...]:
+    """Return ComfyUI's prefixes of a text encoder: clip_l and clip_g, and clip_h of SD 2."""
+    names = (f"{encoder}.", f"{encoder}.transformer.")
+    return *names, *(f"text_encoders.{name}" for name in names)
+
+
 # prefixes of a path in a file
 DOTTED = {
     "unet": ("unet.", "", "base_model.model.", "base_model.model.unet.", "diffusion_model.", "model.diffusion_model."),
-    "text_encoder": ("text_encoder.", "", "base_model.model."),
-    "text_encoder_2": ("text_encoder_2.",),
+    "text_encoder": ("text_encoder.", "", "base_model.model.", *_comfyui("clip_l"), *_comfyui("clip_h")),
+    "text_encoder_2": ("text_encoder_2.", *_comfyui("clip_g")),
 }
 UNDERSCORED = {
     "unet": ("lora_unet_", "lycoris_", "lycoris_unet_"),
@@ -70,6 +85,27 @@ SIGNS = {
 WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # of the context that a UNet attends to
 VERSIONS = {"sdxl": "SDXL", "sd_v1": "SD 1", "sd_v2": "SD 2", "flux": "Flux", "sd3": "SD3"}  # ss_base_model_version
 _CONTEXT = re.compile(r"attn2[._](processor\.)?to_[kv](_lora)?[._].*(down|lora_A|w1_b|w2_b)")
+
+
+# keys of kinds that are not supported -> what they are
+OTHERS = {
+    "oft_R": "OFT of peft",
+    "boft_R": "BOFT of peft",
+    "boft_s": "BOFT of peft",
+    "ia3_l": "(IA)^3 of peft",
+    "vera_lambda_b": "VeRA",
+    "vera_lambda_d": "VeRA",
+    "lora_embedding_A": "LoRA of an embedding",
+    "lora_embedding_B": "LoRA of an embedding",
+    "lambda_layer": "T-LoRA",
+}
+_OTHERS = re.compile(rf"(?:^|\.)({'|'.join(OTHERS)})(?:\.|$)")
+
+
+def other_kind(key: str) -> str | None:
+    """Return the kind of a tensor that no supported kind of change has, or None."""
+    found = _OTHERS.search(key)
+    return OTHERS[found[1]] if found else None
 
 
 def split_key(key: str) -> tuple[str, str] | None:
