@@ -58,7 +58,7 @@ def plan(
 def test_metadata(key: str, said: str, prediction: str, tmp_path: Path) -> None:
     found = plan(tmp_path, SD1, {key: said}, {"v_pred": torch.zeros(0)} if prediction == "epsilon" else None)
     assert found.scheduler_config["prediction_type"] == prediction  # before marker tensors
-    assert found.notices == []
+    assert (found.notices, found.prediction_source) == ([], key)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,7 @@ def test_a_yaml_file_beside_it(text: str, prediction: str | None, tmp_path: Path
     found = plan(tmp_path, SD1)
     assert found.scheduler_config["prediction_type"] == (prediction or "epsilon")
     assert (tmp_path / "a.yaml" in found.files) == bool(prediction)  # the picture's record has its hash
+    assert found.prediction_source == ("a.yaml" if prediction else "as usual in this family")
     assert plan(tmp_path, SD1, {"modelspec.prediction_type": "epsilon"}).files == [tmp_path / "a.safetensors"]
     assert plan(tmp_path, SD1, prediction="epsilon").scheduler_config["prediction_type"] == "epsilon"
 
@@ -113,6 +114,7 @@ def test_sd2_is_told_apart_as_in_comfyui(std: float | None, channels: int, predi
     found = plan(tmp_path, names, None, bias)
     assert found.scheduler_config["prediction_type"] == prediction
     [notice] = found.notices
+    assert found.prediction_source == "a guess"
     assert "a.safetensors does not say" in notice and f"{prediction} is assumed" in notice and "--prediction" in notice
     for said in ({"metadata": {"modelspec.prediction_type": "v"}}, {"prediction": "v_prediction"}):
         given = plan(tmp_path, names, tensors=bias, **said)  # type: ignore[arg-type]

@@ -195,6 +195,7 @@ class Report:
     kind: str
     family: str | None = None
     prediction: str | None = None
+    prediction_source: str | None = None
     sampler: str | None = None
     keys: int = 0
     bytes: int = 0
@@ -212,7 +213,8 @@ class Report:
         """Return the report as lines of text."""
         lines = [f"{self.path}: {self.kind}, {self.bytes / 1e6:,.1f} MB, {self.keys} tensors"]
         if self.family:
-            lines.append(f"  family {self.family}, prediction {self.prediction}, sampler {self.sampler}")
+            prediction = f"prediction {self.prediction} ({self.prediction_source})"
+            lines.append(f"  family {self.family}, {prediction}, sampler {self.sampler}")
         for part in self.parts:
             dtypes = ", ".join(part.dtypes)
             lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors")
@@ -265,6 +267,7 @@ def _report(found: ModelFiles) -> Report:
         f"{FAMILIES[found.family]} ({found.layout})",
         found.family,
         found.scheduler_config.get("prediction_type", "epsilon"),
+        found.prediction_source,
         found.scheduler_config.get("_class_name"),
         keys=sum(len(file.entries) for file in files.values()),
         bytes=sum(file.size for file in files.values()),

@@ -24,6 +24,8 @@ PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": 
     name: "epsilon" for name in ("epsilon", "eps")
 }
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
+MARKERS = {"edm_vpred.sigma_max": "v_prediction", "edm_mean": "epsilon", "v_pred": "v_prediction"}
 SD2_BASE_STEPS = 875000  # the global_step of the published SD 2-base
 # the key of whose statistics ComfyUI tells SD 2.x's predictions apart, and the standard deviation above which it is v
 SD2_BIAS, SD2_V_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
@@ -50,13 +52,15 @@ class Evidence:
 
     Attributes:
         prediction: The prediction type.
+        source: What says so.
         schedule: Fields of the scheduler_config.json that differ from the family's published one.
         latents: Fields of the VAE's config: the mean and standard deviation of the latents, and their scaling factor.
         notices: A sentence if the prediction is a guess.
         files: Other files that were read.
     """
 
-    prediction: str
+    prediction: str = "epsilon"
+    source: str = ""
     schedule: dict[str, Any] = field(default_factory=dict)
     latents: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -75,32 +79,38 @@ def find_evidence(file: TensorFile, prefix: str, family: Family, prediction: str
     Raises:
         CheckpointError: If a marker tensor has no valid value, or the .yaml file cannot be read.
     """
-    found = Evidence(prediction or _explicit_prediction(file) or "")
+    found = Evidence()
+    _read_markers(file, found)
+    given = (prediction, "as given") if prediction else None
+    said = given or _from_metadata(file) or _from_markers(file) or _from_yaml(file.path.with_suffix(".yaml"))
+    if said:
+        found.prediction, found.source = said
+    elif family == "sd2" and file.scalars.get("global_step") != SD2_BASE_STEPS:
+        _guess_sd2(file, prefix, found)
+    else:
+        found.source = "as usual in this family"
+    if found.source.endswith(".yaml"):
+        found.files.append(file.path.with_suffix(".yaml"))
+    return found
+
+
+def _read_markers(file: TensorFile, found: Evidence) -> None:
+    """Read the marker tensors of the noise schedule."""
     if "edm_vpred.sigma_max" in file.entries:
         low = _numbers(file, "edm_vpred.sigma_min")[0] if "edm_vpred.sigma_min" in file.entries else 0.002
-        found.schedule = edm_schedule("EDMEulerScheduler", 1.0, low, _numbers(file, "edm_vpred.sigma_max")[0])
-        found.schedule["sigma_schedule"] = "exponential"  # as CosXL was trained
-        if not 0.0 < low < found.schedule["sigma_max"]:
+        high = _numbers(file, "edm_vpred.sigma_max")[0]
+        if not 0.0 < low < high:
             raise CheckpointError(f"{file.path}: edm_vpred.sigma_min must be above 0 and below edm_vpred.sigma_max")
-        found.prediction = found.prediction or "v_prediction"
+        found.schedule = edm_schedule("EDMEulerScheduler", 1.0, low, high)
+        found.schedule["sigma_schedule"] = "exponential"  # as CosXL was trained
     elif {"edm_mean", "edm_std"} <= file.entries.keys():
         mean, std = _numbers(file, "edm_mean"), _numbers(file, "edm_std")
         if min(std) <= 0.0 or len(mean) != len(std):
             raise CheckpointError(f"{file.path}: edm_std must have a positive number for each of edm_mean")
         found.schedule = edm_schedule("EDMDPMSolverMultistepScheduler", 0.5, 0.002, 80.0)
         found.latents = {"latents_mean": mean, "latents_std": std, "scaling_factor": PLAYGROUND_SCALING_FACTOR}
-        found.prediction = found.prediction or "epsilon"
     if "ztsnr" in file.entries:
         found.schedule["rescale_betas_zero_snr"] = True
-    if not found.prediction and "v_pred" in file.entries:
-        found.prediction = "v_prediction"
-    if not found.prediction:
-        _read_yaml(file.path.with_suffix(".yaml"), found)
-    if not found.prediction:
-        found.prediction = "epsilon"
-        if family == "sd2" and file.scalars.get("global_step") != SD2_BASE_STEPS:
-            _guess_sd2(file, prefix, found)
-    return found
 
 
 def edm_schedule(class_name: str, sigma_data: float, sigma_min: float, sigma_max: float) -> dict[str, Any]:
@@ -115,30 +125,34 @@ def edm_schedule(class_name: str, sigma_data: float, sigma_min: float, sigma_max
     }
 
 
-def _explicit_prediction(file: TensorFile) -> str | None:
-    """Return the prediction type in ModelSpec metadata, or None."""
+def _from_metadata(file: TensorFile) -> tuple[str, str] | None:
+    """Return the prediction type in ModelSpec metadata and its key, or None."""
     for key in PREDICTION_KEYS:
         said = file.metadata.get(key, "").strip().lower()
         if said in PREDICTIONS:
-            return PREDICTIONS[said]
+            return PREDICTIONS[said], key
     architecture = file.metadata.get("modelspec.architecture", "")
-    if architecture.startswith("stable-diffusion-v2-768-v"):
-        return "v_prediction"
-    return "epsilon" if architecture.startswith("stable-diffusion-v2-512") else None
+    for beginning, prediction in ARCHITECTURES.items():
+        if architecture.startswith(beginning):
+            return prediction, "modelspec.architecture"
+    return None
 
 
-def _read_yaml(path: Path, found: Evidence) -> None:
-    """Read the prediction from the .yaml file that belongs to a checkpoint, if there is one."""
+def _from_markers(file: TensorFile) -> tuple[str, str] | None:
+    """Return the prediction type of the first marker tensor and its name, or None."""
+    return next(((prediction, name) for name, prediction in MARKERS.items() if name in file.entries), None)
+
+
+def _from_yaml(path: Path) -> tuple[str, str] | None:
+    """Return the prediction type in the .yaml file that belongs to a checkpoint and its name, or None."""
     if not path.exists():
-        return
+        return None
     try:
         text = read_bytes(path, MAX_YAML_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     match = YAML_PREDICTION.search(text.decode("utf-8", "replace"))
-    if match:
-        found.prediction = YAML_PREDICTIONS[match[1] or match[2]]
-        found.files.append(path)
+    return (YAML_PREDICTIONS[match[1] or match[2]], path.name) if match else None
 
 
 def _guess_sd2(file: TensorFile, prefix: str, found: Evidence) -> None:
@@ -151,6 +165,7 @@ def _guess_sd2(file: TensorFile, prefix: str, found: Evidence) -> None:
         if std > SD2_V_STD:
             found.prediction = "v_prediction"
             why = f"the standard deviation of a bias is {std:.2g}, as in models of v-prediction"
+    found.source = "a guess"
     found.notices.append(
         f"{file.path.name} does not say what its UNet predicts; {found.prediction} is assumed, since {why}: give "
         "prediction (--prediction) if it is another"

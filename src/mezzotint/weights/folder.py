@@ -92,6 +92,7 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
     except CheckpointError as error:
         plan.problems.append(str(error))
     if options.prediction:
+        plan.prediction_source = "as given"
         plan.scheduler_config["prediction_type"] = options.prediction
     plan.scheduler_config |= options.config_of("scheduler")
     plan.family = cast("Family | None", options.family) or _family(plan)

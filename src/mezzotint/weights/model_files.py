@@ -212,6 +212,7 @@ class ModelFiles:
     parts: list[NetworkFiles] = field(default_factory=list)
     tokenizers: list[Callable[[], Tokenizer]] = field(default_factory=list)
     scheduler_config: dict[str, Any] = field(default_factory=dict)
+    prediction_source: str = "scheduler_config.json"  # what says which prediction type it is
     model_index: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     few_step: FewStep | None = None

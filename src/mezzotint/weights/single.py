@@ -69,7 +69,7 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
 
     evidence = find_evidence(file, prefixes["unet"], family, options.prediction)
     plan = ModelFiles(path, "single file", family, files=[path, *evidence.files], options=options)
-    plan.notices = evidence.notices
+    plan.notices, plan.prediction_source = evidence.notices, evidence.source
     plan.scheduler_config = {**default_scheduler(family, evidence.prediction), **evidence.schedule}
     plan.scheduler_config |= options.config_of("scheduler")
     plan.latents = {"scaling_factor": keys.SCALING_FACTORS[family], **evidence.latents}
