@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint import Pipeline, Request, RequestError, cli, samplers
-from mezzotint.again import DEPENDENT_FIELDS, FILE_FIELDS, again, find_inputs, judge, read_source, select_model
-from mezzotint.images.io import read_metadata, save, save_png
+from mezzotint.again import (
+    DEPENDENT_FIELDS,
+    FILE_FIELDS,
+    again,
+    check_work,
+    find_inputs,
+    judge,
+    read_source,
+    select_model,
+)
+from mezzotint.images.init_image import open_mask, open_picture
+from mezzotint.images.io import read_metadata, read_picture, save, save_png
 from mezzotint.records.record import read
 
 LEMON = Request(prompt="a lemon on a blue background", seed=7, steps=2)
@@ -438,3 +452,158 @@ def test_a_folder_of_many_files_is_not_searched_without_end(orange: Path, scene:
     assert paths == {"image": str(scene / "scene.png"), "mask": str(scene / "hole.png")} and not warnings
     os.mkfifo(scene / "a.png")  # it would never end
     assert find_inputs(source, {}, [scene])[0] == paths
+
+
+# ---- strangers' pictures ---------------------------------------------------------------------------------------------
+
+
+def test_the_folders_of_the_author_are_in_no_picture(run: Any, sd1: Pipeline, scene: Path) -> None:
+    """Neither text of a shared picture names them, and `again` finds the files by their SHA-256 or by options."""
+    save_lora(scene / "a" / "hat.safetensors", 1.0)
+    save_lora(scene / "b" / "hat.safetensors", -1.0)
+    save_file({"<cat>": torch.ones(1, 16)}, scene / "cat.safetensors")
+    request = LEMON.replace(
+        prompt="a <cat> lemon <lora:hat:0.5>",
+        image=str(scene / "scene.png"),
+        mask=str(scene / "hole.png"),
+        strength=0.7,
+        loras=((str(scene / "a" / "hat.safetensors"), 0.5), (str(scene / "b" / "hat.safetensors"), 0.25)),
+        embeddings=(str(scene / "cat.safetensors"),),
+        lora_folder=str(scene / "a"),
+    )
+    image = sd1.generate(request).images[0]
+    assert str(scene) not in "".join(image.info.values()) and scene.name not in "".join(image.info.values())
+    found = json.loads(image.info["mezzotint"])
+    names = ("image", "mask", "loras", "embeddings", "lora_folder")
+    assert [found["request"][name] for name in names] == [
+        "scene.png",
+        "hole.png",
+        [["hat.safetensors", 0.5], ["hat.safetensors", 0.25]],
+        ["cat.safetensors"],
+        "a",
+    ]
+    assert {name: given["path"] for name, given in found["inputs"].items()} == {
+        "image": "scene.png",
+        "mask": "hole.png",
+    }
+    assert [*found["model"]["loras"]] == ["hat.safetensors", "hat.safetensors (2)"]
+    assert found["model"]["loras"]["hat.safetensors"] != found["model"]["loras"]["hat.safetensors (2)"]
+    save_png(image, scene / "shared.png")
+    (scene / "scene.png").rename(scene / "other name.png")
+    options = (
+        "--verify --model tiny --lora a/hat.safetensors:0.5 --lora b/hat.safetensors:0.25 --embedding cat.safetensors"
+    )
+    assert run("shared.png", *options.split(), "--lora-folder", "a").code == 2, "it would be a change"
+    request = request.replace(prompt="a <cat> lemon", lora_folder=None, image=str(scene / "other name.png"))
+    save_png(sd1.generate(request).images[0], scene / "shared.png")
+    assert run("shared.png", *options.split()).out == "shared.png: identical\n"
+
+
+def save_lora(path: Path, value: float) -> None:
+    path.parent.mkdir(exist_ok=True)
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.full((1, 16), value), f"{layer}.lora_B.weight": torch.ones(16, 1)}, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "asks"),
+    [
+        ({"request": {"width": 4096, "height": 4096, "steps": 64}}, False),
+        ({"request": {"width": 4096, "height": 4096, "steps": 65}}, True),
+        ({"request": {"width": 4104, "height": 4096, "steps": 1}}, True),
+        ({"group": [7, 8] + [9] * 9_998}, False),
+        ({"group": [7, 8] + [9] * 9_998, "request": {"width": 40, "height": 40}}, False),
+        ({"group": [7, 8] + [9] * 9_998, "request": {"width": 48, "height": 40}}, True),
+        ({"group": [7, 8] + [9] * 9_998, "request": {"steps": 106}}, True),
+        ({"request": {"width": 1024, "height": 1024, "hires": 4.0, "hires_steps": 63}}, False),
+        ({"request": {"width": 1024, "height": 1024, "hires": 4.0, "hires_steps": 64}}, True),
+        ({"request": {"width": 1024, "height": 1032, "hires": 4.0}}, True),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_a_file_may_ask_for(lemon: Path, changes: dict[str, Any], asks: bool) -> None:
+    """At most 2**24 pixels at once, and 2**30 pixels x steps x pictures; counted by hand, on both sides of each."""
+    edit(lemon, **{"group": [8], "place": 0, **changes} if "group" not in changes else changes)
+    source = read_source(lemon)
+    if asks:
+        with pytest.raises(RequestError, match=r"above 16,777,216 and 1,073,741,824 it is drawn only with --yes"):
+            check_work(source)
+    else:
+        check_work(source)
+
+
+def test_a_large_picture_needs_yes(run: Any, lemon: Path) -> None:
+    """Before a model is loaded; an override counts as well, in both directions."""
+    edit(lemon, request={"width": 8192, "height": 8192})
+    ran = run("lemon.png", "--verify", "--model", "tiny")
+    assert ran.code == 2 and "it asks for 134,217,728 pixels at once (2 x 8192x8192)" in ran.err
+    assert run("lemon.png", "--model", "tiny", "--size", "32x32").code == 0
+    ran = run("lemon.png", "--model", "tiny", "--size", "32x32", "--count", "9999", "--steps", "500")
+    assert ran.code == 2 and "only with --yes" in ran.err
+    edit(lemon, request={"width": 32, "height": 32}, group=[7, 8] * 5)
+    check_work(read_source(lemon))
+
+
+def test_yes_draws_what_a_file_asks_for(run: Any, lemon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mezzotint.again.MAX_PIXELS", 2047)  # the batch has two pictures of 32x32
+    assert run("lemon.png", "--verify", "--model", "tiny").code == 2
+    assert run("lemon.png", "--verify", "--model", "tiny", "--yes").out == "lemon.png: identical\n"
+
+
+def test_one_bad_file_does_not_end_the_others(run: Any, lemon: Path, scene: Path) -> None:
+    graph = Image.new("RGB", (8, 8))
+    info = PngInfo()
+    own = {"positive": ["2", 0], "negative": ["2", 0], "model": ["4", 0], "latent_image": ["5", 0]}
+    info.add_text(
+        "prompt", json.dumps({"1": {"class_type": "KSampler", "inputs": own}, "2": {"inputs": {"text": "a"}}})
+    )
+    graph.save(scene / "a-graph.png", pnginfo=info)
+    (scene / "b-palette.png").write_bytes(palette_png())
+    (scene / "c-text.png").write_text("hello")
+    ran = run("a-graph.png", "b-palette.png", "c-text.png", "lemon.png", "--verify", "--model", "tiny")
+    assert (ran.code, ran.out) == (2, "lemon.png: identical\n")
+    lines = ran.err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["a-graph.png", "b-palette.png", "c-text.png"]
+    assert "its positive prompt does not come from a CLIPTextEncode node" in lines[0]
+    assert "bug" not in ran.err
+
+
+def test_a_bug_with_one_file_does_not_end_the_others(
+    run: Any, lemon: Path, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scene / "other.png").write_bytes(lemon.read_bytes())
+
+    def fail(path: Path, chunks: Any = ()) -> Any:
+        return 1 / 0 if Path(path).name == "other.png" else read_metadata(path, chunks)
+
+    monkeypatch.setattr("mezzotint.again.read_metadata", fail)
+    ran = run("other.png", "lemon.png", "--verify", "--model", "tiny")
+    assert (ran.code, ran.out) == (2, "lemon.png: identical\n")
+    assert ran.err.startswith("other.png: cannot be judged: this is a bug in mezzotint (ZeroDivisionError: ")
+
+
+def palette_png() -> bytes:
+    """A PNG of colour type 3 without the PLTE chunk that it must have."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 8, 3, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + bytes(range(32))) * 32))
+    return b"\x89PNG\r\n\x1a\n" + head + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("open", [read_picture, open_picture, open_mask])
+def test_a_palette_picture_without_its_palette(scene: Path, open: Callable[[str], Any]) -> None:
+    (scene / "palette.png").write_bytes(palette_png())
+    with pytest.raises(RequestError, match=r"palette.png'.*its palette is missing"):
+        open(str(scene / "palette.png"))
+
+
+def test_a_picture_that_cannot_be_written_has_code_1(run: Any, lemon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes, overwrite: bool) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mezzotint.images.io.write_atomically", full)
+    ran = run("lemon.png", "--model", "tiny")
+    assert (ran.code, ran.out) == (1, "") and "No space left on device" in ran.err

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mezzotint.pipeline import OnStep, Pipeline
 
 MAX_FILES = 10_000  # per folder, in the search for an input picture
+MAX_PIXELS = 2**24  # of a batch without --yes: 4096x4096, or 16 pictures of 1024x1024
+MAX_WORK = 2**30  # pixels x steps x pictures without --yes: 64 steps of those
 PICTURE_SUFFIXES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 # fields whose resolved values depend on another field; they are resolved again if that field is overridden
 DEPENDENT_FIELDS = {
@@ -55,6 +57,7 @@ DEPENDENT_FIELDS = {
     ),
     "prompt_syntax": ("emphasis", "choices"),
 }
+UNKNOWN_SIDE, UNKNOWN_STEPS = 1024, 50  # of another program's picture whose text has none
 # fields of a Request that name files; their values in a record are never used
 FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder")
 
@@ -163,6 +166,32 @@ def _find_by_sha256(sha256: str, folders: Iterable[Path]) -> Path | None:
     return None
 
 
+def check_work(source: Source, changes: Mapping[str, Any] | None = None) -> None:
+    """Check that a file does not ask for more pixels or steps than a stranger's picture may without asking.
+
+    Args:
+        source: The metadata of the file.
+        changes: Fields of the Request that are overridden.
+
+    Raises:
+        RequestError: If a batch has more than MAX_PIXELS pixels, or pixels x steps x pictures is above MAX_WORK.
+    """
+    request = _override(source, changes or {}, dict.fromkeys(FILE_FIELDS))
+    group = len(source.record.group) if source.record and not changes else min(request.count, request.batch or 1)
+    pictures = max(group, request.count)
+    sides = [side or UNKNOWN_SIDE for side in (request.width, request.height)]
+    steps = request.steps or len(request.sigmas or request.timesteps or ()) or UNKNOWN_STEPS
+    passes = [(sides[0] * sides[1], steps)]
+    if request.hires:
+        passes.append((round(passes[0][0] * request.hires**2), request.hires_steps or steps))
+    pixels, work = group * max(area for area, _ in passes), pictures * sum(area * steps for area, steps in passes)
+    if pixels > MAX_PIXELS or work > MAX_WORK:
+        raise RequestError(
+            f"it asks for {pixels:,} pixels at once ({group:,} x {sides[0]}x{sides[1]}) and {work:,} pixels x steps x "
+            f"pictures; above {MAX_PIXELS:,} and {MAX_WORK:,} it is drawn only with --yes"
+        )
+
+
 def select_model(source: Source, given: str | None) -> str | None:
     """Return the model to load for a file: the given one, or None for the bundled model.
 
@@ -234,10 +263,7 @@ def again(
         raise RequestError(f"it was generated with the LoRAs {names[:200]}; give their files with --lora")
     with threads(record):
         if changes or record is None:
-            dependent = {name: None for changed in changes or () for name in DEPENDENT_FIELDS.get(changed, ())}
-            own = {"count": 1, "seed": record.seed} if record else {}
-            request = source.request.replace(**{**own, **dependent, **files, **(changes or {})})
-            return pipe.generate(request, on_step=on_step).images
+            return pipe.generate(_override(source, changes or {}, files), on_step=on_step).images
         if record.latents:
             raise RequestError("it was generated from given latents, of which the record has only the SHA-256")
         jobs = record.jobs(files)
@@ -247,6 +273,13 @@ def again(
             cache.clear()
             cache[key] = pipe.draw(jobs, on_step=on_step)
         return [cache[key][record.place]]
+
+
+def _override(source: Source, changes: Mapping[str, Any], files: Mapping[str, Any]) -> Request:
+    """Return the request of one picture with some fields and its files changed."""
+    dependent = {name: None for changed in changes for name in DEPENDENT_FIELDS.get(changed, ())}
+    own = {"count": 1, "seed": source.record.seed} if source.record else {}
+    return source.request.replace(**{**own, **dependent, **files, **changes})
 
 
 @contextmanager

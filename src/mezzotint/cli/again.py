@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from mezzotint.cli.options import (
     take_model_options,
 )
 from mezzotint.cli.terminal import load, long_work, print_json, say, show
-from mezzotint.errors import MezzotintError, RequestError
+from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.placement import Placement
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mezzotint.pipeline import OnStep, Pipeline
 
 IDENTICAL, DIFFERS, UNKNOWN = 0, 1, 2  # exit codes of --verify; of several files the highest
+FAILED = 1  # exit code if a picture cannot be written
 
 
 @add_options_of(generate, without=("words",))
@@ -65,6 +67,9 @@ def again(
         str | None,
         option("As for generate.", "FILE|FOLDER", OUTPUT, default="mezzotint-SEED.png in the current folder"),
     ] = None,
+    yes: Annotated[
+        bool, option("Draw pictures of any size and number that a file asks for.", None, OUTPUT, name="--yes")
+    ] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -72,7 +77,7 @@ def again(
 
     The options of generate override the file: --steps 40 draws the same picture with 40 steps.
     """
-    from mezzotint.again import again, find_inputs, judge, read_source, select_model, select_options
+    from mezzotint.again import again, check_work, find_inputs, judge, read_source, select_model, select_options
 
     given_options = take_model_options(options)
     changes = fields_of(options)
@@ -91,9 +96,11 @@ def again(
     cache: dict[Any, Any] = {}
     reports: list[dict[str, Any]] = []
     for file in files:
-        code, sentences, written = UNKNOWN, list[str](), list[Path]()
+        written, tell = list[Path](), show
         try:
             source = read_source(file)
+            if not yes:
+                check_work(source, changes)
             path = select_model(source, model)
             inputs, notes = find_inputs(source, places, [file.parent, Path()])
             if not verify:
@@ -118,13 +125,18 @@ def again(
                 named = _named(source, changes)
                 written = [save_one(made, out, named, k) for k, made in enumerate(images)]
                 code, sentences = 0, [wrote(written), *notes]
-        except MezzotintError as error:
-            sentences = [f"cannot be {'judged' if verify else 'drawn again'}: {error}"]
+        except typer.Exit:  # Ctrl-C
+            raise
+        except Exception as error:
+            if os.environ.get("MEZZOTINT_DEBUG"):
+                raise
+            code = FAILED if isinstance(error, WriteError) else UNKNOWN
+            sentences, tell = [f"cannot be {'judged' if verify else 'drawn again'}: {_reason(error)}"], say
         reports.append(
             {"file": str(file), "code": code, "sentences": sentences, "paths": [str(path) for path in written]}
         )
         if not as_json:
-            (say if code == UNKNOWN else show)(f"{file}: {'; '.join(sentences)}")
+            tell(f"{file}: {'; '.join(sentences)}")
     if as_json:
         print_json({"files": reports})
     raise typer.Exit(max(entry["code"] for entry in reports))
@@ -172,6 +184,14 @@ def _named(source: Source, changes: Mapping[str, Any]) -> Any:
     seed = source.record.seed if source.record else source.request.seed
     named = {name: changes[name] for name in ("seed", "count") if name in changes}
     return source.request.replace(**{"seed": seed, "count": 1, **named})
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's sentence. Any other error is a bug, but the other files still get their turn."""
+    if isinstance(error, MezzotintError):
+        return str(error)
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"this is a bug in mezzotint ({what}); set MEZZOTINT_DEBUG=1 to see the traceback"
 
 
 def _other_model(source: Source, pipe: Pipeline) -> list[str]:

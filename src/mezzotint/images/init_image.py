@@ -52,7 +52,7 @@ def to_bytes(image: Image.Image) -> bytes:
     """
     file = io.BytesIO()
     try:
-        image.load()
+        load(image)
         plain = _upright(image)
         if plain.mode not in PNG_MODES:
             plain = _to_eight_bits(plain)
@@ -360,12 +360,23 @@ def _load(data: bytes, source: Source, name: str) -> Image.Image:
     """Decode a picture, upright and with at most 8 bits per channel."""
     image = _open(data, source, name)
     try:
-        image.load()
+        load(image)
     except Exception as error:  # see _open
         raise RequestError(
             f"{name} is {_describe(source)}, which is truncated or damaged ({error}); {EXPECTED}"
         ) from None
     return _to_eight_bits(_upright(image))
+
+
+def load(image: Image.Image) -> None:
+    """Decode a picture's pixels.
+
+    Raises:
+        ValueError: If its palette is missing, which Pillow does not notice.
+    """
+    image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("its palette is missing")
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -28,6 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mezzotint.atomic import DISK_ERRORS, write_atomically
 from mezzotint.errors import MezzotintError, RequestError, WriteError
+from mezzotint.images.init_image import load
 
 CHUNKS = ("mezzotint", "parameters")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -205,6 +206,7 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         RequestError: If there is no such file, or it is of another format.
     """
     with open_file(path) as image:
+        load(image)
         return image.convert("RGB")
 
 
@@ -227,7 +229,9 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise RequestError(f"{str(path)!r} is not {kinds}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise RequestError(f"{str(path)!r} is too large a picture: {error}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, OverflowError) as error:
+    except MezzotintError:
+        raise
+    except Exception as error:  # decoders raise errors of many types on broken files
         raise RequestError(f"{str(path)!r} cannot be read as {kinds}: {error}") from None
 
 

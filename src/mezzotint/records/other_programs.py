@@ -53,7 +53,9 @@ def _object(text: str, chunk: str) -> dict[str, Any]:
 def _comfyui(graph: Mapping[str, Any]) -> ReadResult:
     """Hold nodes {"class_type", "inputs"}, in which an input that is a list [node, output] is a link."""
     nodes = {
-        name: node for name, node in graph.items() if isinstance(node, dict) and isinstance(node.get("inputs"), dict)
+        name: node
+        for name, node in graph.items()
+        if isinstance(node, dict) and isinstance(node.get("inputs"), dict) and isinstance(node.get("class_type"), str)
     }
     if len(nodes) > MAX_NODES:
         raise RequestError(f"its graph has {len(nodes):,} nodes; at most {MAX_NODES:,} are read")
@@ -100,7 +102,7 @@ def _comfyui(graph: Mapping[str, Any]) -> ReadResult:
         model = name if isinstance(name, str) else model
         if name is None:
             lora = str(node["inputs"].get("lora_name", ""))[:100]
-            notes.append(f"{str(node['class_type'])[:60]} {lora}".strip())
+            notes.append(f"{node['class_type'][:60]} {lora}".strip())
     if own.get("denoise", 1.0) != 1.0 or own.get("start_at_step", 0) != 0:
         notes.append("denoise below 1 on an empty latent image")
     if latents["inputs"].get("batch_size", 1) != 1:

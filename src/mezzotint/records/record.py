@@ -2,7 +2,8 @@
 
 A record is two texts in `image.info`, which `save` (images/io.py) writes into the file: `mezzotint`, JSON with the
 fields of `Record`, and `parameters`, A1111's text (infotext.py). It contains no time, host name or duration, so the
-same picture has the same record. A file's record is untrusted data: reading it opens no other file.
+same picture has the same record. Of a path it contains only the last part, since pictures are shared and folders tell
+who made them; files are identified by their SHA-256. A file's record is untrusted data: reading it opens no other file.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PureWindowsPath
 from typing import Annotated, Any, Literal, get_args
 
 from PIL import Image, ImageChops
@@ -72,7 +75,7 @@ class Model(_Part):
 
 
 class Input(_Part):
-    """An input picture: its path, and the SHA-256 of the file."""
+    """An input picture: its file name, and the SHA-256 of the file. Older records have the whole path."""
 
     path: Word | None = None
     sha256: Sha256
@@ -171,7 +174,7 @@ def describe(
     versions = {name: version(name) for name in ("mezzotint", "torch")}
     optional = {
         "others": others if any(others) else [],
-        "inputs": {name: dict(given) for name, given in (inputs or {}).items()},
+        "inputs": {name: {**given, "path": _base_name(given.get("path"))} for name, given in (inputs or {}).items()},
         "float32": list(float32),
         "pixels": image and pixels_digest(image),
         "latents": None
@@ -183,7 +186,7 @@ def describe(
         "seed": seed,
         "group": [s for _, s in group],
         "place": place,
-        "model": dict(model),
+        "model": {**model, **{name: _by_base_name(model[name]) for name in ("loras", "merged") if name in model}},
         "versions": versions,
         **{name: value for name, value in optional.items() if value},
     }
@@ -194,8 +197,33 @@ def describe(
 
 
 def _fields(request: Request) -> dict[str, Any]:
-    """Return the request for JSON, without pictures given as bytes, whose hashes are in `inputs`."""
-    return request.model_dump(mode="json", exclude={n for n, s in request.sources.items() if isinstance(s, bytes)})
+    """Return the request for JSON, of paths the last part, without pictures given as bytes."""
+    fields = request.model_dump(mode="json", exclude={n for n, s in request.sources.items() if isinstance(s, bytes)})
+    for name in ("image", "mask", "wildcards", "lora_folder"):
+        if name in fields:
+            fields[name] = _base_name(fields[name])
+    if request.embeddings:
+        fields["embeddings"] = [*map(_base_name, request.embeddings)]
+    if request.loras:
+        fields["loras"] = [[_base_name(path), *scales] for path, *scales in fields["loras"]]
+    return fields
+
+
+def _base_name(path: str | None) -> str | None:
+    """Return the last part of a path, of Windows or POSIX."""
+    return path and (PureWindowsPath(path).name or ".")
+
+
+def _by_base_name(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return digests by base name; of equal names the second gets a number, and so on."""
+    found: dict[str, str] = {}
+    for path, digest in digests.items():
+        name = _base_name(path) or path
+        numbered = (f"{name} ({k})" for k in itertools.count(2))
+        while name in found:
+            name = next(numbered)
+        found[name] = digest
+    return found
 
 
 def _differences(other: Request, own: Request) -> dict[str, str | None]:
