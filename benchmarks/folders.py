@@ -29,7 +29,7 @@ def make_loras(pipe: mezzotint.Pipeline, folder: Path, count: int) -> None:
     for k in range(count):
         down, up = torch.randn(1, *layer.shape[1:], generator=draw), torch.randn(len(layer), 1, 1, 1, generator=draw)
         tensors = {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
-        save_file(tensors, folder / f"lora{k:05}.safetensors")
+        save_file(tensors, folder / f"lora{k:05}.safetensors", {"ss_output_name": f"trained{k:05}"})
 
 
 def make_embeddings(pipe: mezzotint.Pipeline, folder: Path, count: int) -> None:
@@ -71,6 +71,9 @@ def main() -> None:
             "plain": plain,
             "one LoRA": one_file,
             "LoRA folder": plain.replace(prompt=f"a lemon <lora:{name}:0.5>", lora_folder=str(loras)),
+            "LoRA folder, ss_output_name": plain.replace(
+                prompt=f"a lemon <lora:{name.replace('lora', 'trained')}:0.5>", lora_folder=str(loras)
+            ),
             "embedding folder": plain.replace(prompt="a lemon word00007", embeddings=(str(words),)),
         }
         pipe.generate(plain)

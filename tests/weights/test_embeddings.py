@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mezzotint import Pipeline, Request
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import hub
+from mezzotint.weights.checkpoint import inspect_model
 from mezzotint.weights.embeddings import Library, read_embeddings
 from mezzotint.weights.files import TensorFile
 
@@ -259,6 +260,18 @@ def in_pixels(path: Path, data: bytes, height: int = 32) -> None:
         blocks.append((block ^ dots ^ np.array(mask).reshape(block.shape)).astype(np.uint8))
     picture, black = np.full((height, 20, 3), 200, np.uint8), np.zeros((height, 1, 3), np.uint8)
     Image.fromarray(np.concatenate([blocks[0], black, picture, black, blocks[1]], 1)).save(path)
+
+
+def test_inspect_names_a_textual_inversion(tmp_path: Path, files: dict[str, Path]) -> None:
+    in_pixels(tmp_path / "a.png", web_ui_json(VECTORS))
+    kinds = {
+        tmp_path / "a.png": "a textual inversion in a picture: Style, 3 vectors of width 8",
+        files["style.pt"]: "a textual inversion: style, 3 vectors of width 8",
+        files["learned_embeds.bin"]: "a textual inversion: <cat-toy> or learned_embeds, 3 vectors of width 8",
+        files["xl.safetensors"]: "a textual inversion: xl, 3 vectors of width 8 and 12",
+    }
+    for path, kind in kinds.items():
+        assert inspect_model(path).kind == kind.replace("<cat-toy>", "cat-toy")
 
 
 @pytest.mark.parametrize("write", [in_text, in_pixels])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mezzotint import Pipeline
 from mezzotint.models.adapters import apply_adapters, merge
+from mezzotint.weights.checkpoint import inspect_model
 from mezzotint.weights.lora import Adapters, Scale
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -143,3 +144,21 @@ def test_dora_at_a_scale_is_comfyuis(sd1: Pipeline, tmp_path: Path) -> None:
     theirs = moved * (scale * (m / moved.norm(dim=1, keepdim=True) - 1) + 1)
     assert (module.get_merged_weight(scale)[0] - theirs).abs().max() < TOLERANCE * whole.abs().max()
     assert (ours - theirs).abs().max() > 0.1 * whole.abs().max()
+
+
+def test_inspect_names_the_kinds_of_changes(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for number, kind in enumerate(("locon, Tucker", "loha", "lokr", "dora", "full", "ia3", "glora", "oft", "boft")):
+        algorithm, _, options = KINDS[kind]
+        layer = nn.Conv2d(16, 16, 3) if "Tucker" in kind else nn.Linear(64, 16)
+        tensors |= {
+            f"lora_unet_{number}{key[1:]}": tensor for key, tensor in train(algorithm, layer, options)[0].items()
+        }
+    tensors["bundle_emb.word.emb_params"] = torch.zeros(2, 8)
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1", "ss_output_name": "style"})
+    names = ("(IA)^3", "BOFT", "DoRA", "GLoRA", "LoCon", "LoHa", "LoKr", "OFT", "full difference")
+    listed = ", ".join(f"{name} in 1 layers" for name in names)
+    kind = inspect_model(tmp_path / "a.safetensors").kind
+    assert kind == f"a LoRA file, {listed}, for SD 1, trained as 'style', with 1 textual inversions"
+    save_file({"x.lambda_layer": torch.zeros(1, 4)}, tmp_path / "a.safetensors")
+    assert inspect_model(tmp_path / "a.safetensors").kind == "T-LoRA, which is not supported"

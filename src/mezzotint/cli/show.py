@@ -15,7 +15,10 @@ from mezzotint.cli.terminal import print_json, show
 @add_options_of(model_options)
 def inspect(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Model folder or file, emoji (the bundled model), or LoRA file.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Model folder or file, emoji (the bundled model), LoRA file or textual inversion."
+        ),
     ],
     model: Annotated[str | None, option("For a LoRA file: list which of its layers fit this model.", "MODEL")] = None,
     as_json: Json = False,

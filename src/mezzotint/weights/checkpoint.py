@@ -26,6 +26,8 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
 from mezzotint.reading import hash_file
+from mezzotint.weights.adapter_files import describe_adapter
+from mezzotint.weights.embeddings import IMAGE
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
@@ -242,6 +244,8 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
     path = local(path) or Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if path.suffix == IMAGE and (kind := describe_adapter(path, None)):
+        return Report(str(path), kind, bytes=path.stat().st_size)
     try:
         found = _scan_own(path, given)
     except CheckpointError:
@@ -252,9 +256,8 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         for entry in file.entries.values():
             dtypes[dtype_name(entry.dtype)] += entry.count
         part = PartReport("tensors", dtypes.total(), len(file.entries), dict(dtypes.most_common()))
-        return Report(
-            str(path), describe_kind(file.shapes), keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata
-        )
+        kind = describe_adapter(path, file) or describe_kind(file.shapes)
+        return Report(str(path), kind, keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata)
     if given.vae is not None:
         replace_vae(found)
     return _report(found)
