@@ -72,6 +72,7 @@ FULL: dict[str, Any] = {
     "variation_seed": 9,
     "variation_strength": 0.1,
     "seed_size": (64, 72),
+    "safety": "blur",
 }
 
 

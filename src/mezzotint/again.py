@@ -177,7 +177,9 @@ def check_work(source: Source, changes: Mapping[str, Any] | None = None) -> None
         RequestError: If a batch has more than MAX_PIXELS pixels, or pixels x steps x pictures is above MAX_WORK.
     """
     request = _override(source, changes or {}, dict.fromkeys(FILE_FIELDS))
-    group = len(source.record.group) if source.record and not changes else min(request.count, request.batch or 1)
+    group = min(request.count, request.batch or 1)
+    if source.record and not _draws_another(changes):
+        group = len(source.record.group)
     pictures = max(group, request.count)
     sides = [side or UNKNOWN_SIDE for side in (request.width, request.height)]
     steps = request.steps or len(request.sigmas or request.timesteps or ()) or UNKNOWN_STEPS
@@ -235,7 +237,8 @@ def again(
 ) -> list[Image.Image]:
     """Generate a file's picture again.
 
-    Without changes the picture's whole batch is generated, with the record's number of threads.
+    Without changes, or with one of `safety` alone, the picture's whole batch is generated, with the record's number of
+    threads.
 
     Args:
         pipe: The pipeline.
@@ -262,17 +265,22 @@ def again(
         names = ", ".join(sorted(record.model.loras))
         raise RequestError(f"it was generated with the LoRAs {names[:200]}; give their files with --lora")
     with threads(record):
-        if changes or record is None:
+        if _draws_another(changes) or record is None:
             return pipe.generate(_override(source, changes or {}, files), on_step=on_step).images
         if record.latents:
             raise RequestError("it was generated from given latents, of which the record has only the SHA-256")
-        jobs = record.jobs(files)
+        jobs = record.jobs({**files, **(changes or {})})
         key = tuple((job.replace(seed=0, count=1), seed) for job, seed in jobs)
         cache = {} if cache is None else cache
         if key not in cache:
             cache.clear()
             cache[key] = pipe.draw(jobs, on_step=on_step)
         return [cache[key][record.place]]
+
+
+def _draws_another(changes: Mapping[str, Any] | None) -> bool:
+    """Return whether these changes of a request change what is drawn: `safety` does not."""
+    return bool(set(changes or ()) - {"safety"})
 
 
 def _override(source: Source, changes: Mapping[str, Any], files: Mapping[str, Any]) -> Request:

@@ -6,11 +6,13 @@ are not used are ignored. Values that files give as one number or a list are tup
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Numbers = int | tuple[int, ...]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Side = Annotated[int, Field(ge=1, le=4096)]  # pixels
 
 
 class _Config(BaseModel):
@@ -38,6 +40,103 @@ class CLIPConfig(_Config):
     def has_projection(self) -> bool:
         """Whether the pooled vector is projected: CLIPTextModelWithProjection (SDXL's second encoder)."""
         return "CLIPTextModelWithProjection" in self.architectures
+
+
+class CLIPVisionConfig(_Config):
+    """A CLIP vision encoder (transformers' CLIPVisionModel and CLIPVisionModelWithProjection)."""
+
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
+    projection_dim: Count = 512
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
+    num_attention_heads: Count = 12
+    num_channels: Literal[3] = 3
+    image_size: Annotated[int, Field(ge=1, le=4096)] = 224
+    patch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def positions(self) -> int:
+        """Length of the sequence: the class token and the patches."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        if self.patch_size > self.image_size:
+            raise ValueError("patch_size must be at most image_size")
+        return self
+
+
+class SafetyCheckerConfig(_Config):
+    """A safety checker (`safety_checker/config.json`, diffusers' StableDiffusionSafetyChecker).
+
+    Attributes:
+        vision_config: The vision encoder; old files have it as `vision_config_dict`, which takes precedence.
+        projection_dim: Size of the embedding space of pictures and concepts.
+        concepts: Number of concepts that flag a picture. Not in the file: the rows of `concept_embeds`.
+        special_care: Number of concepts that lower the other thresholds: the rows of `special_care_embeds`.
+    """
+
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: Count = 512
+    concepts: Count
+    special_care: Count
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers of the vision encoder."""
+        return self.vision_config.num_hidden_layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_spelling(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            given = fields.get("vision_config_dict")
+            vision = given if given is not None else fields.get("vision_config")
+            return {**fields, "vision_config": vision if vision is not None else {}}
+        return fields
+
+
+class ImageProcessorConfig(_Config):
+    """How pictures become the input of a CLIP vision encoder (`preprocessor_config.json`, CLIPImageProcessor).
+
+    Attributes:
+        size: (height, width) to resize to, or the length of the shortest edge.
+        crop_size: (height, width) of the centre crop.
+        resample: The filter, by Pillow's number.
+    """
+
+    do_resize: bool = True
+    size: Side | tuple[Side, Side] = 224
+    resample: Annotated[int, Field(ge=0, le=5)] = 3
+    do_center_crop: bool = True
+    crop_size: tuple[Side, Side] = (224, 224)
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @field_validator("size", "crop_size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {"height", "width"}:
+                return value["height"], value["width"]
+            if set(value) == {"shortest_edge"} and info.field_name == "size":
+                return value["shortest_edge"]
+            raise ValueError("a size must have height and width, or shortest_edge")
+        return (value, value) if isinstance(value, int) and info.field_name == "crop_size" else value
+
+    @field_validator("image_std")
+    @classmethod
+    def _not_zero(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if 0.0 in value:
+            raise ValueError("it must not be 0")
+        return value
 
 
 class UNetConfig(_Config):

@@ -35,6 +35,8 @@ class ModelOptions:
         config: Config fields by part (unet, vae, text_encoder, text_encoder_2, scheduler), such as
             {"unet": {"attention_head_dim": 4}}.
         vae: VAE to use instead of the model's own, or where it has none: a file, a folder or a hub id.
+        safety_checker: Safety checker to use: a folder or a hub id; True is the model's own, if it has one, and None
+            (as in diffusers) or False is none.
 
     Raises:
         CheckpointError: If an option has a value that it cannot have.
@@ -45,6 +47,7 @@ class ModelOptions:
     variant: str | None = None
     config: ConfigFields | None = None
     vae: str | Path | None = None
+    safety_checker: str | Path | bool | None = True
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -65,7 +68,7 @@ class ModelOptions:
         return {name: value for name, value in given.items() if value}
 
 
-FILE_OPTIONS = ("vae",)  # options that name a file or folder, which a record keeps as a hash
+FILE_OPTIONS = ("vae", "safety_checker")  # options that name a file or folder, of which no path is kept in a record
 
 
 def parse_config(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -44,6 +44,7 @@ from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunFiles, RunPlan, plan_run
 from mezzotint.run.prompts import PromptEncoder
+from mezzotint.run.safety import PictureChecker
 from mezzotint.run.solve import solve
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
@@ -75,8 +76,8 @@ def load(
         memory: What the process may take, such as "4GiB" or "auto". The placement is then planned for it; the
             pipeline makes a batch smaller that would take more, and refuses a picture that would.
         request: The request, or requests, that `memory` is planned for.
-        options: `prediction`, `family`, `variant`, `config` and `vae`: the fields of `ModelOptions`, which overrule
-            what is found in the model's files.
+        options: `prediction`, `family`, `variant`, `config`, `vae` and `safety_checker`: the fields of `ModelOptions`,
+            which overrule what is found in the model's files.
 
     Raises:
         CheckpointError: If the model is missing, damaged or of an unsupported kind.
@@ -132,6 +133,9 @@ class Pipeline:
             self.vae.float()
         self.unet.fuse_projections()
         self._few_step = FewStepUNets(self.unet, parts.source)
+        self._checker: PictureChecker | None = None
+        if parts.checker:
+            self._checker = PictureChecker(parts.checker, self.device, self.dtype, self.placement)
 
     def __call__(self, prompt: str, **fields: Any) -> Image.Image:
         """Generate one picture.
@@ -236,6 +240,7 @@ class Pipeline:
         images: list[Image.Image] = []
         finals: list[Tensor] = []
         notices: list[tuple[str, ...]] = []
+        flagged: list[bool | None] = []
         timings = {"denoise": 0.0, "decode": 0.0}
         for group in groups:
             start = time.perf_counter()
@@ -248,9 +253,10 @@ class Pipeline:
                     on_image(len(images) - 1, image)
             finals += x.unbind()
             notices += [batch.notices] * len(group)
+            flagged += batch.flagged
             timings["denoise"] += solved - start
             timings["decode"] += time.perf_counter() - solved
-        return split_results(plans, images, finals, notices, timings)
+        return split_results(plans, images, finals, notices, flagged, timings)
 
     def _solve(self, batch: Batch, report: Callable[[], None]) -> Tensor:
         """Return the final latents of a batch; `report` is called after each step."""
@@ -293,7 +299,7 @@ class Pipeline:
     def _decode_batch(self, batch: Batch, x: Tensor) -> list[Image.Image]:
         """Decode the final latents of a batch to finished pictures with their records."""
         images = self._decode(x, batch.upcast_parts, batch.request.seamless)
-        return finish_pictures(batch, images, self._model_record)
+        return finish_pictures(batch, images, self._model_record, self.check)
 
     def _decode(self, latents: Tensor, upcast_parts: list[str], seamless: str | None = None) -> list[Image.Image]:
         """Decode latents; `seamless` names the directions in which the pictures tile."""
@@ -369,6 +375,19 @@ class Pipeline:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Decode the final latents of a run, (B, C, h, w), to B pictures."""
         return self._decode(latents, [])
+
+    def check(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return whether the model's safety checker flags each picture.
+
+        `generate` does so with every picture unless its request has `safety="off"`.
+
+        Raises:
+            RequestError: If the model has no safety checker.
+        """
+        if self._checker is None:
+            raise RequestError("the model has no safety checker; load one with safety_checker")
+        with self._executor.inference():
+            return self._checker.check(images)
 
     def encode_image(self, image: Image.Image) -> Tensor:
         """Encode a picture to latents (1, C, h, w) float32, the mean of the VAE's posterior.
@@ -460,6 +479,7 @@ class Pipeline:
             "merged": self._adapters.merged_digests(),
             "options": self.parts.options.values(),
             **self.parts.given_hashes,
+            "safety_checker": self.parts.checker_hashes if plan.safety in ("blur", "black") else {},
         }
         return {
             "name": self.name,

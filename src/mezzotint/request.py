@@ -202,6 +202,9 @@ class Request(BaseModel):
     seed_size: tuple[Side, Side] | None = _optional(
         f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"
     )
+    safety: str | None = _choice(
+        "off", "flag", "blur", "black", meaning="what is done with a picture that the model's safety checker flags"
+    )
 
     if not TYPE_CHECKING:
 

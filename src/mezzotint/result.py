@@ -28,6 +28,7 @@ class Result:
         request: The request as it ran, with the model's defaults filled in.
         timings: Seconds by stage.
         notices: Remarks for the user, for example that a mask was resized.
+        flagged: Whether the model's safety checker flagged each picture; None if they were not checked.
     """
 
     images: list[Image.Image]
@@ -36,6 +37,7 @@ class Result:
     request: Request
     timings: dict[str, float]
     notices: tuple[str, ...] = ()
+    flagged: list[bool] | None = None
 
     def save(self, path: str | PathLike[str]) -> list[Path]:
         """Save the pictures with their records; an existing file is replaced.
@@ -68,6 +70,8 @@ class Result:
             facts.append(f"seed{'s' if len(seeds) > 1 else ''} {' to '.join(map(str, seeds))}")
         if "total" in self.timings:
             facts.append(f"{self.timings['total']:.1f} s")
+        if self.flagged and any(self.flagged):
+            facts.append(f"{sum(self.flagged)} flagged")
         if self.notices:
             facts.append(f"notices: {'; '.join(self.notices)}")
         return f"<Result: {', '.join(facts)}>"

@@ -141,7 +141,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --fix-steps "
         "--resize-mode crop --mask-blur 4 --invert-mask --masked-content fill --only-masked 32 "
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
-        "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72"
+        "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -199,6 +199,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             variation_seed=3,
             variation_strength=0.2,
             seed_size=(64, 72),
+            safety="blur",
         )
     ]
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}
@@ -274,7 +275,7 @@ def test_the_prompt_as_an_option(run: Run, pipe: FakePipeline) -> None:
 def test_json(run: Run, pipe: FakePipeline) -> None:
     ran = run("generate", "柠檬", "--count", "2", "--json")
     record = json.loads(ran.out)
-    assert record["images"] == [{"path": f"mezzotint-{seed}.png", "seed": seed} for seed in (40, 41)]
+    assert record["images"] == [{"path": f"mezzotint-{k}.png", "seed": k, "flagged": None} for k in (40, 41)]
     assert Request.model_validate(record["request"]) == pipe.requests[0]
     assert ran.err == ""
 

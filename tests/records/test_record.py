@@ -38,7 +38,7 @@ def record(**changes: Any) -> dict[str, str]:
 # ---- what it holds ---------------------------------------------------------------------------------------------------
 
 
-OPTIONAL = ("family", "vae", "options", "lora", "loras", "merged", "embeddings", "placement")
+OPTIONAL = ("family", "vae", "safety_checker", "options", "lora", "loras", "merged", "embeddings", "placement")
 
 
 def test_the_record_makes_the_request_again() -> None:

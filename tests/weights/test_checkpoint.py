@@ -171,12 +171,15 @@ def test_old_and_new_spellings(folder: Path, tiny_model: Any) -> None:
 def test_parts_that_drawing_does_not_need_are_passed_over(folder: Path) -> None:
     edit(
         folder / "model_index.json",
-        lambda index: index.update(safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]),
+        lambda index: index.update(
+            image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+            feature_extractor=["transformers", "CLIPImageProcessor"],  # read with a safety checker
+        ),
     )
-    (folder / "safety_checker").mkdir()
+    (folder / "image_encoder").mkdir()
     open_model(folder)
     assert inspect_model(folder).passed_over == [
-        "safety_checker (StableDiffusionSafetyChecker): not needed to generate pictures"
+        "image_encoder (CLIPVisionModelWithProjection): not needed to generate pictures"
     ]
 
 

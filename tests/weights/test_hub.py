@@ -171,7 +171,10 @@ def test_needed_picks_one_format_and_variant() -> None:
         "model_index.json",
         "README.md",
         "v1.safetensors",
+        "safety_checker/config.json",
+        "safety_checker/pytorch_model.bin",
         "safety_checker/model.safetensors",
+        "feature_extractor/preprocessor_config.json",
         "scheduler/scheduler_config.json",
         "tokenizer/merges.txt",
         "unet/config.json",
@@ -185,6 +188,8 @@ def test_needed_picks_one_format_and_variant() -> None:
         "vae/diffusion_pytorch_model.bin",
     ]
     common = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "unet/config.json"]
+    common += ["safety_checker/config.json", "safety_checker/model.safetensors"]
+    common += ["feature_extractor/preprocessor_config.json"]
     vae = ["vae/config.json", "vae/diffusion_pytorch_model.bin"]
     unet = "unet/diffusion_pytorch_model"
     plain = [

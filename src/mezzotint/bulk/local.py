@@ -321,10 +321,10 @@ def run(plan: BulkPlan, worker: Worker, on_step: OnStep) -> Iterator[Outcome]:
 
 
 def units(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
-    """Group pictures that differ only in prompts and seed into batches of their `batch`."""
+    """Group pictures that differ only in prompts, seed and `safety` into batches of their `batch`."""
     incomplete: dict[str, list[Picture]] = {}
     for picture in pictures:
-        kind = picture.request.model_dump_json(exclude={"prompt", "negative_prompt", "seed"})
+        kind = picture.request.model_dump_json(exclude={"prompt", "negative_prompt", "seed", "safety"})
         unit = incomplete.setdefault(kind, [])
         unit.append(picture)
         if len(unit) == picture.request.batch:

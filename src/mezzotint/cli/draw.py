@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import count as counting
 from pathlib import Path
@@ -33,6 +33,7 @@ from mezzotint.cli.options import (
     Memory,
     Model,
     Negative,
+    Safety,
     Sampler,
     Seed,
     Size,
@@ -53,6 +54,11 @@ if TYPE_CHECKING:
     from mezzotint.request import Request
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # images.io.FORMATS, whose import would bring torch
+FLAGGED = {  # by Request.safety
+    "flag": "flagged by the safety checker",
+    "blur": "flagged by the safety checker, and blurred",
+    "black": "flagged by the safety checker, and black",
+}
 
 
 @add_options_of(model_options)
@@ -229,6 +235,7 @@ def generate(
     target_size: Annotated[
         str | None, option("Size after cropping, in pixels.", "WxH", SDXL, default="the picture's size")
     ] = None,
+    safety: Safety = None,
     memory: Memory = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -276,10 +283,17 @@ def generate(
     for notice in result.notices:
         if notice not in pipe.notices:  # which `load` has printed
             say(notice)
+    for path, flag in zip(written, result.flagged or [], strict=False):
+        if flag:
+            say(f"{path}: {FLAGGED[run.safety]}")
     if as_json:
+        flags: Sequence[bool | None] = result.flagged or [None] * len(written)
         print_json(
             {
-                "images": [{"path": str(path), "seed": s} for path, s in zip(written, result.seeds, strict=True)],
+                "images": [
+                    {"path": str(path), "seed": seed, "flagged": flag}
+                    for path, seed, flag in zip(written, result.seeds, flags, strict=True)
+                ],
                 "request": result.request.model_dump(mode="json"),
                 "timings": result.timings,
             }

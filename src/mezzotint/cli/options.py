@@ -22,8 +22,9 @@ FROM_PICTURE = "Picture to picture"
 HIRES = "Hires"
 SDXL = "SDXL"
 MEMORY = "Memory"
+SAFETY = "Safety checker"
 OUTPUT = "Output"
-GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, OUTPUT, "Options")
+GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, SAFETY, OUTPUT, "Options")
 
 
 class Command(TyperCommand):
@@ -121,6 +122,16 @@ Guidance = Annotated[
         default="the model's own, or 7.5, SDXL 5",
     ),
 ]
+Safety = Annotated[
+    str | None,
+    option(
+        "What is done with pictures that the safety checker flags: off (none is checked), flag (report it), blur or "
+        "black.",
+        "MODE",
+        SAFETY,
+        default="flag, if the model has a checker",
+    ),
+]
 _MEMORY = "Memory that the process may use, such as 4GiB; auto is what is free. Offloading and the like make it fit."
 Memory = Annotated[str | None, option(_MEMORY, "SIZE|auto", MEMORY, default="no limit")]
 MemoryOrAuto = Annotated[str, option(_MEMORY, "SIZE|auto", MEMORY, default="auto")]
@@ -158,6 +169,10 @@ def model_options(
         str | None,
         option("VAE: a file, a folder or a hub id.", "VAE", MODEL, default="the model's own"),
     ] = None,
+    safety_checker: Annotated[
+        str | None,
+        option("Safety checker: a folder or a hub id.", "CHECKER", SAFETY, default="the model's own, if it has one"),
+    ] = None,
 ) -> dict[str, Any]:
     """Return those options of a model that are given, as keyword arguments of `mezzotint.load`.
 
@@ -168,7 +183,14 @@ def model_options(
         CheckpointError: If an option has a value that it cannot have.
     """
     fields = parse_config(config) if config else None
-    given = {"prediction": prediction, "family": family, "variant": variant, "config": fields, "vae": vae}
+    given = {
+        "prediction": prediction,
+        "family": family,
+        "variant": variant,
+        "config": fields,
+        "vae": vae,
+        "safety_checker": safety_checker,
+    }
     kept: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     ModelOptions(**kept)  # checked before torch is imported
     return kept

@@ -16,6 +16,7 @@ from mezzotint.cli.options import (
     Json,
     MemoryOrAuto,
     Model,
+    Safety,
     Sampler,
     Size,
     Steps,
@@ -40,6 +41,7 @@ def plan(
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,
+    safety: Safety = None,
     memory: MemoryOrAuto = "auto",
     device: Device = None,
     dtype: Dtype = None,

@@ -31,7 +31,7 @@ from typing import Any, cast
 
 import torch
 
-from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.memory import system, walk
 from mezzotint.memory.walk import Workspace
@@ -40,10 +40,11 @@ from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunPlan, plan_run
+from mezzotint.run.safety import checker_dtype, checker_placement
 from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.model_files import ModelFiles, NetworkFiles
+from mezzotint.weights.model_files import CheckerFiles, ModelFiles, NetworkFiles
 
 # On the CPU a share of the bytes of libraries that are mapped after the import; on CUDA bytes, mostly cuBLAS's.
 LIBRARY_MEMORY = {"cpu": 0.42, "cuda": 40 * 2**20}
@@ -153,6 +154,11 @@ class ModelHeaders:
         }
 
     @cached_property
+    def checker(self) -> Weights:
+        """Sizes of the safety checker's weights."""
+        return Weights.of(self.found.checker.network) if self.found.checker else Weights()
+
+    @cached_property
     def file_dtypes(self) -> set[str]:
         """The dtypes that most weights of each network have in the files."""
         return {str(part.natural_dtype()).removeprefix("torch.") for part in self.found.parts}
@@ -191,7 +197,8 @@ class MemoryEstimate:
     """The predicted memory of a run, in bytes.
 
     Attributes:
-        stages: The peak of each stage: load, encode (the prompts), image (of an initial image), step, decode, png.
+        stages: The peak of each stage: load, encode (the prompts), image (of an initial image), step, decode, check (by
+            the safety checker), png.
         workspace: The part of it that a stage needs only while it runs, at most.
         macs: Multiply-accumulates of the run.
         bytes_moved: Bytes of weights that are read or converted again, which the default placement does not do.
@@ -274,6 +281,8 @@ class _Run:
                 stages["image"] = max(stages.get("image", 0), self.vae(one, 1, "encode"))
             stages["step"] = max(stages.get("step", 0), self.step(plan, pictures))
             stages["decode"] = max(stages.get("decode", 0), self.vae(one, pictures, "decode"))
+        if first.safety != "off":
+            stages["check"] = self.check(passes[-1].request)
         stages["png"] = self.constant + 4 * self.picture_bytes(passes[-1].request) * 3
         return MemoryEstimate(stages, self.workspace_peak, self.macs, self.bytes_moved)
 
@@ -370,6 +379,29 @@ class _Run:
             self.bytes_moved += work // MACS_PER_BYTE // 5  # a fifth slower, as measured
         self.count_calls(name, times if self.placement.vae != "whole" else times // pictures)
         return self.constant + onloaded + peak + self.picture_bytes(request) * (1 if half == "decode" else 0)
+
+    def check(self, request: Request) -> int:
+        """Return the peak of the safety checker, which takes one picture at a time, with the finished pictures."""
+        files = cast(CheckerFiles, self.model.found.checker)
+        weights, config = self.model.checker, cast(SafetyCheckerConfig, files.network.config)
+        placement = checker_placement(files, self.model.device, self.placement)
+        itemsize = checker_dtype(self.model.device, self.model.dtype).itemsize
+        streams = placement.weights == "stream"
+        workspace = replace(
+            self.workspace,
+            itemsize=itemsize,
+            unfolds_conv_inputs=False,
+            materializes_weights=streams or placement.storage is not None,
+            buffer=READ_BUFFER_BYTES if streams else 0,
+        )
+        one = walk.walk_checker(config, itemsize)
+        self.macs += request.count * one.macs
+        onloaded = 0 if streams else weights.stored_bytes(placement.storage, itemsize)
+        if placement.storage:  # each weight is read in float32 first
+            onloaded += 4 * weights.largest
+        pixels = 3 * 4 * config.vision_config.image_size**2 * 8  # the picture while it is resized and normalized
+        need = onloaded + weights.small * itemsize + pixels + one.peak(workspace)
+        return self.constant + need + self.picture_bytes(request)
 
     def picture_bytes(self, request: Request) -> int:
         """Return the bytes of the finished pictures."""

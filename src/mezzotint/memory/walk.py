@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
 from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import WeightSource, can_offload, offload_weight
+from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.strips import Strips
 from mezzotint.models.tiles import Half
 from mezzotint.models.unet import Condition, UNet
@@ -315,6 +316,16 @@ def walk_text_encoder(config: CLIPConfig, itemsize: int = 4) -> Footprint:
     window = config.max_position_embeddings
     encoder = network.text_model.encoder
     return _walk(network, lambda: encoder(_empty(1, window, config.hidden_size, dtype=dtype))[-1])
+
+
+@lru_cache(maxsize=64)
+def walk_checker(config: SafetyCheckerConfig, itemsize: int = 4) -> Footprint:
+    """Walk the vision encoder of a safety checker on one picture."""
+    dtype = _dtype(itemsize)
+    network: SafetyChecker = _build(SafetyChecker, config, dtype)
+    vision = config.vision_config
+    pixels = _empty(1, vision.num_channels, vision.image_size, vision.image_size, dtype=dtype)
+    return _walk(network, lambda: network(pixels)[1])
 
 
 @lru_cache(maxsize=64)

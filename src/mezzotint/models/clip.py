@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mezzotint.config import CLIPConfig
+from mezzotint.config import CLIPConfig, CLIPVisionConfig
 from mezzotint.errors import RequestError
 from mezzotint.models.attention import attention
 
@@ -31,14 +31,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.G
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention, (B, T, dim) -> (B, T, dim).
+    """Multi-head self-attention, (B, T, dim) -> (B, T, dim): causal in text, of all patches in pictures.
 
     An additive mask (B, 1, T, T) replaces the causal one.
     """
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPConfig | CLIPVisionConfig) -> None:
         super().__init__()
         dim, self.heads = config.hidden_size, config.num_attention_heads
+        self.causal = isinstance(config, CLIPConfig)
         self.q_proj = _linear(dim, dim, dim**-0.5)
         self.k_proj = _linear(dim, dim, dim**-0.5)
         self.v_proj = _linear(dim, dim, dim**-0.5)
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
         """Return the attention's output."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
-        out = attention(q, k, v, mask=mask, is_causal=mask is None)  # (B, heads, T, d)
+        out = attention(q, k, v, mask=mask, is_causal=self.causal and mask is None)  # (B, heads, T, d)
         y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return y
 
@@ -56,7 +57,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with the activation in between, (B, T, dim) -> (B, T, dim)."""
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPConfig | CLIPVisionConfig) -> None:
         super().__init__()
         dim = config.hidden_size
         self.fc1 = _linear(dim, config.intermediate_size, (2 * dim) ** -0.5)
@@ -72,7 +73,7 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Pre-norm attention and MLP with residual connections."""
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPConfig | CLIPVisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config)
@@ -103,7 +104,7 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: CLIPConfig | CLIPVisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
@@ -212,6 +213,6 @@ def _init_normal(weight: Tensor, std: float) -> None:
         nn.init.normal_(weight, std=std)
 
 
-def _residual_std(config: CLIPConfig) -> float:
+def _residual_std(config: CLIPConfig | CLIPVisionConfig) -> float:
     """Return the standard deviation of layers that add to the residual stream, which preserves its variance."""
     return float((config.hidden_size * 2 * config.num_hidden_layers) ** -0.5)

@@ -56,13 +56,15 @@ class Model(_Part):
     """The model and the machine that a picture was generated with.
 
     `files`, `vae` (given in place of the model's own), `loras` and `merged` (LoRAs merged into the weights) map a name
-    to the SHA-256 of a file, and `embeddings` to that of the vectors. `options` are those that overruled the files.
+    to the SHA-256 of a file, and `embeddings` to that of the vectors. `safety_checker` does so where flagged pictures
+    are blurred or black. `options` are those that overruled the files.
     """
 
     name: Word = ""
     family: Word = ""
     files: dict[Word, Sha256] = {}
     vae: dict[Word, Sha256] = {}
+    safety_checker: dict[Word, Sha256] = {}
     options: Options = Options()
     lora: Word | None = None
     embeddings: dict[Word, Sha256] = {}
@@ -96,6 +98,7 @@ class Record(_Part):
         float32: The parts of the model that had to be repeated in float32.
         pixels: SHA-256 of the picture's pixels, rows of R, G, B.
         latents: SHA-256 of the starting noise, if it was given.
+        flagged: Whether the model's safety checker flagged the picture; None if it was not checked.
     """
 
     request: Request
@@ -109,6 +112,7 @@ class Record(_Part):
     float32: tuple[Word, ...] = ()
     pixels: Sha256 | None = None
     latents: Sha256 | None = None
+    flagged: bool | None = None
 
     def jobs(self, changes: Mapping[str, Any] | None = None) -> list[Job]:
         """Return the batch that the picture was generated in.
@@ -134,6 +138,7 @@ class Record(_Part):
             **{f"the placement's {name}": str(value) for name, value in model.placement.changes().items()},
             **{f"the model's {name}": digest for name, digest in model.files.items()},
             **{f"the VAE's {name}": digest for name, digest in model.vae.items()},
+            **{f"the safety checker's {name}": digest for name, digest in model.safety_checker.items()},
             **{f"the option {name}": json.dumps(value) for name, value in model.options.values().items()},
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
@@ -151,6 +156,7 @@ def describe(
     place: int = 0,
     *,
     image: Image.Image | None = None,
+    flagged: bool | None = None,
     inputs: Mapping[str, Mapping[str, Any]] | None = None,
     float32: Sequence[str] = (),
     latents: Tensor | None = None,
@@ -164,6 +170,7 @@ def describe(
         group: The pictures of the batch; empty means this one alone.
         place: The index of this picture in the group.
         image: The picture, for the hash of its pixels.
+        flagged: Whether the model's safety checker flagged it; None if it was not checked.
         inputs: The fields of an `Input`, by field of the request.
         float32: The parts of the model that were repeated in float32.
         latents: The given starting noise, of shape (C, h, w).
@@ -189,6 +196,7 @@ def describe(
         "model": {**model, **{name: _by_base_name(model[name]) for name in ("loras", "merged") if name in model}},
         "versions": versions,
         **{name: value for name, value in optional.items() if value},
+        **({} if flagged is None else {"flagged": flagged}),
     }
     files = {} if FOLDER_INDEX in model.get("files", {}) else model.get("files", {})
     first = next(iter(files.values()), "")[:10]  # of a single file, which comes before those beside it

@@ -114,6 +114,7 @@ class Settings:
             seed=0,
             count=self.seeds,
             guidance_scale=self.guidance_scale,
+            safety="off",
         )
 
 

@@ -17,6 +17,7 @@ from mezzotint.records.record import describe
 from mezzotint.request import Job, Request
 from mezzotint.result import Result
 from mezzotint.run.plan import RunPlan
+from mezzotint.run.safety import conceal
 
 UPCAST = "the {} returned values that are not finite in its own dtype, and was run again in float32, which takes longer"
 
@@ -33,6 +34,7 @@ class Batch:
         latents: Starting noise of shape (pictures, C, h, w) if it is given instead of drawn.
         init_images: What each picture starts from; empty for a run from noise. Tensors are latents (1, C, h, w).
         upcast_parts: Receives the names of networks that had to run in float32.
+        flagged: Receives whether each picture was flagged; None for one that was not checked.
     """
 
     plans: Sequence[RunPlan]
@@ -40,6 +42,7 @@ class Batch:
     latents: Tensor | None = None
     init_images: Sequence[InitImage | Tensor] = ()
     upcast_parts: list[str] = field(default_factory=list)
+    flagged: list[bool | None] = field(default_factory=list)
 
     @classmethod
     def of(cls, pictures: Sequence[PlannedPicture], latents: Tensor | None = None) -> Batch:
@@ -81,8 +84,8 @@ def group_pictures(
 ) -> list[list[PlannedPicture]]:
     """Group the pictures of several plans into batches, in order.
 
-    A batch ends when it is full, or when the next plan differs in more than prompts and seed. Prompts of different
-    lengths do not share a batch: the padding would change the picture.
+    A batch ends when it is full, or when the next plan differs in more than prompts, seed and what happens to flagged
+    pictures. Prompts of different lengths do not share a batch: the padding would change the picture.
 
     Args:
         plans: The plans.
@@ -92,7 +95,8 @@ def group_pictures(
     last: tuple[Any, ...] | None = None
     for plan in plans:
         r = plan.request
-        common = r.replace(prompt="", negative_prompt=r.negative_prompt and "", seed=0, count=1, variation_seed=None)
+        free = {"prompt": "", "seed": 0, "count": 1, "variation_seed": None, "safety": None}
+        common = r.replace(**free, negative_prompt=r.negative_prompt and "")
         key = common, batch_shape(plan)
         for seed in picture_seeds(r):
             if key != last or len(groups[-1]) == r.batch:
@@ -113,18 +117,29 @@ def distinct_images(images: Sequence[InitImage]) -> list[InitImage]:
 
 
 def finish_pictures(
-    batch: Batch, images: Sequence[Image.Image], model_record: Callable[[RunPlan], Mapping[str, Any]]
+    batch: Batch,
+    images: Sequence[Image.Image],
+    model_record: Callable[[RunPlan], Mapping[str, Any]],
+    check: Callable[[Sequence[Image.Image]], list[bool]],
 ) -> list[Image.Image]:
-    """Put decoded pictures back into what they were drawn on, and attach their records.
+    """Put decoded pictures back into what they were drawn on, check them, and attach their records.
 
     Args:
-        batch: The batch.
+        batch: The batch; its `flagged` is filled in.
         images: Its decoded pictures.
         model_record: Returns what the record of a plan's pictures says of the model.
+        check: Returns whether each of some pictures is flagged.
     """
     opened = batch.opened_images
     if opened:
         images = [init_image.finish(image) for init_image, image in zip(opened, images, strict=True)]
+    asked = [plan.safety != "off" for plan in batch.plans]
+    flags = iter(check([image for image, one in zip(images, asked, strict=True) if one]) if any(asked) else ())
+    batch.flagged[:] = [next(flags) if one else None for one in asked]
+    images = [
+        conceal(image, plan.safety) if flag else image
+        for image, plan, flag in zip(images, batch.plans, batch.flagged, strict=True)
+    ]
     finished: list[Image.Image] = [Picture.from_image(image) for image in images]  # whose save() keeps the record
     for k, (plan, seed, image) in enumerate(zip(batch.plans, batch.seeds, finished, strict=True)):
         record = describe(
@@ -134,6 +149,7 @@ def finish_pictures(
             batch.jobs,
             k,
             image=image,
+            flagged=batch.flagged[k],
             float32=batch.upcast_parts,
             latents=None if batch.latents is None else batch.latents[k],
             inputs=opened[0].digests if opened else {},
@@ -147,6 +163,7 @@ def split_results(
     images: Sequence[Image.Image],
     latents: Sequence[Tensor],
     notices: Sequence[tuple[str, ...]],
+    flagged: Sequence[bool | None],
     timings: dict[str, float],
 ) -> list[Result]:
     """Split pictures into one Result for each plan.
@@ -156,15 +173,17 @@ def split_results(
         images: All pictures.
         latents: The final latents of each picture, (C, h, w).
         notices: The notices on each picture.
+        flagged: Whether each picture was flagged; None for one that was not checked.
         timings: Seconds by stage, of all of them.
     """
     results: list[Result] = []
     first = 0
     for request in (plan.request for plan in plans):
         own = slice(first, first + request.count)
-        seeds = picture_seeds(request)
+        seeds, flags = picture_seeds(request), [flag for flag in flagged[own] if flag is not None]
         told = tuple(dict.fromkeys(notice for each in notices[own] for notice in each))
-        results.append(Result([*images[own]], torch.stack([*latents[own]]), seeds, request, timings, told))
+        final = torch.stack([*latents[own]])
+        results.append(Result([*images[own]], final, seeds, request, timings, told, flags or None))
         first += request.count
     return results
 

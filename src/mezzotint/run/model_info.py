@@ -9,7 +9,7 @@ import torch
 
 from mezzotint.config import UNetConfig, VAEConfig
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_files import FewStep
+from mezzotint.weights.model_files import CheckerFiles, FewStep
 
 
 class ModelFacts(Protocol):
@@ -21,6 +21,8 @@ class ModelFacts(Protocol):
     model_index: dict[str, Any]
     few_step: FewStep | None
     notices: list[str]
+    checker: CheckerFiles | None
+    unchecked: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ModelInfo:
         few_step: The model's few-step form, if it has one.
         device_type: "cpu", "cuda", ...: decides the default batch.
         notices: What a user should know of the model, such as a guess of its prediction type.
+        has_checker: Whether the model has a safety checker.
+        unchecked: Why the safety checker that the model should have cannot be used.
     """
 
     family: Family
@@ -56,6 +60,8 @@ class ModelInfo:
     few_step: FewStep | None
     device_type: str
     notices: tuple[str, ...] = ()
+    has_checker: bool = False
+    unchecked: str = ""
 
     @classmethod
     def of(cls, facts: ModelFacts, unet: UNetConfig, vae: VAEConfig, device_type: str) -> ModelInfo:
@@ -74,6 +80,8 @@ class ModelInfo:
             few_step=facts.few_step,
             device_type=device_type,
             notices=tuple(facts.notices),
+            has_checker=facts.checker is not None,
+            unchecked=facts.unchecked,
         )
 
     @property

@@ -27,6 +27,7 @@ from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.resolve import expand_choices, few_step_of, resolve_request
+from mezzotint.run.safety import check_mode, unchecked_notices
 from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import Adapter, Adapters, Scale
@@ -188,13 +189,19 @@ class RunPlan:
         return {name: digest for name, digest in self.embeddings.digests.items() if name in words}
 
     @property
+    def safety(self) -> str:
+        """What is done with flagged pictures: "off" (they are not checked), "flag", "blur" or "black"."""
+        return (self.request.safety or "flag") if self.model.has_checker else "off"
+
+    @property
     def notices(self) -> tuple[str, ...]:
-        """Sentences on the model, on its schedule and on each LoRA that does not match the model completely."""
+        """Sentences on the model, its schedule, each LoRA that does not match it, and a check that is not possible."""
         covered = {name: adapter.coverage for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
         loras = (f"{name}: {found}" for name, found in covered.items() if found.unmatched)
         config = self.sampler.schedule
         no_signal = config.sigma_data is None and config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
-        return (*self.model.notices, *([ZERO_SNR_EPSILON] if no_signal else []), *loras)
+        unchecked = unchecked_notices(self.model, self.request)
+        return (*self.model.notices, *([ZERO_SNR_EPSILON] if no_signal else []), *loras, *unchecked)
 
     @cached_property
     def empty(self) -> PromptPlan:
@@ -229,6 +236,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         request.sampler, model.scheduler_config, request.spacing, family=model.family, pipeline=model.pipeline_class
     )
     resolved = resolve_request(model, request, sampler)
+    check_mode(model, resolved)
     schedule = Schedule.from_config(sampler.schedule)
     levels = all_sigmas(resolved, sampler, schedule)
     sigmas = run_sigmas(resolved, sampler, levels)  # raises RequestError

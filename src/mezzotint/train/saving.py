@@ -204,6 +204,8 @@ def inference_parts(model: TrainableModel) -> Parts:
         unet=unet,
         text_encoders=encoders,
         few_step=None,
+        checker=None,
+        unchecked="",
         scheduler_config=_scheduler_config(model.recipe, model.parts),
     )
 

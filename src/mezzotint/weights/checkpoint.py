@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from mezzotint.config import CLIPConfig
+from mezzotint.config import CLIPConfig, SafetyCheckerConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import FAMILIES, ModelOptions
 from mezzotint.models.clip import CLIPTextModel
@@ -32,7 +32,8 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_files import ENCODERS, FewStep, ModelFiles, dtype_name
+from mezzotint.weights.model_files import ENCODERS, CheckerFiles, FewStep, ModelFiles, dtype_name
+from mezzotint.weights.safety import add_checker
 from mezzotint.weights.single import describe_kind, plan_file
 from mezzotint.weights.vae_files import replace_vae
 
@@ -56,6 +57,8 @@ class Parts:
         options: What overruled the files.
         given_files: By option, the files that it gave in place of the model's own.
         notices: Guesses and the like, which a user should know of.
+        checker: The safety checker, whose weights are not read yet.
+        unchecked: Why the safety checker that model_index.json names cannot be used.
     """
 
     family: Family
@@ -72,6 +75,8 @@ class Parts:
     options: ModelOptions = field(default_factory=ModelOptions)
     given_files: dict[str, list[Path]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    checker: CheckerFiles | None = None
+    unchecked: str = ""
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -83,6 +88,11 @@ class Parts:
     def given_hashes(self) -> dict[str, dict[str, str]]:
         """By option, the SHA-256 of each file that it gave in place of the model's own, by its name."""
         return {option: {path.name: hash_file(path) for path in paths} for option, paths in self.given_files.items()}
+
+    @cached_property
+    def checker_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file of the safety checker, by its name."""
+        return {path.name: hash_file(path) for path in (self.checker.paths if self.checker else ())}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -138,6 +148,8 @@ def open_model(
         options=found.options,
         given_files=found.given_files,
         notices=found.notices,
+        checker=found.checker,
+        unchecked=found.unchecked,
     )
 
 
@@ -147,6 +159,7 @@ def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
     found = _scan(locate(path_or_id, given.variant), given)
     if found.problems:
         raise CheckpointError(found.problems[0])
+    add_checker(found)
     return found
 
 
@@ -205,6 +218,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    safety_checker: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,6 +234,8 @@ class Report:
         for part in self.parts:
             dtypes = ", ".join(part.dtypes)
             lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors")
+        if self.safety_checker:
+            lines.append(f"  safety checker  {self.safety_checker}")
         lines += [f"  passed over     {line}" for line in self.passed_over]
         lines += [f"  notice          {line}" for line in self.notices]
         lines += [f"  problem         {line}" for line in self.problems]
@@ -260,11 +276,13 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         return Report(str(path), kind, keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata)
     if given.vae is not None:
         replace_vae(found)
+    add_checker(found)
     return _report(found)
 
 
 def _report(found: ModelFiles) -> Report:
-    files = {file.path: file for part in found.parts for file in part.files.values()}
+    parts = [*found.parts, *([found.checker.network] if found.checker else [])]
+    files = {file.path: file for part in parts for file in part.files.values()}
     report = Report(
         str(found.path),
         f"{FAMILIES[found.family]} ({found.layout})",
@@ -277,9 +295,10 @@ def _report(found: ModelFiles) -> Report:
         problems=list(found.problems),
         notices=list(found.notices),
         passed_over=found.passed_over,
+        safety_checker=_describe_checker(found),
         metadata={key: value for file in files.values() for key, value in file.metadata.items()},
     )
-    for part in found.parts:
+    for part in parts:
         dtypes = {dtype_name(dtype): count for dtype, count in part.dtypes().most_common()}
         keys = len({source.key for source in part.sources.values()})
         report.parts.append(PartReport(part.name, sum(dtypes.values()), keys, dtypes))
@@ -290,3 +309,11 @@ def _report(found: ModelFiles) -> Report:
         except CheckpointError as error:
             report.problems.append(str(error))
     return report
+
+
+def _describe_checker(found: ModelFiles) -> str:
+    """Say whether pictures are checked, and against what."""
+    if found.checker is None:
+        return f"none, pictures are not checked{f': {found.unchecked}' if found.unchecked else ''}"
+    config = cast(SafetyCheckerConfig, found.checker.network.config)
+    return f"{config.concepts} concepts, {config.special_care} with special care"

@@ -30,6 +30,7 @@ from mezzotint.weights.model_files import (
     join_names,
 )
 
+NOT_PASSED_OVER = ("scheduler", "vae", "safety_checker", "feature_extractor")  # each has its own line, or is read
 LATENT_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
@@ -82,7 +83,7 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
     if variant and not varied and not plan.problems:
         plan.problems.append(f"{path} has no files of the variant {variant!r}; give another variant, or leave it out")
     for name, class_name in named.items():
-        if name not in (*needed, *ENCODERS.values(), "scheduler", "vae"):
+        if name not in (*needed, *ENCODERS.values(), *NOT_PASSED_OVER):
             plan.passed_over.append(f"{name} ({class_name}): not needed to generate pictures")
     try:
         plan.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
@@ -162,6 +163,8 @@ def read_part(folder: Path, name: str, class_name: str | None, options: ModelOpt
             raise CheckpointError(f"{path} contains tensors that another shard contains too: {join_names(twice)}")
         files |= dict.fromkeys(file.entries, file)
     sources = keys.folder_sources(files, name)
+    if name == "safety_checker":
+        fields |= _concept_counts(files)
     if class_name == "CLIPTextModel":
         sources.pop("text_projection.weight", None)  # some files keep it; this class has none
     return NetworkFiles.of(name, folder, {**fields, **options.config_of(name)}, files, sources, [])
@@ -173,10 +176,17 @@ def _latent_fields(path: Path) -> dict[str, Any]:
     return {name: fields[name] for name in LATENT_FIELDS if fields.get(name) is not None}
 
 
+def _concept_counts(files: dict[str, TensorFile]) -> dict[str, int]:
+    """Return the numbers of concepts of a safety checker, which only the shapes of its tensors tell."""
+    rows = {"concepts": "concept_embeds", "special_care": "special_care_embeds"}
+    shapes = {name: files[key].entries[key].shape for name, key in rows.items() if key in files}
+    return {name: shapes[name][0] if shapes.get(name) else 1 for name in rows}
+
+
 def _weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     chosen = choose_weights((path.name for path in _inside(folder)), variant)
     if chosen is None:
-        stem = STEMS["safetensors"][name in ENCODERS]
+        stem = STEMS["safetensors"][name not in ("unet", "vae")]
         raise CheckpointError(
             f"{folder} has no weights; it must have {stem}.safetensors, whole or sharded, or a .bin file"
         )

@@ -21,7 +21,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
 Choose = Callable[[Iterable[str]], list[str]]  # chooses among the names of a repository's files
-DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2")
+DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 
 
 def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
@@ -155,13 +155,25 @@ def needed(listing: Iterable[str], variant: str | None) -> list[str]:
         if folder in DESCRIPTIONS and leaf.endswith((".json", ".txt")):
             files.append(name)
     for part in NETWORKS:
-        inside = [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
-        chosen = choose_weights(inside, variant)
-        if chosen is None:
-            continue
-        files += [f"{part}/config.json", f"{part}/{chosen}"]
-        if chosen.endswith(".json"):  # stem.safetensors.index.fp16.json -> stem.fp16-00001-of-00002.safetensors
-            stem, suffix, kind = re.fullmatch(r"(\w+)\.(\w+)\.index(\.\w+)?\.json", chosen).groups(default="")  # type: ignore[union-attr]
-            shard = re.compile(rf"{stem}({re.escape(kind)}-\d+-of-\d+|-\d+-of-\d+{re.escape(kind)})\.{suffix}")
-            files += [f"{part}/{leaf}" for leaf in inside if shard.fullmatch(leaf)]
+        files += network_files(listing, f"{part}/", variant)
     return sorted(name for name in files if name in listing)
+
+
+def network_files(listing: Iterable[str], folder: str, variant: str | None) -> list[str]:
+    """Return a network's config and weights among a repository's files; none if it has no weights there.
+
+    Args:
+        listing: The names of all files.
+        folder: The network's folder and a slash, or "".
+        variant: As for `open_model`.
+    """
+    inside = [name.removeprefix(folder) for name in listing if name.startswith(folder)]
+    chosen = choose_weights(inside, variant)
+    if chosen is None:
+        return []
+    files = ["config.json", chosen]
+    if chosen.endswith(".json"):  # stem.safetensors.index.fp16.json -> stem.fp16-00001-of-00002.safetensors
+        stem, suffix, kind = re.fullmatch(r"(\w+)\.(\w+)\.index(\.\w+)?\.json", chosen).groups(default="")  # type: ignore[union-attr]
+        shard = re.compile(rf"{stem}({re.escape(kind)}-\d+-of-\d+|-\d+-of-\d+{re.escape(kind)})\.{suffix}")
+        files += [leaf for leaf in inside if shard.fullmatch(leaf)]
+    return [f"{folder}{name}" for name in files]

@@ -360,9 +360,10 @@ SOURCES = {"unet": unet_sources, "vae": vae_sources, "clip": clip_sources, "open
 
 
 def folder_sources(names: Iterable[str], part: str) -> Sources:
-    """Return the sources of one network of a diffusers folder: the module's own names, except for two variants.
+    """Return the sources of one network of a diffusers folder: the module's own names, except for three variants.
 
-    Text encoders may lack the leading `text_model.` (transformers 5), and VAEs may use query, key, value, proj_attn.
+    Text encoders may lack the leading `text_model.` and safety checkers one of their two `vision_model.` (transformers
+    5), and VAEs may use query, key, value, proj_attn.
     """
     sources: Sources = {}
     for name in names:
@@ -372,6 +373,8 @@ def folder_sources(names: Iterable[str], part: str) -> Sources:
         if part.startswith("text_encoder"):
             if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
                 target = f"text_model.{name}"
+        elif part == "safety_checker" and name.startswith("vision_model."):
+            target = name if name.startswith("vision_model.vision_model.") else f"vision_model.{name}"
         elif part == "vae" and ".attentions." in name:
             block, leaf, kind = name.rsplit(".", 2)
             target = f"{block}.{OLD_VAE_ATTENTION.get(leaf, leaf)}.{kind}"

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from mezzotint import samplers
-from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.config import CLIPConfig, ImageProcessorConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import can_offload, offload_weight
+from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
@@ -31,7 +32,7 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Source, Sources
 from mezzotint.weights.offload import FileWeight, WeightPlacer
 
-Config = UNetConfig | VAEConfig | CLIPConfig
+Config = UNetConfig | VAEConfig | CLIPConfig | SafetyCheckerConfig
 
 # By network: the classes that model_index.json may name, our config, our module.
 NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Module]]] = {
@@ -39,6 +40,7 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
     "vae": (("AutoencoderKL",), VAEConfig, VAE),
     "text_encoder": (("CLIPTextModel", "CLIPTextModelWithProjection"), CLIPConfig, CLIPTextModel),
     "text_encoder_2": (("CLIPTextModelWithProjection", "CLIPTextModel"), CLIPConfig, CLIPTextModel),
+    "safety_checker": (("StableDiffusionSafetyChecker",), SafetyCheckerConfig, SafetyChecker),
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -177,6 +179,21 @@ class NetworkFiles:
                 layer.register_parameter(leaf, nn.Parameter(weight.tensor(dtype, device)))
 
 
+@dataclass(frozen=True)
+class CheckerFiles:
+    """A safety checker before its weights are read.
+
+    Attributes:
+        network: Its network.
+        processor: How pictures become its input.
+        paths: All its files.
+    """
+
+    network: NetworkFiles
+    processor: ImageProcessorConfig
+    paths: list[Path]
+
+
 class FewStep(BaseModel):
     """The field `few_step` of mezzotint.json: the solver and the UNet's LoRA for generation in few steps.
 
@@ -223,6 +240,8 @@ class ModelFiles:
     options: ModelOptions = field(default_factory=ModelOptions)
     latents: dict[str, Any] = field(default_factory=dict)  # VAE config fields that belong to the UNet's latent space
     given_files: dict[str, list[Path]] = field(default_factory=dict)  # by option, files in place of the model's own
+    checker: CheckerFiles | None = None
+    unchecked: str = ""  # why the safety checker that model_index.json names cannot be used
 
     def config(self, name: str) -> Config | None:
         """Return the config of a network, or None if the model does not have it."""
