@@ -10,30 +10,39 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-Numbers = int | tuple[int, ...]
+# far above any model's numbers, and low enough that no product of two needs more memory than an address space has
+Size = Annotated[int, Field(ge=1, le=2**20)]  # channels, widths, entries of a table
+Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)]  # one per level
+Layers = Annotated[int, Field(ge=0, lt=2**31)]  # which a file's number of tensors bounds further; or heads
+Numbers = Layers | Annotated[tuple[Layers, ...], Field(min_length=1, max_length=16)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[float, Field(gt=0.0, le=1e6)]
+Shift = Annotated[float, Field(ge=-1e6, le=1e6)]
+Epsilon = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Side = Annotated[int, Field(ge=1, le=4096)]  # pixels
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class CLIPConfig(_Config):
     """A CLIP text encoder (`text_encoder/config.json`)."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Size = 49408
+    hidden_size: Size = 512
+    intermediate_size: Size = 2048
+    projection_dim: Size = 512
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Layers = 8
+    max_position_embeddings: Size = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407  # 2 in old files, where the pooled vector is taken at the highest id
-    pad_token_id: int | None = 1
+    layer_norm_eps: Epsilon = 1e-5
+    bos_token_id: TokenId | None = 49406
+    eos_token_id: TokenId | None = 49407  # 2 in old files, where the pooled vector is taken at the highest id
+    pad_token_id: TokenId | None = 1
     architectures: tuple[str, ...] = ("CLIPTextModel",)
 
     @property
@@ -142,31 +151,31 @@ class ImageProcessorConfig(_Config):
 class UNetConfig(_Config):
     """A cross-attention UNet (`unet/config.json`, UNet2DConditionModel). Tuples start at the top level."""
 
-    sample_size: int | None = None
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: Size | None = None
+    in_channels: Size = 4
+    out_channels: Size = 4
     center_input_sample: bool = False
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: Annotated[int, Field(ge=-1000, le=1000)] = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    block_out_channels: Sizes = (320, 640, 1280, 1280)
     layers_per_block: Numbers = 2
-    cross_attention_dim: int = 1280
+    cross_attention_dim: Size = 1280
     transformer_layers_per_block: Numbers = 1
     attention_head_dim: Numbers = 8  # the number of heads, despite its name (a historic mistake of diffusers)
     num_attention_heads: Numbers | None = None
     use_linear_projection: bool = False
     only_cross_attention: bool = False
     upcast_attention: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    norm_num_groups: Size = 32
+    norm_eps: Epsilon = 1e-5
     act_fn: str = "silu"
     addition_embed_type: Literal["text_time"] | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    time_cond_proj_dim: int | None = None  # guidance embedding of LCM models
+    addition_time_embed_dim: Size | None = None
+    projection_class_embeddings_input_dim: Size | None = None
+    time_cond_proj_dim: Size | None = None  # guidance embedding of LCM models
 
     def per_level(self, value: Numbers) -> tuple[int, ...]:
         """Return one value per level, from the top."""
@@ -188,17 +197,17 @@ class UNetConfig(_Config):
 class VAEConfig(_Config):
     """A KL autoencoder (`vae/config.json`, diffusers' AutoencoderKL)."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None  # per channel, as latents_std; the UNet denoises normalized latents
-    latents_std: tuple[float, ...] | None = None
+    in_channels: Size = 3
+    out_channels: Size = 3
+    block_out_channels: Sizes = (64,)
+    layers_per_block: Layers = 1
+    latent_channels: Size = 4
+    norm_num_groups: Size = 32
+    sample_size: Size = 32
+    scaling_factor: Positive = 0.18215
+    shift_factor: Shift | None = None
+    latents_mean: tuple[Shift, ...] | None = None  # per channel, as latents_std; the UNet denoises normalized latents
+    latents_std: tuple[Shift, ...] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -222,20 +231,20 @@ class VAEConfig(_Config):
 class ScheduleConfig(_Config):
     """The training noise schedule in `scheduler/scheduler_config.json`. samplers/ reads the sampler."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
+    num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    trained_betas: tuple[float, ...] | None = None
+    trained_betas: Annotated[tuple[Beta, ...], Field(min_length=2, max_length=100_000)] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     rescale_betas_zero_snr: bool = False
     terminal_alpha: float = Field(default=2.0**-24, gt=0, lt=1)  # for a last alpha_bar of zero; sigma 4096 in diffusers
     float32_table: bool = False  # as diffusers rounds it, which matters for a Brownian path in sigma
-    sigma_data: float | None = None  # if set, the model has EDM's preconditioning (Karras et al. 2022) and no betas
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_data: Positive | None = None  # if set, the model has EDM's preconditioning (Karras et al. 2022) and no betas
+    sigma_min: Positive | None = None
+    sigma_max: Positive | None = None
     sigma_schedule: Literal["karras", "exponential"] = "karras"
-    rho: float = 7.0
+    rho: Positive = 7.0
 
     @field_validator("trained_betas", mode="before")
     @classmethod

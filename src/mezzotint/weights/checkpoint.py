@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +130,7 @@ def open_model(
             raise CheckpointError(problem)
         found.notices += part.notices(networks[part.name])
     tokenizers = [make() for make in found.tokenizers]
+    _check_token_ids(found, tokenizers)
     for part in found.parts:
         own = placement if isinstance(placement, Placement) else placement.get(part.name, Placement())
         part.load(networks[part.name], dtype, torch.device(device), own)
@@ -151,6 +152,19 @@ def open_model(
         checker=found.checker,
         unchecked=found.unchecked,
     )
+
+
+def _check_token_ids(found: ModelFiles, tokenizers: Sequence[Tokenizer]) -> None:
+    """Compare each tokenizer with its text encoder's table. Raises CheckpointError if a token has no row there."""
+    encoders = [part for part in found.parts if isinstance(part.config, CLIPConfig)]
+    for part, tokenizer in zip(encoders, tokenizers, strict=True):
+        assert isinstance(part.config, CLIPConfig)
+        token, last = max(tokenizer.vocab.items(), key=lambda item: item[1])
+        if last >= part.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer of {part.name} in {found.path} gives {token[:60]!r} the id {last}, but the table of "
+                f"{part.name} has {part.config.vocab_size} rows; add rows for the new tokens, or remove the tokens"
+            )
 
 
 def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:

@@ -12,11 +12,12 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from mezzotint.config import CLIPConfig, UNetConfig
-from mezzotint.errors import CheckpointError
+from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.tokenizer import FILES as TOKENIZER_FILES
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.reading import read_text
+from mezzotint.request import Request
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
@@ -33,7 +34,7 @@ from mezzotint.weights.model_files import (
 NOT_PASSED_OVER = ("scheduler", "vae", "safety_checker", "feature_extractor")  # each has its own line, or is read
 LATENT_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
-SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
+SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 
 
 def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:  # noqa: B008  # frozen
@@ -198,7 +199,7 @@ def _weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     for shard in shards.values():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise CheckpointError(
-                f"{folder / chosen} names the shard {shard!r}; a shard must be a file in the same folder"
+                f"{folder / chosen} names the shard {str(shard)[:100]!r}; a shard must be a file in the same folder"
             )
         if not (folder / shard).exists():
             raise CheckpointError(f"{folder / shard} is missing; {chosen} names it")
@@ -216,6 +217,15 @@ def _add_tokenizer(plan: ModelFiles, folder: Path) -> None:
 def _add_settings(plan: ModelFiles, path: Path) -> None:
     plan.settings = read_json(path)
     plan.files.append(path)
+    known = {name: value for name, value in plan.settings.items() if name in Request.model_fields and name != "prompt"}
+    try:
+        defaults = Request.model_validate({"prompt": "", **known})
+    except RequestError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    for name in known:
+        plan.settings[name] = getattr(defaults, name)
+        if plan.settings[name] is None:  # as if it were not there
+            del plan.settings[name]
     if "few_step" not in plan.settings:
         return
     try:
