@@ -140,6 +140,7 @@ def test_edm_files(tmp_path: Path) -> None:
     assert found.scheduler_config.items() >= (schedule | {"sigma_max": 90.0}).items()
     assert found.scheduler_config["sigma_min"] == pytest.approx(0.01)
     assert found.latents == {"scaling_factor": 0.13025}
+    assert found.passed_over == []
 
 
 @pytest.mark.parametrize(

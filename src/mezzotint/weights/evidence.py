@@ -25,7 +25,8 @@ PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": 
 }
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
-MARKERS = {"edm_vpred.sigma_max": "v_prediction", "edm_mean": "epsilon", "v_pred": "v_prediction"}
+PREDICTION_MARKERS = {"edm_vpred.sigma_max": "v_prediction", "edm_mean": "epsilon", "v_pred": "v_prediction"}
+MARKERS = (*PREDICTION_MARKERS, "edm_vpred.sigma_min", "edm_std", "ztsnr")
 SD2_BASE_STEPS = 875000  # the global_step of the published SD 2-base
 # the key of whose statistics ComfyUI tells SD 2.x's predictions apart, and the standard deviation above which it is v
 SD2_BIAS, SD2_V_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
@@ -140,7 +141,7 @@ def _from_metadata(file: TensorFile) -> tuple[str, str] | None:
 
 def _from_markers(file: TensorFile) -> tuple[str, str] | None:
     """Return the prediction type of the first marker tensor and its name, or None."""
-    return next(((prediction, name) for name, prediction in MARKERS.items() if name in file.entries), None)
+    return next(((prediction, name) for name, prediction in PREDICTION_MARKERS.items() if name in file.entries), None)
 
 
 def _from_yaml(path: Path) -> tuple[str, str] | None:

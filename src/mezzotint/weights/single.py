@@ -14,7 +14,7 @@ from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import keys
-from mezzotint.weights.evidence import find_evidence
+from mezzotint.weights.evidence import MARKERS, find_evidence
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Shapes, Sources
 from mezzotint.weights.model_files import NO_PROJECTION, ModelFiles, NetworkFiles, join_names
@@ -104,7 +104,7 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
                     "a model with its own tokenizer must be a folder"
                 )
     used = tuple(prefix for kind in kinds.values() if (prefix := prefixes[kind]))
-    over = Counter(key.partition(".")[0] for key in shapes if not key.startswith(used))
+    over = Counter(key.partition(".")[0] for key in shapes if not key.startswith((*used, *MARKERS)))
     plan.passed_over = [f"{top} ({count} tensor{'s' * (count > 1)})" for top, count in over.items()]
     return plan
 
@@ -144,7 +144,7 @@ def read_network(
     """
     if prefix is None:
         fix = ": give one with vae, on the command line --vae FILE" if name == "vae" else ""
-        raise CheckpointError(f"{path} has no {name}, which a {family} model needs{fix}")
+        raise CheckpointError(f"{path} has no {name}, which an {family} model needs{fix}")
     shapes = {key: shape for key, shape in keys.strip_prefix(shapes, prefix).items() if not keys.IGNORED.search(key)}
     try:
         fields = keys.CONFIGS[kind](shapes, family)
