@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,10 @@ def test_assignments() -> None:
     }.items():
         with pytest.raises(RequestError, match=sentence):
             rows.assignments("set", [text])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_rows_of_what_is_no_regular_file(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RequestError, match="not a regular file"):
+        rows.measure(tmp_path / name, {})

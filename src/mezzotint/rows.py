@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.reading import open_regular
 from mezzotint.request import Request
 
 MAX_LINE = 4_194_304  # bytes of a JSONL row: enough for two prompts of maximal length with every character escaped
@@ -122,7 +124,7 @@ def _drop_nulls(fields: Fields) -> Fields:
 
 def jsonl(path: Path, expected: str = EXPECTED_LINE) -> Iterator[Row]:
     """Yield (line number, object) for each line of a JSONL file, or (line number, error) for an invalid one."""
-    with path.open("rb") as file:
+    with io.BufferedReader(open_regular(path)) as file:
         for number in count(1):
             line = file.readline(MAX_LINE)
             if not line:
@@ -147,7 +149,9 @@ def jsonl(path: Path, expected: str = EXPECTED_LINE) -> Iterator[Row]:
 def _csv(path: Path) -> Iterator[Row]:
     """Yield the rows of a CSV file."""
     # bytes that are not UTF-8 become lone surrogates, which Request rejects row by row
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(
+        io.BufferedReader(open_regular(path)), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:
         rows = csv.reader(file)
         try:
             header = next(rows, [])
@@ -181,7 +185,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ImportError:
         raise MissingExtraError("a Parquet file needs pyarrow: pip install 'mezzotint[scale]'") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_regular(path) as data, pyarrow.parquet.ParquetFile(data) as file:
             _check_columns(path, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=1000):

@@ -22,6 +22,8 @@ from mezzotint.weights.lora_files import choose_files, find_file
 from mezzotint.weights.lora_keys import detect_family, layer_names, other_kind, split_key
 from mezzotint.weights.model_files import join_names
 
+MAX_FILE_BYTES = 2**34  # bytes; every weight of SDXL in float32 has 14 GB
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -114,6 +116,8 @@ def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[s
     """
     path = find_file(path)
     file = TensorFile(path)
+    if file.size > MAX_FILE_BYTES:  # all of it is hashed, whatever belongs to a layer
+        raise CheckpointError(f"{path} has {file.size:,} bytes; a LoRA may have at most {MAX_FILE_BYTES:,}")
     changes, coverage = _match(file, networks, layer_names(networks) if table is None else table, real=True)
     if coverage.wrong or not (changes or coverage.bundled):
         made_for = detect_family(file.shapes, file.metadata)
