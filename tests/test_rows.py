@@ -156,6 +156,18 @@ def test_assignments() -> None:
             rows.assignments("set", [text])
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("a.csv", "larger than field limit"), ("a.jsonl", "row of more than 1,000"), ("a.parquet", "as Parquet")],
+)
+def test_a_sparse_terabyte(name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_SKIPPED", 1000)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RequestError, match=sentence):
+        list(rows.read(tmp_path / name, {}))
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 def test_rows_of_what_is_no_regular_file(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.reading import open_regular
 from mezzotint.request import Request
 
+MAX_SKIPPED = 2**28  # bytes of a longer row, before the file is given up
 MAX_LINE = 4_194_304  # bytes of a JSONL row: enough for two prompts of maximal length with every character escaped
 EXPECTED_LINE = 'it must be a JSON object on one line, such as {"prompt": "a lemon"}'
 TEXT_FIELDS = ("prompt", "negative_prompt")  # a leading bracket is text, not JSON
@@ -130,8 +132,11 @@ def jsonl(path: Path, expected: str = EXPECTED_LINE) -> Iterator[Row]:
             if not line:
                 return
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                start = file.tell()
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)
+                    if file.tell() - start > MAX_SKIPPED:
+                        raise RequestError(f"{str(path)!r} has a row of more than {MAX_SKIPPED:,} bytes; {expected}")
                 yield number, f"the row is longer than {MAX_LINE:,} bytes; {expected}"
                 continue
             if not line.strip():
@@ -152,7 +157,7 @@ def _csv(path: Path) -> Iterator[Row]:
     with io.TextIOWrapper(
         io.BufferedReader(open_regular(path)), encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
-        rows = csv.reader(file)
+        rows = csv.reader(iter(partial(file.readline, MAX_LINE), ""))  # a longer line is cut, and its field too long
         try:
             header = next(rows, [])
         except csv.Error as error:

@@ -417,3 +417,10 @@ def test_reading_keeps_no_file_open(tiny_model: Any) -> None:
     handle = file._file
     del file
     assert handle.closed
+
+
+def test_a_sparse_terabyte_in_the_tokenizer(folder: Path) -> None:
+    with (folder / "tokenizer" / "special_tokens_map.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match=r"special_tokens_map.json has more than 50,000,000 bytes"):
+        open_model(folder)

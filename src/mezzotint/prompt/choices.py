@@ -123,7 +123,7 @@ def _read_lines(name: str, folder: str | Path | None, files: tuple[str, ...]) ->
         text = read_text(path, "utf-8-sig")
     except UnicodeDecodeError:
         raise RequestError(f"wildcard file {path} is not UTF-8 text; it must have one choice per line") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a loop of links
         raise RequestError(
             f"wildcard file {name}.txt is not in {folder}; it must be there, with one choice per line"
         ) from None

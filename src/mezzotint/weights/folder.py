@@ -16,7 +16,7 @@ from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.tokenizer import FILES as TOKENIZER_FILES
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.reading import read_text
+from mezzotint.reading import MAX_TEXT_BYTES, read_text
 from mezzotint.request import Request
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
@@ -211,7 +211,11 @@ def _add_tokenizer(plan: ModelFiles, folder: Path) -> None:
         plan.problems.append(f"{folder} is missing; the text encoder needs its tokenizer")
         return
     plan.tokenizers.append(partial(Tokenizer.from_folder, folder))
-    plan.files += [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    plan.problems += [
+        f"{file} has more than {MAX_TEXT_BYTES:,} bytes" for file in present if file.stat().st_size > MAX_TEXT_BYTES
+    ]
+    plan.files += present
 
 
 def _add_settings(plan: ModelFiles, path: Path) -> None:
