@@ -32,8 +32,15 @@ class Recorder(nn.Module):
         return [(condition.context, condition.context)] * 2
 
     def forward(
-        self, sample: Tensor, timestep: Any, condition: Condition, *, keys_values: list[tuple[Tensor, Tensor]]
+        self,
+        sample: Tensor,
+        timestep: Any,
+        condition: Condition,
+        *,
+        keys_values: list[tuple[Tensor, Tensor]],
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
+        assert timestep_cond is None
         self.seen.append((sample, timestep, condition))
         assert len(keys_values) == 2
         return sample + keys_values[1][0].mean((1, 2))[:, None, None, None]

@@ -22,6 +22,31 @@ Epsilon = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Side = Annotated[int, Field(ge=1, le=4096)]  # pixels
+Depths = Annotated[tuple[Numbers, ...], Field(min_length=1, max_length=16)]  # by level; a tuple is by layer
+
+# Fields of diffusers' UNet2DConditionModel that the UNet has in one form only; another form has other layers.
+ONLY_UNET_FORM: dict[str, tuple[Any, ...]] = {
+    "attention_type": ("default",),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "num_class_embeds": (None,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
 
 
 class _Config(BaseModel):
@@ -163,7 +188,8 @@ class UNetConfig(_Config):
     block_out_channels: Sizes = (320, 640, 1280, 1280)
     layers_per_block: Numbers = 2
     cross_attention_dim: Size = 1280
-    transformer_layers_per_block: Numbers = 1
+    transformer_layers_per_block: Layers | Depths = 1
+    reverse_transformer_layers_per_block: Depths | None = None  # of the up blocks, from the bottom level
     attention_head_dim: Numbers = 8  # the number of heads, despite its name (a historic mistake of diffusers)
     num_attention_heads: Numbers | None = None
     use_linear_projection: bool = False
@@ -186,12 +212,53 @@ class UNetConfig(_Config):
         """Number of attention heads per level, from the top."""
         return self.per_level(self.num_attention_heads or self.attention_head_dim)
 
+    @property
+    def down_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Number of transformer blocks in each layer of each down block; 0 in blocks without attention."""
+        return _layer_depths(self._level_depths, self.per_level(self.layers_per_block), self.down_block_types)
+
+    @property
+    def up_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Number of transformer blocks in each layer of each up block, the first at the bottom level."""
+        depths = self.reverse_transformer_layers_per_block or self._level_depths[::-1]
+        layers = tuple(count + 1 for count in reversed(self.per_level(self.layers_per_block)))
+        return _layer_depths(depths, layers, self.up_block_types)
+
+    @property
+    def mid_depth(self) -> int | None:
+        """Number of transformer blocks in the middle block; 0 if it is one residual block, None if there is none."""
+        if self.mid_block_type in (None, "UNetMidBlock2D"):
+            return None if self.mid_block_type is None else 0
+        lowest = self._level_depths[-1]
+        return lowest if isinstance(lowest, int) else lowest[0]
+
+    @property
+    def _level_depths(self) -> Depths:
+        depths = self.transformer_layers_per_block
+        return (depths,) * len(self.block_out_channels) if isinstance(depths, int) else depths
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_our_form(cls, fields: Any) -> Any:
+        for name, known in ONLY_UNET_FORM.items():
+            if isinstance(fields, dict) and name in fields and fields[name] not in known:
+                raise ValueError(f"{name} is {str(fields[name])[:60]!r}; a UNet with it is not supported")
+        return fields
+
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
             raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry per level")
         return self
+
+
+def _layer_depths(depths: Depths, layers: tuple[int, ...], kinds: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the depth of each layer of each block; `depths`, `layers` (their numbers) and `kinds` are by block."""
+    return tuple(
+        (0,) * count if not kind.startswith("CrossAttn") else (depth,) * count if isinstance(depth, int) else depth
+        for depth, count, kind in zip(depths, layers, kinds, strict=True)
+    )
 
 
 class VAEConfig(_Config):

@@ -8,7 +8,7 @@ holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Denoiser:
         inpaint_channels: What an inpainting network is given in addition to x, (B, C', h, w): the mask, and the
             latents of the masked picture.
         split: Whether the network is given one condition at a time.
+        guidance_scale: Returns the guidance scale at a noise level, for a network that takes it as an input.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Denoiser:
         levels: Sequence[float] | None = None,
         inpaint_channels: Tensor | None = None,
         split: bool = False,
+        guidance_scale: Callable[[float], float] | None = None,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
-        self.levels, self.split = levels, split
+        self.levels, self.split, self.guidance_scale = levels, split, guidance_scale
         self.inpaint_channels = (
             None if inpaint_channels is None else inpaint_channels.to(parameter.device, parameter.dtype)
         )
@@ -77,13 +79,16 @@ class Denoiser:
         conditions = self.conditions(sigma)[:count]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
         sample = sample if self.inpaint_channels is None else torch.cat([sample, self.inpaint_channels], dim=1)
+        embedding = None if self.guidance_scale is None else self.unet.guidance_embedding(self.guidance_scale(sigma))
         outputs: dict[int, Tensor] = {}
         calls = [k if self.split else c.context.shape[1] for k, c in enumerate(conditions)]
         for call in dict.fromkeys(calls):
             same = [k for k, own in enumerate(calls) if own == call]
             condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
             samples = torch.cat([sample] * len(same))  # (len(same) * B, C, h, w)
-            output: Tensor = self.unet(samples, self.timestep(sigma), condition, keys_values=keys_values)
+            output: Tensor = self.unet(
+                samples, self.timestep(sigma), condition, keys_values=keys_values, timestep_cond=embedding
+            )
             outputs |= zip(same, output.to(x.dtype).chunk(len(same)), strict=True)
         return tuple(outputs[k] for k in range(len(conditions)))
 

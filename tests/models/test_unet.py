@@ -214,7 +214,10 @@ def test_conditions_join_repeat_and_move() -> None:
     [
         ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "down_block_types.*AttnDownBlock2D"),
         ({"up_block_types": ("UpBlock2D", "SkipUpBlock2D")}, "up_block_types.*SkipUpBlock2D"),
-        ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type.*UNetMidBlock2D"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type.*SimpleCrossAttn"),
+        ({"reverse_transformer_layers_per_block": (1,)}, "reverse_transformer_layers_per_block has 1 numbers for 2"),
+        ({"transformer_layers_per_block": ((1, 2), 1)}, r"transformer_layers_per_block has \[1, 2\] for a block of 1"),
+        ({"transformer_layers_per_block": ((2,), 1)}, r"reverse_.* has \[2\] for a block of 2 layers"),
         ({"act_fn": "mish"}, "act_fn.*mish"),
         ({"only_cross_attention": True}, "only_cross_attention.*True"),
         ({"layers_per_block": (1, 2, 3)}, "layers_per_block has 3 numbers for 2"),

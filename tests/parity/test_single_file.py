@@ -21,6 +21,7 @@ from torch import Tensor
 import tiny
 from mezzotint.config import UNetConfig
 from mezzotint.weights import inspect_model, open_model
+from mezzotint.weights.keys import Levels, rename_keys, unet_table
 from mezzotint.weights.single import plan_file
 
 Weights = dict[str, Tensor]
@@ -69,6 +70,7 @@ def ldm_unet(weights: Weights, layers: int, levels: int) -> Weights:
             ("conv_out", "out.2"),
             ("time_embedding.linear_1", "time_embed.0"),
             ("time_embedding.linear_2", "time_embed.2"),
+            ("time_embedding.cond_proj", "time_embed.cond_proj"),
             ("add_embedding.linear_1", "label_emb.0.0"),
             ("add_embedding.linear_2", "label_emb.0.2"),
         ):
@@ -133,9 +135,9 @@ def open_clip(weights: Weights, prefix: str, extra_layer: bool) -> Weights:
 class Model:
     """A tiny model of a family, as diffusers holds it and as an original file holds it."""
 
-    def __init__(self, family: str):
+    def __init__(self, family: str, **changes: object):
         self.family = family
-        self.unet, self.vae = tiny.unet(family), tiny.vae()
+        self.unet, self.vae = tiny.unet(family, **changes), tiny.vae()
         published = {"vocab_size": VOCAB, "eos_token_id": 2}
         self.encoders = [tiny.clip(family, **published)]
         if family == "sdxl":
@@ -143,7 +145,9 @@ class Model:
 
     def single(self) -> Weights:
         states = [encoder.state_dict() for encoder in self.encoders]
-        weights = ldm_unet(self.unet.state_dict(), 1, 2) | ldm_vae(self.vae.state_dict(), 4)
+        weights = ldm_unet(self.unet.state_dict(), self.unet.config.layers_per_block, 2) | ldm_vae(
+            self.vae.state_dict(), 4
+        )
         if self.family == "sd2":
             weights |= open_clip(states[0], "cond_stage_model.model.", extra_layer=True)
         elif self.family == "sdxl":
@@ -154,6 +158,11 @@ class Model:
         weights["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(4)
         weights["betas"] = torch.linspace(0, 1, 10)
         return {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+
+    @property
+    def unet_names(self) -> set[str]:
+        """The UNet's names in the file."""
+        return {name for name in self.single() if name.startswith("model.diffusion_model.")}
 
     @property
     def config(self) -> dict[str, dict[str, object]]:
@@ -215,6 +224,47 @@ def test_outputs_equal_those_of_diffusers(tmp_path: Path) -> None:
         torch.testing.assert_close(pooled, theirs.text_embeds, rtol=1e-4, atol=1e-4)
 
 
+SMALLER: dict[str, tuple[str, dict[str, object]]] = {
+    "ssd-1b": (
+        "sdxl",
+        {
+            "layers_per_block": 2,
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2, 2]],
+            "reverse_transformer_layers_per_block": [[2, 2, 3], 1],
+        },
+    ),
+    "vega": ("sdxl", {"mid_block_type": "UNetMidBlock2D"}),
+    "tiny-sd": (
+        "sd1",
+        {
+            "mid_block_type": None,
+            "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+        },
+    ),
+    "lcm": ("sd1", {"time_cond_proj_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_single_file_with_a_unet_of_another_structure(name: str, tmp_path: Path) -> None:
+    family, changes = SMALLER[name]
+    model = Model(family, **changes)
+    save_file(model.single(), tmp_path / "model.safetensors")
+    parts = open_model(tmp_path / "model.safetensors", config=model.config)
+    same_weights(parts.unet, model.unet)
+    assert parts.family == family and parts.notices == []
+    published = UNetConfig.model_validate(dict(model.unet.config))
+    for field in ("down_depths", "up_depths", "mid_depth", "mid_block_type", "time_cond_proj_dim"):
+        assert getattr(parts.unet.config, field) == getattr(published, field), field
+    assert (parts.scheduler_config["_class_name"] == "LCMScheduler") == (name == "lcm")
+    table = {module: block for block, module in unet_table(Levels.of_config(parts.unet.config)).items()}
+    renamed, unknown = rename_keys(parts.unet.state_dict(), table)  # as a file is saved, and a LoRA is read
+    assert unknown == []
+    assert {f"model.diffusion_model.{name}" for name in renamed} == model.unet_names
+
+
 # Full size: names and shapes, built as the original constructors build
 
 
@@ -254,9 +304,13 @@ def spatial_transformer(name: str, width: int, depth: int, context: int, linear:
     yield from layer(f"{name}.proj_out", width, width, *kernel)
 
 
-def unet_model(mult: tuple[int, ...], depths: tuple[int, ...], middle: int, context: int, linear: bool,
-               inputs: int = 4, adm: int | None = None) -> Rows:  # fmt: skip
-    """openaimodel.UNetModel(model_channels=320, num_res_blocks=2)."""
+def unet_model(mult: tuple[int, ...], depths: tuple[int, ...], middle: int | None, context: int, linear: bool,
+               inputs: int = 4, adm: int | None = None, res_blocks: int = 2,
+               up_depths: tuple[int, ...] | None = None) -> Rows:  # fmt: skip
+    """openaimodel.UNetModel(model_channels=320); `up_depths` is by layer, from the lowest.
+
+    A middle of None has no block, one of 0 one residual block.
+    """
     emb = 1280
     yield from layer("time_embed.0", emb, 320)
     yield from layer("time_embed.2", emb, emb)
@@ -266,7 +320,7 @@ def unet_model(mult: tuple[int, ...], depths: tuple[int, ...], middle: int, cont
     yield from layer("input_blocks.0.0", 320, inputs, 3, 3)
     width, skips, n = 320, [320], 0
     for level, m in enumerate(mult):
-        for _ in range(2):
+        for _ in range(res_blocks):
             n += 1
             yield from resblock(f"input_blocks.{n}.0", width, 320 * m, emb)
             width = 320 * m
@@ -277,19 +331,22 @@ def unet_model(mult: tuple[int, ...], depths: tuple[int, ...], middle: int, cont
             n += 1
             yield from layer(f"input_blocks.{n}.0.op", width, width, 3, 3)
             skips.append(width)
-    yield from resblock("middle_block.0", width, width, emb)
-    yield from spatial_transformer("middle_block.1", width, middle, context, linear)
-    yield from resblock("middle_block.2", width, width, emb)
+    if middle is not None:
+        yield from resblock("middle_block.0", width, width, emb)
+    if middle:
+        yield from spatial_transformer("middle_block.1", width, middle, context, linear)
+        yield from resblock("middle_block.2", width, width, emb)
     n = -1
     for level, m in reversed(list(enumerate(mult))):
-        for i in range(3):
+        for i in range(res_blocks + 1):
             n += 1
             yield from resblock(f"output_blocks.{n}.0", width + skips.pop(), 320 * m, emb)
             width, place = 320 * m, 1
-            if depths[level]:
-                yield from spatial_transformer(f"output_blocks.{n}.1", width, depths[level], context, linear)
+            depth = up_depths[n] if up_depths else depths[level]
+            if depth:
+                yield from spatial_transformer(f"output_blocks.{n}.1", width, depth, context, linear)
                 place = 2
-            if level and i == 2:
+            if level and i == res_blocks:
                 yield from layer(f"output_blocks.{n}.{place}.conv", width, width, 3, 3)
     yield from layer("out.0", 320)
     yield from layer("out.2", 4, 320, 3, 3)
@@ -371,12 +428,22 @@ def open_clip_tower(width: int, layers: int) -> Rows:
         yield from layer(f"{block}.mlp.c_proj", width, 4 * width)
 
 
+XL: dict[str, tuple[tuple[int, ...], int, tuple[int, ...] | None]] = {  # depths down, in the middle and up
+    "sdxl": ((0, 2, 10), 10, None),
+    "ssd-1b": ((0, 2, 4), 0, (4, 4, 10, 2, 1, 1, 0, 0, 0)),
+    "vega": ((0, 1, 2), 0, None),
+}
+
+
 def full_size(name: str) -> dict[str, tuple[int, ...]]:
     sd = {"mult": (1, 2, 4, 4), "depths": (1, 1, 1, 0), "middle": 1}
     inputs = 9 if name.endswith("inpainting") else 4
-    if name == "sdxl":
+    if name in XL:
+        depths, middle, up_depths = XL[name]
         networks = {
-            "model.diffusion_model.": unet_model((1, 2, 4), (0, 2, 10), 10, 2048, linear=True, adm=2816),
+            "model.diffusion_model.": unet_model(
+                (1, 2, 4), depths, middle, 2048, linear=True, adm=2816, up_depths=up_depths
+            ),
             "conditioner.embedders.0.transformer.": clip_l(),
             "conditioner.embedders.1.model.": open_clip_tower(1280, 32),
         }
@@ -386,6 +453,8 @@ def full_size(name: str) -> dict[str, tuple[int, ...]]:
             "cond_stage_model.model.": open_clip_tower(1024, 24),
         }
     else:
+        if name == "tiny-sd":
+            sd = {"mult": (1, 2, 4), "depths": (1, 1, 1), "middle": None, "res_blocks": 1}
         networks = {
             "model.diffusion_model.": unet_model(**sd, context=768, linear=False, inputs=inputs),
             "cond_stage_model.transformer.": clip_l(),
@@ -424,6 +493,9 @@ PARAMETERS = {
         "text_encoder_2": 694_659_840,
     },
 }
+PARAMETERS["ssd-1b"] = PARAMETERS["sdxl"] | {"unet": 1_331_334_404}
+PARAMETERS["vega"] = PARAMETERS["sdxl"] | {"unet": 745_225_604}
+PARAMETERS["tiny-sd"] = PARAMETERS["sd1.5"] | {"unet": 323_384_964}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -431,9 +503,10 @@ def test_full_size_names_map_one_to_one(name: str, tmp_path: Path) -> None:
     report = inspect_model(hollow_file(tmp_path / "model.safetensors", full_size(name), name))
     assert report.problems == []
     assert report.passed_over == []
-    assert report.family == {"sd2.1": "sd2", "sdxl": "sdxl"}.get(name, "sd1")
+    assert report.family == ("sdxl" if name in XL else "sd2" if name == "sd2.1" else "sd1")
     assert report.prediction == ("v_prediction" if name == "sd2.1" else "epsilon")
-    assert report.sampler == {"sd2.1": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}.get(name, "PNDMScheduler")
+    samplers = {"sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
+    assert report.sampler == samplers.get(str(report.family), "PNDMScheduler")
     assert {part.name: part.parameters for part in report.parts} == PARAMETERS[name]
 
 
@@ -443,7 +516,9 @@ def test_full_size_config_is_the_published_one(name: str, tmp_path: Path) -> Non
     ours, published = found.config("unet"), UNetConfig.model_validate(tiny.FULL_UNETS[name])
     assert isinstance(ours, UNetConfig)
     for field in UNetConfig.model_fields:
-        if field in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+        if field in ("layers_per_block", "attention_head_dim"):
             assert ours.per_level(getattr(ours, field)) == published.per_level(getattr(published, field)), field
-        else:
+        elif not field.endswith("transformer_layers_per_block"):
             assert getattr(ours, field) == getattr(published, field), field
+    depths = [(c.down_depths, c.up_depths, c.mid_depth) for c in (ours, published)]
+    assert depths[0] == depths[1]

@@ -59,6 +59,13 @@ def test_the_output_is_diffusers(family: str, memory_format: torch.memory_format
     "changes",
     [
         {"mid_block_type": None},
+        {"mid_block_type": "UNetMidBlock2D"},
+        {
+            "layers_per_block": 2,
+            "transformer_layers_per_block": [[2, 1], 3],
+            "reverse_transformer_layers_per_block": [1, [1, 3, 2]],
+        },
+        {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "transformer_layers_per_block": (1, 2)},
         {"center_input_sample": True},
         {"flip_sin_to_cos": False, "freq_shift": 1},
         {"layers_per_block": (1, 2)},
@@ -133,6 +140,9 @@ def test_the_gradient_of_every_parameter_is_diffusers(family: str) -> None:
         ("sd1.5-inpainting", 859_535_364),
         ("sd2.1", 865_910_724),
         ("sdxl", 2_567_463_684),
+        ("ssd-1b", 1_331_334_404),
+        ("vega", 745_225_604),
+        ("tiny-sd", 323_384_964),
     ],
 )
 def test_full_size_keys_and_shapes(name: str, parameters: int) -> None:

@@ -178,3 +178,19 @@ FULL_UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+FULL_UNETS["ssd-1b"] = FULL_UNETS["sdxl"] | {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+FULL_UNETS["vega"] = FULL_UNETS["sdxl"] | {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": (1, 1, 2),
+}
+FULL_UNETS["tiny-sd"] = _SD | {
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "mid_block_type": None,
+}

@@ -177,7 +177,7 @@ class Guided:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Return the denoised estimate, of the shape of x (B, C, h, w)."""
-        if self._scale_at(self._step(sigma)) > 1.0:
+        if interpolate_scale(self.scale, self._step(sigma), self._num_steps) > 1.0:
             return self.pair(x, sigma)[0]
         return self._denoise_conditional(x, sigma)
 
@@ -187,9 +187,9 @@ class Guided:
         Their scale also has a meaning below 1. Outside the interval and the steps, both are the conditional estimate.
         """
         step = self._step(sigma)
-        if not self._is_guided(sigma, step):
+        if not is_guided(sigma, step, self._num_steps, self.interval, self.steps):
             return (self._denoise_conditional(x, sigma),) * 2
-        outputs, scale = self.outputs(x, sigma), self._scale_at(step)
+        outputs, scale = self.outputs(x, sigma), interpolate_scale(self.scale, step, self._num_steps)
         conditional = weighted_sum(self._weights, outputs[: len(self._weights)])
         unconditional, *negatives = outputs[len(self.weights) :]
         corrected, base = self.method(Call(x, sigma, step, self.prediction), conditional, unconditional, *negatives)
@@ -215,22 +215,12 @@ class Guided:
         rest = 1.0 - sum(self.weights)
         return self.weights if abs(rest) < 1e-6 else (*self.weights, rest)
 
-    def _is_guided(self, sigma: float, step: int) -> bool:
-        low, high = self.interval or (0.0, float("inf"))
-        start, stop = (int(fraction * self._num_steps) for fraction in self.steps or (0.0, 1.0))
-        return low < sigma <= high and start <= step < stop
-
     @property
     def _num_steps(self) -> int:
         return max(len(self.sigmas) - 1, 1)
 
     def _step(self, sigma: float) -> int:
         return step_index(sigma, self.sigmas)
-
-    def _scale_at(self, step: int) -> float:
-        scales = (self.scale,) if isinstance(self.scale, int | float) else self.scale
-        position = step * (len(scales) - 1) / max(self._num_steps - 1, 1)
-        return float(np.interp(position, range(len(scales)), scales))
 
 
 guided = Guided  # the functional spelling: denoise = guided(denoiser.outputs, prediction, 7.5)
@@ -242,6 +232,26 @@ def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     It is the step that begins at sigma or, for a level in between, the step around it.
     """
     return sum(level >= sigma * (1.0 - 1e-6) for level in sigmas[1 : max(len(sigmas) - 1, 1)])
+
+
+def interpolate_scale(scale: float | Sequence[float], step: int, num_steps: int) -> float:
+    """Return the guidance scale of a step of a run: one number, or several that are spread evenly over the run."""
+    scales = (scale,) if isinstance(scale, int | float) else scale
+    position = step * (len(scales) - 1) / max(num_steps - 1, 1)
+    return float(np.interp(position, range(len(scales)), scales))
+
+
+def is_guided(
+    sigma: float,
+    step: int,
+    num_steps: int,
+    interval: tuple[float, float] | None = None,
+    steps: tuple[float, float] | None = None,
+) -> bool:
+    """Return whether guidance is active at a noise level and a step of a run; see `Guided` for interval and steps."""
+    low, high = interval or (0.0, float("inf"))
+    start, stop = (int(fraction * num_steps) for fraction in steps or (0.0, 1.0))
+    return low < sigma <= high and start <= step < stop
 
 
 def dynamic_threshold(denoised: Tensor, mimic: Tensor, percentile: float) -> Tensor:

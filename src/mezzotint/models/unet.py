@@ -120,7 +120,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, transformer and residual block at the lowest level."""
+    """At the lowest level: residual block, transformer and residual block, or one residual block alone."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Transformer]) -> None:
         super().__init__()
@@ -174,17 +174,16 @@ class UNet(nn.Module):
         self.config = config
         channels, heads = config.block_out_channels, config.heads
         layers = config.per_level(config.layers_per_block)
-        depths = config.per_level(config.transformer_layers_per_block)
         groups, time_dim, levels = config.norm_num_groups, 4 * channels[0], len(channels)
 
         def resnet(inputs: int, outputs: int) -> ResnetBlock:
             return ResnetBlock(inputs, outputs, time_dim, groups, config.norm_eps)
 
-        def transformer(level: int) -> Transformer:
+        def transformer(level: int, depth: int) -> Transformer:
             return Transformer(
                 channels[level],
                 heads[level],
-                depths[level],
+                depth,
                 config.cross_attention_dim,
                 groups,
                 linear=config.use_linear_projection,
@@ -201,30 +200,28 @@ class UNet(nn.Module):
 
         width, skips = channels[0], [channels[0]]  # channels of the feature map, and of each skip so far
         self.down_blocks = nn.ModuleList()
-        for level, kind in enumerate(config.down_block_types):
+        for level, depths in enumerate(config.down_depths):
             resnets = []
             for _ in range(layers[level]):
                 resnets.append(resnet(width, channels[level]))
                 width = channels[level]
                 skips.append(width)
-            attentions = [transformer(level) for _ in resnets] if kind.startswith("CrossAttn") else []
+            attentions = [transformer(level, depth) for depth in depths if depth]
             below = level + 1 < levels
             self.down_blocks.append(DownBlock(resnets, attentions, width if below else None))
             skips += [width] if below else []
 
-        self.mid_block = (
-            MidBlock([resnet(width, width), resnet(width, width)], [transformer(levels - 1)])
-            if config.mid_block_type is not None
-            else None
-        )
+        depth = config.mid_depth
+        middle = [transformer(levels - 1, depth)] if depth else []
+        self.mid_block = None if depth is None else MidBlock([resnet(width, width) for _ in (*middle, None)], middle)
 
         self.up_blocks = nn.ModuleList()
-        for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+        for level, depths in zip(reversed(range(levels)), config.up_depths, strict=True):
             resnets = []
             for _ in range(layers[level] + 1):
                 resnets.append(resnet(width + skips.pop(), channels[level]))
                 width = channels[level]
-            attentions = [transformer(level) for _ in resnets] if kind.startswith("CrossAttn") else []
+            attentions = [transformer(level, depth) for depth in depths if depth]
             self.up_blocks.append(UpBlock(resnets, attentions, width if level > 0 else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
@@ -305,6 +302,23 @@ class UNet(nn.Module):
         embedding = F.silu(embedding)  # (B, time_dim)
         return [resnet.time_emb_proj(embedding) for resnet in self._resnets]
 
+    def guidance_embedding(self, scale: float) -> Tensor:
+        """Return the `timestep_cond` for a guidance scale, (1, time_cond_proj_dim).
+
+        It is a sinusoid of 1000 (scale - 1) (Luo et al. 2023, "Latent Consistency Models", section 4.3). Unlike that of
+        the timestep its sines come first, and its lowest frequency is 1/10000.
+
+        Raises:
+            RequestError: If the UNet does not take one.
+        """
+        if self.config.time_cond_proj_dim is None:
+            raise RequestError("A guidance embedding is for a UNet with time_cond_proj_dim, which this one lacks.")
+        half = self.config.time_cond_proj_dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=self.conv_in.weight.device)
+        angles = 1000.0 * (scale - 1.0) * torch.exp(-math.log(10000) * steps / max(half - 1, 1))
+        waves = F.pad(torch.cat([angles.sin(), angles.cos()]), (0, self.config.time_cond_proj_dim % 2))
+        return waves[None].to(self.conv_in.weight.dtype)
+
     def fuse_projections(self) -> None:
         """Fuse the attention projections (Attention.fuse); call it once the weights are on their final device."""
         for attn in self._attentions:
@@ -324,7 +338,7 @@ def _check_config(config: UNetConfig) -> None:
     """Raise CheckpointError for what this network does not support, with a clearer message than torch's."""
     for field, kinds, known in (
         ("down_block_types", config.down_block_types, ("DownBlock2D", "CrossAttnDownBlock2D")),
-        ("mid_block_type", (config.mid_block_type,), ("UNetMidBlock2DCrossAttn", None)),
+        ("mid_block_type", (config.mid_block_type,), ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)),
         ("up_block_types", config.up_block_types, ("UpBlock2D", "CrossAttnUpBlock2D")),
         ("act_fn", (config.act_fn,), ("silu", "swish")),
         ("only_cross_attention", (config.only_cross_attention,), (False,)),
@@ -334,10 +348,19 @@ def _check_config(config: UNetConfig) -> None:
                 raise CheckpointError(f"The UNet's {field} has {kind!r}; it must be {' or '.join(map(repr, known))}.")
     levels = len(config.block_out_channels)
     heads_field = "attention_head_dim" if config.num_attention_heads is None else "num_attention_heads"
-    for field in ("layers_per_block", "transformer_layers_per_block", heads_field):
-        numbers = config.per_level(getattr(config, field))
-        if len(numbers) != levels:
+    reverse = "reverse_transformer_layers_per_block"
+    for field in ("layers_per_block", "transformer_layers_per_block", reverse, heads_field):
+        numbers = getattr(config, field)
+        if isinstance(numbers, tuple) and len(numbers) != levels:
             raise CheckpointError(f"The UNet's {field} has {len(numbers)} numbers for {levels} block_out_channels.")
+    layers = config.per_level(config.layers_per_block)
+    for field, depths, counts in (
+        ("transformer_layers_per_block", config.down_depths, layers),
+        (reverse, config.up_depths, [count + 1 for count in reversed(layers)]),
+    ):
+        for level, count in zip(depths, counts, strict=True):
+            if len(level) != count:
+                raise CheckpointError(f"The UNet's {field} has {list(level)} for a block of {count} layers.")
     for channels, heads in zip(config.block_out_channels, config.heads, strict=True):
         if channels % heads or channels % config.norm_num_groups:
             raise CheckpointError(

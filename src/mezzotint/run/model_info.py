@@ -36,6 +36,8 @@ class ModelInfo:
         scheduler_config: The model's scheduler_config.json.
         pipeline_class: Class name in model_index.json, or "".
         unet_channels: Input channels of the UNet.
+        embeds_guidance: Whether the guidance scale is an input of the UNet (LCM models), which then needs no
+            unconditional output.
         latent_channels: Channels of the VAE's latents.
         downscale: The VAE's factor: pixels per latent cell along one side.
         force_upcast: Whether the VAE overflows float16.
@@ -53,6 +55,7 @@ class ModelInfo:
     scheduler_config: dict[str, Any]
     pipeline_class: str
     unet_channels: int
+    embeds_guidance: bool
     latent_channels: int
     downscale: int
     force_upcast: bool
@@ -73,6 +76,7 @@ class ModelInfo:
             scheduler_config=dict(facts.scheduler_config),
             pipeline_class=str(facts.model_index.get("_class_name", "")),
             unet_channels=unet.in_channels,
+            embeds_guidance=unet.time_cond_proj_dim is not None,
             latent_channels=vae.latent_channels,
             downscale=vae.downscale,
             force_upcast=vae.force_upcast,

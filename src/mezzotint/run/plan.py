@@ -9,7 +9,7 @@ folder a second time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ from mezzotint.run.safety import check_mode, unchecked_notices
 from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import Adapter, Adapters, Scale
-from mezzotint.weights.model_files import FewStep
+from mezzotint.weights.model_files import FewStep, join_names
 
 ZERO_SNR_EPSILON = (
     "the schedule has zero terminal SNR (rescale_betas_zero_snr) and the model predicts epsilon, which says nothing of "
@@ -121,8 +121,10 @@ class RunPlan:
     @property
     def guides(self) -> bool:
         """Whether any step needs the unconditional output: CFG++ always does, and so does a sum of AND's parts."""
-        summed = abs(sum(self.weights) - 1.0) > 1e-6
-        return max(self.guidance_scales) > 1.0 or summed or SOLVERS[self.sampler.solver].cfg_pp
+        if abs(sum(self.weights) - 1.0) > 1e-6:
+            return True
+        extrapolates = max(self.guidance_scales) > 1.0 or SOLVERS[self.sampler.solver].cfg_pp
+        return extrapolates and not self.model.embeds_guidance
 
     @property
     def condition_count(self) -> int:
@@ -201,7 +203,24 @@ class RunPlan:
         config = self.sampler.schedule
         no_signal = config.sigma_data is None and config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
         unchecked = unchecked_notices(self.model, self.request)
-        return (*self.model.notices, *([ZERO_SNR_EPSILON] if no_signal else []), *loras, *unchecked)
+        on_schedule = [ZERO_SNR_EPSILON] if no_signal else []
+        return *self.model.notices, *on_schedule, *self._ignored_fields(), *loras, *unchecked
+
+    def _ignored_fields(self) -> Iterator[str]:
+        """Yield a sentence on the fields that act on the unconditional output, if they are given and it is not used."""
+        request = self.request
+        given = {
+            "negative_prompt": bool(request.negative_prompt),
+            "guidance_method": request.guidance_method != "cfg",
+            "guidance_rescale": bool(request.guidance_rescale),
+            "mimic_scale": request.mimic_scale is not None,
+        }
+        names = [name for name, is_given in given.items() if is_given]
+        if self.model.embeds_guidance and names:
+            yield (
+                f"{join_names(names)}: without effect, because this model takes the guidance scale as an input of its "
+                "UNet (time_cond_proj_dim) and has no unconditional output"
+            )
 
     @cached_property
     def empty(self) -> PromptPlan:

@@ -16,6 +16,7 @@ from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.model_files import FewStep
 
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, for models without their own
+STEPS_LCM, GUIDANCE_LCM = 4, 8.5  # likewise of LatentConsistencyModelPipeline
 GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024
 GPU_BATCH = 4  # default batch on a GPU; it is 1 on the CPU
 STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers' img2img, SDXL img2img and inpainting
@@ -47,6 +48,7 @@ def resolve_request(model: ModelInfo, request: Request, sampler: Sampler) -> Req
     _check_sampler(request, sampler)
     _check_model(model, request)
     _check_method(request, method)
+    _check_embedded_guidance(model, sampler)
     _check_syntax(request, syntax)
     _check_dependent(request)
     defaults = {
@@ -97,6 +99,15 @@ def _check_model(model: ModelInfo, request: Request) -> None:
             raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
 
 
+def _check_embedded_guidance(model: ModelInfo, sampler: Sampler) -> None:
+    """Check that the sampler does not need the unconditional output of a model that has none."""
+    if model.embeds_guidance and SOLVERS[sampler.solver].cfg_pp:
+        raise RequestError(
+            f"the sampler {sampler.name} needs an unconditional output; this model takes the guidance scale as an "
+            "input of its UNet (time_cond_proj_dim) and has none: choose another sampler, such as lcm"
+        )
+
+
 def _check_method(request: Request, method: str) -> None:
     """Check that no option of another guidance method is given."""
     for owner, options in METHOD_OPTIONS.items():
@@ -140,8 +151,9 @@ def _sampling_defaults(model: ModelInfo, request: Request, sampler: Sampler) -> 
     """Return the defaults of sampler, steps, guidance, seed and batch."""
     settings, solver = model.settings, SOLVERS[sampler.solver]
     source = few_step_of(model, sampler) or sampler
-    guidance = source.guidance_scale or settings.get("guidance_scale", GUIDANCE_XL if model.is_sdxl else GUIDANCE)
-    steps = source.steps or settings.get("steps", STEPS)
+    usual = GUIDANCE_LCM if model.embeds_guidance else GUIDANCE_XL if model.is_sdxl else GUIDANCE
+    guidance = source.guidance_scale or settings.get("guidance_scale", usual)
+    steps = source.steps or settings.get("steps", STEPS_LCM if model.embeds_guidance else STEPS)
     if request.sigmas or request.timesteps:
         steps = len(request.sigmas) - 1 if request.sigmas else len(request.timesteps or ())
     return {

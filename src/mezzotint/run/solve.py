@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from mezzotint.denoiser import Denoiser, Timeline
-from mezzotint.diffusion.guidance import METHODS, Guided, Outputs
+from mezzotint.diffusion.guidance import METHODS, Guided, Outputs, interpolate_scale, is_guided, step_index
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.models.unet import UNet
@@ -51,9 +52,18 @@ def unet_outputs(batch: Batch, unet: UNet, conditions: list[Timeline], initial: 
             plan.sigmas,
             initial.inpaint_channels,
             split,
+            partial(guidance_scale_at, plan) if plan.model.embeds_guidance else None,
         )
 
     return guard_outputs(unet, denoiser, batch.upcast_parts)
+
+
+def guidance_scale_at(plan: RunPlan, sigma: float) -> float:
+    """Return the guidance scale at a noise level, for a UNet that takes it as an input; 1 where guidance is off."""
+    step, steps, request = step_index(sigma, plan.sigmas), len(plan.sigmas) - 1, plan.request
+    if not is_guided(sigma, step, steps, request.guidance_interval, request.guidance_steps):
+        return 1.0
+    return interpolate_scale(plan.guidance_scales, step, steps)
 
 
 def guide(plan: RunPlan, outputs: Outputs) -> Guided:
@@ -62,7 +72,7 @@ def guide(plan: RunPlan, outputs: Outputs) -> Guided:
     return Guided(
         outputs,
         plan.prediction,
-        plan.guidance_scales,
+        1.0 if plan.model.embeds_guidance else plan.guidance_scales,
         request.guidance_rescale or 0.0,
         request.guidance_interval,
         request.guidance_steps,

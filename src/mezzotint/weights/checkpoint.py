@@ -32,9 +32,10 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
+from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import ENCODERS, CheckerFiles, FewStep, ModelFiles, dtype_name
 from mezzotint.weights.safety import add_checker
-from mezzotint.weights.single import describe_kind, plan_file
+from mezzotint.weights.single import plan_file
 from mezzotint.weights.vae_files import replace_vae
 
 

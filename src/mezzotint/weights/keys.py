@@ -36,7 +36,6 @@ PREFIXES = {
     "clip": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
     "open_clip": ("cond_stage_model.model.", "conditioner.embedders.1.model."),
 }
-REFINER = "conditioner.embedders.0.model."
 
 # Keys inside a network that are no weights of ours: index buffers, CLIP's image-side scale, training leftovers.
 IGNORED = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask)$|^(loss|model_ema)\.")
@@ -52,6 +51,7 @@ RESNET = {
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "time_embed.cond_proj": "time_embedding.cond_proj",
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
@@ -112,47 +112,49 @@ def rename_keys(names: Iterable[str], table: Table) -> tuple[Sources, list[str]]
 
 
 class Levels(NamedTuple):
-    """The structure of an LDM UNet: resnets per level, and the channels and transformer depth (or 0) of each level."""
+    """The structure of an LDM UNet.
 
-    layers: int
+    Attributes:
+        channels: Channels of each level.
+        down: For each level, the transformer depth of each of its layers on the way down; 0 without attention.
+        up: The same on the way up, the lowest level first.
+        middle: The same of the middle block: 0 if it is one residual block, None if there is none.
+    """
+
     channels: tuple[int, ...]
-    depths: tuple[int, ...]
+    down: tuple[tuple[int, ...], ...]
+    up: tuple[tuple[int, ...], ...]
+    middle: int | None
 
     @classmethod
     def of_config(cls, config: UNetConfig) -> Levels:
-        """Derive it from a config. Raises ValueError if the original layout cannot express it."""
-        layers, depths = (
-            config.per_level(config.layers_per_block),
-            config.per_level(config.transformer_layers_per_block),
-        )
-        if len({*layers}) != 1:
-            raise ValueError(f"layers_per_block {layers} is not the same at every level")
-        attends = [kind.startswith("CrossAttn") for kind in config.down_block_types]
-        return cls(
-            layers[0],
-            config.block_out_channels,
-            tuple(depth if here else 0 for depth, here in zip(depths, attends, strict=True)),
-        )
+        """Derive it from a config."""
+        return cls(config.block_out_channels, config.down_depths, config.up_depths, config.mid_depth)
 
     @classmethod
     def of(cls, shapes: Shapes) -> Levels:
         """Derive it from the shapes in a file."""
+        depths = _transformer_depths(shapes)
         inputs = count_numbers(shapes, r"input_blocks\.(\d+)\.")
-        downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
-        layers = (downs[0] if downs else inputs) - 1
-        first = [1 + level * (layers + 1) for level in range(len(downs) + 1)]  # input block that starts each level
+        ends = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]  # the downsampler of each level
+        starts = [1, *(end + 1 for end in ends)]
+        down = [range(start, end) for start, end in zip(starts, (*ends, inputs), strict=True)]
+        outputs = iter(range(sum(len(level) + 1 for level in down)))
+        up = [[next(outputs) for _ in range(len(level) + 1)] for level in reversed(down)]
+        middle = depths.get("middle_block", 0) if any(key.startswith("middle_block.") for key in shapes) else None
         return cls(
-            layers,
-            tuple(shapes.get(f"input_blocks.{i}.0.out_layers.3.weight", (0,))[0] for i in first),
-            tuple(count_numbers(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first),
+            tuple(shapes.get(f"input_blocks.{start}.0.out_layers.3.weight", (0,))[0] for start in starts),
+            tuple(tuple(depths.get(f"input_blocks.{i}", 0) for i in level) for level in down),
+            tuple(tuple(depths.get(f"output_blocks.{i}", 0) for i in level) for level in up),
+            middle,
         )
 
     def blocks(self) -> Iterator[tuple[str, str]]:
         """Yield (original name, module name) for each resnet, transformer, downsampler and upsampler."""
-        last = len(self.depths) - 1
+        last = len(self.down) - 1
         i = 1
-        for level, depth in enumerate(self.depths):
-            for layer in range(self.layers):
+        for level, depths in enumerate(self.down):
+            for layer, depth in enumerate(depths):
                 yield f"input_blocks.{i}.0", f"down_blocks.{level}.resnets.{layer}"
                 if depth:
                     yield f"input_blocks.{i}.1", f"down_blocks.{level}.attentions.{layer}"
@@ -164,14 +166,27 @@ class Levels(NamedTuple):
         yield "middle_block.1", "mid_block.attentions.0"
         yield "middle_block.2", "mid_block.resnets.1"
         i = 0
-        for level, depth in enumerate(reversed(self.depths)):
-            for layer in range(self.layers + 1):
+        for level, depths in enumerate(self.up):
+            for layer, depth in enumerate(depths):
                 yield f"output_blocks.{i}.0", f"up_blocks.{level}.resnets.{layer}"
                 if depth:
                     yield f"output_blocks.{i}.1", f"up_blocks.{level}.attentions.{layer}"
-                if level < last and layer == self.layers:
+                if level < last and layer == len(depths) - 1:
                     yield f"output_blocks.{i}.{2 if depth else 1}.conv", f"up_blocks.{level}.upsamplers.0.conv"
                 i += 1
+
+
+def _transformer_depths(shapes: Shapes) -> dict[str, int]:
+    """Return the depth of the transformer in each block that has one, by the block's name."""
+    depths: dict[str, int] = {}
+    for key in shapes:
+        if found := re.match(
+            r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.1\.transformer_blocks\.(\d+)\.", key
+        ):
+            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    if max(depths.values(), default=0) > len(shapes):  # before anything counts up to it
+        raise ValueError(f"a key is numbered {max(depths.values()) - 1} in a table of {len(shapes)}")
+    return depths
 
 
 def unet_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
@@ -192,27 +207,42 @@ def unet_table(levels: Levels) -> Table:
 def unet_config(shapes: Shapes, family: Family) -> dict[str, Any]:
     """Return UNetConfig fields from an LDM UNet's shapes. SD1 has 8 heads; in the others, a head has 64 channels."""
     levels = Levels.of(shapes)
-    attends = [depth > 0 for depth in levels.depths]
-    middle = count_numbers(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
-    depths = [*levels.depths[:-1], middle]  # the middle block has the deepest level's depth, with or without attention
+    down, up = ([_level_depth(depths) for depths in part] for part in (levels.down, levels.up))
     context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
     proj_in = next((shape for key, shape in shapes.items() if key.endswith(".proj_in.weight")), ())
+    layers = [len(depths) for depths in levels.down]
+    depths = [depth or 1 for depth in down]
+    if down[-1] == 0 and levels.middle:  # in a config, the middle block has the depth of the lowest level
+        depths[-1] = levels.middle
     config: dict[str, Any] = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": levels.channels,
-        "layers_per_block": levels.layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
-        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
+        "layers_per_block": layers[0] if len({*layers}) == 1 else layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up],
+        "transformer_layers_per_block": depths,
         "cross_attention_dim": context,
         "use_linear_projection": len(proj_in) == 2,
         "attention_head_dim": 8 if family == "sd1" else [max(width // 64, 1) for width in levels.channels],
     }
+    if any(depth and depth != below for depth, below in zip(up, reversed(depths), strict=True)):
+        config["reverse_transformer_layers_per_block"] = [depth or 1 for depth in up]
+    if not levels.middle:
+        config["mid_block_type"] = None if levels.middle is None else "UNetMidBlock2D"
+    if "time_embed.cond_proj.weight" in shapes:
+        config["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
     if "label_emb.0.0.weight" in shapes:
         config["addition_embed_type"] = "text_time"
         config["projection_class_embeddings_input_dim"] = shapes["label_emb.0.0.weight"][1]
     return config
+
+
+def _level_depth(depths: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Return the depth of a level's layers: one number if it is that of all of them."""
+    if len({*depths}) != 1 and 0 in depths:
+        raise ValueError(f"a level has attention in some of its layers only ({list(depths)})")
+    return depths[0] if len({*depths}) == 1 else depths
 
 
 # VAE

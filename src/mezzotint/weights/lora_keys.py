@@ -138,10 +138,7 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def _unet_spellings(names: Iterable[str], config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
     """Yield each layer's paths: diffusers', the original one, and that of diffusers' old attention processors."""
-    kinds = [kind.startswith("CrossAttn") for kind in config.down_block_types]
-    layers = config.per_level(config.layers_per_block)
-    levels = Levels(layers[0], config.block_out_channels, tuple(int(attends) for attends in kinds))
-    original = {module: block for block, module in unet_table(levels).items()} if len({*layers}) == 1 else {}
+    original = {module: block for block, module in unet_table(Levels.of_config(config)).items()}
     for name in names:
         stem = name
         while stem not in original and "." in stem:

@@ -8,7 +8,7 @@ model is a list of sentences, `ModelFiles.problems` and `NetworkFiles.problems`:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,13 @@ NO_PROJECTION = (
     "prompt less"
 )
 NATURAL = (torch.float16, torch.bfloat16, torch.float32)
-COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")  # fields that a file's size bounds
+# Fields that a file's size bounds.
+COUNTS = (
+    "num_hidden_layers",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+)
 
 
 @dataclass
@@ -89,8 +95,8 @@ class NetworkFiles:
     def network(self) -> nn.Module:
         """Build the network on the meta device. Raises CheckpointError if its config is impossible."""
         for name in COUNTS:
-            count = getattr(self.config, name, 0)
-            if max(count if isinstance(count, tuple) else (count,), default=0) > len(self.sources):
+            count = getattr(self.config, name, None)
+            if max(_flatten(count), default=0) > len(self.sources):
                 raise CheckpointError(f"{self.path}: {name} is {count}, but there are {len(self.sources)} tensors")
         try:
             with torch.device("meta"):
@@ -257,6 +263,15 @@ def join_names(names: Sequence[str], limit: int = 4) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "float16" for torch.float16."""
     return str(dtype).removeprefix("torch.")
+
+
+def _flatten(count: Any) -> Iterator[int]:
+    """Yield the numbers in a number, in nested tuples of them, or in None."""
+    if isinstance(count, tuple):
+        for each in count:
+            yield from _flatten(each)
+    elif count is not None:
+        yield count
 
 
 def _fits(have: tuple[int, ...], want: tuple[int, ...]) -> bool:

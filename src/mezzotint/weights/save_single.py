@@ -38,7 +38,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # in the words of Mod
 # Fields that do not affect the result, or that other fields express.
 UNCOMPARED = {
     UNetConfig: ("sample_size", "upcast_attention", "attention_head_dim", "num_attention_heads", "layers_per_block",
-                 "transformer_layers_per_block"),
+                 "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
     VAEConfig: ("sample_size", "force_upcast"),
     CLIPConfig: ("projection_dim", "bos_token_id", "eos_token_id", "pad_token_id", "architectures"),
 }  # fmt: skip
@@ -175,6 +175,7 @@ def _differences(name: str, own: Config, read: Config) -> list[str]:
     pairs = {f: (getattr(own, f), getattr(read, f)) for f in type(own).model_fields if f not in UNCOMPARED[type(own)]}
     if isinstance(own, UNetConfig) and isinstance(read, UNetConfig):
         pairs["heads"] = own.per_level(own.heads), read.per_level(read.heads)
+        pairs["depths"] = (own.down_depths, own.up_depths), (read.down_depths, read.up_depths)
     if isinstance(own, CLIPConfig) and isinstance(read, CLIPConfig):
         pairs["a projection"] = own.has_projection, read.has_projection
     return [f"{name} has {field} {a}, not {b}" for field, (a, b) in pairs.items() if a != b]

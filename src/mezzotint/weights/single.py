@@ -17,23 +17,17 @@ from mezzotint.weights import keys
 from mezzotint.weights.evidence import MARKERS, find_evidence
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Shapes, Sources
-from mezzotint.weights.model_files import NO_PROJECTION, ModelFiles, NetworkFiles, join_names
+from mezzotint.weights.kinds import describe_kind, find_other_family
+from mezzotint.weights.model_files import NO_PROJECTION, ModelFiles, NetworkFiles
 
 CLIP_TOKENS = 49408
-
-# Kinds of files that are not whole models, by a fragment of a key.
-KINDS = {
-    "lora": "a LoRA",
-    "double_blocks.": "a Flux model",
-    "joint_blocks.": "a Stable Diffusion 3 model",
-    "control_model.": "a ControlNet",
-    "controlnet_": "a ControlNet",
-    "string_to_param": "a textual-inversion embedding",
-    "emb_params": "a textual-inversion embedding",
-    "encoder.down": "only a VAE",
-    "down_blocks.": "only a UNet",
-    "input_blocks.": "only a UNet",
-    "text_model.": "only a text encoder",
+# What LCM models' scheduler_config.json has in place of SD1's.
+LCM_SCHEDULER = {
+    "_class_name": "LCMScheduler",
+    "original_inference_steps": 50,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_scaling": 10.0,
 }
 
 
@@ -50,12 +44,10 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
     file = TensorFile(path)
     shapes = file.shapes
     prefixes = {kind: keys.find_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
-    if prefixes["unet"] is None:
+    if prefixes["unet"] is None or find_other_family(shapes):
         raise CheckpointError(
             f"{path} contains {describe_kind(shapes)}; it must contain a whole Stable Diffusion model"
         )
-    if prefixes["clip"] is None and any(key.startswith(keys.REFINER) for key in shapes):
-        raise CheckpointError(f"{path} is SDXL's refiner, which is not supported; give the base model")
     family = cast("Family | None", options.family) or _family(
         keys.strip_prefix(shapes, prefixes["unet"]), prefixes["open_clip"] is not None
     )
@@ -85,6 +77,8 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
     if "unet" in found:
         second = found["text_encoder_2"][0] if "text_encoder_2" in found else None
         add_family_fields(found["unet"][0], family, plan.scheduler_config["prediction_type"], second)
+        if "time_cond_proj_dim" in found["unet"][0]:
+            plan.scheduler_config |= {**LCM_SCHEDULER, **options.config_of("scheduler")}
     if "vae" in found:
         found["vae"][0].update(plan.latents)
     if family == "sdxl" and "text_encoder_2" in found and "text_projection.weight" not in found["text_encoder_2"][1]:
@@ -107,16 +101,6 @@ def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:
     over = Counter(key.partition(".")[0] for key in shapes if not key.startswith((*used, *MARKERS)))
     plan.passed_over = [f"{top} ({count} tensor{'s' * (count > 1)})" for top, count in over.items()]
     return plan
-
-
-def describe_kind(shapes: Shapes) -> str:
-    """Return what a file that is not a whole model seems to be."""
-    for fragment, kind in KINDS.items():
-        if any(fragment in key for key in shapes):
-            return kind
-    return (
-        f"{len(shapes)} tensors of an unknown kind (such as {join_names(list(shapes), 2)})" if shapes else "no tensors"
-    )
 
 
 def _family(unet: Shapes, open_clip: bool) -> Family:

@@ -16,8 +16,9 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import choose_weights, read_json, read_part
 from mezzotint.weights.hub import resource
 from mezzotint.weights.keys import Shapes
+from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import ModelFiles, NetworkFiles
-from mezzotint.weights.single import describe_kind, read_network
+from mezzotint.weights.single import read_network
 
 CLASS = "AutoencoderKL"
 PREFIXES = (*keys.PREFIXES["vae"], "")
