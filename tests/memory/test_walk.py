@@ -130,13 +130,13 @@ def test_a_text_encoder_needs_what_the_walk_predicts() -> None:
 )
 @torch.inference_mode()
 def test_the_vae_needs_what_the_walk_predicts(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole VAE to 2 %, strips and tiles to four strips."""
+    """The whole VAE to 2 % and 64 KiB, strips and tiles to four strips."""
     fields = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "layers_per_block": 2} | changes
     config = VAEConfig.model_validate(fields)
     vae = VAE(config).eval().to(memory_format=torch.channels_last)
     side, strip = config.downscale, 2**15
-    tile = 80 // side
-    pixels, z = torch.zeros(1, 3, 256, 160), torch.zeros(1, 4, 256 // side, 160 // side)
+    tile = 64 // side
+    pixels, z = torch.zeros(1, 3, 192, 128), torch.zeros(1, 4, 192 // side, 128 // side)
     runs: dict[tuple[vae_modes.VAEMode, tiles.Half], Callable[[], object]] = {
         ("whole", "decode"): lambda: vae.decode(z),
         ("whole", "encode"): lambda: vae.encode(pixels),
@@ -151,8 +151,8 @@ def test_the_vae_needs_what_the_walk_predicts(changes: dict[str, object], monkey
     walk_vae.cache_clear()
     held = {key: live(run) for key, run in runs.items()}
     for (mode, half), bytes_ in held.items():
-        predicted = vae_peak(config, 1, 256, 160, half, mode, TENSORS)
-        margin = 0.02 * bytes_ if mode == "whole" else 4 * strip * 4
+        predicted = vae_peak(config, 1, 192, 128, half, mode, TENSORS)
+        margin = 0.02 * bytes_ + 2**16 if mode == "whole" else 4 * strip * 4
         assert abs(predicted - bytes_) < margin, (mode, half, predicted, bytes_)
     walk_vae.cache_clear()
     assert held["tiles", "decode"] < held["strips", "decode"] < 0.8 * held["whole", "decode"]
