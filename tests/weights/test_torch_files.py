@@ -170,6 +170,9 @@ def rebuilt(
 
 def test_a_pickle_by_hand(tmp_path: Path) -> None:
     same(in_zip(tmp_path / "a.pt", rebuilt()), {"w": torch.zeros(4)})
+    empty = in_zip(tmp_path / "b.pt", rebuilt(shape="I0\n", offset=72_057_594_021_150_720))
+    assert empty.entries["w"].start < 1000, "an empty tensor has no offset"
+    same(empty, {"w": torch.zeros(0)})
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def _entry(view: _View, record: Record) -> Entry | _Unread:
     return Entry(
         dtype,
         view.shape,
-        record.start + view.offset * dtype.itemsize,
+        record.start + (view.offset * dtype.itemsize if count else 0),
         None if not count or _is_contiguous(view) else view.stride,
     )
 
