@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,10 @@ MAX_HEADER_BYTES = 16_000_000  # bytes; the format allows 100 MB, SDXL has 0.3 M
 MAX_HEADER_VALUES = 1_000_000  # JSON values in a header; a tensor has about 10
 MAX_FORMAT_BYTES = 100_000_000
 CHUNK_BYTES = 2**22  # bytes that `read_into` reads at a time
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:module|_orig_mod)\.)+")
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin, by protocol
+
+T = TypeVar("T")
 
 
 class TensorFile:
@@ -70,6 +74,8 @@ class TensorFile:
             self._read_torch(read_zip)
         elif head[:2] in PICKLES:
             self._read_torch(read_legacy)
+        elif head.startswith(b"GGUF"):
+            raise CheckpointError(f"{path} is a GGUF file, which is not supported; give a safetensors file")
         elif head.startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it")
         elif head.lstrip()[:1] == b"<":
@@ -78,6 +84,14 @@ class TensorFile:
             self._read_safetensors(length)  # raises
         else:
             raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file")
+        self.entries, self._tensors = self._unwrap(self.entries), self._unwrap(self._tensors)
+
+    def _unwrap(self, table: dict[str, T]) -> dict[str, T]:
+        """Return the table with names without `module.` and `_orig_mod.`, of DistributedDataParallel and compile."""
+        unwrapped = {WRAPPERS.sub("", name): value for name, value in table.items()}
+        if len(unwrapped) != len(table):
+            raise CheckpointError(f"{self.path} contains a tensor twice, with and without a prefix such as module.")
+        return unwrapped
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from mezzotint.request import Request
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
+from mezzotint.weights.kinds import REFINER
 from mezzotint.weights.model_files import (
     ENCODERS,
     NETWORKS,
@@ -34,6 +35,14 @@ from mezzotint.weights.model_files import (
 NOT_PASSED_OVER = ("scheduler", "vae", "safety_checker", "feature_extractor")  # each has its own line, or is read
 LATENT_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a VAE's config
 STEMS = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
+VARIANT = re.compile(  # the variant in a file's name; shards of "fp16" are named by an index
+    r"(?:diffusion_pytorch_model|(?:pytorch_)?model)(?:\.(?:safetensors|bin)\.index)?\.([\w-]{1,40})"
+    r"\.(?:safetensors|bin|json)"
+)
+OTHER_PIPELINES = re.compile(
+    r"UnCLIP|Upscale|Depth2Img|InstructPix2Pix|VideoDiffusion|TextToVideo|AnimateDiff|GLIGEN|AudioLDM|LDMTextToImage"
+    r"|^(Kolors|Kandinsky|IF)"
+)
 SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|bin)")
 
 
@@ -51,12 +60,18 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
         CheckpointError: If it is not a Stable Diffusion model.
     """
     index_path = path / "model_index.json"
+    if not index_path.exists() and (class_name := _network_class(path / "config.json")):
+        raise CheckpointError(
+            f"{path} has no model_index.json; it contains only one network ({class_name}), not a whole model"
+        )
     if not index_path.exists():
         raise CheckpointError(
             f"{path} has no model_index.json, so it is not a model folder in the diffusers layout; "
             "for a single .safetensors or .ckpt file, give the path of the file"
         )
     index = read_json(index_path)
+    if kind := _other_kind(index):
+        raise CheckpointError(f"{path} is {kind}, which is not supported; give a text-to-image base model")
     named = {name: row[1] for name, row in index.items() if isinstance(row, list) and len(row) == 2 and row[1]}
     if "unet" not in named:
         raise CheckpointError(
@@ -102,6 +117,25 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
     if plan.family == "sdxl" and isinstance(second, CLIPConfig) and not second.has_projection:
         plan.notices.append(f"{path.name} {NO_PROJECTION}")
     return plan
+
+
+def _network_class(config: Path) -> str | None:
+    """Return the class of a network's config.json, or None if there is none."""
+    if not config.is_file():
+        return None
+    fields = read_json(config)
+    architectures = fields.get("architectures")
+    found = fields.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "")
+    return str(found)[:100] or None
+
+
+def _other_kind(index: dict[str, Any]) -> str | None:
+    """Return what a model is whose pipeline is not text to image of Stable Diffusion, with its article, or None."""
+    name = str(index.get("_class_name", ""))
+    has = [isinstance(row := index.get(encoder), list) and any(row) for encoder in ENCODERS]
+    if index.get("requires_aesthetics_score") or ("XL" in name and has == [False, True]):
+        return REFINER
+    return f"a {name[:100]}" if OTHER_PIPELINES.search(name) else None
 
 
 def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
@@ -188,6 +222,12 @@ def _weight_files(folder: Path, name: str, variant: str | None) -> list[Path]:
     chosen = choose_weights((path.name for path in _inside(folder)), variant)
     if chosen is None:
         stem = STEMS["safetensors"][name not in ("unet", "vae")]
+        others = sorted({found[1] for path in _inside(folder) if (found := VARIANT.fullmatch(path.name))})
+        if others:
+            raise CheckpointError(
+                f"{folder} has only weights of the variant{'s' * (len(others) > 1)} {join_names(others)}; give it as "
+                f"variant, on the command line --variant {others[0]}"
+            )
         raise CheckpointError(
             f"{folder} has no weights; it must have {stem}.safetensors, whole or sharded, or a .bin file"
         )

@@ -20,11 +20,15 @@ Table = dict[str, str]
 
 
 class Source(NamedTuple):
-    """The source of a parameter: the tensor `key`, a third of its rows (OpenCLIP's fused q, k, v), or its transpose."""
+    """The source of a parameter: the tensor `key`, a third of its rows (OpenCLIP's fused q, k, v), or its transpose.
+
+    The tensor `scale` multiplies it, if it is quantized.
+    """
 
     key: str
     third: int | None = None
     transpose: bool = False
+    scale: str | None = None
 
 
 Sources = dict[str, Source]
@@ -264,6 +268,10 @@ def vae_table(levels: int, layers: int) -> Table:
         table[f"{half}.norm_out"] = f"{half}.conv_norm_out"
         for i in (0, 1):
             _vae_resnet(table, f"{half}.mid.block_{i + 1}", f"{half}.mid_block.resnets.{i}")
+        module = f"{half}.mid_block.attentions.0"
+        # some programs save the attention's names as diffusers has them; a file is written with the original ones
+        for old, new in (*((new, new) for new in VAE_ATTENTION.values()), *OLD_VAE_ATTENTION.items()):
+            table[f"{half}.mid.attn_1.{old}"] = f"{module}.{new}"
         for old, new in VAE_ATTENTION.items():
             table[f"{half}.mid.attn_1.{old}"] = f"{half}.mid_block.attentions.0.{new}"
         for level in range(levels):
@@ -297,7 +305,7 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
         "scaling_factor": SCALING_FACTORS[family],
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "mid_block_add_attention": any(key.startswith("encoder.mid.attn_1.") for key in shapes),
     }
 
 

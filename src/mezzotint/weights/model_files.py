@@ -31,6 +31,7 @@ from mezzotint.placement import Placement
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Source, Sources
 from mezzotint.weights.offload import FileWeight, WeightPlacer
+from mezzotint.weights.quantized import pair_scales
 
 Config = UNetConfig | VAEConfig | CLIPConfig | SafetyCheckerConfig
 
@@ -68,6 +69,7 @@ class NetworkFiles:
     files: Mapping[str, TensorFile]  # tensor name -> its file
     sources: Sources
     unknown: list[str]  # tensors that match no parameter
+    quantization: list[str] = field(default_factory=list)  # sentences on quantized weights that cannot be read
 
     @classmethod
     def of(
@@ -90,7 +92,7 @@ class NetworkFiles:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "its fields"
             raise CheckpointError(f"{path}: the config of {name} is wrong at {where}: {first['msg']}") from None
-        return cls(name, path, config, files, sources, unknown)
+        return cls(name, path, config, files, *pair_scales(files, sources, unknown))
 
     def network(self) -> nn.Module:
         """Build the network on the meta device. Raises CheckpointError if its config is impossible."""
@@ -117,7 +119,7 @@ class NetworkFiles:
         """Return sentences about missing tensors, wrong shapes and wrong dtypes."""
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         here = f"{self.path} ({self.name})"
-        found: list[str] = []
+        found = [f"{here}: {problem}" for problem in self.quantization]
         missing = [name for name in wanted if name not in self.sources]
         if missing:
             found.append(f"{here} lacks {join_names(missing)}")
@@ -126,10 +128,13 @@ class NetworkFiles:
                 continue
             source = self.sources[name]
             have, dtype = self._shape(source), self.files[source.key].entries[source.key].dtype
-            if not _fits(have, want):
+            if not dtype.is_floating_point:
+                how = (
+                    " (quantized, for example int8 with convrot, which is not supported)" if dtype.itemsize == 1 else ""
+                )
+                found.append(f"{here}: {source.key} is {dtype_name(dtype)}{how}; weights must be floating-point")
+            elif not _fits(have, want):
                 found.append(f"{here}: {source.key} has shape {have}; by its config it must be {want}")
-            elif not dtype.is_floating_point:
-                found.append(f"{here}: {source.key} is {dtype_name(dtype)}; weights must be floating-point")
         return found
 
     def _shape(self, source: Source) -> tuple[int, ...]:
@@ -176,7 +181,8 @@ class NetworkFiles:
         placer = WeightPlacer(placement, dtype, device)
         for name, empty in network.state_dict(keep_vars=True).items():
             source = self.sources[name]
-            weight = FileWeight(self.files[source.key], source, empty.shape)
+            scale = None if source.scale is None else self.files[source.scale].read(source.scale).float()
+            weight = FileWeight(self.files[source.key], source, empty.shape, scale)
             owner, _, leaf = name.rpartition(".")
             layer = network.get_submodule(owner)
             if placer.replaces_parameters and leaf == "weight" and can_offload(layer, empty):

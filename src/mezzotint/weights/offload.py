@@ -29,7 +29,7 @@ from mezzotint.weights.keys import Source
 class FileWeight(WeightSource):
     """A weight in a model's file, read at each use."""
 
-    def __init__(self, file: TensorFile, source: Source, shape: torch.Size) -> None:
+    def __init__(self, file: TensorFile, source: Source, shape: torch.Size, scale: Tensor | None = None) -> None:
         """Refer to a tensor of the file.
 
         Args:
@@ -37,11 +37,14 @@ class FileWeight(WeightSource):
             source: Which tensor of it, and how it becomes the parameter.
             shape: Shape of the parameter. The tensor may be a 1x1 convolution's where the parameter is a linear
                 layer's, or vice versa.
+            scale: Factor of a quantized tensor, in float32: one number, or one for each of its rows.
         """
-        self.file, self.source, self.shape = file, source, shape
+        self.file, self.source, self.shape, self.scale = file, source, shape, scale
 
     def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Read the weight. For another device it is converted there."""
+        """Read the weight. For another device it is converted there, unless it is quantized."""
+        if self.scale is not None:
+            return self._scaled(self.scale).to(device, dtype)
         made = allocate_weight(self.shape, dtype if device.type == "cpu" else self.file.entries[self.source.key].dtype)
         target = made
         have = len(self.file.entries[self.source.key].shape)
@@ -52,9 +55,17 @@ class FileWeight(WeightSource):
         self.file.read_into(target.T if self.source.transpose else target, self.source.key, self.source.third)
         return made.to(device, dtype)
 
+    def _scaled(self, scale: Tensor) -> Tensor:
+        """Read a quantized weight and multiply it by its scale, in float32."""
+        values = self.file.read(self.source.key).float()
+        values = values * (scale.flatten() if scale.numel() == 1 else scale.view(-1, *(1,) * (values.ndim - 1)))
+        part = values if self.source.third is None else values.chunk(3)[self.source.third]
+        made = allocate_weight(self.shape, torch.float32)
+        return made.copy_((part.T if self.source.transpose else part).reshape(self.shape))
+
     def rows(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Read only these rows."""
-        if self.source.third is not None or self.source.transpose:
+        if self.source.third is not None or self.source.transpose or self.scale is not None:
             return super().rows(ids, dtype, device)
         rows = self.file.read_rows(self.source.key, ids.flatten().tolist())
         return rows.to(device, dtype).view(*ids.shape, math.prod(self.shape[1:]))

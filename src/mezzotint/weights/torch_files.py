@@ -40,6 +40,7 @@ STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
+NESTED = ("model", "module", "state_dict")  # tables whose values count as the file's own
 SKIPPED = {"ComplexDoubleStorage": 16, "QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4, "QUInt4x2Storage": 1}
 DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 ARRAYS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"}  # numpy's dtypes
@@ -273,13 +274,14 @@ def _collect(tree: Any, find: Any) -> Contents:
 
 
 def _rows(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the named values of a file, those of its `state_dict`, and with a prefix those of `string_to_param`."""
+    """Yield the named values of a file, those of NESTED tables, and with a prefix those of `string_to_param`."""
     table = _mapping(tree)
     if table is None:
         kind = "tensor" if isinstance(tree, _View | _Unread) else type(tree).__name__
         raise ValueError(f"it holds a {kind}, not a table of tensors")
-    if (inner := _mapping(table.get("state_dict"))) is not None:
-        table = {**table, **inner}
+    for name in NESTED:
+        if (inner := _mapping(table.get(name))) is not None:
+            table = {**table, **inner}
     if (inner := _mapping(table.get("string_to_param"))) is not None:
         table = {**table, **{f"string_to_param.{name}": value for name, value in inner.items()}}
     yield from ((name, value) for name, value in table.items() if isinstance(name, str))
