@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mezzotint.errors import CheckpointError
 from mezzotint.reading import hash_file, open_regular, read_bytes, read_text
 
 
@@ -63,4 +64,6 @@ def test_text_and_its_newlines(tmp_path: Path) -> None:
 
 def test_hashing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(256)) * 9000)
+    with pytest.raises(CheckpointError, match="b cannot be read: No such file"):
+        hash_file(tmp_path / "b")
     assert hash_file(tmp_path / "a") == hashlib.sha256(bytes(range(256)) * 9000).hexdigest()

@@ -1,8 +1,23 @@
 """The exceptions of mezzotint. Each message is a sentence that says what is wrong, where, and what would be right."""
 
+BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they reorder what is shown
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}  # C0, DEL and C1
+CONTROLS |= {code: f"\\u{code:04x}" for code in (*BIDI, 0x2028, 0x2029)}  # the last two are line ends
+
+
+def printable(text: str) -> str:
+    r"""Return one line of text with its control characters as \xNN and its bidirectional ones as \uNNNN.
+
+    What a file, its name or its metadata holds can then neither write to the terminal nor pretend to be another line.
+    """
+    return text.translate(CONTROLS)
+
 
 class MezzotintError(Exception):
     """The base class. The command line prints the message and exits with code 2, unless a subclass says otherwise."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RequestError(MezzotintError):

@@ -12,6 +12,8 @@ import stat
 from io import FileIO
 from pathlib import Path
 
+from mezzotint.errors import CheckpointError
+
 MAX_TEXT_BYTES = 50_000_000  # bytes of a config, index, tokenizer or list of prompts; CLIP's tokenizer.json has 2 MB
 
 
@@ -59,13 +61,20 @@ def read_text(path: str | Path, encoding: str = "utf-8", limit: int = MAX_TEXT_B
 
 
 def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a regular file in hexadecimal, of no more bytes than it has at first."""
+    """Return the SHA-256 of a regular file in hexadecimal, of no more bytes than it has at first.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     digest = hashlib.sha256()
-    with open_regular(path) as file:
-        left = os.fstat(file.fileno()).st_size
-        while left and (part := file.read(min(left, 2**20))):
-            digest.update(part)
-            left -= len(part)
+    try:
+        with open_regular(path) as file:
+            left = os.fstat(file.fileno()).st_size
+            while left and (part := file.read(min(left, 2**20))):
+                digest.update(part)
+                left -= len(part)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

@@ -21,10 +21,11 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 
-from mezzotint import WriteError, cli
+from mezzotint import CheckpointError, WriteError, cli
 from mezzotint.cli import terminal
 from mezzotint.images import io as pictures
 from mezzotint.images.io import save, save_png
+from mezzotint.weights.checkpoint import scan_model
 
 # clears the screen, sets the clipboard (OSC 52), begins another line, reorders what follows, is a C1 control
 HOSTILE = "a\x1b[2J\x1b]52;c;aGk=\x07\r\nError: b\u202ec\x9bd\x7f"
@@ -78,6 +79,9 @@ def test_a_tensors_name(run: Run, tmp_path: Path) -> None:
     header[HOSTILE] = header.pop("weight")
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[-8:])
+    with pytest.raises(CheckpointError) as error:  # the library's own sentence is one line too
+        scan_model(tmp_path / "model.safetensors")
+    assert ESCAPED in str(error.value)
     ran = run("inspect", "model.safetensors")
     assert ran.code == 0 and "\x1b" not in ran.out
     ran = run("generate", "x", "--model", "model.safetensors")

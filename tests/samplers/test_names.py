@@ -315,6 +315,7 @@ def test_a_list_that_is_no_list_of_levels(fields: dict[str, Any], sentence: str)
         ("ddpm", {"prediction_type": "flow_prediction"}, "prediction_type"),
         ("EDMEulerScheduler", {"sigma_schedule": "lu"}, "sigma_schedule = 'lu'"),
         (None, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEuler"),
+        (None, {"_class_name": ["DDIMScheduler"]}, "_class_name = .'DDIMScheduler'"),
     ],
 )
 def test_what_is_not_supported_is_named(name: str | None, flags: dict[str, object], key: str) -> None:

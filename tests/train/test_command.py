@@ -69,6 +69,9 @@ def sentence(errors: str) -> str:
         (("--set", "rank"), "it must be NAME=VALUE"),
         (("--lr", "0"), "lr is"),
         (("--recipe", "none.toml"), "'none.toml' cannot be read"),
+        (("--recipe", "deep.toml"), "deep.toml is not valid TOML"),
+        (("--recipe", "digits.toml"), "digits.toml is not valid TOML"),
+        (("--set", f"rank={'9' * 5000}"), "rank is"),
         (("--recipe", "wrong.toml"), "a recipe has no field 'stepz'; the nearest are steps"),
         (("--memory", "4 gigs"), "memory is '4 gigs'"),
         (("--memory", "0"), "memory is '0'"),
@@ -81,6 +84,8 @@ def test_what_is_wrong_in_a_recipe(
     train: Said, folder: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     (tmp_path / "wrong.toml").write_text("stepz = 3\n")
+    (tmp_path / "deep.toml").write_text(f"steps = {'[' * 5000}")
+    (tmp_path / "digits.toml").write_text(f"steps = {'9' * 5000}")
     code, out, err = train(str(folder), *arguments)
     assert code == 2 and not out
     assert re.search(said, sentence(err))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import threading
 import zipfile
 from collections import OrderedDict
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,8 @@ DAMAGE = {
     "not an object": (raw(b"[1, 2]    "), "begin with"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "not valid JSON"),
     "surrogate": (raw(b'{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"1234"), "not Unicode"),
-    "deep": (raw(b'{"a":' * 100_000), "not valid JSON"),
+    "deep": (raw(b'{"a":' * 20_000), "not valid JSON"),
+    "tables": (raw(b'{"a":' * 20_001), "more than 20,000 tensors"),
     "NaN": (raw(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}'), "NaN is not JSON"),
     "twice": (raw(b'{"a":1,"a":2}'), "occurs twice"),
     "hole": (raw({"a": row([1], 0, 4), "b": row([1], 8, 12)}, bytes(12)), "hole"),
@@ -322,6 +325,28 @@ def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "a.safetensors", 500)
     with pytest.raises(CheckpointError, match="was changed after it had been opened"):
         file.read("w")
+
+
+class Damaged(FileIO):
+    """A file on a damaged disk."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def readinto(self, buffer: Any, /) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_an_error_of_the_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": torch.ones(10)}, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    with monkeypatch.context() as patch, Damaged(tmp_path / "a.safetensors") as damaged:
+        patch.setattr(file, "_file", damaged)
+        with pytest.raises(CheckpointError, match=r"a.safetensors cannot be read: Input/output error"):
+            file.read("w")
+    monkeypatch.setattr(files, "open_regular", Damaged)
+    with pytest.raises(CheckpointError, match=r"a.safetensors cannot be read: Input/output error"):
+        TensorFile(tmp_path / "a.safetensors")
 
 
 def test_a_file_written_over_while_it_is_open(tmp_path: Path) -> None:

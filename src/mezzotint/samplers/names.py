@@ -82,7 +82,7 @@ def resolve(
     own = scheduler_config.get("_class_name", "")
     if name is None:
         name = own
-        if name not in CLASSES:
+        if not isinstance(name, str) or name not in CLASSES:
             raise RequestError(
                 f"the model's own sampler, _class_name = {name!r} in its scheduler_config.json, is not supported; "
                 f"sampler may be {', '.join(SOLVERS)}"

@@ -223,7 +223,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
             raise RequestError(f"set is {text[:60]!r}; it must be NAME=VALUE, such as steps=20")
         try:
             fields[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # not TOML, too many digits, or nested too deeply
             fields[name] = value
     return fields
 
@@ -233,7 +233,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except OSError as error:
         raise RequestError(f"{str(path)!r} cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also of bytes and of a number of too many digits
         raise RequestError(f"{path} is not valid TOML: {error}") from None
 
 

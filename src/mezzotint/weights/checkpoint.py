@@ -198,13 +198,13 @@ def _scan(path: Path, options: ModelOptions) -> ModelFiles:
     return found
 
 
-def _scan_own(path: Path, options: ModelOptions) -> ModelFiles:
-    """Describe the model's own files."""
+def _scan_own(path: Path, options: ModelOptions, file: TensorFile | None = None) -> ModelFiles:
+    """Describe the model's own files; `file` is the single file, if it is already open."""
     if path.is_dir():
         return plan_folder(path, options)
     if options.variant:
         raise CheckpointError(f"{path} is one file and has no variant {options.variant!r}; leave variant out")
-    return plan_file(path, options)
+    return plan_file(path, options, file)
 
 
 @dataclass
@@ -277,12 +277,12 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         raise CheckpointError(f"{path} does not exist")
     if path.suffix == IMAGE and (kind := describe_adapter(path, None)):
         return Report(str(path), kind, bytes=path.stat().st_size)
+    file = None if path.is_dir() else TensorFile(path)
     try:
-        found = _scan_own(path, given)
+        found = _scan_own(path, given, file)
     except CheckpointError:
-        if path.is_dir():
+        if file is None:
             raise
-        file = TensorFile(path)  # raises the same error if the file itself cannot be read
         dtypes: Counter[str] = Counter()
         for entry in file.entries.values():
             dtypes[dtype_name(entry.dtype)] += entry.count

@@ -17,7 +17,8 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from mezzotint.weights.torch_files import CodeError, Contents, read_legacy, read
 
 MAX_HEADER_BYTES = 16_000_000  # bytes; the format allows 100 MB, SDXL has 0.3 MB
 MAX_HEADER_VALUES = 1_000_000  # JSON values in a header; a tensor has about 10
+MAX_TABLES = 20_000  # JSON objects in a header, one a tensor; SDXL has 2,515 tensors
 MAX_FORMAT_BYTES = 100_000_000
 CHUNK_BYTES = 2**22  # bytes that `read_into` reads at a time
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:(?:module|_orig_mod)\.)+")
@@ -66,7 +68,7 @@ class TensorFile:
         self._state = self._stat()
         self.size = self._state[0]
 
-        head = self._file.read(64)
+        head = self._read(0, 64)
         length = int.from_bytes(head[:8], "little")
         if head[8:9] == b"{" and length <= max(self.size, MAX_FORMAT_BYTES):  # first: the length may spell anything
             self._read_safetensors(length)
@@ -149,7 +151,7 @@ class TensorFile:
         """Read `count` elements from byte `start`, 1-D."""
         flat = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         left = memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy's stubs do not know the buffer protocol
-        with self._lock:
+        with self._lock, _sentences(self.path):
             self._file.seek(start)
             while left:
                 got = self._file.readinto(left)
@@ -157,6 +159,12 @@ class TensorFile:
                     raise CheckpointError(f"{self.path} was changed after it had been opened; load the model again")
                 left = left[got:]
         return flat.view(dtype)
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Read bytes that lie inside the file, while no other thread has it."""
+        with _sentences(self.path):
+            self._file.seek(start)
+            return self._file.read(size)
 
     def _stat(self) -> tuple[int, int]:
         """Return the size and modification time of the open file."""
@@ -171,10 +179,11 @@ class TensorFile:
             raise refuse(f"its header should have {length} bytes, the file has {self.size}; download it again")
         if length > MAX_HEADER_BYTES:
             raise refuse(f"its header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-        self._file.seek(8)
-        header = self._file.read(length)
+        header = self._read(8, length)
         if sum(map(header.count, (b",", b":", b"[", b"{"))) > MAX_HEADER_VALUES:  # before each value stands one of them
             raise refuse(f"its header has more than {MAX_HEADER_VALUES:,} values")
+        if header.count(b"{") > MAX_TABLES:
+            raise refuse(f"its header has more than {MAX_TABLES:,} tensors")
         if header[:1] != b"{":
             raise refuse("its header does not begin with '{'")
         try:
@@ -218,9 +227,19 @@ class TensorFile:
 
 def _open(path: Path) -> FileIO:
     try:
-        return open_regular(path)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        with _sentences(path):
+            return open_regular(path)
+    except ValueError as error:  # a NUL byte in the name
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn the system's errors into sentences."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _short(error: BaseException) -> str:
@@ -247,7 +266,7 @@ def _reject_constant(word: str) -> None:
 
 def _parse_entry(name: str, row: Any, refuse: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """Validate an entry of a safetensors header and return its dtype, shape, begin and end."""
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         raise refuse("a name in its header is not Unicode")
     try:
         dtype, shape, (begin, end) = DTYPES[row["dtype"]], row["shape"], row["data_offsets"]

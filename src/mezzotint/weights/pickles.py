@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 MAX_PICKLE_BYTES = 16_000_000  # bytes; that of SD 1.4, with its EMA weights, has 0.4 MB
-MAX_OPCODES = 500_000  # a tensor needs about 40
+MAX_OPCODES = 250_000  # a tensor needs about 40
 MAX_DIGITS = 40  # of a number
 
 
@@ -104,7 +104,10 @@ class _Machine:
             self._stack.append(make() if isinstance(make, type) else make)
         elif opcode in _TUPLES:
             count = _TUPLES[opcode]
-            self._stack.append(tuple(reversed([self.pop() for _ in range(count)])))
+            parts = self._stack[-count:]
+            if len(parts) < count or MARK in parts:
+                raise ValueError("it takes a mark for a value")
+            self._stack[-count:] = (tuple(parts),)
         elif opcode in ("PUT", "BINPUT", "LONG_BINPUT"):
             self._memo[int(argument)] = self._top()
         elif opcode in ("GET", "BINGET", "LONG_BINGET"):

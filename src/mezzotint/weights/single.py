@@ -31,17 +31,22 @@ LCM_SCHEDULER = {
 }
 
 
-def plan_file(path: Path, options: ModelOptions = ModelOptions()) -> ModelFiles:  # noqa: B008  # frozen
+def plan_file(
+    path: Path,
+    options: ModelOptions = ModelOptions(),  # noqa: B008  # frozen
+    file: TensorFile | None = None,
+) -> ModelFiles:
     """Describe a single file without reading weights. What is wrong with the model is in `problems`.
 
     Args:
         path: The file.
         options: What overrules the file. With a `vae` the file's own is passed over.
+        file: The same file, if it is already open.
 
     Raises:
         CheckpointError: If the file is damaged or is not a Stable Diffusion model.
     """
-    file = TensorFile(path)
+    file = file or TensorFile(path)
     shapes = file.shapes
     prefixes = {kind: keys.find_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
     if prefixes["unet"] is None or find_other_family(shapes):
