@@ -239,8 +239,8 @@ def torch_shapes(canaries: Path) -> Iterator[Piece]:
         "scalar": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + text("O8") + b"K\0K\x01tR" + text("x") + b"tR",
         "array": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85" + text("b") + b"tR(K\x01"
         b"\x8a\x05\0\0\0\0\x01\x85cnumpy\ndtype\n(" + text("f8") + b"K\0K\x01tR\x89" + text("") + b"tb",
-        "deep_key": b"}" + b")" + b"\x85" * 249_000 + b"K\x01s",
-        "deep_list": b"]" * 124_000 + b"a" * 123_999,
+        "deep_key": b"}" + b")" + b"\x85" * 199_000 + b"K\x01s",
+        "deep_list": b"]" * 99_000 + b"a" * 98_999,
         "laughs": b"]" + b"\x94h\0h\0\x86" * 30,
         "self": b"}\x94" + text("state_dict") + b"h\0s",
         "long_number": b"\x8b" + struct.pack("<i", 500_000) + b"\x7f" * 500_000,

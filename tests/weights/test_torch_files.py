@@ -189,7 +189,7 @@ def test_a_pickle_by_hand(tmp_path: Path) -> None:
         (rebuilt(STORAGE.replace(b"V0", b"V../0")), "missing"),
         (rebuilt(STORAGE.replace(b"Float", b"QInt8")), "of the type QInt8Storage"),
         (b"\x80\2}" + b"(" * 10 + b"0" * 11 + b"s.", "do not fit together"),
-        (b"\x80\2}" + b"}" * 249_999 + b".", "more than 250,000 opcodes"),
+        (b"\x80\2}" + b"}" * 199_999 + b".", "more than 200,000 opcodes"),
         (b"\x80\2}Vw\n\x82\1s.", "opcode EXT1"),
         (b"\x80\5\x96\xff\xff\xff\xff\0\0\0\0.", "expected|BYTEARRAY8"),
         (rebuilt(name=b"\\ud800"), "not Unicode"),

@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 MAX_PICKLE_BYTES = 16_000_000  # bytes; that of SD 1.4, with its EMA weights, has 0.4 MB
-MAX_OPCODES = 250_000  # a tensor needs about 40
+MAX_OPCODES = 200_000  # a tensor needs about 40
 MAX_DIGITS = 40  # of a number
 
 
