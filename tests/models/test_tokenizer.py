@@ -143,6 +143,8 @@ def test_folder_without_a_tokenizer(tmp_path: Path, name: str) -> None:
     ("file", "content", "sentence"),
     [
         ("vocab.json", b'{"a": 0,', "vocab.json is not valid JSON"),
+        ("vocab.json", b"[" * 100_000, "vocab.json is not valid JSON"),
+        ("vocab.json", b'{"a": ' + b"9" * 5000 + b"}", "vocab.json is not valid JSON"),
         ("vocab.json", b"[1, 2]", "vocab.json should hold a JSON object"),
         ("vocab.json", b"\xff\xfe", "vocab.json cannot be read as text"),
         ("vocab.json", b'{"a": "b", "<|startoftext|>": 1, "<|endoftext|>": 2}', "is damaged"),
