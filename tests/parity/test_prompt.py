@@ -105,7 +105,10 @@ def comfy(clip: Theirs, chunks: Sequence[Words]) -> Tensor:
 
 
 def compel(clip: Theirs, chunks: Sequence[Words], fragments: Sequence[tuple[int, int, float]] = ()) -> Tensor:
-    """embeddings_provider.py; fragments: of each one below weight 1 the (first, last) place in the text of windows."""
+    """embeddings_provider.py, in the mode that Compel sets, SENTENCES.
+
+    Fragments: of each one below weight 1 the (first, last) place in the text of windows.
+    """
     empty = clip.states(clip.window([])[0])
     windows = [clip.window(chunk) for chunk in chunks]
 
@@ -124,11 +127,7 @@ def compel(clip: Theirs, chunks: Sequence[Words], fragments: Sequence[tuple[int,
         mask[:, ::77] = mask[:, 76::77] = 1
         tangent = math.tan((1 - weight) * math.pi / 2)
         total, sum_of_weights = total + tangent * lerped(mask), sum_of_weights + tangent
-    total = total / sum_of_weights
-    ends = [77 * k + int((ids[0] == clip.tokenizer.eos_token_id).int().argmax()) for k, (ids, _) in enumerate(windows)]
-    for end in ends[1:]:
-        total[:, end] = total[:, ends[0]]
-    return total
+    return total / sum_of_weights
 
 
 def ours(pair: Pair, prompt: str, **fields: Any) -> Any:

@@ -195,11 +195,7 @@ class Conditioner:
         for i, sum_ in enumerate(own):  # in the other chunks, hiding the span changes nothing
             for z, same in zip(mixed, whole, strict=True):
                 z[:, i * window : (i + 1) * window] += (total - 1.0 - sum_) * same[:, i * window : (i + 1) * window]
-        joined = [z / total for z in mixed]
-        for z, chunks, tokenizer in zip(joined, chunks_by_encoder, self.tokenizers, strict=True):
-            for k, chunk in enumerate(chunks):  # every chunk ends with the EOS of the first one, as in Compel
-                z[:, k * tokenizer.max_length + 1 + len(chunk)] = z[:, 1 + len(chunks[0])]
-        return joined
+        return [z / total for z in mixed]
 
     def _weight_from_empty(self, encoder: int, z: Tensor, w: Tensor) -> Tensor:
         """Interpolate from the empty prompt by the weights, as ComfyUI and Compel do."""
