@@ -153,6 +153,19 @@ def test_other_samplers_from_the_middle(pairs: dict[str, Pair], sampler: str) ->
     same(ours(pairs["sd1"], request), theirs(pairs["sd1"], IMG2IMG["sd1"], request))
 
 
+@pytest.mark.parametrize("strength", [0.75, 0.25])
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpmpp_2s_from_the_middle_keeps_the_groups_of_the_whole_list(
+    pairs: dict[str, Pair], strength: float, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 and 15 of 20 steps are skipped; neither is a multiple of 2, and only the last of 3."""
+    pair, request = pairs["sd1"], fields(sampler="dpmpp_2s", steps=20, strength=strength, guidance_scale=2.0)
+    monkeypatch.setattr(pair.ours, "scheduler_config", pair.ours.scheduler_config | {"solver_order": order})
+    config = {**pair.scheduler.config, "solver_order": order}
+    monkeypatch.setattr(pair, "scheduler", diffusers.DPMSolverSinglestepScheduler.from_config(config))
+    same(ours(pair, request), theirs(pair, IMG2IMG["sd1"], request))
+
+
 def test_a_picture_of_another_size(pairs: dict[str, Pair]) -> None:
     """Stretched by Lanczos to the size that is asked for; of none, its own in whole cells, as diffusers does both."""
     request = fields(sampler="euler", image=photograph(100, 61))

@@ -189,6 +189,7 @@ def dpmpp_2s(
     algorithm: Literal["dpmsolver++", "dpmsolver"] = "dpmsolver++",
     solver_type: Literal["midpoint", "heun"] = "midpoint",
     lower_order_final: bool = True,
+    total_steps: int = 0,
 ) -> Iterator[Step]:
     """DPM-Solver++ singlestep (Lu et al. 2022b, alg. 1), on the levels of the list, as in diffusers.
 
@@ -200,14 +201,18 @@ def dpmpp_2s(
         algorithm: "dpmsolver" (Lu et al. 2022a) interpolates the noise instead of x0.
         solver_type: How the differences are weighted; see `exponential_moments`.
         lower_order_final: Take a first-order last step where it would complete a group; a last step to 0 always is.
+        total_steps: Number of steps of the whole run, where this one is only its end: the groups are those of the
+            whole run, and the first one lacks the estimates of the steps that were skipped.
     """
     check_order(order, 1, 3)
+    skipped = max(total_steps - (len(sigmas) - 1), 0)
     predict_x0 = algorithm == "dpmsolver++"
     history: History = []  # since the group began
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        level = i % order
+        level = (skipped + i) % order
         if i == len(sigmas) - 2 and (sigma_next == 0.0 or (lower_order_final and level == order - 1)):
             level = 0
+        level = min(level, len(history)) if i < order else level
         if level == 0:
             first, start, history = x, sigma, []
         denoised = denoise(x, sigma)

@@ -33,7 +33,7 @@ class Solver(NamedTuple):
 
 
 _LMS = ("order", "weights", "time", "euler_to_zero")
-_SINGLE = ("order", "algorithm", "solver_type", "lower_order_final")
+_SINGLE = ("order", "algorithm", "solver_type", "lower_order_final", "total_steps")
 _SEEDS = ("nodes", "solver_type")
 _MULTI = ("order", "algorithm", "solver_type", "curvature", "lower_order_final", "euler_at_final", "total_steps")
 _UNIPC = ("order", "corrector_order", "predict_x0", "solver_type", "tau", "lower_order_final", "disable_corrector")
