@@ -374,9 +374,9 @@ MUTATIONS = [
         "published or same_weights",
     ),
     Mutation(
-        "weights/files.py",
-        "if count >= 2**60:",
-        "if count >= 2**70:",
+        "weights/entries.py",
+        "MAX_COUNT = 2**60",
+        "MAX_COUNT = 2**70",
         "tests/weights/test_files.py",
         "beyond_all_memory",
     ),
@@ -551,8 +551,8 @@ MUTATIONS = [
     ),
     Mutation(
         "cli/measure.py",
-        "record['recommendation']}\\n",
-        "record['claim']}\\n",
+        'show(record["recommendation"], record["claim"]',
+        'show(record["claim"], record["claim"]',
         "tests/report/test_report.py",
         "the_command",
     ),
