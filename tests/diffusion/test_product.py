@@ -78,7 +78,7 @@ class Exact(torch.nn.Module):
     def keys_values(self, condition: Condition) -> list[tuple[Tensor, Tensor]]:
         return []
 
-    def forward(self, sample: Tensor, timestep: float, condition: Condition, keys_values: Any) -> Tensor:
+    def forward(self, sample: Tensor, timestep: float, condition: Condition, **_: Any) -> Tensor:
         sigma = math.exp(4 * timestep) if self.kind == "edm" else SCHEDULE.sigma(timestep, log=True)
         x = sample * math.hypot(sigma, self.prediction.sigma_data)
         return self.prediction.output(self.denoised(x, sigma), x, sigma)

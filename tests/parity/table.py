@@ -182,6 +182,7 @@ class Network(nn.Module):
         condition: Condition,
         *,
         keys_values: list[tuple[Tensor, Tensor]] | None = None,
+        timestep_cond: None = None,
     ) -> Tensor:
         keys, _ = (keys_values or self.keys_values(condition))[0]
         angle = torch.as_tensor(timestep).to(sample.dtype).reshape(-1, 1) * 0.1 ** torch.arange(4)
