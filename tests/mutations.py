@@ -419,7 +419,7 @@ MUTATIONS = [
         "outpainting",
     ),
     Mutation(
-        "atomic.py",
+        "files.py",
         "if not overwrite:",
         "if overwrite:",
         "tests/images/test_io.py",

@@ -91,7 +91,7 @@ def test_a_limit_is_held_or_not(bench: ModuleType, row: Any) -> None:
 
 
 def test_a_command_that_fails_is_named(bench: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"python -c .* failed \(3\): no luck"):
+    with pytest.raises(RuntimeError, match=r"python -c .* failed with exit code 3: no luck"):
         bench.run_once([sys.executable, "-c", "import sys; print('no luck'); sys.exit(3)"], None, None)
     with pytest.raises(RuntimeError, match="failed"):  # it ends well, but saves nothing
         bench.run_once([sys.executable, "-c", ""], tmp_path / "none.png", None)

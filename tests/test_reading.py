@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mezzotint.errors import CheckpointError
-from mezzotint.reading import hash_file, open_regular, read_bytes, read_text
+from mezzotint.files import hash_file, open_regular, read_bytes, read_text
 
 
 def test_a_file_of_the_limit_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:

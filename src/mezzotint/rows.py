@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import MissingExtraError, RequestError
-from mezzotint.reading import open_regular
+from mezzotint.files import open_regular
 from mezzotint.request import Request
 
 MAX_SKIPPED = 2**28  # bytes of a longer row, before the file is given up

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.atomic import remove_leftovers, write_atomically
 from mezzotint.errors import RequestError, WriteError
+from mezzotint.files import remove_leftovers, write_atomically
 from mezzotint.placement import Placement
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from mezzotint import __version__
-from mezzotint.atomic import DISK_ERRORS
 from mezzotint.cli import INTERRUPTED
 from mezzotint.cli.again import again
 from mezzotint.cli.bulk import bulk
@@ -28,6 +27,7 @@ from mezzotint.cli.terminal import discard_unwritten, say, show
 from mezzotint.cli.train import train
 from mezzotint.cli.words import tokens
 from mezzotint.errors import MezzotintError, TrainingError, WriteError
+from mezzotint.files import DISK_ERRORS
 
 # click's class, of which newer versions of typer have a copy of their own
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from mezzotint.errors import RequestError
-from mezzotint.reading import read_bytes
+from mezzotint.files import read_bytes
 
 Source = str | bytes  # a path, or the contents of a file
 ResizeMode = Literal["resize", "crop", "fill"]

@@ -26,8 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
-from mezzotint.atomic import DISK_ERRORS, write_atomically
 from mezzotint.errors import MezzotintError, RequestError, WriteError
+from mezzotint.files import DISK_ERRORS, write_atomically
 from mezzotint.images.init_image import load
 
 CHUNKS = ("mezzotint", "parameters")

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.reading import read_text
+from mezzotint.files import read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77  # CLIP's window

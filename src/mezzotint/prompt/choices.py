@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from mezzotint.errors import RequestError
-from mezzotint.reading import read_text
+from mezzotint.files import read_text
 
 _MAX_DRAWS = 10_000
 _MAX_LENGTH = 1_000_000  # characters; nested wildcards can grow exponentially

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mezzotint import samplers
-from mezzotint.atomic import atomic_path
 from mezzotint.errors import MezzotintError, RequestError
-from mezzotint.reading import read_text
+from mezzotint.files import atomic_path, read_text
 from mezzotint.report.statistics import CHECK_ROW, Row, Space
 from mezzotint.request import Request
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from mezzotint.atomic import atomic_path, remove_leftovers
 from mezzotint.errors import CheckpointError, WriteError
+from mezzotint.files import atomic_path, remove_leftovers
 
 NAME = re.compile(r"checkpoint-(\d{8})")
 STATE, RECORD = "state.pt", "checkpoint.json"

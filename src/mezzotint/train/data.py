@@ -25,8 +25,8 @@ from PIL import Image
 
 from mezzotint import rows
 from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.files import read_bytes
 from mezzotint.images import init_image
-from mezzotint.reading import read_bytes
 from mezzotint.request import MAX_PROMPT
 
 BrokenPolicy = Literal["stop", "skip"]

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mezzotint.atomic import report_write_errors, write_atomically
 from mezzotint.errors import CheckpointError, MissingExtraError
+from mezzotint.files import report_write_errors, write_atomically
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.train import keyed_rng, sharding
 from mezzotint.train.loop import MetricsLog, TrainingLoop

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mezzotint import prompt
-from mezzotint.atomic import write_atomically
 from mezzotint.conditioning.chunks import split_into_chunks
 from mezzotint.conditioning.encode import Conditioner, pad_contexts
 from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.files import write_atomically
 from mezzotint.images.io import from_pil
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer

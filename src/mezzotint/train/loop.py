@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mezzotint.atomic import report_write_errors, write_atomically
 from mezzotint.errors import CheckpointError, TrainingError, WriteError
+from mezzotint.files import report_write_errors, write_atomically
 from mezzotint.train import checkpoints, sharding
 
 LOG = "log.jsonl"

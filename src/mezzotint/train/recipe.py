@@ -22,8 +22,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mezzotint.errors import RequestError
+from mezzotint.files import read_text
 from mezzotint.model_options import parse_config
-from mezzotint.reading import read_text
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
 

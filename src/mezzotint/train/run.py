@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from mezzotint.atomic import report_write_errors, write_atomically
 from mezzotint.errors import RequestError
+from mezzotint.files import report_write_errors, write_atomically
 from mezzotint.memory.footprint import ModelHeaders
 from mezzotint.models.offload import onload
 from mezzotint.models.unet import UNet

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.atomic import atomic_path, report_write_errors
 from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.files import atomic_path, report_write_errors
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe

@@ -19,13 +19,13 @@ import torch
 
 from mezzotint.config import CLIPConfig, SafetyCheckerConfig
 from mezzotint.errors import CheckpointError
+from mezzotint.files import hash_file
 from mezzotint.model_options import FAMILIES, ModelOptions
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
-from mezzotint.reading import hash_file
 from mezzotint.weights.adapter_files import describe_adapter
 from mezzotint.weights.embeddings import IMAGE
 from mezzotint.weights.files import TensorFile

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError
-from mezzotint.reading import open_regular
+from mezzotint.files import open_regular
 
 CHUNK = "sd-ti-embedding"
 MAX_PIXELS = 2**23

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mezzotint.errors import CheckpointError
-from mezzotint.reading import read_bytes
+from mezzotint.files import read_bytes
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError
-from mezzotint.reading import open_regular
+from mezzotint.files import open_regular
 from mezzotint.weights.entries import DTYPES, MAX_COUNT, Entry
 from mezzotint.weights.torch_files import CodeError, Contents, read_legacy, read_zip
 

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from mezzotint.config import CLIPConfig, UNetConfig
 from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.files import MAX_TEXT_BYTES, read_text
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.tokenizer import FILES as TOKENIZER_FILES
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.reading import MAX_TEXT_BYTES, read_text
 from mezzotint.request import Request
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from mezzotint.errors import CheckpointError
+from mezzotint.files import hash_file
 from mezzotint.models.adapters import Changes, LayerChange, MergedWeights, merge
-from mezzotint.reading import hash_file
 from mezzotint.weights.embeddings import BUNDLED
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import resource

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.errors import CheckpointError
+from mezzotint.files import read_text
 from mezzotint.models.adapters import (
     Change,
     Decomposed,
@@ -31,7 +32,6 @@ from mezzotint.models.adapters import (
 )
 from mezzotint.models.offload import weight_shape
 from mezzotint.models.relative_adapters import Butterfly, Generalized, Rotation, Scaling, cayley
-from mezzotint.reading import read_text
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.lora_files import CONFIG
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mezzotint.errors import CheckpointError
-from mezzotint.reading import open_regular
+from mezzotint.files import open_regular
 from mezzotint.weights.files import MAX_HEADER_BYTES
 from mezzotint.weights.model_files import join_names
 

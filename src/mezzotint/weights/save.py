@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.atomic import atomic_path, remove_leftovers, report_write_errors, write_atomically
 from mezzotint.errors import CheckpointError
+from mezzotint.files import atomic_path, remove_leftovers, report_write_errors, write_atomically
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet

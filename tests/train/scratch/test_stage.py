@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezzotint.atomic import PATTERN
 from mezzotint.errors import CheckpointError, TrainingError
+from mezzotint.files import PATTERN
 from mezzotint.train import checkpoints
 from mezzotint.train.loop import TrainingLoop
 from mezzotint.train.scratch.optim import Muon, MuonAdamW, orthogonalise
