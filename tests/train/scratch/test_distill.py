@@ -78,9 +78,7 @@ class Gaussian(nn.Module):
     def keys_values(self, condition: Condition) -> list[tuple[Tensor, Tensor]]:
         return [(condition.context[:, None], condition.context[:, None])]
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor | float, condition: Condition, keys_values: Any = None
-    ) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float, condition: Condition, **_: Any) -> Tensor:
         times = torch.as_tensor(timestep).reshape(-1).tolist()
         sigma = torch.tensor([SCHEDULE.sigma(t, log=True) for t in times]).view(-1, 1, 1, 1)
         mean, x = condition.context.view(-1, 1, 1, 1), sample * (sigma**2 + 1).sqrt()
