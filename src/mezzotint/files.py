@@ -95,7 +95,7 @@ def _check_regular(found: os.stat_result) -> None:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # no other file name would help
-PATTERN = ".mezzotint-{}.part"  # name of what is not yet whole
+PATTERN = ".mezzotint-{}.part"  # name of a file that is not yet complete
 
 
 @contextmanager

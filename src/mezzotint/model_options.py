@@ -1,4 +1,4 @@
-"""What a caller decides about a model in place of what its files say or suggest. No torch here.
+"""Options that overrule what is detected in the files of a model. Importing this does not import torch.
 
     mezzotint.load("model.safetensors", prediction="v_prediction", vae="vae.safetensors")
     mezzotint generate "a lemon" --model model.safetensors --prediction v_prediction --vae vae.safetensors

@@ -1,4 +1,4 @@
-"""Result, what a request gave: pictures, latents and facts about the run. Importing this does not import torch."""
+"""Result: the pictures and latents of a request, and facts about the run. Importing this does not import torch."""
 
 from __future__ import annotations
 

@@ -32,27 +32,7 @@ HOSTILE = "a\x1b[2J\x1b]52;c;aGk=\x07\r\nError: b\u202ec\x9bd\x7f"
 ESCAPED = r"a\x1b[2J\x1b]52;c;aGk=\x07\x0d\x0aError: b\u202ec\x9bd\x7f"
 
 
-class Ran:
-    def __init__(self, code: Any, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """The command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MEZZOTINT_DEBUG", raising=False)
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["mezzotint", *arguments])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        return Ran(done.value.code or 0, *capsys.readouterr())
-
-    return run
+Run = Callable[..., Any]
 
 
 # ---- control characters ----------------------------------------------------------------------------------------------

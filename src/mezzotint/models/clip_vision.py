@@ -25,7 +25,7 @@ from mezzotint.models.convolution import Conv2d
 
 
 class VisionOutput(NamedTuple):
-    """What the encoder knows of a batch of pictures.
+    """Output of the encoder for a batch of pictures.
 
     Attributes:
         hidden_states: The input of the first layer and the output of each layer, each (B, 1 + patches, hidden_size).

@@ -103,7 +103,7 @@ def checker_placement(files: CheckerFiles, device: torch.device, placement: Plac
 
 
 def conceal(picture: Image.Image, mode: str) -> Image.Image:
-    """Return what is delivered instead of a flagged picture: with "blur" or "black" another one, otherwise itself."""
+    """Return a flagged picture as it is delivered: blurred with "blur", black with "black", otherwise unchanged."""
     if mode == "black":
         return Image.new("RGB", picture.size)
     if mode == "blur":

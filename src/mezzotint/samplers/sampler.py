@@ -1,4 +1,4 @@
-"""Sampler, what a sampler's name stands for: a solver, a spacing and their options. No torch here."""
+"""Sampler: the solver, spacing and options that a sampler name resolves to. Importing this does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say what a LoRA file or textual inversion contains, for `mezzotint inspect`."""
+"""Describe a LoRA file or textual inversion, for `mezzotint inspect`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def describe_adapter(path: Path, file: TensorFile | None) -> str | None:
-    """Return what a LoRA file or textual inversion contains, or None for other files.
+    """Describe a LoRA file or textual inversion; return None for other files.
 
     Args:
         path: The file.

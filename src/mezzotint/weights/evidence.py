@@ -1,4 +1,4 @@
-"""Find what a single file says of its noise schedule and prediction.
+"""Detect the noise schedule and prediction type of a single file.
 
 The evidence is taken in this order: metadata (ModelSpec), marker tensors (`v_pred`, `ztsnr`, `edm_mean` and `edm_std`,
 `edm_vpred.sigma_max`), a .yaml file of the same name beside it, the shapes and statistics of its weights. Only the last
@@ -49,11 +49,11 @@ PLAYGROUND_SCALING_FACTOR = 0.5  # of the VAE of a file with edm_mean and edm_st
 
 @dataclass
 class Evidence:
-    """What was found.
+    """The noise schedule and prediction type of a file, and what they were read from.
 
     Attributes:
         prediction: The prediction type.
-        source: What says so.
+        source: What it was read from, such as a metadata key.
         schedule: Fields of the scheduler_config.json that differ from the family's published one.
         latents: Fields of the VAE's config: the mean and standard deviation of the latents, and their scaling factor.
         notices: A sentence if the prediction is a guess.
@@ -69,13 +69,13 @@ class Evidence:
 
 
 def find_evidence(file: TensorFile, prefix: str, family: Family, prediction: str | None) -> Evidence:
-    """Find what a file says of its schedule.
+    """Detect the noise schedule and prediction type of a file.
 
     Args:
         file: The file.
         prefix: The prefix of the UNet's tensors.
         family: The family.
-        prediction: The prediction type if the caller decides it; then no evidence of it is looked for.
+        prediction: The prediction type, if the caller sets it; it is then not detected.
 
     Raises:
         CheckpointError: If a marker tensor has no valid value, or the .yaml file cannot be read.
@@ -83,9 +83,9 @@ def find_evidence(file: TensorFile, prefix: str, family: Family, prediction: str
     found = Evidence()
     _read_markers(file, found)
     given = (prediction, "as given") if prediction else None
-    said = given or _from_metadata(file) or _from_markers(file) or _from_yaml(file.path.with_suffix(".yaml"))
-    if said:
-        found.prediction, found.source = said
+    detected = given or _from_metadata(file) or _from_markers(file) or _from_yaml(file.path.with_suffix(".yaml"))
+    if detected:
+        found.prediction, found.source = detected
     elif family == "sd2" and file.scalars.get("global_step") != SD2_BASE_STEPS:
         _guess_sd2(file, prefix, found)
     else:
@@ -129,9 +129,9 @@ def edm_schedule(class_name: str, sigma_data: float, sigma_min: float, sigma_max
 def _from_metadata(file: TensorFile) -> tuple[str, str] | None:
     """Return the prediction type in ModelSpec metadata and its key, or None."""
     for key in PREDICTION_KEYS:
-        said = file.metadata.get(key, "").strip().lower()
-        if said in PREDICTIONS:
-            return PREDICTIONS[said], key
+        value = file.metadata.get(key, "").strip().lower()
+        if value in PREDICTIONS:
+            return PREDICTIONS[value], key
     architecture = file.metadata.get("modelspec.architecture", "")
     for beginning, prediction in ARCHITECTURES.items():
         if architecture.startswith(beginning):

@@ -79,7 +79,7 @@ class TensorFile:
         elif head.startswith(b"GGUF"):
             raise CheckpointError(f"{path} is a GGUF file, which is not supported; give a safetensors file")
         elif head.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it")
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
         elif head.lstrip()[:1] == b"<":
             raise CheckpointError(f"{path} is a web page, not a model file: the download went wrong")
         elif path.suffix == ".safetensors":

@@ -130,7 +130,7 @@ def _network_class(config: Path) -> str | None:
 
 
 def _other_kind(index: dict[str, Any]) -> str | None:
-    """Return what a model is whose pipeline is not text to image of Stable Diffusion, with its article, or None."""
+    """Name a pipeline other than Stable Diffusion text to image, with its article; return None for that one."""
     name = str(index.get("_class_name", ""))
     has = [isinstance(row := index.get(encoder), list) and any(row) for encoder in ENCODERS]
     if index.get("requires_aesthetics_score") or ("XL" in name and has == [False, True]):
@@ -206,7 +206,7 @@ def read_part(folder: Path, name: str, class_name: str | None, options: ModelOpt
 
 
 def _latent_fields(path: Path) -> dict[str, Any]:
-    """Return what a VAE's config.json says of the latent space, if there is one."""
+    """Return the fields of a VAE's config.json that describe the latent space, if there is one."""
     fields = read_json(path) if path.exists() else {}
     return {name: fields[name] for name in LATENT_FIELDS if fields.get(name) is not None}
 

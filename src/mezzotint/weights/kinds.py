@@ -15,7 +15,7 @@ from typing import NamedTuple
 Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = re.compile(r"model\.diffusion_model\.|diffusion_model\.|net\.|transformer\.|unet\.|model\.(?!\d)")
-MOST_KEYS, MOST_LETTERS = 20_000, 200  # of a file that are looked at, and of a key
+MAX_KEYS, MAX_KEY_LENGTH = 20_000, 200  # how many keys of a file are searched, and how much of each
 
 
 class Kind(NamedTuple):
@@ -138,7 +138,7 @@ def find_other_family(shapes: Shapes) -> str | None:
 
 def _searchable(shapes: Shapes) -> str:
     """Return the keys, one a line, and those that have a prefix also without it."""
-    keys = [key[:MOST_LETTERS] for key in islice(shapes, MOST_KEYS)]
+    keys = [key[:MAX_KEY_LENGTH] for key in islice(shapes, MAX_KEYS)]
     return "\n".join([*keys, *(key[found.end() :] for key in keys if (found := PREFIX.match(key)))])
 
 

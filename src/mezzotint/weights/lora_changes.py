@@ -203,7 +203,7 @@ def _scaling(parts: Tensors, shape: tuple[int, ...]) -> Scaling:
 
 
 def _pad_channels(weight: Change, shape: tuple[int, ...]) -> Change:
-    """Pad a change made for 4 latent channels with zeros, for a UNet that gets a mask or picture beside them."""
+    """Pad a change made for 4 latent channels with zeros, for a UNet that takes a mask or picture as well."""
     extra, kernel = shape[1] - LATENT_CHANNELS, math.prod(shape[2:])
     if extra <= 0 or isinstance(weight, RelativeChange):
         return weight
@@ -262,16 +262,20 @@ class Alphas:
 
     @classmethod
     def of(cls, file: TensorFile) -> Alphas:
-        """Read the configuration in a file's metadata, or beside it. Raises CheckpointError if it is invalid."""
+        """Read the configuration in a file's metadata or in the file next to it.
+
+        Raises:
+            CheckpointError: If it is invalid.
+        """
         text, path = file.metadata.get(METADATA), file.path
-        beside = path.with_name(CONFIG)
+        config_path = path.with_name(CONFIG)
         configs: dict[str, dict[str, Any]] = {}
         if text is not None:
             for key, value in _parse_json(path, text).items():
                 network, _, name = key.partition(".")
                 configs.setdefault(network, {})[name] = value
-        elif path.name.startswith("adapter_model.") and beside.is_file():
-            path = beside
+        elif path.name.startswith("adapter_model.") and config_path.is_file():
+            path = config_path
             try:
                 configs = {"": _parse_json(path, read_text(path, limit=MAX_CONFIG_BYTES))}
             except (OSError, UnicodeDecodeError) as error:

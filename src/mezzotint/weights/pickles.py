@@ -1,8 +1,8 @@
 """Read a pickle as data: nothing is imported or called, whatever the pickle says.
 
 Python's unpickler imports the objects that a pickle names and calls them. This reader has a stack and a memo as well,
-but a name is a `Global`, and a call of one is an `Object` that holds its arguments: what they mean is for the caller to
-say. The opcodes that it knows are those of the methods of `_Machine`; any other ends the reading.
+but a name is a `Global`, and a call of one is an `Object` that holds its arguments; the caller interprets them. Opcodes
+without a method of `_Machine` are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MARK = object()
 
 
 class Object:
-    """What a pickle would make by calling `function`: its arguments, its state, and what it holds as a mapping."""
+    """The object that a pickle would create by calling `function`: arguments, state, and items if it is a mapping."""
 
     __slots__ = ("arguments", "function", "items", "state")
 
@@ -147,14 +147,14 @@ class _Machine:
 
     def _made(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise ValueError("it calls what has no name")
+            raise ValueError("it calls an object that is not a named function")
         return self._call(function, arguments)
 
     def _fill(self, pairs: list[Any]) -> None:
         target = self._top()
         items = target.items if isinstance(target, Object) else target
         if not isinstance(items, dict) or len(pairs) % 2:
-            raise ValueError("it stores an item in what is not a dictionary")
+            raise ValueError("it stores an item in an object that is not a dictionary")
         items |= _table(pairs)
 
     def _append(self, values: list[Any]) -> None:
@@ -162,7 +162,7 @@ class _Machine:
         if isinstance(target, list):
             target += values
         elif not isinstance(target, Object):
-            raise ValueError("it appends to what is not a list")
+            raise ValueError("it appends to an object that is not a list")
 
     def mark(self, _: None) -> None:
         self._stack.append(MARK)
@@ -236,7 +236,7 @@ class _Machine:
 
     def persistent(self, _: None) -> None:
         if self._refer is None:
-            raise ValueError("it refers to what is outside of it")
+            raise ValueError("it refers to an object outside the file")
         self._stack.append(self._refer(self.pop()))
 
 

@@ -124,9 +124,9 @@ def read_zip(file: FileIO, size: int) -> Contents:
         raise ValueError(f"it has {len(pickles)} records data.pkl; a file of torch.save has one")
     root = pickles[0].removesuffix("data.pkl")
     if order := records.get(f"{root}byteorder"):
-        said = read_at(file, order.start, min(order.size, MAX_ORDER_BYTES))
-        if said != b"little":
-            raise ValueError(f"its byte order is {said.decode('ascii', 'replace')!r}; only 'little' is read")
+        byte_order = read_at(file, order.start, min(order.size, MAX_ORDER_BYTES))
+        if byte_order != b"little":
+            raise ValueError(f"its byte order is {byte_order.decode('ascii', 'replace')!r}; only 'little' is read")
     record = records[pickles[0]]
     if record.size > MAX_PICKLE_BYTES:
         raise ValueError(f"its pickle has {record.size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read")
@@ -176,7 +176,7 @@ def read_legacy(file: FileIO, size: int) -> Contents:
 
 
 def _read(data: BytesIO, storages: dict[str, _Storage] | None = None) -> Any:
-    """Read one pickle; `storages` takes what it refers to."""
+    """Read one pickle; the storages that it refers to are added to `storages`."""
 
     def refer(value: Any) -> _Storage:
         match value:
@@ -185,7 +185,7 @@ def _read(data: BytesIO, storages: dict[str, _Storage] | None = None) -> Any:
             case ("storage", Global() as kind, str(key), str(place), int(count), None):
                 pass
             case _:
-                raise ValueError("it refers to what is not a storage")
+                raise ValueError("it refers to an object that is not a storage")
         found = _Storage(kind.name, key, count, place)
         if count < 0 or (storages or {}).get(key, found) != found:
             raise ValueError(f"it describes the storage {key[:40]!r} in two ways")

@@ -107,6 +107,6 @@ def _one_file(name: str, names: Iterable[str]) -> str:
     found = sorted(each for each in names if each.endswith(".safetensors") and "/" not in each)
     if len(found) != 1:
         raise CheckpointError(
-            f"{name} has no VAE: it must have config.json and weights, in itself or in vae/, or one .safetensors file"
+            f"{name} has no VAE: expected config.json and weights in it or in its folder vae, or one .safetensors file"
         )
     return found[0]
