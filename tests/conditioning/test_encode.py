@@ -610,7 +610,7 @@ def test_the_record_contains_the_prompt_fields(sd1: Pipeline, tmp_path: Path) ->
     result = sd1.generate(RUN.replace(prompt="a (style:1.2) lemon", embeddings=tmp_path, emphasis="no_norm"))
     info = result.images[0].info
     record = json.loads(info["mezzotint"])
-    assert record["request"]["embeddings"] == [str(tmp_path)] and record["request"]["prompt_syntax"] == "a1111"
+    assert record["request"]["embeddings"] == [tmp_path.name] and record["request"]["prompt_syntax"] == "a1111"
     assert {*record["model"]["embeddings"]} == {"style"} and len(record["model"]["embeddings"]["style"]) == 64
     assert "Emphasis: No norm" in info["parameters"]
     assert "embeddings" not in json.loads(sd1.generate(RUN.replace(prompt="a")).images[0].info["mezzotint"])["model"]
