@@ -121,6 +121,14 @@ def sd1(sd1_folder: Path) -> mezzotint.Pipeline:
 
 
 @pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Restore the number of threads, which some commands set for their process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def shared_models_unchanged(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the test that changes a shared model, rather than one that happens to run after it."""
     names = {"sd1", "sdxl"} & set(request.fixturenames)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,12 +327,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Callable[..., tuple[int, str, str]]]:
+) -> Callable[..., tuple[int, str, str]]:
     """The command line in this process, on the fake model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEZZOTINT_DEBUG", raising=False)
     monkeypatch.setattr(mezzotint, "load", lambda *_, **__: FakePipeline(), raising=False)
-    threads = torch.get_num_threads()
 
     def command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mezzotint", "bulk", *arguments])
@@ -340,8 +339,7 @@ def command(
             cli.main()
         return int(done.value.code or 0), *capsys.readouterr()
 
-    yield command
-    torch.set_num_threads(threads)
+    return command
 
 
 def test_output_of_the_command(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
