@@ -91,7 +91,7 @@ def test_the_tables_are_those_of_the_code(site: Path) -> None:
 
 def test_the_public_names_are_documented(site: Path) -> None:
     page = (site / "reference" / "python.html").read_text(encoding="utf-8")
-    for name in ("pipeline.load", "pipeline.Pipeline", "request.Request", "request.Result", "request.Result.save"):
+    for name in ("pipeline.load", "pipeline.Pipeline", "request.Request", "result.Result", "result.Result.save"):
         assert f'id="mezzotint.{name}"' in page
     assert 'id="mezzotint.errors.BudgetError"' in page and "TODO" not in page
 
