@@ -256,6 +256,7 @@ MUTATIONS = [
     Mutation(
         "run/levels.py", "min(strength, 0.999)", "min(strength, 0.9)", "tests/run/test_initial.py", "counts_the_steps"
     ),
+    Mutation("run/levels.py", "strength == 0.0", "strength == 2.0", "tests/run/test_initial.py", "strength_0"),
     Mutation("run/levels.py", "if left < 1:", "if left < 2:", "tests/run/test_initial.py", "counts_the_steps"),
     Mutation(
         "run/loras.py",

@@ -283,6 +283,18 @@ def test_each_program_counts_the_steps_from_a_picture_in_its_way(
     assert len(plan.all_sigmas) == whole + 1 and plan.sigmas == plan.all_sigmas[-left - 1 :]
 
 
+@pytest.mark.parametrize("fixed", [None, True, False])
+@pytest.mark.parametrize("sampler", ["euler", "Euler", "DDIM", "UniPC", "LCM", "euler_ancestral", "dpm_fast karras"])
+def test_strength_0_leaves_no_step_under_any_name(sd1: Pipeline, sampler: str, fixed: bool | None) -> None:
+    request = RUN.replace(image=photograph(), sampler=sampler, steps=20, strength=0.0, fix_steps=fixed)
+    with pytest.raises(
+        RequestError, match=r"^strength is 0\.0, which leaves none of \d+ steps; it must be (above 0|at least 1)"
+    ):
+        sd1.plan(request)
+    with pytest.raises(RequestError, match="hires_strength"):
+        RUN.replace(sampler=sampler, hires=1.5, hires_strength=0.0)
+
+
 @pytest.mark.parametrize(("sampler", "left"), [("euler", 15), ("Euler", 20), ("DDIM", 18), ("euler_ancestral", 20)])
 def test_each_program_counts_the_steps_of_the_second_pass_in_its_way(sd1: Pipeline, sampler: str, left: int) -> None:
     """A1111 gives sample_img2img the steps, which then are fixed."""

@@ -35,10 +35,8 @@ def run_sigmas(request: Request, sampler: Sampler, levels: list[float]) -> list[
     steps = len(levels) - 1
     left = min(_steps_left(request, sampler, steps), steps)
     if left < 1:
-        raise RequestError(
-            f"strength is {request.strength}, which leaves none of {steps} steps; it must be at least 1/{steps}, or "
-            "steps must be larger"
-        )
+        needed = "above 0" if _is_fixed(request, sampler) else f"at least 1/{steps}, or steps must be larger"
+        raise RequestError(f"strength is {request.strength}, which leaves none of {steps} steps; it must be {needed}")
     return levels[steps - left :]
 
 
@@ -49,11 +47,17 @@ def schedule_steps(request: Request, sampler: Sampler, levels: list[float]) -> i
 
 def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
     """Return how many of a list's `steps` an img2img run takes."""
-    own = _has_own_list(request, sampler)
-    fixed = bool(request.fix_steps) and not own
-    steps = steps if own else request.steps or 1
+    if request.strength == 0.0:
+        return 0
+    fixed = _is_fixed(request, sampler)
+    steps = steps if _has_own_list(request, sampler) else request.steps or 1
     left = steps if fixed else int(steps * _cap_strength(sampler, request.strength or 0.0))
     return left + STEP_OFFSET[sampler.counts] - fixed if sampler.counts in STEP_OFFSET else left
+
+
+def _is_fixed(request: Request, sampler: Sampler) -> bool:
+    """Return whether the run takes all of the request's steps, on a longer list."""
+    return bool(request.fix_steps) and not _has_own_list(request, sampler)
 
 
 def _has_own_list(request: Request, sampler: Sampler) -> bool:
