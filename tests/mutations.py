@@ -258,6 +258,16 @@ MUTATIONS = [
     ),
     Mutation("run/levels.py", "strength == 0.0", "strength == 2.0", "tests/run/test_initial.py", "strength_0"),
     Mutation("run/levels.py", "if left < 1:", "if left < 2:", "tests/run/test_initial.py", "counts_the_steps"),
+    Mutation("run/plan.py", "(level**2 + 1.0)", "(level**2 + 2.0)", "tests/samplers/test_a1111.py", "from_a_picture"),
+    Mutation(
+        "samplers/presets.py",
+        '"noised_at": "before"',
+        '"noised_at": "first"',
+        "tests/samplers/test_a1111.py",
+        "picture",
+    ),
+    Mutation("run/levels.py", "- (not counted)", "- 1", "tests/samplers/test_a1111.py", "UniPC"),
+    Mutation("diffusion/spacing.py", "log_alpha=log_alpha", "log_alpha=False", "tests/samplers/test_a1111.py", "UniPC"),
     Mutation(
         "run/loras.py",
         "<= MAX_LORA_SCALE",

@@ -268,7 +268,6 @@ def test_in_the_second_pass_prompt_editing_goes_on(sd1: Pipeline) -> None:
         ("DDIM", 0.75, None, 19, 14),  # between timesteps[:t_enc], of range(0, 1000, 1000 // 20)
         ("DDIM", 1.0, None, 19, 18),
         ("DDIM", 0.75, True, 26, 18),
-        ("UniPC", 0.75, None, 20, 15),
         ("euler_ancestral", 0.75, None, 26, 20),  # ComfyUI: int(20 / 0.75) steps, the last 20 of them
         ("euler_ancestral", 0.75, False, 20, 15),
         ("euler_ancestral", 1.0, None, 20, 20),

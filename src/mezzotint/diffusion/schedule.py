@@ -71,26 +71,32 @@ class Schedule:
         """The highest noise level (14.6 for Stable Diffusion)."""
         return float(self.sigmas[-1])
 
-    def sigma(self, timestep: float, *, log: bool = False) -> float:
+    def sigma(self, timestep: float, *, log: bool = False, log_alpha: bool = False) -> float:
         """Return the noise level at a timestep; timesteps beyond the ends of the table give the ends.
 
         Args:
             timestep: A timestep, possibly fractional.
             log: Interpolate in log sigma, as k-diffusion does, instead of sigma, as diffusers does.
+            log_alpha: Interpolate in the logarithm of alpha_bar, as UniPC's authors do.
         """
         index = np.arange(self.num_train_timesteps)
+        if log_alpha:
+            return math.sqrt(math.expm1(-np.interp(timestep, index, np.log(self.alphas_cumprod))))
         if log:
             return math.exp(np.interp(timestep, index, self.log_sigmas))
         return float(np.interp(timestep, index, self.sigmas))
 
-    def timestep(self, sigma: float, *, log: bool = True) -> float:
+    def timestep(self, sigma: float, *, log: bool = True, log_alpha: bool = False) -> float:
         """Return the timestep in [0, T - 1] of a noise level, the inverse of `sigma`.
 
         Args:
             sigma: A noise level.
             log: Interpolate in log sigma, instead of sigma.
+            log_alpha: Interpolate in the logarithm of alpha_bar.
         """
         index = np.arange(self.num_train_timesteps)
+        if log_alpha:
+            return float(np.interp(math.log1p(sigma**2), -np.log(self.alphas_cumprod), index))
         if log:
             return float(np.interp(math.log(max(sigma, 1e-10)), self.log_sigmas, index))
         return float(np.interp(sigma, self.sigmas, index))

@@ -114,9 +114,15 @@ def trailing(schedule: Schedule, count: int, *, original: int | None = None) -> 
 
 
 @_from_levels
-def normal(schedule: Schedule, count: int, *, first: float = 0.0) -> Iterable[float]:
-    """Like linspace, as in k-diffusion: from the highest timestep to `first`, interpolated in log sigma."""
-    return [schedule.sigma(float(t), log=True) for t in np.linspace(schedule.num_train_timesteps - 1, first, count)]
+def normal(
+    schedule: Schedule, count: int, *, first: float = 0.0, top: float | None = None, log_alpha: bool = False
+) -> Iterable[float]:
+    """Like linspace, as in k-diffusion: from the timestep `top`, or the highest, to `first`.
+
+    The levels are interpolated in log sigma; with `log_alpha` in the logarithm of alpha_bar, as in A1111's UniPC.
+    """
+    top = schedule.num_train_timesteps - 1 if top is None else top
+    return [schedule.sigma(float(t), log=True, log_alpha=log_alpha) for t in np.linspace(top, first, count)]
 
 
 @_from_levels

@@ -21,23 +21,35 @@ def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[f
     steps = request.steps or 1
     if request.fix_steps and request.strength:
         steps = int(steps / _cap_strength(sampler, request.strength))
-    return SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
+    if sampler.counted is None:
+        return SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
+    spacing, options = sampler.counted
+    counted = SPACINGS[spacing](schedule, steps, **options)
+    return counted if request.strength is not None else _respace(sampler, schedule, counted)
 
 
-def run_sigmas(request: Request, sampler: Sampler, levels: list[float]) -> list[float]:
-    """Return the levels that the run takes: all of them or, for img2img, the last ones.
+def run_sigmas(request: Request, sampler: Sampler, schedule: Schedule, levels: list[float]) -> list[float]:
+    """Return the levels that the run takes: all of them or, for img2img, the last ones (of `counted`, spaced anew).
 
     Raises:
         RequestError: If `strength` leaves no step.
     """
     if request.strength is None:
         return levels
-    steps = len(levels) - 1
+    counted = sampler.counted is not None and not (request.sigmas or request.timesteps)
+    steps = len(levels) - (not counted)
     left = min(_steps_left(request, sampler, steps), steps)
     if left < 1:
         needed = "above 0" if _is_fixed(request, sampler) else f"at least 1/{steps}, or steps must be larger"
         raise RequestError(f"strength is {request.strength}, which leaves none of {steps} steps; it must be {needed}")
-    return levels[steps - left :]
+    taken = levels[steps - left :]
+    return _respace(sampler, schedule, taken, schedule.timestep(taken[0])) if counted else taken
+
+
+def _respace(sampler: Sampler, schedule: Schedule, counted: list[float], top: float | None = None) -> list[float]:
+    """Return as many steps of the sampler's spacing as there are counted levels, from the timestep `top`."""
+    options = sampler.spacing_options if top is None else {**sampler.spacing_options, "top": top}
+    return SPACINGS[sampler.spacing](schedule, len(counted), **options)
 
 
 def schedule_steps(request: Request, sampler: Sampler, levels: list[float]) -> int:

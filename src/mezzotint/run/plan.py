@@ -72,7 +72,8 @@ class RunPlan:
         schedule: The training schedule as this sampler reads it.
         prediction: What the UNet's output is.
         sigmas: The run's falling noise levels, n + 1 for n steps.
-        all_sigmas: The sampler's whole list of noise levels, of which img2img takes the last ones.
+        all_sigmas: The sampler's whole list of noise levels, of which img2img takes the last ones (`Sampler.counted`
+            in a run from a picture, if there is one).
         schedule_steps: Number of steps that prompt schedules count.
         latent_shape: (C, h, w) of one picture's latents.
         positive: The parsed prompt.
@@ -170,6 +171,15 @@ class RunPlan:
         """Factor of the unit noise that a run from noise alone starts from."""
         return math.sqrt(self.sigmas[0] ** 2 + 1.0) if self.sampler.start == "vp" else self.sigmas[0]
 
+    @property
+    def picture_noise(self) -> tuple[float, float]:
+        """Level of the noise that a picture is put under, and the factor that takes the sum to the first level."""
+        first = self.sigmas[0]
+        if self.sampler.noised_at == "first":
+            return first, 1.0
+        level = min((level for level in self.all_sigmas if level > first * (1.0 + 1e-9)), default=first)
+        return level, math.sqrt((first**2 + 1.0) / (level**2 + 1.0))
+
     def final_scale(self, sigma: float) -> float:
         """Return what the last x, at this noise level, is divided by before the VAE."""
         return math.sqrt(1.0 + sigma**2) if self.sampler.rescale_final else 1.0
@@ -258,7 +268,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     check_mode(model, resolved)
     schedule = Schedule.from_config(sampler.schedule)
     levels = all_sigmas(resolved, sampler, schedule)
-    sigmas = run_sigmas(resolved, sampler, levels)  # raises RequestError
+    sigmas = run_sigmas(resolved, sampler, schedule, levels)  # raises RequestError
     resolved = expand_choices(resolved)
     steps = schedule_steps(resolved, sampler, levels)
     positive, negative = _parse_prompts(resolved, steps)
@@ -295,7 +305,7 @@ def _plan_second(first: RunPlan) -> RunPlan:
     return replace(
         first,
         request=request,
-        sigmas=run_sigmas(request, first.sampler, levels),
+        sigmas=run_sigmas(request, first.sampler, first.schedule, levels),
         all_sigmas=levels,
         schedule_steps=steps,
         latent_shape=_latent_shape(first.model, request),

@@ -81,14 +81,10 @@ A1111_SAMPLERS = {
     "DDPM": Preset("ddpm", "Uniform"),
 }
 # These take no schedule. The first four do not come from k-diffusion: they are variance-preserving, and end at their
-# lowest timestep, with some noise left.
-_DDIM: dict[str, Any] = {
-    "spacing": "ddim_uniform",
-    "spacing_options": {"last": "own"},
-    "start": "vp",
-    "rescale_final": True,
-    "counts": "a1111 timesteps",
-}
+# lowest timestep, with some noise left. A picture is noised one level above the first one of the run.
+_VP: dict[str, Any] = {"start": "vp", "rescale_final": True, "noised_at": "before"}
+_TIMESTEPS: tuple[str, dict[str, Any]] = ("ddim_uniform", {"last": "own"})
+_DDIM = {**_VP, "spacing": _TIMESTEPS[0], "spacing_options": _TIMESTEPS[1], "counts": "a1111 timesteps"}
 A1111_WITHOUT_SCHEDULE = {
     "DDIM": Sampler("DDIM", "ddim", **_DDIM),
     "DDIM CFG++": Sampler("DDIM CFG++", "euler_cfg_pp", **_DDIM, guidance_divisor=12.5),
@@ -98,10 +94,11 @@ A1111_WITHOUT_SCHEDULE = {
         "unipc",
         "normal",
         {"order": 3, "solver_type": "bh1"},
-        {"points": "n+1", "last": "sigma_min"},
-        start="vp",
-        rescale_final=True,
+        {"points": "n+1", "last": "sigma_min", "log_alpha": True},
+        timestep="log_alpha",
+        counted=_TIMESTEPS,
         counts="a1111 unipc",
+        **_VP,
     ),
     "LCM": Sampler("LCM", "lcm", "normal", {}, {"first": 19.0}, counts="a1111"),
     "DPM fast": Sampler(

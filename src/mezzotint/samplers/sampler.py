@@ -8,8 +8,9 @@ from typing import Any, Literal
 from mezzotint.config import ScheduleConfig
 
 Start = Literal["sigma", "vp"]
-TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm"]
+TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm", "log_alpha"]
 NoiseKind = Literal["seeded", "brownian", "brownian midpoints"]
+NoisedAt = Literal["first", "before"]
 Counts = Literal["diffusers", "a1111", "a1111 timesteps", "a1111 unipc", "comfyui"]
 
 
@@ -32,6 +33,11 @@ class Sampler:
         steps: Default number of steps, if the sampler has one.
         guidance_scale: Default guidance scale, if the sampler has one.
         guidance_divisor: The requested guidance scale is divided by this.
+        noised_at: The level of the noise that a picture is put under: the run's "first", or the one "before" it in the
+            list. From there the latents are taken for those of the first level, as they are where they are scaled to
+            be variance-preserving.
+        counted: A spacing and its options, whose levels are counted in place of the request's steps: k of them make k
+            steps of `spacing`, which in a run from a picture begins at the first of those that the run takes.
         counts: Whose rule determines the number of steps of an image-to-image run (run/levels.py).
     """
 
@@ -48,4 +54,6 @@ class Sampler:
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_divisor: float = 1.0
+    noised_at: NoisedAt = "first"
+    counted: tuple[str, dict[str, Any]] | None = None
     counts: Counts = "diffusers"
