@@ -57,6 +57,7 @@ OPEN = {  # None stays None: it means "not asked for"
     "threshold_percentile",
     "sigmas",
     "timesteps",
+    "discard_penultimate_sigma",
     "apg_eta",
     "apg_momentum",
     "apg_norm_threshold",

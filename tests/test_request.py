@@ -53,6 +53,7 @@ FULL: dict[str, Any] = {
     "original_size": (1000, 801),
     "crop": (0, 3),
     "target_size": (1024, 1024),
+    "discard_penultimate_sigma": True,
     "noise": "philox",
     "image": "lemon.png",
     "mask": b"\x89PNG",

@@ -33,7 +33,8 @@ class Denoiser:
         conditions: Each of batch B or 1; with guidance (conditional, unconditional). One that changes in the course of
             the run is a timeline, whose steps are counted by `levels`.
         timestep: How the timestep of a noise level is found. "interpolated" in log sigma, "log_alpha" (in the logarithm
-            of alpha_bar) and "nearest" apply to any level; "edm" is log sigma / 4 (Karras et al. 2022, table 1).
+            of alpha_bar), "nearest" and "lcm" (the nearest of those that LCM was distilled on) apply to any level;
+            "edm" is log sigma / 4 (Karras et al. 2022, table 1).
             "linear" in sigma, "rounded" and "truncated" apply to the run's own `levels`, as in diffusers, or to all if
             none are given; other levels, which a solver asks for in between, are interpolated.
         levels: The noise levels of the run.
@@ -103,6 +104,8 @@ class Denoiser:
             return math.log(sigma) / 4
         if self.kind == "log_alpha":
             return self.schedule.timestep(sigma, log_alpha=True)
+        if self.kind == "lcm":
+            return self.schedule.lcm_timestep(sigma)
         own = self.levels is None or sigma in self.levels
         timestep = self.schedule.timestep(sigma, log=not (self.kind == "linear" and own))
         if self.kind == "nearest" or (self.kind == "rounded" and own):

@@ -41,7 +41,7 @@ MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
 _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
 _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
-FLAGS = ("invert_mask", "fix_steps")
+FLAGS = ("invert_mask", "fix_steps", "discard_penultimate_sigma")
 DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
 _EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
 
@@ -119,6 +119,11 @@ class Request(BaseModel):
     )
     timesteps: tuple[Timestep, ...] | None = _optional(
         "1 to 1000 falling timesteps of the model, each from 0", min_length=1, max_length=1000
+    )
+    discard_penultimate_sigma: bool | None = _optional(
+        "true or false: whether one more noise level is spaced and the last but one is dropped, as an option of A1111 "
+        "does",
+        strict=True,
     )
     seed: int | None = _optional("a whole number from 0 to 2**64 - 1", ge=0, le=MAX_SEED)
     count: int = Field(default=1, ge=1, le=MAX_COUNT, description="a whole number from 1 to 10,000 (pictures)")

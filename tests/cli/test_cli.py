@@ -158,6 +158,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             original_size=(1000, 801),
             crop=(0, 3),
             target_size=(512, 1024),
+            discard_penultimate_sigma=True,
             noise="philox",
             image="a.png",
             mask="b.png",

@@ -100,6 +100,12 @@ EXAMPLES = {
         "area: Only masked, Masked area padding: 32, Masked content: latent noise, Version: v1.8.0",
         {"only_masked": 32, "masked_content": "noise", "strength": 0.6, "sampler": "UniPC"},
     ),
+    "the last level but one discarded, and fields without a value": Theirs(
+        "a fox\nSteps: 20, Sampler: Euler a, Schedule type: , CFG scale: , Seed: 10, Clip skip:, Size: 512x512, "
+        "Denoising strength: , Eta: , Discard penultimate sigma: True",
+        {"discard_penultimate_sigma": True, "guidance_scale": None, "clip_skip": None, "strength": None, "eta": None,
+         "steps": 20, "seed": 10, "sampler": "Euler a"},
+    ),
     "noise drawn on the CPU": Theirs(
         "a fox\nSteps: 20, Sampler: PLMS, CFG scale: 7, Seed: 10, Size: 512x512, RNG: CPU, Version: v1.3.0",
         {"noise": "seeded", "sampler": "PLMS"},

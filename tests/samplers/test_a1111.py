@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint import Pipeline, Request
+from mezzotint import Pipeline, Request, RequestError
 from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.solvers import SOLVERS
+from mezzotint.diffusion.spacing import SPACINGS
 from mezzotint.images.io import from_pil
 from mezzotint.run.plan import RunPlan
+from mezzotint.samplers.names import resolve
 
 Network = Callable[[Tensor, float], Tensor]  # (x, timestep) -> predicted noise
 
@@ -228,3 +230,62 @@ def test_what_the_network_is_given_first(sd1: Pipeline, name: str) -> None:
     assert float(seen[second][1]) == pytest.approx(
         timesteps_of(20)[8], abs=1e-6
     )  # steps are fixed: 10 of int(10 / 0.5)
+
+
+# ---- its schedules ---------------------------------------------------------------------------------------------------
+
+LOG_SIGMAS = np.log(((1 - ALPHAS) / ALPHAS) ** 0.5)
+
+
+def test_lcm(sd1: Pipeline) -> None:
+    """LCMCompVisDenoiser: a table of 50 of the timesteps, in which levels are interpolated and timesteps are not."""
+    plan = sd1.plan(RUN.replace(sampler="LCM", steps=4))
+    table = LOG_SIGMAS[[999 - 20 * k for k in range(49, -1, -1)]]
+    expected = [math.exp(np.interp((t - 19) / 20, range(50), table)) for t in np.linspace(999, 19, 4)]
+    assert plan.sigmas == pytest.approx([*expected, 0.0], rel=TOLERANCE)
+    told = Estimate(sd1, plan).told
+    nearest = [20 * int(np.abs(math.log(sigma) - table).argmin()) + 19 for sigma in expected]
+    assert [told(sigma) for sigma in plan.sigmas[:-1]] == nearest == [999, 679, 339, 19]
+
+
+def test_turbo_of_forge(sd1: Pipeline) -> None:
+    """Rounded in float32 after one is subtracted, with torch as there; at 16, 32, 48 ... steps it is not trailing."""
+    schedule = sd1.plan(RUN.replace(sampler="Euler Turbo", steps=4)).schedule
+    others = []
+    for steps in range(1, 101):
+        timesteps = torch.flip(torch.arange(1, steps + 1) * (1000.0 / steps) - 1, (0,)).round().long().clip(0, 999)
+        sampler = resolve("Euler Turbo", {})
+        sigmas = SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
+        assert sigmas == [*(schedule.sigma(int(t)) for t in timesteps), 0.0]
+        if sigmas != SPACINGS["trailing"](schedule, steps):
+            others.append(steps)
+    assert others == [16, 32, 48, 64, 80, 96]
+
+
+def test_the_ddim_schedule_from_a_picture_is_cut_from_the_front(sd1: Pipeline) -> None:
+    """30 steps of it are 31 levels and 0; sample_img2img takes sigmas[steps - t_enc - 1:]."""
+    picture = Image.new("RGB", (32, 32))
+    for name, levels in (("Euler DDIM", 31), ("Euler Karras", 30)):
+        request = RUN.replace(sampler=name, steps=30, image=picture)
+        for strength in (0.5, 0.75):
+            plan = sd1.plan(request.replace(strength=strength))
+            assert len(plan.all_sigmas) == levels + 1
+            assert plan.sigmas == plan.all_sigmas[30 - int(strength * 30) - 1 :]
+        fixed = sd1.plan(request.replace(strength=0.75, fix_steps=True))
+        assert fixed.sigmas == fixed.all_sigmas[40 - 29 - 1 :]
+
+
+def test_the_penultimate_level_is_discarded(sd1: Pipeline) -> None:
+    """get_sigmas drops one of steps + 1; get_timesteps spaces one more, and drops none."""
+    request = RUN.replace(steps=19, discard_penultimate_sigma=True)
+    for name in ("Euler", "Euler a Karras", "DPM++ 2M SDE", "LCM"):
+        whole = sd1.plan(RUN.replace(sampler=name, steps=20)).sigmas
+        assert sd1.plan(request.replace(sampler=name)).sigmas == [*whole[:-2], 0.0]
+    for name in ("DDIM", "PLMS", "UniPC", "Euler KL Optimal"):
+        whole = sd1.plan(RUN.replace(sampler=name, steps=20)).sigmas
+        plan = sd1.plan(request.replace(sampler=name))
+        assert plan.sigmas == (whole if name != "Euler KL Optimal" else [*whole[:-2], whole[-1]])
+    for name in ("DPM2", "DPM fast"):  # drops it anyway; has no list
+        assert sd1.plan(request.replace(sampler=name)).sigmas == sd1.plan(RUN.replace(sampler=name, steps=19)).sigmas
+    with pytest.raises(RequestError, match="discard_penultimate_sigma and timesteps are both given"):
+        sd1.plan(RUN.replace(steps=None, timesteps=(900.0, 500.0), discard_penultimate_sigma=True))

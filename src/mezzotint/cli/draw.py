@@ -100,6 +100,15 @@ def generate(
     timesteps: Annotated[
         str | None, option("Falling timesteps, instead of --steps and --spacing.", "T,...", SAMPLING)
     ] = None,
+    discard_penultimate_sigma: Annotated[
+        bool | None,
+        option(
+            "Space one more noise level and drop the last but one, as an option of A1111 does.",
+            None,
+            SAMPLING,
+            name="--discard-penultimate-sigma/--no-discard-penultimate-sigma",
+        ),
+    ] = None,
     noise: Annotated[
         str | None,
         option(

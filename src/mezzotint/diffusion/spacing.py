@@ -97,13 +97,18 @@ def linspace(schedule: Schedule, count: int, *, round: bool = False) -> Iterable
 
 
 @_from_levels
-def trailing(schedule: Schedule, count: int, *, original: int | None = None) -> Iterable[float]:
+def trailing(
+    schedule: Schedule, count: int, *, original: int | None = None, round_last: bool = False
+) -> Iterable[float]:
     """Every T/n-th timestep from the highest (Lin et al. 2023, table 2).
 
     With `original`, choose `count` of that many timesteps, those that a consistency model was distilled on (LCM, TCD).
+    With `round_last`, subtract one before rounding, in float32 (Forge's Turbo): halves are rounded the other way.
     """
     length = schedule.num_train_timesteps
-    if original is None:
+    if round_last:
+        timesteps = (np.arange(count, 0, -1, dtype=np.float32) * np.float32(length / count) - 1).round()
+    elif original is None:
         timesteps = np.arange(length, 0, -length / count)[:count].round() - 1
     elif count > original:
         raise RequestError(f"steps is {count}; it must be at most {original}, the timesteps of this distilled model")
@@ -115,14 +120,21 @@ def trailing(schedule: Schedule, count: int, *, original: int | None = None) -> 
 
 @_from_levels
 def normal(
-    schedule: Schedule, count: int, *, first: float = 0.0, top: float | None = None, log_alpha: bool = False
+    schedule: Schedule,
+    count: int,
+    *,
+    top: float | None = None,
+    original: int | None = None,
+    log_alpha: bool = False,
 ) -> Iterable[float]:
-    """Like linspace, as in k-diffusion: from the timestep `top`, or the highest, to `first`.
+    """Like linspace, as in k-diffusion: from the timestep `top`, or the highest, to the lowest.
 
-    The levels are interpolated in log sigma; with `log_alpha` in the logarithm of alpha_bar, as in A1111's UniPC.
+    The levels are interpolated in log sigma; with `log_alpha` in the logarithm of alpha_bar, as in A1111's UniPC. With
+    `original`, the schedule is only that many of its timesteps, as in A1111's LCM.
     """
+    schedule = schedule if original is None else schedule.distilled(original)
     top = schedule.num_train_timesteps - 1 if top is None else top
-    return [schedule.sigma(float(t), log=True, log_alpha=log_alpha) for t in np.linspace(top, first, count)]
+    return [schedule.sigma(float(t), log=True, log_alpha=log_alpha) for t in np.linspace(top, 0, count)]
 
 
 @_from_levels

@@ -70,6 +70,7 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         "Variation seed": request.variation_seed,
         "Variation seed strength": request.variation_strength,
         "Seed resize from": request.seed_size and "{}x{}".format(*request.seed_size),
+        "Discard penultimate sigma": request.discard_penultimate_sigma or None,
         "Tiling": True if request.seamless == "xy" else None,
         "RNG": "NV" if request.noise == "philox" else "CPU",  # A1111's default is the GPU's
         "Version": f"mezzotint {version}",
@@ -141,7 +142,8 @@ def parse(text: str) -> Infotext:
             negative, line = True, line.removeprefix(NEGATIVE).strip()
         if line or texts[negative]:  # skip empty lines at the beginning
             texts[negative].append(line)
-    return Infotext("\n".join(texts[False]), "\n".join(texts[True]), fields)
+    given = {name: value for name, value in fields.items() if value}  # A1111 skips those without a value
+    return Infotext("\n".join(texts[False]), "\n".join(texts[True]), given)
 
 
 def _fields(line: str) -> Iterator[tuple[str, str]]:
@@ -198,6 +200,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
         lambda text: {"original": "original", "fill": "fill", "latent noise": "noise"}[text.lower()],
     ),
     "Masked area padding": ("only_masked", int),
+    "Discard penultimate sigma": ("discard_penultimate_sigma", lambda text: {"True": True, "False": None}[text]),
     "Tiling": ("seamless", lambda text: {"True": "xy", "False": None}[text]),
     "RNG": ("noise", lambda text: {"GPU": "philox", "NV": "philox", "CPU": "seeded"}[text]),
 }
@@ -205,7 +208,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
 _SILENT = {
     "Denoising strength", "Hires upscaler", "Hires resize", "Seed resize from", "First pass size", "Inpaint area",
     "Sampler", "Schedule type", "Size", "Eta", "Model", "Model hash", "Version", "Batch size", "Batch pos", "User",
-    "Eta DDIM", "Civitai resources", "Civitai metadata", "Created Date", "Hashes", "TI", "Discard penultimate sigma",
+    "Eta DDIM", "Civitai resources", "Civitai metadata", "Created Date", "Hashes", "TI",
 }  # fmt: skip
 
 

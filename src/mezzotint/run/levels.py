@@ -18,14 +18,15 @@ def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[f
         return list(request.sigmas)
     if request.timesteps:
         return from_timesteps(schedule, request.timesteps, last=sampler.spacing_options.get("last", "zero"))
-    steps = request.steps or 1
-    if request.fix_steps and request.strength:
-        steps = int(steps / _cap_strength(sampler, request.strength))
-    if sampler.counted is None:
-        return SPACINGS[sampler.spacing](schedule, steps, **sampler.spacing_options)
-    spacing, options = sampler.counted
-    counted = SPACINGS[spacing](schedule, steps, **options)
-    return counted if request.strength is not None else _respace(sampler, schedule, counted)
+    spacing, options = sampler.counted or (sampler.spacing, sampler.spacing_options)
+    steps = _whole_steps(request, sampler)
+    if request.discard_penultimate_sigma and options.get("points") != "n+1" and "calls" not in options:
+        if options.get("last") == "own":  # A1111's timesteps: one more is spaced, and none is dropped
+            steps += 1
+        else:
+            options = {**options, "points": "n+1"}
+    levels = SPACINGS[spacing](schedule, steps, **options)
+    return _respace(sampler, schedule, levels) if sampler.counted and request.strength is None else levels
 
 
 def run_sigmas(request: Request, sampler: Sampler, schedule: Schedule, levels: list[float]) -> list[float]:
@@ -62,9 +63,17 @@ def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
     if request.strength == 0.0:
         return 0
     fixed = _is_fixed(request, sampler)
-    steps = steps if _has_own_list(request, sampler) else request.steps or 1
-    left = steps if fixed else int(steps * _cap_strength(sampler, request.strength or 0.0))
+    wanted = steps if _has_own_list(request, sampler) else request.steps or 1
+    left = wanted if fixed else int(wanted * _cap_strength(sampler, request.strength or 0.0))
+    if sampler.counts == "a1111" and not _has_own_list(request, sampler):
+        left += steps - _whole_steps(request, sampler)  # it skips the first ones: a longer list leaves more
     return left + STEP_OFFSET[sampler.counts] - fixed if sampler.counts in STEP_OFFSET else left
+
+
+def _whole_steps(request: Request, sampler: Sampler) -> int:
+    """Return the number of steps of the whole list, of which img2img takes a part."""
+    steps = request.steps or 1
+    return int(steps / _cap_strength(sampler, request.strength)) if request.fix_steps and request.strength else steps
 
 
 def _is_fixed(request: Request, sampler: Sampler) -> bool:

@@ -29,7 +29,12 @@ NEEDS_IMAGE = ("mask", "strength", "resize_mode", "outpaint")
 NEEDS_MASKED = ("mask_blur", "masked_content")
 NEEDS_MASK = ("invert_mask", "only_masked")
 NEEDS_HIRES = ("hires_upscale", "hires_steps", "hires_strength")
-EXCLUSIVE = (("hires", "image"), ("only_masked", "outpaint"))
+EXCLUSIVE = (
+    ("hires", "image"),
+    ("only_masked", "outpaint"),
+    ("discard_penultimate_sigma", "sigmas"),
+    ("discard_penultimate_sigma", "timesteps"),
+)
 
 
 def resolve_request(model: ModelInfo, request: Request, sampler: Sampler) -> Request:

@@ -151,7 +151,7 @@ def with_spacing(sampler: Sampler, spacing: str | None) -> Sampler:
             f"spacing is {spacing!r}, but {sampler.name} chooses its own noise levels; leave spacing out"
         )
     options = {key: value for key, value in sampler.spacing_options.items() if key in ("last", "points", "calls")}
-    timestep = sampler.timestep if sampler.timestep in ("nearest", "edm") else "interpolated"
+    timestep = sampler.timestep if sampler.timestep in ("nearest", "edm", "lcm") else "interpolated"
     return replace(sampler, spacing=spacing, spacing_options=options, timestep=timestep, counted=None)
 
 

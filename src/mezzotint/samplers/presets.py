@@ -55,7 +55,7 @@ A1111_SCHEDULES: Schedules = {
     "Normal": ("normal", {}),
     "DDIM": ("ddim_uniform", {}),
     "Beta": ("beta", {}),
-    "Turbo": ("trailing", {}),  # Forge, like the next three
+    "Turbo": ("trailing", {"round_last": True}),  # Forge, like the next three
     "Align Your Steps 11": ("ays", {}),
     "Align Your Steps 32": ("ays", {"table": "32"}),
     "Align Your Steps GITS": ("ays", {"table": "gits"}),
@@ -100,7 +100,7 @@ A1111_WITHOUT_SCHEDULE = {
         counts="a1111 unipc",
         **_VP,
     ),
-    "LCM": Sampler("LCM", "lcm", "normal", {}, {"first": 19.0}, counts="a1111"),
+    "LCM": Sampler("LCM", "lcm", "normal", {}, {"original": 50}, timestep="lcm", counts="a1111"),
     "DPM fast": Sampler(
         "DPM fast", "dpm_fast", "exponential", {"eta": 1.0}, {"calls": 3, "last": "own"}, counts="a1111"
     ),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mezzotint.config import ScheduleConfig
 
 Start = Literal["sigma", "vp"]
-TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm", "log_alpha"]
+TimestepKind = Literal["interpolated", "nearest", "linear", "rounded", "truncated", "edm", "log_alpha", "lcm"]
 NoiseKind = Literal["seeded", "brownian", "brownian midpoints"]
 NoisedAt = Literal["first", "before"]
 Counts = Literal["diffusers", "a1111", "a1111 timesteps", "a1111 unipc", "comfyui"]
