@@ -268,6 +268,12 @@ MUTATIONS = [
     ),
     Mutation("run/levels.py", "- (not counted)", "- 1", "tests/samplers/test_a1111.py", "UniPC"),
     Mutation("diffusion/spacing.py", "log_alpha=log_alpha", "log_alpha=False", "tests/samplers/test_a1111.py", "UniPC"),
+    Mutation("diffusion/multistep.py", "-other * share", "-other * ratio", "tests/samplers/test_comfyui.py", "ipndm"),
+    Mutation("diffusion/singlestep.py", "x + first -", "x + denoised -", "tests/samplers/test_comfyui.py", "2s"),
+    Mutation("samplers/presets.py", '{"euler_to_zero": True}', "{}", "tests/samplers/test_comfyui.py", "lms"),
+    Mutation("samplers/presets.py", '{"round_last": True}', "{}", "tests/samplers/test_a1111.py", "turbo"),
+    Mutation("samplers/presets.py", 'timestep="lcm"', 'timestep="nearest"', "tests/samplers/test_a1111.py", "lcm"),
+    Mutation("run/levels.py", "left += steps -", "left += 0 * steps -", "tests/samplers/test_a1111.py", "cut_from"),
     Mutation(
         "run/loras.py",
         "<= MAX_LORA_SCALE",

@@ -373,7 +373,7 @@ def test_cfg_pp_as_the_paper_writes_it(name: str, eta: float) -> None:
     assert apart(ours[-1].x, plain[-1].x) > 1e-2
 
 
-def test_cfg_pp_of_the_ancestral_second_order_as_comfyui_writes_it() -> None:
+def test_cfg_pp_of_the_ancestral_second_order() -> None:
     """An unconditional DPM-Solver++(2S) step, shifted by the guidance at its beginning."""
     noise, denoise, sigmas = seeded(), Pair(), [*karras(10, 0.3, 4), 0.0]
     x = START

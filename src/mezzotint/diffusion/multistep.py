@@ -43,7 +43,7 @@ def lms(
     noise: Noise,
     *,
     order: int = 4,
-    weights: Sequence[Sequence[float]] | None = None,
+    weights: Sequence[Sequence[float]] | Literal["zju"] | None = None,
     time: Callable[[float], float] = float,
     euler_to_zero: bool = False,
     cfg_pp: bool = False,
@@ -53,7 +53,8 @@ def lms(
     Options:
         order: From 1 to 4.
         weights: Fixed weights instead, by the number of slopes, newest first, whatever the steps. With `euler_to_zero`
-            this is iPNDM (Zhang and Chen 2022).
+            this is iPNDM (Zhang and Chen 2022). "zju" are the weights of iPNDM_v in ComfyUI and Forge; see
+            `zju_weights`.
         time: The function of sigma in which the slope is a polynomial. With `euler_to_zero` this is tAB-DEIS; the
             identity is iPNDM_v.
         euler_to_zero: Take an Euler step to level 0, which returns the denoised estimate.
@@ -67,13 +68,47 @@ def lms(
         denoised, uncond_denoised = pair(x, sigma)
         slopes = [(sigma, (x - uncond_denoised) / sigma), *slopes[: order - 1]]
         used = slopes[:1] if euler_to_zero and sigma_next == 0.0 else slopes
-        if weights is None:
+        if weights == "zju":
+            ends = [sigma_next, *(level for level, _ in used)]
+            lengths = [(sigma_next - sigma) * weight for weight in zju_weights(ends)]
+        elif weights is None:
             nodes = [time(level) - time(sigma) for level, _ in used]
             lengths = quadrature_weights(nodes, _time_moments(sigma, sigma_next, len(used), time))
         else:
             lengths = [(sigma_next - sigma) * weight for weight in weights[len(used) - 1]]
         x = x + weighted_sum(lengths, [slope for _, slope in used]) + (denoised - uncond_denoised)
         yield Step(i, sigma_next, x, denoised)
+
+
+def zju_weights(levels: Sequence[float]) -> list[float]:
+    """Return the weights of iPNDM_v that ComfyUI and Forge have from zju-pi's diff-sampler, newest first.
+
+    They are those of variable-step Adams-Bashforth but for three slips in orders 3 and 4: the product of the second
+    difference stands inside the bracket, the third difference has a plus for a minus, and its last share is h_1 / h_2
+    for h_2 / h_3.
+
+    Args:
+        levels: The level of the step's end, then those of the slopes, newest first; 2 to 5.
+    """
+    h, *back = (upper - lower for upper, lower in pairwise(levels))
+    if not back:
+        return [1.0]
+    ratio = h / back[0]
+    weights = [1.0 + ratio / 2, -ratio / 2]
+    if len(back) == 1:
+        return weights
+    first = back[0] + back[1]
+    second = (1.0 - h / (3 * (h + back[0])) * (h * (h + back[0])) / (back[0] * first)) / 2
+    share = back[0] / back[1]
+    weights = [weights[0] + second, weights[1] - (1.0 + share) * second, share * second]
+    if len(back) == 2:
+        return weights
+    whole, last = h + first, back[1] + back[2]
+    third = (1.0 - h / (3 * (h + back[0]))) / 2 + (1.0 - h / (2 * (h + back[0]))) * h / (6 * whole)
+    third *= h * (h + back[0]) * whole / (back[0] * first * (first + back[2]))
+    other = back[0] * first / (back[1] * last)
+    thirds = 1.0, -(1.0 + share + other), share + other * (1.0 + back[1] / back[2]), -other * share
+    return [weight + third * more for weight, more in zip([*weights, 0.0], thirds, strict=True)]
 
 
 GAUSS_LEGENDRE = tuple(part.tolist() for part in np.polynomial.legendre.leggauss(16))  # points and weights

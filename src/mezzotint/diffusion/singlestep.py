@@ -228,22 +228,37 @@ def dpmpp_2s(
 
 
 def dpmpp_2s_a(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0, cfg_pp: bool = False
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    cfg_pp: bool = False,
+    guided_midpoint: bool = False,
 ) -> Iterator[Step]:
     """Ancestral DPM-Solver++(2S) (Lu et al. 2022b, alg. 1), with k-diffusion's ancestral step.
 
     The midpoint is in log sigma. Second order at eta = 0, two calls a step, one for a step to 0. With `cfg_pp` (CFG++,
-    as in ComfyUI) the steps are unconditional and then shifted by the guidance at their start.
+    Chung et al. 2024) the steps are unconditional and then shifted by the guidance at their start.
+
+    Options:
+        guided_midpoint: CFG++ as in ComfyUI: the midpoint is shifted too, and the step goes to the second guided
+            estimate, shifted by the first guided one less the second unconditional one.
     """
     pair = pair_denoiser(denoise, cfg_pp)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised, uncond_denoised = pair(x, sigma)
-        guidance = denoised - uncond_denoised
+        first, guidance = denoised, denoised - uncond_denoised
         sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
         if sigma_down > 0.0:
             sigma_mid = math.sqrt(sigma * sigma_down)
-            denoised, uncond_denoised = pair(euler_step(x, uncond_denoised, sigma_mid / sigma), sigma_mid)
-        x = euler_step(x, uncond_denoised, sigma_down / sigma) + guidance
+            x_mid = euler_step(x, uncond_denoised, sigma_mid / sigma)
+            denoised, uncond_denoised = pair(x_mid + guidance if guided_midpoint else x_mid, sigma_mid)
+        if guided_midpoint:
+            x = euler_step(x + first - uncond_denoised, denoised, sigma_down / sigma)
+        else:
+            x = euler_step(x, uncond_denoised, sigma_down / sigma) + guidance
         if eta > 0.0 and sigma_next > 0.0:
             x = x + sigma_up * noise(sigma, sigma_next)
         yield Step(i, sigma_next, x, denoised)

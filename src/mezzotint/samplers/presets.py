@@ -76,8 +76,8 @@ A1111_SAMPLERS = {
     "Restart": Preset("restart", "Karras", {"karras": True}),
     "HeunPP2": Preset("heunpp2", "Uniform"),  # Forge, like the next four
     "DEIS": Preset("deis_tab", "Uniform"),
-    "IPNDM": Preset("ipndm", "Uniform"),
-    "IPNDM_V": Preset("ipndm_v", "Uniform"),
+    "IPNDM": Preset("ipndm", "Uniform", {"euler_to_zero": False}),
+    "IPNDM_V": Preset("ipndm_v", "Uniform", {"weights": "zju", "euler_to_zero": False}),
     "DDPM": Preset("ddpm", "Uniform"),
 }
 # These take no schedule. The first four do not come from k-diffusion: they are variance-preserving, and end at their
@@ -131,9 +131,9 @@ COMFYUI_SAMPLERS = {
     "exp_heun_2_x0_sde": Preset("seeds_2", "normal", _EXP_HEUN),
     "dpm_2": Preset("dpm2", "normal", points="n+1"),
     "dpm_2_ancestral": Preset("dpm2_a", "normal", points="n+1"),
-    "lms": Preset("lms", "normal"),
+    "lms": Preset("lms", "normal", {"euler_to_zero": True}),
     "dpmpp_2s_ancestral": Preset("dpmpp_2s_a", "normal"),
-    "dpmpp_2s_ancestral_cfg_pp": Preset("dpmpp_2s_a_cfg_pp", "normal"),
+    "dpmpp_2s_ancestral_cfg_pp": Preset("dpmpp_2s_a_cfg_pp", "normal", {"guided_midpoint": True}),
     "dpmpp_sde": Preset("dpmpp_sde", "normal", noise="brownian midpoints"),
     "dpmpp_2m": Preset("dpmpp_2m", "normal", _WHOLE_ORDER),
     "dpmpp_2m_cfg_pp": Preset("dpmpp_2m_cfg_pp", "normal"),
@@ -143,7 +143,7 @@ COMFYUI_SAMPLERS = {
     "ddpm": Preset("ddpm", "normal"),
     "lcm": Preset("lcm", "normal"),
     "ipndm": Preset("ipndm", "normal"),
-    "ipndm_v": Preset("ipndm_v", "normal"),
+    "ipndm_v": Preset("ipndm_v", "normal", {"weights": "zju"}),
     "deis": Preset("deis_tab", "normal"),
     "res_multistep": Preset("res_multistep", "normal"),
     "res_multistep_cfg_pp": Preset("res_multistep_cfg_pp", "normal"),
