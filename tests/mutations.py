@@ -273,7 +273,9 @@ MUTATIONS = [
     Mutation("samplers/presets.py", '{"euler_to_zero": True}', "{}", "tests/samplers/test_comfyui.py", "lms"),
     Mutation("samplers/presets.py", '{"round_last": True}', "{}", "tests/samplers/test_a1111.py", "turbo"),
     Mutation("samplers/presets.py", 'timestep="lcm"', 'timestep="nearest"', "tests/samplers/test_a1111.py", "lcm"),
-    Mutation("run/levels.py", "left += steps -", "left += 0 * steps -", "tests/samplers/test_a1111.py", "cut_from"),
+    Mutation(
+        "run/levels.py", "left += max(steps -", "left += max(0 * steps -", "tests/samplers/test_a1111.py", "cut_from"
+    ),
     Mutation(
         "run/loras.py",
         "<= MAX_LORA_SCALE",

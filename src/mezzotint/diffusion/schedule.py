@@ -103,14 +103,14 @@ class Schedule:
 
     def distilled(self, count: int) -> Schedule:
         """Return the schedule of every (T // count)-th timestep from the highest, on which a model was distilled."""
-        stride = self.num_train_timesteps // count
+        stride = max(self.num_train_timesteps // count, 1)
         return Schedule(self.alphas_cumprod[::-1][::stride][:count][::-1])
 
     def lcm_timestep(self, sigma: float, count: int = 50) -> float:
         """Return the nearest, in log sigma, of the timesteps that LCM was distilled on (Luo et al. 2023)."""
-        stride = self.num_train_timesteps // count
-        steps_below = count - 1 - round(self.distilled(count).timestep(sigma))
-        return float(self.num_train_timesteps - 1 - stride * steps_below)
+        stride, distilled = max(self.num_train_timesteps // count, 1), self.distilled(count)
+        below = distilled.num_train_timesteps - 1 - round(distilled.timestep(sigma))
+        return float(self.num_train_timesteps - 1 - stride * below)
 
     def bind_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Replace the names of this schedule's functions in a solver's options by the functions.

@@ -66,7 +66,7 @@ def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
     wanted = steps if _has_own_list(request, sampler) else request.steps or 1
     left = wanted if fixed else int(wanted * _cap_strength(sampler, request.strength or 0.0))
     if sampler.counts == "a1111" and not _has_own_list(request, sampler):
-        left += steps - _whole_steps(request, sampler)  # it skips the first ones: a longer list leaves more
+        left += max(steps - _whole_steps(request, sampler), 0)  # it skips the first ones: a longer list leaves more
     return left + STEP_OFFSET[sampler.counts] - fixed if sampler.counts in STEP_OFFSET else left
 
 
