@@ -63,7 +63,7 @@ def test_timesteps_of_each_spacing() -> None:
     assert timesteps(linspace(SCHEDULE, 3, points="n+1")) == [999, 666, 333]
     assert timesteps(trailing(SCHEDULE, 4)) == [999, 749, 499, 249]
     assert normal(SCHEDULE, 3)[1] == pytest.approx(math.sqrt(SCHEDULE.sigmas[499] * SCHEDULE.sigmas[500]))
-    assert normal(SCHEDULE, 2, first=19)[:2] == pytest.approx([SCHEDULE.sigmas[999], SCHEDULE.sigmas[19]])
+    assert normal(SCHEDULE, 2, top=19)[:2] == pytest.approx([SCHEDULE.sigmas[19], SCHEDULE.sigmas[0]])
     assert sgm_uniform(SCHEDULE, 4)[:4] == normal(SCHEDULE, 5)[:4]
     assert timesteps(simple(SCHEDULE, 3)) == [999, 666, 333]
     assert timesteps(simple(SCHEDULE, 7)) == [999, 857, 714, 571, 428, 285, 142]
