@@ -119,7 +119,8 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --fix-steps "
         "--resize-mode crop --mask-blur 4 --invert-mask --masked-content fill --only-masked 32 "
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
-        "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur"
+        "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
+        "--discard-penultimate-sigma"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
