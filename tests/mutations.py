@@ -266,7 +266,7 @@ MUTATIONS = [
         "tests/samplers/test_a1111.py",
         "picture",
     ),
-    Mutation("run/levels.py", "- (not counted)", "- 1", "tests/samplers/test_a1111.py", "UniPC"),
+    Mutation("run/levels.py", "- (not respaced)", "- 1", "tests/samplers/test_a1111.py", "UniPC"),
     Mutation("diffusion/spacing.py", "log_alpha=log_alpha", "log_alpha=False", "tests/samplers/test_a1111.py", "UniPC"),
     Mutation("diffusion/multistep.py", "-other * share", "-other * ratio", "tests/samplers/test_comfyui.py", "ipndm"),
     Mutation("diffusion/singlestep.py", "x + first -", "x + denoised -", "tests/samplers/test_comfyui.py", "2s"),

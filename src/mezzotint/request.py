@@ -121,8 +121,7 @@ class Request(BaseModel):
         "1 to 1000 falling timesteps of the model, each from 0", min_length=1, max_length=1000
     )
     discard_penultimate_sigma: bool | None = _optional(
-        "true or false: whether one more noise level is spaced and the last but one is dropped, as an option of A1111 "
-        "does",
+        "true or false: whether one more noise level is computed and the last but one is dropped, as by A1111's option",
         strict=True,
     )
     seed: int | None = _optional("a whole number from 0 to 2**64 - 1", ge=0, le=MAX_SEED)

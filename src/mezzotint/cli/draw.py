@@ -103,7 +103,7 @@ def generate(
     discard_penultimate_sigma: Annotated[
         bool | None,
         option(
-            "Space one more noise level and drop the last but one, as an option of A1111 does.",
+            "Compute one more noise level and drop the last but one, as A1111's option does.",
             None,
             SAMPLING,
             name="--discard-penultimate-sigma/--no-discard-penultimate-sigma",

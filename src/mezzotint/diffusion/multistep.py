@@ -81,11 +81,11 @@ def lms(
 
 
 def zju_weights(levels: Sequence[float]) -> list[float]:
-    """Return the weights of iPNDM_v that ComfyUI and Forge have from zju-pi's diff-sampler, newest first.
+    """Return the weights of iPNDM_v as ComfyUI and Forge compute them (from zju-pi/diff-sampler), newest first.
 
-    They are those of variable-step Adams-Bashforth but for three slips in orders 3 and 4: the product of the second
-    difference stands inside the bracket, the third difference has a plus for a minus, and its last share is h_1 / h_2
-    for h_2 / h_3.
+    They differ from variable-step Adams-Bashforth by three errors in orders 3 and 4: a misplaced bracket in the factor
+    of the second difference, a plus instead of a minus in that of the third, and h_1 / h_2 instead of h_2 / h_3 in the
+    last weight.
 
     Args:
         levels: The level of the step's end, then those of the slopes, newest first; 2 to 5.

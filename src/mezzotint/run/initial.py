@@ -110,8 +110,7 @@ def prepare_latents(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) 
     else:
         below = x0 if mask is None or request.masked_content != "noise" else x0 * (1.0 - mask) + unit * mask
         level, factor = plan.picture_noise
-        x, skip_above = below + level * unit, float("inf")
-        x = x if factor == 1.0 else factor * x
+        x, skip_above = factor * (below + level * unit), float("inf")
     if mask is None or inpaints:
         return InitialLatents(x, inpaint_channels)
     return InitialLatents(x, None, 1.0 - mask, x0, unit, skip_above)

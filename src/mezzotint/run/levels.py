@@ -18,39 +18,41 @@ def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[f
         return list(request.sigmas)
     if request.timesteps:
         return from_timesteps(schedule, request.timesteps, last=sampler.spacing_options.get("last", "zero"))
-    spacing, options = sampler.counted or (sampler.spacing, sampler.spacing_options)
-    steps = _whole_steps(request, sampler)
+    spacing, options = sampler.steps_from or (sampler.spacing, sampler.spacing_options)
+    steps = _total_steps(request, sampler)
     if request.discard_penultimate_sigma and options.get("points") != "n+1" and "calls" not in options:
-        if options.get("last") == "own":  # A1111's timesteps: one more is spaced, and none is dropped
+        if options.get("last") == "own":  # A1111's timesteps: one more is computed, and none is dropped
             steps += 1
         else:
             options = {**options, "points": "n+1"}
     levels = SPACINGS[spacing](schedule, steps, **options)
-    return _respace(sampler, schedule, levels) if sampler.counted and request.strength is None else levels
+    return _respace(sampler, schedule, levels) if sampler.steps_from and request.strength is None else levels
 
 
 def run_sigmas(request: Request, sampler: Sampler, schedule: Schedule, levels: list[float]) -> list[float]:
-    """Return the levels that the run takes: all of them or, for img2img, the last ones (of `counted`, spaced anew).
+    """Return the levels that the run takes: all of them or, for img2img, the last ones.
+
+    A sampler with `steps_from` replaces them by as many steps of its own spacing.
 
     Raises:
         RequestError: If `strength` leaves no step.
     """
     if request.strength is None:
         return levels
-    counted = sampler.counted is not None and not (request.sigmas or request.timesteps)
-    steps = len(levels) - (not counted)
+    respaced = sampler.steps_from is not None and not (request.sigmas or request.timesteps)
+    steps = len(levels) - (not respaced)
     left = min(_steps_left(request, sampler, steps), steps)
     if left < 1:
         needed = "above 0" if _is_fixed(request, sampler) else f"at least 1/{steps}, or steps must be larger"
         raise RequestError(f"strength is {request.strength}, which leaves none of {steps} steps; it must be {needed}")
     taken = levels[steps - left :]
-    return _respace(sampler, schedule, taken, schedule.timestep(taken[0])) if counted else taken
+    return _respace(sampler, schedule, taken, schedule.timestep(taken[0])) if respaced else taken
 
 
-def _respace(sampler: Sampler, schedule: Schedule, counted: list[float], top: float | None = None) -> list[float]:
-    """Return as many steps of the sampler's spacing as there are counted levels, from the timestep `top`."""
+def _respace(sampler: Sampler, schedule: Schedule, levels: list[float], top: float | None = None) -> list[float]:
+    """Return as many steps of the sampler's spacing as there are levels, from the timestep `top` or the highest."""
     options = sampler.spacing_options if top is None else {**sampler.spacing_options, "top": top}
-    return SPACINGS[sampler.spacing](schedule, len(counted), **options)
+    return SPACINGS[sampler.spacing](schedule, len(levels), **options)
 
 
 def schedule_steps(request: Request, sampler: Sampler, levels: list[float]) -> int:
@@ -66,12 +68,13 @@ def _steps_left(request: Request, sampler: Sampler, steps: int) -> int:
     wanted = steps if _has_own_list(request, sampler) else request.steps or 1
     left = wanted if fixed else int(wanted * _cap_strength(sampler, request.strength or 0.0))
     if sampler.counts == "a1111" and not _has_own_list(request, sampler):
-        left += max(steps - _whole_steps(request, sampler), 0)  # it skips the first ones: a longer list leaves more
+        # A1111 counts the steps that it skips, so that a longer list leaves more
+        left += max(steps - _total_steps(request, sampler), 0)
     return left + STEP_OFFSET[sampler.counts] - fixed if sampler.counts in STEP_OFFSET else left
 
 
-def _whole_steps(request: Request, sampler: Sampler) -> int:
-    """Return the number of steps of the whole list, of which img2img takes a part."""
+def _total_steps(request: Request, sampler: Sampler) -> int:
+    """Return the number of steps before img2img skips the first ones."""
     steps = request.steps or 1
     return int(steps / _cap_strength(sampler, request.strength)) if request.fix_steps and request.strength else steps
 

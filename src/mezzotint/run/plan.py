@@ -72,8 +72,8 @@ class RunPlan:
         schedule: The training schedule as this sampler reads it.
         prediction: What the UNet's output is.
         sigmas: The run's falling noise levels, n + 1 for n steps.
-        all_sigmas: The sampler's whole list of noise levels, of which img2img takes the last ones (`Sampler.counted`
-            in a run from a picture, if there is one).
+        all_sigmas: The sampler's whole list of noise levels, of which img2img takes the last ones. In
+            img2img it is the list of `Sampler.steps_from`, if there is one.
         schedule_steps: Number of steps that prompt schedules count.
         latent_shape: (C, h, w) of one picture's latents.
         positive: The parsed prompt.
@@ -173,7 +173,7 @@ class RunPlan:
 
     @property
     def picture_noise(self) -> tuple[float, float]:
-        """Level of the noise that a picture is put under, and the factor that takes the sum to the first level."""
+        """Level of the noise that is added to a picture, and the factor that the sum is multiplied by."""
         first = self.sigmas[0]
         if self.sampler.noised_at == "first":
             return first, 1.0

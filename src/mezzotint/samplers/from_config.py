@@ -152,7 +152,7 @@ def with_spacing(sampler: Sampler, spacing: str | None) -> Sampler:
         )
     options = {key: value for key, value in sampler.spacing_options.items() if key in ("last", "points", "calls")}
     timestep = sampler.timestep if sampler.timestep in ("nearest", "edm", "lcm") else "interpolated"
-    return replace(sampler, spacing=spacing, spacing_options=options, timestep=timestep, counted=None)
+    return replace(sampler, spacing=spacing, spacing_options=options, timestep=timestep, steps_from=None)
 
 
 def read_schedule_config(

@@ -81,7 +81,7 @@ A1111_SAMPLERS = {
     "DDPM": Preset("ddpm", "Uniform"),
 }
 # These take no schedule. The first four do not come from k-diffusion: they are variance-preserving, and end at their
-# lowest timestep, with some noise left. A picture is noised one level above the first one of the run.
+# lowest timestep, with some noise left. Noise of the level before the run's first is added to a picture.
 _VP: dict[str, Any] = {"start": "vp", "rescale_final": True, "noised_at": "before"}
 _TIMESTEPS: tuple[str, dict[str, Any]] = ("ddim_uniform", {"last": "own"})
 _DDIM = {**_VP, "spacing": _TIMESTEPS[0], "spacing_options": _TIMESTEPS[1], "counts": "a1111 timesteps"}
@@ -96,7 +96,7 @@ A1111_WITHOUT_SCHEDULE = {
         {"order": 3, "solver_type": "bh1"},
         {"points": "n+1", "last": "sigma_min", "log_alpha": True},
         timestep="log_alpha",
-        counted=_TIMESTEPS,
+        steps_from=_TIMESTEPS,
         counts="a1111 unipc",
         **_VP,
     ),

@@ -33,11 +33,10 @@ class Sampler:
         steps: Default number of steps, if the sampler has one.
         guidance_scale: Default guidance scale, if the sampler has one.
         guidance_divisor: The requested guidance scale is divided by this.
-        noised_at: The level of the noise that a picture is put under: the run's "first", or the one "before" it in the
-            list. From there the latents are taken for those of the first level, as they are where they are scaled to
-            be variance-preserving.
-        counted: A spacing and its options, whose levels are counted in place of the request's steps: k of them make k
-            steps of `spacing`, which in a run from a picture begins at the first of those that the run takes.
+        noised_at: Level of the noise that is added to a picture: the run's "first" level, or the one "before" it in
+            the list. The noised latents, scaled to be variance-preserving, are then used at the first level unchanged.
+        steps_from: A spacing and its options whose number of levels is the number of steps, instead of the request's.
+            In img2img `spacing` then begins at the first of those levels that the run takes.
         counts: Whose rule determines the number of steps of an image-to-image run (run/levels.py).
     """
 
@@ -55,5 +54,5 @@ class Sampler:
     guidance_scale: float | None = None
     guidance_divisor: float = 1.0
     noised_at: NoisedAt = "first"
-    counted: tuple[str, dict[str, Any]] | None = None
+    steps_from: tuple[str, dict[str, Any]] | None = None
     counts: Counts = "diffusers"
