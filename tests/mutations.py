@@ -229,8 +229,8 @@ MUTATIONS = [
         "run/resolve.py",
         "GUIDANCE_CFG_PP = 0.6",
         "GUIDANCE_CFG_PP = 0.7",
-        "tests/diffusion/test_guidance.py",
-        "cfg_pp or plus",
+        "tests/run/test_plan.py",
+        "cfg_pp",
     ),
     Mutation(
         "run/resolve.py",
@@ -284,7 +284,7 @@ MUTATIONS = [
         "invalid_loras or what_is_wrong or named_in or words_of",
     ),
     Mutation(
-        "run/plan.py", "len(self.all_sigmas) - 1", "len(self.all_sigmas)", "tests/run/test_initial.py", "solver_starts"
+        "run/plan.py", "len(self.all_sigmas) - 1", "len(self.all_sigmas)", "tests/parity/test_img2img.py", "dpmpp_2s"
     ),
     Mutation(
         "run/plan.py",
@@ -305,13 +305,11 @@ MUTATIONS = [
         "batch_changes_nothing and hires",
     ),
     # placement
-    Mutation(
-        "placement.py", '(2**10, "KiB")', '(2**11, "KiB")', "tests/memory/test_planner.py", "budget or table_lists"
-    ),
+    Mutation("placement.py", '(2**10, "KiB")', '(2**11, "KiB")', "tests/memory/test_planner.py", "binary_units"),
     # request
     Mutation("request.py", "len(value) > 60", "len(value) > 6", "tests/test_request.py", "sentence"),
     # rows
-    Mutation("rows.py", 'encoding="utf-8-sig"', 'encoding="utf-8"', "tests/test_rows.py", "formats or csv"),
+    Mutation("rows.py", 'encoding="utf-8-sig"', 'encoding="utf-8"', "tests/test_rows.py", "csv"),
     # memory
     Mutation(
         "memory/system.py",
@@ -403,8 +401,8 @@ MUTATIONS = [
         "models/adapters.py",
         "made in (shape, flat, (*shape, 1, 1))",
         "made in (shape, (*shape, 1, 1))",
-        "tests/weights/test_lora.py",
-        "every_name or what_is_wrong or coverage or kind_of_change",
+        "tests/weights/test_lycoris.py",
+        "lycoris_own",
     ),
     Mutation(
         "weights/model_files.py",
@@ -499,7 +497,7 @@ MUTATIONS = [
         "changed or identical or difference",
     ),
     # cli
-    Mutation("cli/terminal.py", "presses += 1", "presses += 2", "tests/cli/test_cli.py", "ctrl_c"),
+    Mutation("cli/terminal.py", "presses > 1", "presses > 2", "tests/cli/test_cli.py", "ctrl_c"),
     Mutation("cli/words.py", "== step - 1:", "== step:", "tests/cli/test_cli.py", "tokens"),
     # train
     Mutation(
@@ -552,8 +550,8 @@ MUTATIONS = [
         "cli/fields.py",
         "while len(scales) < 2 and",
         "while len(scales) < 1 and",
-        "tests/cli/test_cli.py",
-        "every_field",
+        "tests/weights/test_lora.py",
+        "command_line",
     ),
     Mutation(
         "cli/fields.py", "if len(data) > limit:", "if len(data) > limit + 1:", "tests/cli/test_cli.py", "standard_input"
@@ -566,7 +564,7 @@ MUTATIONS = [
         "0.5 / n, 1 - 0.5 / n, n)",
         "0, 1, n)",
         "tests/explain/test_explain.py",
-        "command_writes",
+        "centre",
     ),
     Mutation(
         "cli/measure.py",

@@ -283,6 +283,8 @@ def test_the_sentences_in_full() -> None:
         "prompt is 10,000,000 characters long; it must be a text (valid Unicode) of at most 100,000 characters. "
         "steps is 0; it must be a whole number from 1 to 1000"
     )
+    with pytest.raises(RequestError, match=r"^steps is 'a dozen'; it must be"):
+        Request(prompt="", steps="a dozen")  # type: ignore[arg-type]
 
 
 def test_an_unknown_field_is_named_with_the_nearest() -> None:

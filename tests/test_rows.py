@@ -98,7 +98,9 @@ def test_an_invalid_row_gives_a_reason_and_the_next_is_read(tmp_path: Path, line
 
 def test_a_csv_row_that_is_no_request(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
-    path.write_bytes(b"prompt,steps\na lemon,3\n\na,1,2\n\xff,1\n,4\na cat\n" + b"a" * 200_000 + b"\na whale,x\n")
+    path.write_bytes(
+        b"\xef\xbb\xbfprompt,steps\na lemon,3\n\na,1,2\n\xff,1\n,4\na cat\n" + b"a" * 200_000 + b"\na whale,x\n"
+    )
     read = dict(rows.read(path, {}))
     assert list(read) == [1, 2, 3, 4, 5, 6, 7]
     assert read[1] == Request(prompt="a lemon", steps=3, seed=rows.row_seed(1))

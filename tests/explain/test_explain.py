@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 import mezzotint
 import pictures
 from mezzotint import BudgetError, Pipeline, Request, RequestError, Result, cli
+from mezzotint.cli.explain import _words
 from mezzotint.explain.maps import Explanation, Token, Word, explain
 from mezzotint.explain.page import HEAT, SMALL, TILE, overlay, page
 from mezzotint.models.attention import probabilities, recording, watcher
@@ -471,6 +473,13 @@ def test_the_command_writes_a_page_and_arrays(
     assert code == 0 and record["page"] == str(out) and record["request"]["seed"] == 3
     assert [(word["word"], word["start"], word["end"]) for word in record["words"]] == [("a", 0, 1), ("lemon", 2, 7)]
     assert all(0 < word["share"] < 1 for word in record["words"])
+
+
+def test_the_centre_of_a_map_counts_cells_from_their_middle() -> None:
+    heat = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])  # all of it in the upper right cell
+    word = SimpleNamespace(text="lemon", start=2, end=7)
+    explanation = SimpleNamespace(words=[word], map=lambda _: heat, share=lambda _: 0.5)
+    assert _words(explanation)[0]["middle"] == [0.875, 0.25]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

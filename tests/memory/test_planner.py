@@ -19,12 +19,23 @@ from mezzotint.memory import planner as memory
 from mezzotint.memory import system
 from mezzotint.memory.footprint import MemoryEstimate, ModelHeaders
 from mezzotint.memory.planner import Budget, MemoryPlan, plan
-from mezzotint.placement import Placement
+from mezzotint.placement import Placement, format_size
 from mezzotint.records.record import read
 from mezzotint.request import Request
 
 BASE = 250 * 2**20
 LARGE = Request(prompt="a lemon", width=1024, height=1024)
+
+
+def test_sizes_are_written_in_binary_units() -> None:
+    sizes = {
+        1023: "1023 B",
+        1024: "1.00 KiB",
+        1536 * 2**10: "1.50 MiB",
+        2**30 - 1: "1024.00 MiB",
+        5 * 2**28: "1.25 GiB",
+    }
+    assert {count: format_size(count) for count in sizes} == sizes
 
 
 @pytest.fixture

@@ -442,10 +442,12 @@ def test_the_command(run: Run, sd1: mezzotint.Pipeline, monkeypatch: pytest.Monk
     monkeypatch.setattr(mezzotint, "load", lambda *_, **__: sd1, raising=False)
     code, out, err = run(QUICK)
     assert code == 0 and err.startswith("The reference itself is only accurate to")
-    assert out.endswith("Wrote out/report.html\n")
+    text = out
     calls.clear()
     code, out, err = run(f"{QUICK} --json")
     record = json.loads(out)
+    assert text == f"{record['recommendation']}\n{record['claim']}\nWrote out/report.html\n"
+    assert record["recommendation"] != record["claim"]
     assert (code, len(calls)) == (0, 2)
     assert record["settings"]["prompts"] == ["a lemon", "a blue lemon"]
     assert record["settings"]["steps"] == [1, 2]

@@ -509,6 +509,7 @@ def test_named_in_the_prompt(sd1: Pipeline, file: str) -> None:
         f"{PROMPT}<lora:style:0.5:0.25>": (file, 0.25, 0.5),
         f"{PROMPT}<lora:style:te=0.5:unet=2>": (file, 2.0, 0.5),
         f"{PROMPT}<lyco:style:0.5>": (file, 0.5),
+        f"{PROMPT}<lora:style:100>": (file, 100.0),  # the largest scale
     }
     for prompt, lora in prompts.items():
         assert torch.equal(latents(sd1, prompt=prompt, lora_folder=folder), latents(sd1, loras=(lora,))), prompt
