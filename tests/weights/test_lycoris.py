@@ -31,6 +31,7 @@ KINDS = {
     "dora": ("lora", WIDE, {"weight_decompose": True}),
     "dora, inputs": ("lora", WIDE, {"weight_decompose": True, "wd_on_out": False}),
     "loha": ("loha", WIDE, {}),
+    "loha, convolution": ("loha", CONV, {}),
     "loha, Tucker": ("loha", CONV, {"use_tucker": True}),
     "loha, dora": ("loha", WIDE, {"weight_decompose": True}),
     "lokr": ("lokr", WIDE, {"factor": 4, "lora_dim": 1}),
