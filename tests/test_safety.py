@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -267,24 +268,47 @@ def test_the_plan_counts_the_checker(checked_folder: Path) -> None:
     )
 
 
-def test_the_command_line_reports_flags(
+@pytest.fixture
+def run(
     checked_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*more: str) -> tuple[str, str]:
-        command = ["mezzotint", "generate", "a lemon", "--seed", "4", "--steps", "2", "--device", "cpu"]
-        monkeypatch.setattr("sys.argv", [*command, "--model", str(checked_folder), "--out", str(file), *more])
+) -> Callable[..., tuple[str, str]]:
+    """A command that draws the flagged picture into lemon.png, in this process."""
+
+    def run(command: str, *more: str) -> tuple[str, str]:
+        options = ["--seed", "4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "lemon.png")]
+        monkeypatch.setattr(
+            "sys.argv", ["mezzotint", command, "a lemon", "--model", str(checked_folder), *options, *more]
+        )
         with pytest.raises(SystemExit) as done:
             cli.main()
         assert not done.value.code
         return capsys.readouterr()
 
+    return run
+
+
+def test_explain_reports_a_flag(run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    out, err = run("explain", "--json")
+    assert json.loads(out)["flagged"] is True and err == "the picture is flagged by the safety checker\n"
+    plain = (tmp_path / "lemon.png").read_bytes()
+    out, err = run("explain", "--safety", "black")
+    assert "flagged" not in out and err == "the picture is flagged by the safety checker, and black\n"
+    black = Image.open(tmp_path / "lemon.png")
+    assert len({pixel for _, pixel in black.getcolors(2**24)}) < len(  # the page shows it as it is delivered
+        {pixel for _, pixel in Image.open(io.BytesIO(plain)).getcolors(2**24)}
+    )
+    out, err = run("explain", "--safety", "off", "--json")
+    assert json.loads(out)["flagged"] is None and not err
+
+
+def test_the_command_line_reports_flags(run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     file = tmp_path / "lemon.png"
-    out, err = run("--json")
+    out, err = run("generate", "--json")
     assert [image["flagged"] for image in json.loads(out)["images"]] == [True]
     assert err == f"{file}: flagged by the safety checker\n"
-    _, err = run("--safety", "black")
+    _, err = run("generate", "--safety", "black")
     assert "flagged by the safety checker, and black" in err and not any(Image.open(file).tobytes())
-    out, err = run("--safety", "off", "--json")
+    out, err = run("generate", "--safety", "off", "--json")
     assert json.loads(out)["images"][0]["flagged"] is None and not err
 
 

@@ -5,11 +5,18 @@ CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 CONTROLS |= {code: f"\\u{code:04x}" for code in (*BIDI, 0x2028, 0x2029)}  # the last two are line ends
 
 
+MAX_LINE = 4000  # characters; a path has at most 4096 bytes
+
+
 def printable(text: str) -> str:
     r"""Return one line of text with its control characters as \xNN and its bidirectional ones as \uNNNN.
 
-    What a file, its name or its metadata holds can then neither write to the terminal nor pretend to be another line.
+    What a file, its name or its metadata holds can then neither write to the terminal, nor pretend to be another line,
+    nor fill the screen: of a line above 4,000 characters the middle is left out.
     """
+    if len(text) > MAX_LINE:
+        half = MAX_LINE // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
     return text.translate(CONTROLS)
 
 

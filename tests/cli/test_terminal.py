@@ -52,6 +52,13 @@ def test_every_control_character_is_escaped_and_nothing_else() -> None:
     assert terminal.printable("柠檬 🍋 👩\u200d🍳 e\u0301 \\x1b") == "柠檬 🍋 👩\u200d🍳 e\u0301 \\x1b"
 
 
+def test_a_line_is_bounded() -> None:
+    """Both ends stay: the file at the beginning, and what would be right at the end."""
+    said = str(CheckpointError(f"a.pt: {'x' * 3_000_000} is not right; it must be a number"))
+    assert len(said) < 4100 and said.startswith("a.pt: xx") and said.endswith("it must be a number")
+    assert terminal.printable("x" * 4000) == "x" * 4000
+
+
 def test_a_tensors_name(run: Run, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     data = (tmp_path / "model.safetensors").read_bytes()

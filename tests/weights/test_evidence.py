@@ -53,7 +53,8 @@ def plan(
 
 @pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
 @pytest.mark.parametrize(
-    ("said", "prediction"), [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("epsilon", "epsilon")]
+    ("said", "prediction"),
+    [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("v-prediction", "v_prediction"), ("epsilon", "epsilon")],
 )
 def test_metadata(key: str, said: str, prediction: str, tmp_path: Path) -> None:
     found = plan(tmp_path, SD1, {key: said}, {"v_pred": torch.zeros(0)} if prediction == "epsilon" else None)

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants
 
 from mezzotint.errors import CheckpointError
+from mezzotint.model_options import ModelOptions
 from mezzotint.weights import open_model
 from mezzotint.weights.hub import BUNDLED, locate, needed
 
@@ -160,6 +161,21 @@ def test_a_vae_from_the_hub(place: str, hub: Hub, tiny_model: Any) -> None:
     assert list(parts.given_hashes["vae"]) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
+def test_a_given_vae_spares_the_models_own(hub: Hub, tiny_model: Any, tmp_path: Path) -> None:
+    """Its config is read all the same: it says what the UNet's latents are. The next load without one completes it."""
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    own = tmp_path / "vae"
+    own.mkdir()
+    for name in ("vae/config.json", weights):
+        (tmp_path / name).write_bytes(hub.files[name])
+    for _ in range(2):  # downloaded, then cached
+        parts = open_model(NAME, vae=own)
+    assert torch.equal(parts.vae.decoder.conv_out.weight, tiny_model.vae.decoder.conv_out.weight)
+    assert "vae/config.json" in hub.downloads and weights not in hub.downloads
+    open_model(NAME)
+    assert hub.downloads.count(weights) == 1
+
+
 def test_a_hub_without_a_vae(hub: Hub, tiny_model: Any) -> None:
     hub.files = {"README.md": b"x", "model.ckpt": b"x"}
     with pytest.raises(CheckpointError, match="someone/tiny-model has no VAE"):
@@ -198,8 +214,8 @@ def test_needed_picks_one_format_and_variant() -> None:
         f"{unet}.safetensors.index.json",
     ]
     half = [f"{unet}.fp16-00001-of-00001.safetensors", f"{unet}.safetensors.index.fp16.json"]
-    assert needed(listing, None) == sorted(common + plain + vae)
-    assert needed(listing, "fp16") == sorted(common + half + vae)
+    assert needed(listing, ModelOptions()) == sorted(common + plain + vae)
+    assert needed(listing, ModelOptions(variant="fp16")) == sorted(common + half + vae)
 
 
 def test_a_missing_local_path_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

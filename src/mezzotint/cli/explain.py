@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mezzotint.cli.draw import check_out
+from mezzotint.cli.draw import FLAGGED, check_out
 from mezzotint.cli.fields import fields_of, read_prompt
 from mezzotint.cli.options import (
     OUTPUT,
@@ -19,6 +19,7 @@ from mezzotint.cli.options import (
     Model,
     Negative,
     Prompt,
+    Safety,
     Sampler,
     Seed,
     Size,
@@ -30,7 +31,7 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import load, long_work, print_json, show
+from mezzotint.cli.terminal import load, long_work, print_json, say, show
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def explain(
     spacing: Spacing = None,
     seed: Seed = None,
     clip_skip: ClipSkip = None,
+    safety: Safety = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -79,14 +81,19 @@ def explain(
     pipe = load(model, device, dtype, **model_given)
     with long_work("drawing", lambda: "no page was finished") as on_step:
         explanation = run(pipe, request, on_step=on_step)
+    result = explanation.result
+    if result.flagged == [True]:
+        say(f"the picture is {FLAGGED[result.request.safety or 'flag']}")
     save_png(page(explanation), out)
     written = {"page": out}
     if arrays is not None:
         _save_arrays(explanation, arrays)
         written["arrays"] = str(arrays)
-    request = explanation.result.request
+    request = result.request
     if as_json:
-        print_json({**written, "words": _words(explanation), "request": request.model_dump(mode="json")})
+        flagged = result.flagged[0] if result.flagged else None
+        described = {"words": _words(explanation), "flagged": flagged, "request": request.model_dump(mode="json")}
+        print_json({**written, **described})
     else:
         show(f"Wrote {' and '.join(written.values())} ({len(explanation.words)} words, seed {request.seed})")
 

@@ -90,6 +90,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
                 return None
             file.seek(0)
+            # not TensorFile, which reads one table of tensors: the optimizer's state is nested, by parameter number
             state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
             return state
     except (OSError, ValueError, KeyError, TypeError):

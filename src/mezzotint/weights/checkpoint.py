@@ -171,7 +171,7 @@ def _check_token_ids(found: ModelFiles, tokenizers: Sequence[Tokenizer]) -> None
 def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
     """Describe what `open_model` would open without reading weights. Raises CheckpointError if it has problems."""
     given = ModelOptions(**options)
-    found = _scan(locate(path_or_id, given.variant), given)
+    found = _scan(locate(path_or_id, given), given)
     if found.problems:
         raise CheckpointError(found.problems[0])
     add_checker(found)
@@ -185,7 +185,7 @@ def read_tokenizers(path_or_id: str | Path, **options: Any) -> tuple[list[Tokeni
         CheckpointError: As `open_model` does.
     """
     given = ModelOptions(**options)
-    found = _scan(locate(path_or_id, given.variant), given)
+    found = _scan(locate(path_or_id, given), given)
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
     return [make() for make in found.tokenizers], [config.hidden_size for config in configs], found.settings
 

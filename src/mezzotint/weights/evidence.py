@@ -129,7 +129,7 @@ def edm_schedule(class_name: str, sigma_data: float, sigma_min: float, sigma_max
 def _from_metadata(file: TensorFile) -> tuple[str, str] | None:
     """Return the prediction type in ModelSpec metadata and its key, or None."""
     for key in PREDICTION_KEYS:
-        value = file.metadata.get(key, "").strip().lower()
+        value = file.metadata.get(key, "").strip().lower().replace("-", "_")
         if value in PREDICTIONS:
             return PREDICTIONS[value], key
     architecture = file.metadata.get("modelspec.architecture", "")

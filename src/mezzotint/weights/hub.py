@@ -24,8 +24,10 @@ Choose = Callable[[Iterable[str]], list[str]]  # chooses among the names of a re
 DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 
 
-def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
+def locate(path_or_id: str | Path, options: ModelOptions = ModelOptions()) -> Path:  # noqa: B008  # frozen
     """Return the file or folder of a model: an existing path, the bundled model, or a snapshot from the hub.
+
+    Of a hub's model, the weights of the variant are downloaded, without those of a VAE if the options give another.
 
     Raises:
         CheckpointError: If the path does not exist, or the model cannot be downloaded.
@@ -38,7 +40,7 @@ def locate(path_or_id: str | Path, variant: str | None = None) -> Path:
             f"{name[:200]!r} does not exist; give a model folder, a .safetensors or .ckpt file, "
             "or a hub id (owner/name)"
         )
-    return _find_cached(name, variant) or _download_model(name, variant)
+    return _find_cached(name, options) or _download_model(name, options)
 
 
 def local(path_or_id: str | Path) -> Path | None:
@@ -52,14 +54,15 @@ def local(path_or_id: str | Path) -> Path | None:
     return BUNDLED if str(path_or_id) == BUNDLED.name else None
 
 
-def _find_cached(name: str, variant: str | None) -> Path | None:
+def _find_cached(name: str, options: ModelOptions) -> Path | None:
     """Return the snapshot in huggingface_hub's cache if it is complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["model_index.json"]))
-        return None if plan_folder(folder, ModelOptions(variant=variant)).problems else folder
+        needed_of = ModelOptions(variant=options.variant, vae=options.vae)
+        return None if plan_folder(folder, needed_of).problems else folder
     except (OSError, HfHubHTTPError, CheckpointError):
         return None
 
@@ -106,9 +109,9 @@ def snapshot(name: str, choose: Choose) -> Path:
         return _download(name, choose)
 
 
-def _download_model(name: str, variant: str | None) -> Path:
+def _download_model(name: str, options: ModelOptions) -> Path:
     def choose(listing: Iterable[str]) -> list[str]:
-        files = needed(listing, variant)
+        files = needed(listing, options)
         if "model_index.json" not in files:
             raise CheckpointError(
                 f"{name} on the hub has no model_index.json; to use a single file of it, download it and give its path"
@@ -146,7 +149,7 @@ def _download(name: str, choose: Choose) -> Path:
         raise CheckpointError(f"{name!r} is not in the cache and could not be downloaded: {first}") from error
 
 
-def needed(listing: Iterable[str], variant: str | None) -> list[str]:
+def needed(listing: Iterable[str], options: ModelOptions) -> list[str]:
     """Return the files of a repository that generation needs: configs, and each network's weights in one format."""
     listing = set(listing)
     files = ["model_index.json", "mezzotint.json", "lcm_lora.safetensors"]
@@ -155,7 +158,10 @@ def needed(listing: Iterable[str], variant: str | None) -> list[str]:
         if folder in DESCRIPTIONS and leaf.endswith((".json", ".txt")):
             files.append(name)
     for part in NETWORKS:
-        files += network_files(listing, f"{part}/", variant)
+        if part == "vae" and options.vae is not None:  # its config says what the UNet's latents are
+            files.append("vae/config.json")
+        else:
+            files += network_files(listing, f"{part}/", options.variant)
     return sorted(name for name in files if name in listing)
 
 
