@@ -1,11 +1,13 @@
 # Everything a newcomer needs; each target builds .venv itself when it is missing or its pins have changed.
 PYTHON ?= python3
 BIN := .venv/bin
+# The tests start many processes: each module is compiled once for all of them, wherever this variable is set.
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: .venv/installed  ## draw a picture with the bundled model
 	$(BIN)/mezzotint generate "a lemon on a blue background" --seed 7 --out demo.png
 
-test: .venv/installed-all  ## the tests (about ten minutes on two cores)
+test: .venv/installed-all  ## the tests (about eight minutes on two cores)
 	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for them alone

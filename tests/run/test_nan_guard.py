@@ -74,11 +74,19 @@ def pixels(images: list[Any]) -> Any:
     return np.stack([np.array(image) for image in images]).astype(int)
 
 
+@pytest.fixture(scope="module")
+def clean(sd1: Pipeline) -> Any:
+    """The pixels of the pictures drawn in float32."""
+    return pixels(sd1.generate(REQUEST).images)
+
+
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(("dtype", "value"), [("bfloat16", math.nan), ("float16", math.inf)])
-def test_what_overflows_is_run_again_in_float32(sd1_folder: Path, point: str, dtype: str, value: float) -> None:
+def test_what_overflows_is_run_again_in_float32(
+    sd1_folder: Path, clean: Any, point: str, dtype: str, value: float
+) -> None:
     part, name, at = POINTS[point]
-    pipe, clean = load(sd1_folder, dtype), pixels(load(sd1_folder, "float32").generate(REQUEST).images)
+    pipe = load(sd1_folder, dtype)
     with poisoned(pipe, part, name, at, value, only_low=True) as hit:
         result = pipe.generate(REQUEST)
     assert hit, "the poison was there"

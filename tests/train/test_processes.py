@@ -1,7 +1,7 @@
 """Several processes as one: the launcher's own commands, two processes over gloo, against one process that accumulates
 twice as much.
 
-Run as a script (`test_processes.py MODEL FOLDER ACCUMULATE STEPS METHOD`) this file is what the launcher starts.
+Run as a script (`test_processes.py MODEL FOLDER ACCUMULATE [METHOD STEPS]...`) this file is what the launcher starts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from test_finetune import Made, model_of, recipe_of, state
+from torch.distributed.fsdp import FSDPModule
 
 from mezzotint.errors import RequestError
 from mezzotint.train import finetune, sharding
@@ -28,8 +29,9 @@ TWO = f"{ACCELERATE} --dynamo_backend no --main_process_port 0 --multi_gpu"
 SPLIT = f"{ACCELERATE} --dynamo_backend no --main_process_port 0 --use_fsdp --fsdp_version 2"
 
 
-def whole_run(model: Path, folder: Path, accumulate: int, steps: int, method: str) -> None:
+def whole_run(model: Path, folder: Path, accumulate: int, method: str, steps: int) -> None:
     """A run with all that a step may have: averages, a validation loss, samples, a text encoder that learns."""
+    folder = folder / method
     more: dict[str, Any] = {} if method == "full" else {"lora_dropout": 0.1, "text_encoder": True}
     recipe = recipe_of(
         method, steps=steps, save_every=3, ema=0.9, log_every=1, accumulate=accumulate, lr=1e-3, validation="y",
@@ -46,6 +48,7 @@ def whole_run(model: Path, folder: Path, accumulate: int, steps: int, method: st
         accelerator=accelerator,
         on_sample=lambda _, step: seen.append(step),
     )
+    assert isinstance(trainable.unet, FSDPModule) == (method == "full" and accelerator.num_processes == 2)
     if accelerator.is_main_process:
         assert seen
         save_results(trainable, folder, steps, torch.float32)
@@ -68,31 +71,27 @@ def assert_same_run(two: Path, one: Path) -> None:
             torch.testing.assert_close(a["optimiser"]["state"][number][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_accelerate_launches_two_processes_that_are_one(sd1_folder: Path, tmp_path: Path) -> None:
-    launched(TWO, sd1_folder, tmp_path / "two", 1, 6, "lora")
-    whole_run(sd1_folder, tmp_path / "one", 2, 6, "lora")
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-
-
-def test_fsdp_is_one_process_too(sd1_folder: Path, tmp_path: Path) -> None:
-    """The short form: split over two, not stopped."""
-    launched(SPLIT, sd1_folder, tmp_path / "two", 1, 3, "full")
-    whole_run(sd1_folder, tmp_path / "one", 2, 3, "full")
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+def test_two_processes_are_one(sd1_folder: Path, tmp_path: Path) -> None:
+    """A LoRA over two; then, in the same processes, a full training split over them as --use_fsdp asks."""
+    runs = (("lora", 6), ("full", 3))
+    launched(TWO, sd1_folder, tmp_path / "two", 1, *(part for run in runs for part in run))
+    for method, steps in runs:
+        whole_run(sd1_folder, tmp_path / "one", 2, method, steps)
+        assert_same_run(tmp_path / "two" / method, tmp_path / "one" / method)
 
 
 @pytest.mark.slow
 def test_fsdp_is_one_process_too_and_goes_on(sd1_folder: Path, tmp_path: Path) -> None:
     """Split over two, stopped, gone on with, saved whole; and gone on with by one process."""
-    launched(SPLIT, sd1_folder, tmp_path / "two", 1, 3, "full")
-    launched(SPLIT, sd1_folder, tmp_path / "two", 1, 5, "full")
-    whole_run(sd1_folder, tmp_path / "one", 2, 5, "full")
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    two, one = (open_model(tmp_path / name / "model", dtype=torch.float32) for name in ("two", "one"))
+    launched(SPLIT, sd1_folder, tmp_path / "two", 1, "full", 3)
+    launched(SPLIT, sd1_folder, tmp_path / "two", 1, "full", 5)
+    whole_run(sd1_folder, tmp_path / "one", 2, "full", 5)
+    assert_same_run(tmp_path / "two" / "full", tmp_path / "one" / "full")
+    two, one = (open_model(tmp_path / name / "full" / "model", dtype=torch.float32) for name in ("two", "one"))
     for name, value in one.unet.state_dict().items():
         torch.testing.assert_close(two.unet.state_dict()[name], value, rtol=1e-5, atol=1e-5)
-    whole_run(sd1_folder, tmp_path / "two", 2, 6, "full")
-    assert state(tmp_path / "two")["step"] == 6
+    whole_run(sd1_folder, tmp_path / "two", 2, "full", 6)
+    assert state(tmp_path / "two" / "full")["step"] == 6
 
 
 def test_fsdp_is_refused_where_little_learns(sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,4 +107,8 @@ def test_fsdp_is_refused_where_little_learns(sd1_folder: Path, tmp_path: Path, m
 
 
 if __name__ == "__main__":
-    whole_run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    model, folder, accumulate, *runs = sys.argv[1:]
+    for method, steps in zip(runs[::2], runs[1::2], strict=True):
+        if method == "full":
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
+        whole_run(Path(model), Path(folder), int(accumulate), method, int(steps))
