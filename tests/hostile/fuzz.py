@@ -18,15 +18,16 @@ import atheris
 with atheris.instrument_imports(include=["mezzotint.weights", "mezzotint.records", "json.decoder", "json.scanner"]):
     from mezzotint.errors import MezzotintError
     from mezzotint.records import infotext, other_programs, record
-    from mezzotint.weights import torch_files
-    from mezzotint.weights.embeddings import read_embeddings
+    from mezzotint.weights import embeddings, torch_files
     from mezzotint.weights.files import TensorFile
     from mezzotint.weights.pickles import read_pickle
 
+import base64
 import contextlib
+import zlib
 
 import torch
-from corpus import contain, executions, honest, row, table, tensor, torch_shapes
+from corpus import chunk, contain, executions, honest, png, row, table, tensor, torch_shapes
 from corpus import raw as raw_safetensors
 from safetensors import SafetensorError, deserialize
 
@@ -69,8 +70,10 @@ def fuzz_pickle(data: bytes) -> None:
 
 
 def fuzz_embeddings(data: bytes) -> None:
-    FILE.write_bytes(data)
-    for embedding in read_embeddings(FILE):
+    file = FOLDER / "a.png" if data.startswith(b"\x89PNG") else FILE
+    file.write_bytes(data)
+    embeddings._read.cache_clear()  # its key is the time of the change, of which a file system has only milliseconds
+    for embedding in embeddings.read_embeddings(file):
         assert embedding.digest and all(vectors.isfinite().all() for vectors in embedding.vectors.values())
 
 
@@ -83,6 +86,13 @@ def fuzz_records(data: bytes) -> None:
     infotext.to_request(infotext.parse(content))
 
 
+def embedding_images() -> list[bytes]:
+    """Return PNG files with A1111's embedding in a text chunk, plain and compressed, and one without."""
+    content = b'{"name": "a", "string_to_param": {"*": {"TORCHTENSOR": [[1.0, 2.0]]}}}'
+    text = png(chunk(b"tEXt", b"sd-ti-embedding\0" + base64.b64encode(content)))
+    return [text, png(chunk(b"zTXt", b"sd-ti-embedding\0\0" + zlib.compress(base64.b64encode(content)))), png()]
+
+
 def seeds(reader: str) -> list[bytes]:
     if reader == "safetensors":
         return [
@@ -91,7 +101,7 @@ def seeds(reader: str) -> list[bytes]:
             raw_safetensors({"__metadata__": {"a": "b"}}),
         ]
     if reader == "embeddings":
-        return list(honest().values())
+        return [*honest().values(), *embedding_images()]
     if reader == "records":
         return [
             b'{"1": {"class_type": "KSampler", "inputs": {"seed": 1, "positive": ["2", 0]}}}',

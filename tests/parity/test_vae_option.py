@@ -48,6 +48,8 @@ def write(form: str, folder: Path) -> Path:
         original |= {"model.diffusion_model.x": torch.zeros(1)}
     elif form == "bare diffusers file":
         original = OTHER.state_dict()
+    elif form.endswith("."):  # diffusers' names behind it
+        original = {form + key: tensor for key, tensor in OTHER.state_dict().items()}
     original = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in original.items()}
     if form == "pt":
         torch.save({"state_dict": original}, folder / "vae.pt")
@@ -65,6 +67,8 @@ FORMS = (
     "bare diffusers file",
     "folder",
     "model folder",
+    "vae.",
+    "first_stage_model.",
 )
 
 
@@ -79,6 +83,14 @@ def test_every_form(form: str, checkpoint: tuple[Path, Model], tmp_path: Path) -
     with torch.no_grad():
         expected = OTHER.decode(z / OTHER.config.scaling_factor).sample
         torch.testing.assert_close(parts.vae.decode(parts.vae.unscale(z)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["vae.", "first_stage_model."])
+def test_a_checkpoint_may_have_diffusers_names(prefix: str, checkpoint: tuple[Path, Model], tmp_path: Path) -> None:
+    path, model = checkpoint
+    vae = {prefix + key: tensor.contiguous() for key, tensor in model.vae.state_dict().items()}
+    save_file(load_file(path) | vae, tmp_path / "a.safetensors")
+    same_weights(open_model(tmp_path / "a.safetensors", config=model.config).vae, model.vae)
 
 
 def test_without_one_the_option_is_named(checkpoint: tuple[Path, Model]) -> None:

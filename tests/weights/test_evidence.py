@@ -54,12 +54,30 @@ def plan(
 @pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
 @pytest.mark.parametrize(
     ("said", "prediction"),
-    [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("v-prediction", "v_prediction"), ("epsilon", "epsilon")],
+    [
+        *(
+            (said, "v_prediction")
+            for said in ("v", "V_Prediction", "v-prediction", "vpred", "v_pred", " V Pred", "velocity")
+        ),
+        *((said, "epsilon") for said in ("epsilon", "eps", "eps_pred", "Noise-Prediction", "epsilon")),
+        *((said, "sample") for said in ("sample", "x0", "x_0-prediction")),
+    ],
 )
 def test_metadata(key: str, said: str, prediction: str, tmp_path: Path) -> None:
     found = plan(tmp_path, SD1, {key: said}, {"v_pred": torch.zeros(0)} if prediction == "epsilon" else None)
     assert found.scheduler_config["prediction_type"] == prediction  # before marker tensors
     assert (found.notices, found.prediction_source) == ([], key)
+
+
+@pytest.mark.parametrize("said", ["flow", "prediction", "v2", "e", "1", "\x1b[2J" * 99])
+def test_what_is_not_understood_is_a_notice(said: str, tmp_path: Path) -> None:
+    found = plan(tmp_path, SD1, {"modelspec.prediction_type": said}, {"v_pred": torch.zeros(0)})
+    assert found.scheduler_config["prediction_type"] == "v_prediction" and found.prediction_source == "v_pred"
+    (notice,) = found.notices
+    assert "modelspec.prediction_type" in notice and said[:5] in eval(notice.partition(" is ")[2].partition(",")[0])
+    assert "is v_prediction, v_pred: give prediction" in notice and len(notice) < 500
+    assert plan(tmp_path, SD1, {"modelspec.prediction_type": said}, prediction="epsilon").notices == []
+    assert plan(tmp_path, SD1, {"modelspec.prediction_type": " "}).notices == []
 
 
 @pytest.mark.parametrize(
@@ -82,6 +100,8 @@ def test_a_yaml_file_beside_it(text: str, prediction: str | None, tmp_path: Path
     assert found.scheduler_config["prediction_type"] == (prediction or "epsilon")
     assert (tmp_path / "a.yaml" in found.files) == bool(prediction)  # the picture's record has its hash
     assert found.prediction_source == ("a.yaml" if prediction else "as usual in this family")
+    unread = next((word for word in ("velvet", "VScalingWithEDMcNoise") if word in text), "")
+    assert [unread in notice and "a.yaml has" in notice for notice in found.notices] == [True] * bool(unread)
     assert plan(tmp_path, SD1, {"modelspec.prediction_type": "epsilon"}).files == [tmp_path / "a.safetensors"]
     assert plan(tmp_path, SD1, prediction="epsilon").scheduler_config["prediction_type"] == "epsilon"
 

@@ -15,10 +15,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load, save
 
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
 from mezzotint.weights import open_model
+from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.hub import BUNDLED, locate, needed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -176,6 +178,47 @@ def test_a_given_vae_spares_the_models_own(hub: Hub, tiny_model: Any, tmp_path: 
     assert hub.downloads.count(weights) == 1
 
 
+def test_a_sharded_vae_from_the_hub(hub: Hub, tiny_model: Any) -> None:
+    """A snapshot that lacks a shard is completed; a repository that lacks one is an error."""
+    config, tensors = hub.files["vae/config.json"], load(hub.files["vae/diffusion_pytorch_model.safetensors"])
+    stem, names = "diffusion_pytorch_model", sorted(tensors)
+    shards = {f"{stem}-0000{k + 1}-of-00002.safetensors": names[k::2] for k in range(2)}
+    index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    hub.files = {"config.json": config, f"{stem}.safetensors.index.json": json.dumps(index).encode()}
+    hub.files |= {shard: save({name: tensors[name] for name in inside}) for shard, inside in shards.items()}
+    for _ in range(2):
+        parts = open_model(tiny_model.folder, vae=NAME)
+        assert torch.equal(parts.vae.decoder.conv_out.weight, tiny_model.vae.decoder.conv_out.weight)
+        lost = parts.given_files["vae"][-1]
+        lost.resolve().unlink()
+        lost.unlink()
+    assert sorted(hub.downloads) == sorted([*hub.files, lost.name])
+    del hub.files[lost.name]
+    with pytest.raises(CheckpointError, match="needs 2 shards, and 1 are there"):
+        open_model(tiny_model.folder, vae=NAME)
+
+
+def test_a_safety_checker_is_downloaded_once_it_is_wanted(hub: Hub) -> None:
+    index = json.loads(hub.files["model_index.json"]) | {"safety_checker": ["x", "StableDiffusionSafetyChecker"]}
+    checker = {"safety_checker/config.json": b"{}", "safety_checker/model.safetensors": b"x"}
+    hub.files |= checker | {"model_index.json": json.dumps(index).encode(), "feature_extractor/x.json": b"{ }"}
+    for off in (None, False, hub.url):
+        locate(NAME, ModelOptions(safety_checker=off))
+    assert not {*checker, "feature_extractor/x.json"} & {*hub.downloads}
+    for _ in range(2):
+        locate(NAME)
+    assert all(hub.downloads.count(name) == 1 for name in (*checker, "feature_extractor/x.json"))
+
+
+def test_without_a_network_the_cached_model_is_used_unchecked(hub: Hub) -> None:
+    index = json.loads(hub.files["model_index.json"]) | {"safety_checker": ["x", "StableDiffusionSafetyChecker"]}
+    hub.files["model_index.json"] = json.dumps(index).encode()
+    found = locate(NAME, ModelOptions(safety_checker=None))
+    hub.shutdown()
+    hub.server_close()
+    assert locate(NAME) == found and "safety_checker is missing" in scan_model(NAME).unchecked
+
+
 def test_a_hub_without_a_vae(hub: Hub, tiny_model: Any) -> None:
     hub.files = {"README.md": b"x", "model.ckpt": b"x"}
     with pytest.raises(CheckpointError, match="someone/tiny-model has no VAE"):
@@ -216,6 +259,8 @@ def test_needed_picks_one_format_and_variant() -> None:
     half = [f"{unet}.fp16-00001-of-00001.safetensors", f"{unet}.safetensors.index.fp16.json"]
     assert needed(listing, ModelOptions()) == sorted(common + plain + vae)
     assert needed(listing, ModelOptions(variant="fp16")) == sorted(common + half + vae)
+    unchecked = [name for name in common if not name.startswith(("safety_checker", "feature_extractor"))]
+    assert needed(listing, ModelOptions(safety_checker=None)) == sorted(unchecked + plain + vae)
 
 
 def test_a_missing_local_path_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,18 @@ def test_a_tensor_of_another_kind_is_named(make: Any, words: str, old: bool, tmp
     )
 
 
+def test_a_compressed_archive_says_what_to_do(tmp_path: Path) -> None:
+    """What it says is enough: the same records, stored, are read."""
+    torch.save({"w": torch.ones(4)}, tmp_path / "a.pt")
+    for method, name in ((zipfile.ZIP_DEFLATED, "b.pt"), (zipfile.ZIP_STORED, "c.pt")):
+        with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / name, "w", method) as new:
+            for row in old.infolist():
+                new.writestr(row.filename, old.read(row))
+    with pytest.raises(CheckpointError, match=r"b\.pt .* is compressed; unpack it and pack it again .* `zip -0 -r`$"):
+        TensorFile(tmp_path / "b.pt")
+    same(TensorFile(tmp_path / "c.pt"), {"w": torch.ones(4)})
+
+
 def in_zip(path: Path, pickled: bytes) -> TensorFile:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", pickled)

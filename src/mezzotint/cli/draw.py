@@ -263,7 +263,7 @@ def generate(
 ) -> None:
     """Draw pictures from a prompt."""
     options = locals()
-    model_given = take_model_options(overrides)
+    model_given = take_model_options(overrides, safety)
     from mezzotint.prompt import plan
     from mezzotint.request import Request
 

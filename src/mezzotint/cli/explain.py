@@ -64,7 +64,7 @@ def explain(
 ) -> None:
     """Draw a picture, and show where each word took effect."""
     options = locals()
-    model_given = take_model_options(overrides)
+    model_given = take_model_options(overrides, safety)
     from mezzotint.request import Request
 
     request = Request(prompt=read_prompt(prompt), **fields_of(options))

@@ -196,10 +196,14 @@ def model_options(
     return kept
 
 
-def take_model_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of `model_options` out of all options of a command."""
+def take_model_options(options: dict[str, Any], safety: str | None = None) -> dict[str, Any]:
+    """Take the options of `model_options` out of all options of a command.
+
+    With --safety off the model's own safety checker is not loaded, nor downloaded.
+    """
     names = inspect.signature(model_options).parameters
-    return model_options(**{name: options.pop(name) for name in names if name in options})
+    taken = model_options(**{name: options.pop(name) for name in names if name in options})
+    return {"safety_checker": None, **taken} if safety == "off" else taken
 
 
 def add_options_of(

@@ -50,7 +50,7 @@ def plan(
 ) -> None:
     """Predict the memory of a run, and how to make it fit."""
     options = locals()
-    model_given = take_model_options(overrides)
+    model_given = take_model_options(overrides, safety)
     from mezzotint.request import Request
 
     check_memory(memory)

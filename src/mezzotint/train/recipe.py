@@ -196,9 +196,12 @@ class Recipe(BaseModel):
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """The options to open the model with; `prediction` is what it is trained to predict, whatever it did before."""
+        """The options to open the model with, without its safety checker.
+
+        `prediction` is what it is trained to predict, whatever it did before.
+        """
         given = {"family": self.family, "variant": self.variant, "config": parse_config(self.config), "vae": self.vae}
-        return {name: value for name, value in given.items() if value}
+        return {"safety_checker": None, **{name: value for name, value in given.items() if value}}
 
     def toml(self) -> str:
         """Return the recipe as TOML, which `of` reads; unset fields are comments."""

@@ -54,8 +54,10 @@ def read_directory(file: FileIO, size: int) -> dict[str, Record]:
         plain, packed, offset = _zip64_sizes(fields, plain, packed, offset)
         if name.endswith("/") and not plain:
             continue
-        if method or flags & 1 or plain != packed:
-            raise ValueError(f"it is a packed archive: {name[:100]!r} is compressed or encrypted")
+        if flags & 1:
+            raise ValueError("it is an encrypted archive; unpack it, and pack what is in it without a password")
+        if method or plain != packed:
+            raise ValueError("it is compressed; unpack it and pack it again without compression, as by `zip -0 -r`")
         if name in records:
             raise ValueError(f"it has {name[:100]!r} twice")
         records[name] = Record(_data_start(file, offset, name), plain)

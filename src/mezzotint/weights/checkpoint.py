@@ -184,7 +184,7 @@ def read_tokenizers(path_or_id: str | Path, **options: Any) -> tuple[list[Tokeni
     Raises:
         CheckpointError: As `open_model` does.
     """
-    given = ModelOptions(**options)
+    given = ModelOptions(**{"safety_checker": None, **options})
     found = _scan(locate(path_or_id, given), given)
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
     return [make() for make in found.tokenizers], [config.hidden_size for config in configs], found.settings

@@ -20,8 +20,9 @@ from mezzotint.files import read_bytes
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
 
-PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "velocity": "v_prediction"} | {
-    name: "epsilon" for name in ("epsilon", "eps")
+# a spelling without spaces, hyphens, underscores and a final "pred" or "prediction"
+SPELLINGS = {"v": "v_prediction", "velocity": "v_prediction", "x0": "sample", "sample": "sample"} | {
+    name: "epsilon" for name in ("epsilon", "eps", "noise")
 }
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
@@ -34,14 +35,11 @@ SD2_BIAS, SD2_V_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 MAX_YAML_BYTES = 1_000_000  # the published ones have 2 to 4 kB
 # Latent Diffusion names the parametrization, Stability's generative-models the class of its scaling
 YAML_PREDICTION = re.compile(
-    r"""^[ \t]*(?:parameterization[ \t]*:[ \t]*["']?(v|eps|x0)["']?"""
-    r"""|target[ \t]*:[ \t]*["']?[\w.]*\.denoiser_scaling\.(VScaling|EpsScaling)["']?)[ \t\r]*(?:\#.*)?$""",
+    r"""^[ \t]*(?:parameterization[ \t]*:[ \t]*["']?([\w -]{1,60}?)["']?"""
+    r"""|target[ \t]*:[ \t]*["']?[\w.]*\.denoiser_scaling\.(\w{1,60})["']?)[ \t\r]*(?:\#.*)?$""",
     re.MULTILINE,
 )
-YAML_PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"} | {
-    "VScaling": "v_prediction",
-    "EpsScaling": "epsilon",
-}
+SCALINGS = {"VScaling": "v_prediction", "EpsScaling": "epsilon"}
 
 MAX_CHANNELS = 64  # of the latents
 PLAYGROUND_SCALING_FACTOR = 0.5  # of the VAE of a file with edm_mean and edm_std
@@ -56,7 +54,7 @@ class Evidence:
         source: What it was read from, such as a metadata key.
         schedule: Fields of the scheduler_config.json that differ from the family's published one.
         latents: Fields of the VAE's config: the mean and standard deviation of the latents, and their scaling factor.
-        notices: A sentence if the prediction is a guess.
+        notices: A sentence if the prediction is a guess, or if the file says something that is not understood.
         files: Other files that were read.
     """
 
@@ -83,7 +81,13 @@ def find_evidence(file: TensorFile, prefix: str, family: Family, prediction: str
     found = Evidence()
     _read_markers(file, found)
     given = (prediction, "as given") if prediction else None
-    detected = given or _from_metadata(file) or _from_markers(file) or _from_yaml(file.path.with_suffix(".yaml"))
+    unread: list[str] = []
+    detected = (
+        given
+        or _from_metadata(file, unread)
+        or _from_markers(file)
+        or _from_yaml(file.path.with_suffix(".yaml"), unread)
+    )
     if detected:
         found.prediction, found.source = detected
     elif family == "sd2" and file.scalars.get("global_step") != SD2_BASE_STEPS:
@@ -92,6 +96,11 @@ def find_evidence(file: TensorFile, prefix: str, family: Family, prediction: str
         found.source = "as usual in this family"
     if found.source.endswith(".yaml"):
         found.files.append(file.path.with_suffix(".yaml"))
+    found.notices += [
+        f"{file.path.name}: {said}, which is not understood; the prediction is {found.prediction}, {found.source}: "
+        "give prediction (--prediction) if it is another"
+        for said in unread
+    ]
     return found
 
 
@@ -126,12 +135,20 @@ def edm_schedule(class_name: str, sigma_data: float, sigma_min: float, sigma_max
     }
 
 
-def _from_metadata(file: TensorFile) -> tuple[str, str] | None:
-    """Return the prediction type in ModelSpec metadata and its key, or None."""
+def _spelled(text: str) -> str | None:
+    """Return the prediction type of a spelling such as "v", "vpred" or "V-Prediction", or None."""
+    plain = re.sub(r"[\s_-]+", "", text[:100].lower())
+    return SPELLINGS.get(re.sub(r"(?<=.)pred(iction)?$", "", plain))
+
+
+def _from_metadata(file: TensorFile, unread: list[str]) -> tuple[str, str] | None:
+    """Return the prediction type in ModelSpec metadata and its key, or None; add what is not understood to `unread`."""
     for key in PREDICTION_KEYS:
-        value = file.metadata.get(key, "").strip().lower().replace("-", "_")
-        if value in PREDICTIONS:
-            return PREDICTIONS[value], key
+        value = file.metadata.get(key, "").strip()
+        if prediction := _spelled(value):
+            return prediction, key
+        if value:
+            unread.append(f"its {key} is {value[:60]!r}")
     architecture = file.metadata.get("modelspec.architecture", "")
     for beginning, prediction in ARCHITECTURES.items():
         if architecture.startswith(beginning):
@@ -144,16 +161,22 @@ def _from_markers(file: TensorFile) -> tuple[str, str] | None:
     return next(((prediction, name) for name, prediction in PREDICTION_MARKERS.items() if name in file.entries), None)
 
 
-def _from_yaml(path: Path) -> tuple[str, str] | None:
-    """Return the prediction type in the .yaml file that belongs to a checkpoint and its name, or None."""
+def _from_yaml(path: Path, unread: list[str]) -> tuple[str, str] | None:
+    """Return the prediction type in the .yaml file that belongs to a checkpoint and its name, or None.
+
+    What is not understood is added to `unread`.
+    """
     if not path.exists():
         return None
     try:
         text = read_bytes(path, MAX_YAML_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    match = YAML_PREDICTION.search(text.decode("utf-8", "replace"))
-    return (YAML_PREDICTIONS[match[1] or match[2]], path.name) if match else None
+    if match := YAML_PREDICTION.search(text.decode("utf-8", "replace")):
+        if prediction := _spelled(match[1]) if match[1] else SCALINGS.get(match[2]):
+            return prediction, path.name
+        unread.append(f"{path.name} has {match[0].strip()[:120]!r}")
+    return None
 
 
 def _guess_sd2(file: TensorFile, prefix: str, found: Evidence) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
-from mezzotint.weights.folder import choose_weights, plan_folder
+from mezzotint.weights.folder import choose_weights, plan_folder, read_json
 from mezzotint.weights.model_files import NETWORKS
 
 BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
@@ -27,7 +27,8 @@ DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 def locate(path_or_id: str | Path, options: ModelOptions = ModelOptions()) -> Path:  # noqa: B008  # frozen
     """Return the file or folder of a model: an existing path, the bundled model, or a snapshot from the hub.
 
-    Of a hub's model, the weights of the variant are downloaded, without those of a VAE if the options give another.
+    Of a hub's model, the weights of the variant are downloaded, without those of a VAE or a safety checker if the
+    options give another one, or none.
 
     Raises:
         CheckpointError: If the path does not exist, or the model cannot be downloaded.
@@ -40,7 +41,15 @@ def locate(path_or_id: str | Path, options: ModelOptions = ModelOptions()) -> Pa
             f"{name[:200]!r} does not exist; give a model folder, a .safetensors or .ckpt file, "
             "or a hub id (owner/name)"
         )
-    return _find_cached(name, options) or _download_model(name, options)
+    cached = _find_cached(name, options)
+    if cached and (options.safety_checker is not True or _has_checker(cached, options)):
+        return cached
+    try:
+        return _download_model(name, options)
+    except CheckpointError:
+        if cached:  # without the checker, which is said when pictures are drawn
+            return cached
+        raise
 
 
 def local(path_or_id: str | Path) -> Path | None:
@@ -65,6 +74,18 @@ def _find_cached(name: str, options: ModelOptions) -> Path | None:
         return None if plan_folder(folder, needed_of).problems else folder
     except (OSError, HfHubHTTPError, CheckpointError):
         return None
+
+
+def _has_checker(folder: Path, options: ModelOptions) -> bool:
+    """Return whether a snapshot has the safety checker that it names: not if it was downloaded without one."""
+    named = read_json(folder / "model_index.json").get("safety_checker")
+    if not isinstance(named, list) or not all(named):
+        return True
+    there = (file.relative_to(folder).as_posix() for file in (folder / "safety_checker").glob("*"))
+    try:
+        return bool(network_files(there, "safety_checker/", options.variant))
+    except CheckpointError:
+        return False
 
 
 def resource(source: str, what: str, choose: Choose) -> Path:
@@ -153,14 +174,18 @@ def needed(listing: Iterable[str], options: ModelOptions) -> list[str]:
     """Return the files of a repository that generation needs: configs, and each network's weights in one format."""
     listing = set(listing)
     files = ["model_index.json", "mezzotint.json", "lcm_lora.safetensors"]
+    spared = set[str]()
+    if options.vae is not None:
+        spared.add("vae")
+        files.append("vae/config.json")  # it says what the UNet's latents are
+    if options.safety_checker is not True:
+        spared |= {"safety_checker", "feature_extractor"}
     for name in listing:
         folder, _, leaf = name.partition("/")
-        if folder in DESCRIPTIONS and leaf.endswith((".json", ".txt")):
+        if folder in DESCRIPTIONS and folder not in spared and leaf.endswith((".json", ".txt")):
             files.append(name)
     for part in NETWORKS:
-        if part == "vae" and options.vae is not None:  # its config says what the UNet's latents are
-            files.append("vae/config.json")
-        else:
+        if part not in spared:
             files += network_files(listing, f"{part}/", options.variant)
     return sorted(name for name in files if name in listing)
 
@@ -172,6 +197,9 @@ def network_files(listing: Iterable[str], folder: str, variant: str | None) -> l
         listing: The names of all files.
         folder: The network's folder and a slash, or "".
         variant: As for `open_model`.
+
+    Raises:
+        CheckpointError: If shards are missing.
     """
     inside = [name.removeprefix(folder) for name in listing if name.startswith(folder)]
     chosen = choose_weights(inside, variant)
@@ -181,5 +209,8 @@ def network_files(listing: Iterable[str], folder: str, variant: str | None) -> l
     if chosen.endswith(".json"):  # stem.safetensors.index.fp16.json -> stem.fp16-00001-of-00002.safetensors
         stem, suffix, kind = re.fullmatch(r"(\w+)\.(\w+)\.index(\.\w+)?\.json", chosen).groups(default="")  # type: ignore[union-attr]
         shard = re.compile(rf"{stem}({re.escape(kind)}-\d+-of-\d+|-\d+-of-\d+{re.escape(kind)})\.{suffix}")
-        files += [leaf for leaf in inside if shard.fullmatch(leaf)]
+        shards = [leaf for leaf in inside if shard.fullmatch(leaf)]
+        for count in {int(count) for leaf in shards for count in re.findall(r"-of-(\d+)", leaf)} - {len(shards)}:
+            raise CheckpointError(f"{folder}{chosen} needs {count} shards, and {len(shards)} are there; all must be")
+        files += shards
     return [f"{folder}{name}" for name in files]

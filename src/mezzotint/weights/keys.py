@@ -253,10 +253,13 @@ def _level_depth(depths: tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 SCALING_FACTORS: dict[Family, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+DIFFUSERS_VAE = "encoder.down_blocks.0.resnets.0.norm1.weight"  # in a file whose VAE has diffusers' names
 
 
 def vae_sources(shapes: Shapes, _: Family) -> tuple[Sources, list[str]]:
-    """Return the sources of an LDM autoencoder (keys without `first_stage_model.`), and the unknown keys."""
+    """Return the sources of an autoencoder (keys without `first_stage_model.`), and the unknown keys."""
+    if DIFFUSERS_VAE in shapes:
+        return folder_sources(shapes, "vae"), []
     return rename_keys(shapes, vae_table(*_vae_levels(shapes)))
 
 
@@ -289,23 +292,27 @@ def _vae_resnet(table: Table, block: str, module: str) -> None:
     table[f"{block}.nin_shortcut"] = f"{module}.conv_shortcut"
 
 
-def _vae_levels(shapes: Shapes) -> tuple[int, int]:
-    return count_numbers(shapes, r"encoder\.down\.(\d+)\."), count_numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
+def _vae_levels(shapes: Shapes, down: str = "encoder.down", layer: str = "block") -> tuple[int, int]:
+    start = re.escape(down)
+    return count_numbers(shapes, rf"{start}\.(\d+)\."), count_numbers(shapes, rf"{start}\.0\.{layer}\.(\d+)\.")
 
 
 def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
-    """Return VAEConfig fields from an LDM autoencoder's shapes; the scaling factor is the family's."""
-    levels, layers = _vae_levels(shapes)
+    """Return VAEConfig fields from an autoencoder's shapes; the scaling factor is the family's."""
+    down, layer, attention = "encoder.down", "block", "encoder.mid.attn_1."
+    if DIFFUSERS_VAE in shapes:
+        down, layer, attention = "encoder.down_blocks", "resnets", "encoder.mid_block.attentions."
+    levels, layers = _vae_levels(shapes, down, layer)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
-        "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "block_out_channels": [shapes[f"{down}.{i}.{layer}.0.conv1.weight"][0] for i in range(levels)],
         "layers_per_block": layers,
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "scaling_factor": SCALING_FACTORS[family],
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "mid_block_add_attention": any(key.startswith("encoder.mid.attn_1.") for key in shapes),
+        "mid_block_add_attention": any(key.startswith(attention) for key in shapes),
     }
 
 

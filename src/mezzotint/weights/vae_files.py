@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import choose_weights, read_json, read_part
-from mezzotint.weights.hub import resource
-from mezzotint.weights.keys import Shapes
+from mezzotint.weights.hub import network_files, resource
 from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import ModelFiles, NetworkFiles
 from mezzotint.weights.single import read_network
 
 CLASS = "AutoencoderKL"
 PREFIXES = (*keys.PREFIXES["vae"], "")
-DIFFUSERS_KEY = "encoder.down_blocks.0.resnets.0.norm1.weight"
 
 
 def replace_vae(plan: ModelFiles) -> None:
@@ -49,36 +46,18 @@ def replace_vae(plan: ModelFiles) -> None:
 def _read_file(path: Path, plan: ModelFiles) -> NetworkFiles:
     """Describe the VAE in a file: alone, or in a whole checkpoint; in the original layout, or diffusers'."""
     file = TensorFile(path)
-    if DIFFUSERS_KEY in file.entries:
-        config = path.with_name("config.json")
-        if config.exists() and read_json(config).get("_class_name") == CLASS:
-            return NetworkFiles.of(
-                "vae", path, {**read_json(config), **plan.options.config_of("vae")}, dict.fromkeys(file.entries, file),
-                keys.folder_sources(file.entries, "vae"), [],
-            )  # fmt: skip
-        fields, sources = _diffusers_config(file.shapes), keys.folder_sources(file.entries, "vae")
-        unknown: list[str] = []
-    else:
-        prefix = next((known for known in PREFIXES if f"{known}encoder.conv_in.weight" in file.entries), None)
-        if prefix is None:
-            raise CheckpointError(f"{path} holds {describe_kind(file.shapes)}, not a VAE")
-        fields, sources, unknown = read_network(path, "vae", "vae", prefix, file.shapes, plan.family)
-    fields |= {**plan.latents, **plan.options.config_of("vae")}
+    first = ("encoder.conv_in.weight", keys.DIFFUSERS_VAE)
+    prefix = next((known for known in PREFIXES if any(f"{known}{key}" in file.entries for key in first)), None)
+    if prefix is None:
+        raise CheckpointError(f"{path} holds {describe_kind(file.shapes)}, not a VAE")
+    fields, sources, unknown = read_network(path, "vae", "vae", prefix, file.shapes, plan.family)
+    fields |= plan.latents
+    config = path.with_name("config.json")
+    if prefix + keys.DIFFUSERS_VAE in file.entries and config.exists():  # it may be that of the file's own folder
+        described = read_json(config)
+        fields = described if described.get("_class_name") == CLASS else fields
+    fields = {**fields, **plan.options.config_of("vae")}
     return NetworkFiles.of("vae", path, fields, dict.fromkeys(file.entries, file), sources, unknown)
-
-
-def _diffusers_config(shapes: Shapes) -> dict[str, Any]:
-    """Return VAEConfig fields from the shapes of diffusers' names."""
-    levels = keys.count_numbers(shapes, r"encoder\.down_blocks\.(\d+)\.")
-    first = (shapes.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", (0,))[0] for i in range(levels))
-    return {
-        "block_out_channels": list(first),
-        "layers_per_block": keys.count_numbers(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        "latent_channels": (*shapes.get("decoder.conv_in.weight", ()), 0, 0)[1],
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "mid_block_add_attention": any(key.startswith("encoder.mid_block.attentions.") for key in shapes),
-    }
 
 
 def _find(path: Path) -> Path:
@@ -95,10 +74,9 @@ def _choose(name: str, listing: Iterable[str], variant: str | None) -> list[str]
     """Choose the files of a VAE in a hub repository."""
     names = set(listing)
     for folder in ("", "vae/"):
-        inside = [each.removeprefix(folder) for each in names if each.startswith(folder)]
-        chosen = choose_weights(inside, variant)
-        if chosen and f"{folder}config.json" in names:
-            return [f"{folder}config.json", f"{folder}{chosen}"]
+        files = network_files(names, folder, variant)
+        if f"{folder}config.json" in names and files:
+            return files
     return [_one_file(name, names)]
 
 
