@@ -272,12 +272,10 @@ class Request(BaseModel):
 
     @field_validator("sampler", "spacing")
     @classmethod
-    def _name_is_known(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if info.field_name == "sampler" and value not in (None, *samplers.NAMES):
-            samplers.resolve(value, {})  # raises, with the nearest names
-        if info.field_name == "spacing" and value not in (None, *samplers.SPACINGS):
-            samplers.resolve(None, {}, value)
-        return value
+    def _canonical_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        return samplers.canonical_name(value) if info.field_name == "sampler" else samplers.canonical_spacing(value)
 
     @field_validator("sigmas", "timesteps")
     @classmethod

@@ -158,6 +158,13 @@ EXAMPLES = {
         {"width": 512, "height": 696, "seed": None, "sampler": "Euler a"},
         ["Seed: a negative seed"],
     ),
+    "names in another spelling, of which A1111's wins": Theirs(
+        "a\nSteps: 20, Sampler: Euler_A, Schedule type: sgm-uniform, CFG scale: 7, Seed: 1, Size: 512x512",
+        {"sampler": "Euler a SGM Uniform"},
+    ),
+    "a name in lower case is A1111's": Theirs(
+        "a\nSteps: 20, Sampler: euler, CFG scale: 7, Seed: 1, Size: 512x512", {"sampler": "Euler"}
+    ),
     "Forge's schedule that is not here": Theirs(
         "a\nSteps: 20, Sampler: Euler, Schedule type: React Cosinusoidal DynSF, CFG scale: 7, Seed: 1, Size: 512x512, "
         "Distilled CFG Scale: 3.5",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from mezzotint.request import Request
 from mezzotint.samplers import presets
 from mezzotint.samplers.diffusers_classes import CLASSES
 from mezzotint.samplers.names import NAMES, TABLE, resolve
+from mezzotint.samplers.presets import PRESETS
 
 SD1 = {
     "_class_name": "PNDMScheduler",
@@ -260,11 +262,79 @@ def test_align_your_steps_of_the_family() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("dpm++ 2m", "DPM\\+\\+ 2M"), ("eular", "euler"), ("DDIMSchedule", "DDIMScheduler")]
+    ("name", "hint"), [("dpm++ 22m", "DPM\\+\\+ 2M"), ("eular", "euler"), ("DDIMSchedule", "DDIMScheduler")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(RequestError, match=f"sampler is {name!r}".replace("+", "\\+") + f"; did you mean .*{hint}"):
         resolve(name, SD1)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        # an exact spelling is what it is, although A1111's Euler is not diffusers' (and ours)
+        ("euler", "euler"),
+        ("Euler", "Euler"),
+        ("ddim", "ddim"),
+        ("DDIM", "DDIM"),
+        ("dpmpp_2m karras", "dpmpp_2m karras"),
+        # then one that differs in case, then one that differs in separators, each of ours before diffusers', A1111's
+        # and ComfyUI's
+        ("EULER", "euler"),
+        ("EULER A", "Euler a"),
+        ("EULER_A", "euler_a"),
+        ("Euler-a", "euler_a"),
+        ("euler a karras", "Euler a Karras"),
+        ("euler ancestral", "euler_ancestral"),
+        ("DPM++ 2m karras", "DPM++ 2M Karras"),
+        ("dpm++2m-SDE_Karras", "DPM++ 2M SDE Karras"),
+        ("dpm++ 2m sgm_uniform", "DPM++ 2M SGM Uniform"),
+        ("DPMPP 2M SDE", "dpmpp_2m_sde"),
+        ("dpmpp-2m-karras", "dpmpp_2m karras"),
+        ("ddim scheduler", "DDIMScheduler"),
+        ("Uni PC", "unipc"),
+        ("uni-pc-bh2", "uni_pc_bh2"),
+        ("LCM_LoRA", "lcm-lora"),
+        ("PLMS", "PLMS"),
+        ("plms", "PLMS"),
+    ],
+)
+def test_case_and_separators_of_a_name_do_not_matter(typed: str, name: str) -> None:
+    """The name is the record's, so the same picture is drawn again whatever was typed."""
+    assert Request(prompt="", sampler=typed).sampler == name
+    assert resolve(typed, SD1) == resolve(name, SD1) and resolve(typed, SD1).name == name
+
+
+def test_names_that_differ_in_separators_alone_mean_the_same_within_a_program() -> None:
+    """Otherwise a name that is typed in another way would silently mean one of them."""
+    programs = (
+        [*samplers.SOLVERS],
+        [name for name in CLASSES if name not in samplers.SOLVERS],
+        [name for name in PRESETS if PRESETS[name].counts.startswith("a1111")],
+        [name for name in PRESETS if PRESETS[name].counts == "comfyui"],
+        [*samplers.SPACINGS],
+    )
+    for names in programs:
+        letters = [re.sub("[ _-]", "", name).lower() for name in names]
+        assert names and len(set(letters)) == len(letters)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("Karras", "karras"),
+        ("SGM Uniform", "sgm_uniform"),
+        ("sgm-uniform", "sgm_uniform"),
+        ("KL optimal", "kl_optimal"),
+        ("Align Your Steps", "ays"),
+        ("Uniform", "normal"),
+        ("AYS", "ays"),
+        ("lu", "lu"),
+    ],
+)
+def test_case_and_separators_of_a_spacing_do_not_matter(typed: str, name: str) -> None:
+    assert Request(prompt="", spacing=typed).spacing == name
+    assert resolve("euler", SD1, typed) == resolve("euler", SD1, name)
 
 
 def test_a_name_near_nothing_lists_them_all() -> None:

@@ -22,13 +22,17 @@ from typing import Any
 
 from mezzotint.errors import RequestError
 from mezzotint.request import Request
-from mezzotint.samplers import SOLVERS, TABLE
+from mezzotint.samplers import SOLVERS, TABLE, Spellings
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE, PRESETS
 
 MAX_FIELDS = 1000  # of the last line; the rest is ignored
 MAX_TEXT = 16_000_000  # characters
 NEGATIVE = "Negative prompt:"
 A1111_NAMES: dict[str | None, str] = {row.name: row.a1111.split(", ")[0] for row in TABLE if row.a1111}
+# the text of A1111 and of programs that write another's names into it; A1111's win
+_SPELLINGS = Spellings(
+    (name.casefold(), name) for name in (*A1111_SAMPLERS, *A1111_WITHOUT_SCHEDULE, *PRESETS, *SOLVERS)
+)
 NAME = re.compile(r"[\w \-/]*")  # matched backwards from the colon
 QUOTED = re.compile(r'"(?:\\.|[^\\"])+"')
 TEMPLATE = re.compile(r"\n(?:Negative )?Template: ")  # appended by sd-dynamic-prompts
@@ -315,20 +319,13 @@ def _sampler(fields: Mapping[str, str], notes: list[str]) -> str | None:
     if name is None:
         notes.append("Sampler is missing; the model's default is used")
         return None
-    names = (
-        *SOLVERS,
-        *reversed(PRESETS),
-        *A1111_SAMPLERS,
-        *A1111_WITHOUT_SCHEDULE,
-    )  # A1111's win
-    known = {known.lower(): known for known in names}
-    base = known.get(name.lower())
+    base = _SPELLINGS.find(name.casefold())
     if base is None:
         notes.append(f"Sampler: {name[:100]} is unknown; the model's default is used")
         return None
     if schedule.lower() == "automatic":
         return base
-    full = known.get(f"{base} {schedule}".lower())
+    full = _SPELLINGS.find(f"{base} {schedule}".casefold())
     if full is None and base not in A1111_WITHOUT_SCHEDULE:
         notes.append(f"Schedule type: {schedule[:100]} is unknown for {base}; the sampler's default is used")
     return full or base

@@ -94,7 +94,7 @@ class Settings:
         texts = dict.fromkeys(line for line in lines if line)  # each once, in order
         if not texts:
             raise RequestError(f"prompts is {str(prompts)!r}, which has no prompts; it must have one prompt per line")
-        chosen = samplers.SOLVERS if names.strip() == "all" else [name.strip() for name in names.split(",")]
+        chosen = samplers.SOLVERS if names.strip() == "all" else [_canonical(name.strip()) for name in names.split(",")]
         try:
             numbers = sorted({int(number) for number in steps.split(",")})
         except ValueError:
@@ -115,6 +115,12 @@ class Settings:
             guidance_scale=self.guidance_scale,
             safety="off",
         )
+
+
+def _canonical(name: str) -> str:
+    """Return NAME or NAME/SPACING with the names in their own spelling."""
+    sampler, slash, spacing = name.partition("/")
+    return samplers.canonical_name(sampler) + slash + (spacing and samplers.canonical_spacing(spacing))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ tables, never code in a solver.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mezzotint.samplers.diffusers_classes import CLASSES
 from mezzotint.samplers.from_config import from_config, read_schedule_config, with_spacing
 from mezzotint.samplers.presets import (
     A1111_SAMPLERS,
+    A1111_SCHEDULES,
     A1111_WITHOUT_SCHEDULE,
     COMFYUI_ENDS,
     COMFYUI_SAMPLERS,
@@ -56,6 +58,38 @@ SPACINGS = (
 NAMES = tuple(dict.fromkeys([*SOLVERS, *CLASSES, *FEW_STEPS, *PRESETS]))
 
 
+class Spellings:
+    """Names that are found whatever their case, spaces, hyphens and underscores.
+
+    Args:
+        names: Each spelling and the name that it means, in the order in which they win.
+    """
+
+    def __init__(self, names: Iterable[tuple[str, str]]) -> None:
+        keys: tuple[Callable[[str], str], ...] = (str, str.casefold, self._letters)
+        last_to_first = list(names)[::-1]
+        self._tables = [(key, {key(spelling): name for spelling, name in last_to_first}) for key in keys]
+
+    def find(self, text: str) -> str | None:
+        """Return the name of the exact spelling, or of one that differs in case, or in case and separators."""
+        return next((table[key(text)] for key, table in self._tables if key(text) in table), None)
+
+    @staticmethod
+    def _letters(text: str) -> str:
+        return re.sub(r"[\s_-]+", "", text).casefold()
+
+
+# ours before diffusers', A1111's and ComfyUI's
+_SPELLINGS = Spellings((name, name) for name in NAMES)
+# A1111's schedules that are one of our spacings with its usual options
+_SPACING_SPELLINGS = Spellings(
+    [
+        *((name, name) for name in SPACINGS),
+        *((label, spacing) for label, (spacing, options) in A1111_SCHEDULES.items() if not options),
+    ]
+)
+
+
 def resolve(
     name: str | None,
     scheduler_config: Mapping[str, Any],
@@ -67,7 +101,9 @@ def resolve(
     """Return the sampler that a name means for a model.
 
     Args:
-        name: A name in any dialect; None is the class that scheduler_config.json names.
+        name: A name in any dialect; None is the class that scheduler_config.json names. Case, spaces, hyphens and
+            underscores do not matter: of several names the one of the exact spelling is meant, then one that differs in
+            case alone; among those ours, then diffusers', A1111's and ComfyUI's.
         scheduler_config: The model's scheduler_config.json.
         spacing: Replaces only the spacing.
         family: The model's family, for the levels of Align Your Steps.
@@ -77,8 +113,8 @@ def resolve(
         RequestError: If the name is unknown (the message suggests the nearest ones), if a value in the file is not
             supported, or if the solver cannot use the spacing.
     """
-    if spacing is not None and spacing not in SPACINGS:
-        raise RequestError(f"spacing is {spacing!r}; {_nearest(spacing, SPACINGS, SPACINGS)}")
+    if spacing is not None:
+        spacing = canonical_spacing(spacing)
     own = scheduler_config.get("_class_name", "")
     if name is None:
         name = own
@@ -87,6 +123,8 @@ def resolve(
                 f"the model's own sampler, _class_name = {name!r} in its scheduler_config.json, is not supported; "
                 f"sampler may be {', '.join(SOLVERS)}"
             )
+    else:
+        name = canonical_name(name)
     config = dict(scheduler_config)
     if name in CLASSES:
         scheduler = CLASSES[name]
@@ -97,18 +135,32 @@ def resolve(
         base, keys, steps, guidance_scale = FEW_STEPS[name]
         sampler = from_config(CLASSES[base], config | keys, spacing)
         sampler = replace(sampler, name=name, steps=steps, guidance_scale=guidance_scale)
-    elif name in PRESETS:
+    else:
         trained = read_schedule_config(config).model_copy(update=PRESET_SCHEDULE)
         sampler = with_spacing(replace(PRESETS[name], schedule=trained), spacing)
-    else:
-        stem, _, schedule = name.rpartition(" ")
-        sought = stem if schedule in COMFYUI_SCHEDULES and stem not in NAMES else name
-        raise RequestError(f"sampler is {name!r}; {_nearest(sought, NAMES, tuple(SOLVERS))}")
     if sampler.schedule.sigma_data is not None:  # a network with EDM's preconditioning
         sampler = replace(sampler, timestep="edm", rescale_final=False)
     if sampler.spacing == "ays" and family == "sdxl":
         sampler = replace(sampler, spacing_options={**sampler.spacing_options, "family": family})
     return sampler
+
+
+def canonical_name(name: str) -> str:
+    """Return the sampler's name in its own spelling; raise RequestError with the nearest names if it is unknown."""
+    found = _SPELLINGS.find(name)
+    if found is None:
+        stem, _, schedule = name.rpartition(" ")
+        sought = stem if schedule in COMFYUI_SCHEDULES and stem not in NAMES else name
+        raise RequestError(f"sampler is {name!r}; {_nearest(sought, NAMES, tuple(SOLVERS))}")
+    return found
+
+
+def canonical_spacing(name: str) -> str:
+    """Return the spacing's name in its own spelling; raise RequestError with the nearest names if it is unknown."""
+    found = _SPACING_SPELLINGS.find(name)
+    if found is None:
+        raise RequestError(f"spacing is {name!r}; {_nearest(name, SPACINGS, SPACINGS)}")
+    return found
 
 
 def _nearest(name: str, names: tuple[str, ...], ours: tuple[str, ...]) -> str:
