@@ -88,7 +88,7 @@ def commands() -> Iterator[str]:
         command = found[function.__name__]
         with command.make_context(f"mezzotint {command.name}", [], resilient_parsing=True) as context:
             text = command.get_help(context)
-        yield from (f"## {command.name}", "", f"    mezzotint {example}", "", "```text", text, "```", "")
+        yield from (f"### {command.name}", "", f"    mezzotint {example}", "", "```text", text, "```", "")
 
 
 ESCAPES = {ord(letter): f"&#{ord(letter)};" for letter in "|<{}"}  # which Markdown would read as markup

@@ -556,9 +556,67 @@ MUTATIONS = [
     Mutation(
         "cli/fields.py", "if len(data) > limit:", "if len(data) > limit + 1:", "tests/cli/test_cli.py", "standard_input"
     ),
+    Mutation("memory/system.py", "[cpus, *_cpu_quotas(root, own)]", "[cpus]", "tests/memory/test_system.py", "quota"),
     Mutation(
-        "cli/again.py", "if len(files) > 1 and out", "if len(files) > 2 and out", "tests/test_again.py", "wrong_options"
+        "memory/system.py",
+        "int(quota) // int(period)",
+        "-(-int(quota) // int(period))",
+        "tests/memory/test_system.py",
+        "quota",
     ),
+    Mutation(
+        "memory/system.py",
+        "return min(torch_threads, usable_cpus())",
+        "return usable_cpus()",
+        "tests/bulk/test_local.py",
+        "torch_would_take",
+    ),
+    Mutation(
+        "cli/terminal.py",
+        "        limit_threads()\n        pipe",
+        "        pipe",
+        "tests/cli/test_cli.py",
+        "no_more_threads",
+    ),
+    Mutation(
+        "samplers/names.py",
+        "(str, str.casefold, self._letters)",
+        "(str, self._letters)",
+        "tests/samplers/test_names.py",
+        "separators",
+    ),
+    Mutation(
+        "samplers/names.py",
+        'r"[\\s_-]+", "", text',
+        'r"[\\s_]+", "", text',
+        "tests/samplers/test_names.py",
+        "separators",
+    ),
+    Mutation(
+        "cli/naming.py",
+        "if not folder.resolve().is_relative_to(base.resolve()):",
+        "if not folder.is_relative_to(base):",
+        "tests/cli/test_naming.py",
+        "link",
+    ),
+    Mutation("cli/naming.py", 'r"^[.\\-]+"', 'r"^[.]+"', "tests/cli/test_naming.py", "breaks_a_name"),
+    Mutation("cli/naming.py", "MAX_NAME - len(end)", "MAX_NAME", "tests/cli/test_naming.py", "long_name"),
+    Mutation("cli/naming.py", "or ord(c) in CONTROLS", "", "tests/cli/test_naming.py", "breaks_a_name"),
+    Mutation(
+        "cli/commands.py",
+        'lambda argument: argument != "--"',
+        "lambda argument: True",
+        "tests/cli/test_options.py",
+        "prompt_that_is_json",
+    ),
+    Mutation(
+        "run/preview.py",
+        "F.pad(rows, (0, 1), value=1.0)",
+        "F.pad(rows, (0, 1), value=0.0)",
+        "tests/run/test_preview.py",
+        "linear",
+    ),
+    Mutation("cli/again.py", "if len(files) > 1 and", "if len(files) > 2 and", "tests/test_again.py", "wrong_options"),
     Mutation(
         "cli/explain.py",
         "0.5 / n, 1 - 0.5 / n, n)",

@@ -46,6 +46,16 @@ def write_jsonl(path: Path, table: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
 
 
+def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b'\xef\xbb\xbfa lemon, yellow\r\n\n  {"prompt": 1} \n# whale\n\xff\nein gr\xc3\xbcner Wal')
+    found = dict(rows.read(path, {"steps": 3}))
+    prompts = {1: "a lemon, yellow", 3: '{"prompt": 1}', 4: "# whale", 6: "ein grüner Wal"}
+    assert found.pop(5) == "the row is not UTF-8; it must be a prompt on one line"
+    assert found == {n: Request(prompt=text, seed=rows.row_seed(n), steps=3) for n, text in prompts.items()}
+    assert rows.measure(path, {"count": 2}) == (5, 8)
+
+
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
 def test_the_formats_say_the_same(tmp_path: Path, write: Any) -> None:
     path = tmp_path / f"prompts.{write.__name__.removeprefix('write_')}"
@@ -114,7 +124,7 @@ def test_a_csv_row_that_is_no_request(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
-        "prompts.txt": (b"a lemon", "must end in .jsonl, .ndjson, .csv, .parquet"),
+        "prompts.doc": (b"a lemon", "must end in .jsonl, .ndjson, .csv, .parquet, .txt"),
         "empty.jsonl": (b"\n", "has no rows"),
         "header.csv": (b"prompt,seed\n", "has no rows"),
         "column.csv": (b"prompt,promt\na,b\n", "no field 'promt'; the nearest is prompt"),

@@ -54,6 +54,7 @@ OneRequest = Request | RunPlan | str
 Requests = Sequence[Request] | Sequence[RunPlan] | list[str] | list[Request | RunPlan | str]
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
+OnEstimate = Callable[[Tensor], None]  # estimate of the final latents
 
 
 def load(
@@ -154,6 +155,7 @@ class Pipeline:
         *,
         on_step: OnStep | None = ...,
         on_image: OnImage | None = ...,
+        on_estimate: OnEstimate | None = ...,
     ) -> Result: ...
     @overload
     def generate(
@@ -163,6 +165,7 @@ class Pipeline:
         *,
         on_step: OnStep | None = ...,
         on_image: OnImage | None = ...,
+        on_estimate: OnEstimate | None = ...,
     ) -> list[Result]: ...
 
     def generate(
@@ -172,6 +175,7 @@ class Pipeline:
         *,
         on_step: OnStep | None = None,
         on_image: OnImage | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Result | list[Result]:
         """Generate the pictures of a request, or of several.
 
@@ -182,6 +186,8 @@ class Pipeline:
             latents: Unit-variance starting noise of shape (pictures, C, h, w), instead of drawn noise.
             on_step: Called after each step with (steps done, steps in all). What it raises ends the run.
             on_image: Called with (index, picture) when a picture is finished. What it raises ends the run.
+            on_estimate: Called after each step with its estimate of the final latents of the batch, (B, C, h, w), for
+                a preview; with hires those of the second pass are larger. What it raises ends the run.
 
         Returns:
             A Result, or one for each request of a list.
@@ -191,9 +197,9 @@ class Pipeline:
             BudgetError: If one picture at a time takes more memory than the pipeline was loaded for.
         """
         if isinstance(request, Request | RunPlan | str):
-            return self.generate([request], latents, on_step=on_step, on_image=on_image)[0]
+            return self.generate([request], latents, on_step=on_step, on_image=on_image, on_estimate=on_estimate)[0]
         with self._executor.exclusive():
-            return self._generate([self.plan(each) for each in request], latents, on_step, on_image)
+            return self._generate([self.plan(each) for each in request], latents, on_step, on_image, on_estimate)
 
     def stream(self, request: OneRequest, latents: Tensor | None = None) -> Iterator[Step]:
         """Generate a request step by step, all its pictures in one batch.
@@ -227,7 +233,12 @@ class Pipeline:
     # ---- a run -------------------------------------------------------------------------------------------------------
 
     def _generate(
-        self, plans: list[RunPlan], latents: Tensor | None, on_step: OnStep | None, on_image: OnImage | None
+        self,
+        plans: list[RunPlan],
+        latents: Tensor | None,
+        on_step: OnStep | None,
+        on_image: OnImage | None,
+        on_estimate: OnEstimate | None,
     ) -> list[Result]:
         """Run the batches of these plans and split their pictures into results."""
         count = sum(plan.request.count for plan in plans)
@@ -245,7 +256,7 @@ class Pipeline:
         for group in groups:
             start = time.perf_counter()
             batch = Batch.of(group, None if latents is None else latents[len(images) : len(images) + len(group)])
-            x = self._solve(batch, report)
+            x = self._solve(batch, report, on_estimate)
             solved = time.perf_counter()
             for image in self._decode_batch(batch, x):
                 images.append(image)
@@ -258,11 +269,13 @@ class Pipeline:
             timings["decode"] += time.perf_counter() - solved
         return split_results(plans, images, finals, notices, flagged, timings)
 
-    def _solve(self, batch: Batch, report: Callable[[], None]) -> Tensor:
+    def _solve(self, batch: Batch, report: Callable[[], None], on_estimate: OnEstimate | None = None) -> Tensor:
         """Return the final latents of a batch; `report` is called after each step."""
         for step in self._steps(batch):
             last = step
             report()
+            if on_estimate:
+                on_estimate(step.denoised)
         return last.x / batch.plan.last_pass.final_scale(last.sigma)
 
     def _steps(self, batch: Batch) -> Iterator[Step]:

@@ -1,4 +1,4 @@
-"""Read Requests from the rows of a JSONL, CSV or Parquet file, one row at a time. Does not import torch."""
+"""Read Requests from the rows of a JSONL, CSV, Parquet or text file, one row at a time. Does not import torch."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def read(path: Path, defaults: Mapping[str, Any]) -> Iterator[ParsedRow]:
             does a row's variation.
 
     Yields:
-        The number, from 1, and the Request or an error message. The number is the line of a JSONL file, in which empty
-        lines are skipped, or the row of a CSV or Parquet file.
+        The number, from 1, and the Request or an error message. The number is the line of a JSONL or text file, in
+        which empty lines are skipped, or the row of a CSV or Parquet file.
 
     Raises:
         RequestError: If the file cannot be read.
@@ -108,7 +108,7 @@ def assignments(option: str, texts: Iterable[str]) -> Fields:
 
 def _rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file in any of the formats."""
-    readers = {".jsonl": jsonl, ".ndjson": jsonl, ".csv": _csv, ".parquet": _parquet}
+    readers = {".jsonl": jsonl, ".ndjson": jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _text}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise RequestError(f"{str(path)!r} has an unknown format; its name must end in {', '.join(readers)}")
@@ -126,6 +126,26 @@ def _drop_nulls(fields: Fields) -> Fields:
 
 def jsonl(path: Path, expected: str = EXPECTED_LINE) -> Iterator[Row]:
     """Yield (line number, object) for each line of a JSONL file, or (line number, error) for an invalid one."""
+    for number, line, error in _lines(path, expected):
+        if error:
+            yield number, error
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as wrong:
+            yield number, f"the row is not JSON ({getattr(wrong, 'msg', 'nested too deeply')}); {expected}"
+        else:
+            yield number, fields if isinstance(fields, dict) else f"the row is not an object; {expected}"
+
+
+def _text(path: Path) -> Iterator[Row]:
+    """Yield the prompts of a text file, one on each line."""
+    for number, line, error in _lines(path, "it must be a prompt on one line"):
+        yield number, error or {"prompt": line}
+
+
+def _lines(path: Path, expected: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, text without space around it, error) for each line that is not empty."""
     with io.BufferedReader(open_regular(path)) as file:
         for number in count(1):
             line = file.readline(MAX_LINE)
@@ -137,18 +157,15 @@ def jsonl(path: Path, expected: str = EXPECTED_LINE) -> Iterator[Row]:
                     line = file.readline(MAX_LINE)
                     if file.tell() - start > MAX_SKIPPED:
                         raise RequestError(f"{str(path)!r} has a row of more than {MAX_SKIPPED:,} bytes; {expected}")
-                yield number, f"the row is longer than {MAX_LINE:,} bytes; {expected}"
-                continue
-            if not line.strip():
+                yield number, "", f"the row is longer than {MAX_LINE:,} bytes; {expected}"
                 continue
             try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError:
-                yield number, f"the row is not UTF-8; {expected}"
-            except (ValueError, RecursionError) as error:
-                yield number, f"the row is not JSON ({getattr(error, 'msg', 'nested too deeply')}); {expected}"
+                yield number, "", f"the row is not UTF-8; {expected}"
             else:
-                yield number, fields if isinstance(fields, dict) else f"the row is not an object; {expected}"
+                if text:
+                    yield number, text, ""
 
 
 def _csv(path: Path) -> Iterator[Row]:

@@ -26,6 +26,7 @@ from mezzotint.bulk import local as bulk
 from mezzotint.bulk.folder import Failures
 from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.images.io import read_metadata
+from mezzotint.memory import system
 from mezzotint.pipeline import Pipeline
 from mezzotint.placement import Placement
 from mezzotint.request import Request
@@ -350,14 +351,26 @@ def test_output_of_the_command(command: Any, tmp_path: Path, monkeypatch: pytest
     assert record == {"folder": "out", "drawn": 7, "found": 0, "failed_rows": 0, "rows": 7, "threads": 1}
     assert command("p.jsonl", "--out", "out")[:2] == (
         0,
-        "Wrote 0 pictures into out; 7 were there already (0 pictures a minute)\n",
+        "Wrote 0 pictures into out; 7 were there already (0 pictures a minute, 1 thread)\n",
     )
     write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"prompt": "refused"}])
     monkeypatch.setattr(sys.modules["mezzotint.cli.bulk"], "EVERY", 0.0)
     code, out, err = command("q.jsonl", "--out", "other", "--set", "count=2")
     assert code == 1 and out.startswith("Wrote 2 pictures into other (")
-    assert "2 of 4 pictures, " in err and "pictures a minute, 0 min left" in err
+    assert "2 of 4 pictures, " in err and "pictures a minute, 0 min left, 1 thread" in err
     assert err.endswith("1 of 2 rows failed; the reasons are in other/failures.jsonl\n")
+
+
+def test_threads_are_those_that_torch_would_take_within_the_quota(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "p.jsonl", [{"prompt": "a lemon"}])
+    for torch_threads, cpus, threads in ((1, 64, 1), (3, 2, 2)):
+        torch.set_num_threads(torch_threads)  # what OMP_NUM_THREADS does
+        monkeypatch.setattr(system, "usable_cpus", lambda cpus=cpus: cpus)
+        out = command("p.jsonl", "--out", f"out{threads}", "--json")[1]
+        assert json.loads(out)["threads"] == torch.get_num_threads() == threads
+    assert ", 2 threads)" in command("p.jsonl", "--out", "out2")[1]  # those of the beginning
 
 
 @pytest.mark.parametrize(

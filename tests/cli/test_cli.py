@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import mezzotint
 from mezzotint import cli
 from mezzotint.cli import terminal
 from mezzotint.images.io import read_metadata
+from mezzotint.memory import system
 from mezzotint.records.record import describe
 from mezzotint.request import Request
 from mezzotint.result import Result
@@ -29,6 +32,7 @@ COMMANDS = [
     "generate",
     "plan",
     "again",
+    "info",
     "explain",
     "tokens",
     "inspect",
@@ -267,7 +271,7 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
     ("arguments", "sentence"),
     [
         ("x --size 100x128", "width is 100; it must be a multiple of 8"),
-        ("x --size 128", "size is '128'; it must be WxH"),
+        ("x --size 128x", "size is '128x'; it must be WxH"),
         ("x --size 128x128x128", "size is "),
         ("x --steps 0", "steps is 0; it must be a whole number from 1 to 1000"),
         ("x --steps 10000", "steps is 10000; it must be a whole number from 1 to 1000"),
@@ -285,7 +289,7 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --sigmas high", "sigmas is 'high'; it must be falling noise levels separated by commas"),
         ("x --timesteps 9,nan", "timesteps is (9.0, nan); it must be "),
         ("x --sigmas 2,1,0 --steps 3", "steps is 3 and sigmas has 2 steps"),
-        ("x --seed -1", "seed is -1; "),
+        ("x --seed -2", "seed is -2; "),
         ("x --seed 18446744073709551615 --count 2", "at most 2**64 - 1"),
         ("x --count 0", "count is 0; "),
         ("x --guidance-interval 5:1", "guidance_interval is (5.0, 1.0); "),
@@ -300,10 +304,26 @@ def test_json(run: Run, pipe: FakePipeline) -> None:
         ("x --image a.png --only-masked some", "Invalid value for '--only-masked'"),
         ("x --hires 1", "hires is 1.0; it must be a number above 1"),
         ("x --seamless z", "seamless is 'z'; it must be x, y or xy"),
-        ("x --seed-size 64", "seed_size is '64'; it must be WxH"),
+        ("x --seed-size 64x", "seed_size is '64x'; it must be WxH"),
         ("x --out file/x.png", "'file/x.png', which cannot be written (Not a directory)"),
         ("x --out missing/x.png", "'missing/x.png', which cannot be written (No such file or directory)"),
-        ("x --out missing/", "it must be a file name ending in .png, .jpg, .jpeg, .webp, or a folder that exists"),
+        ("x --out missing", "it must be a file name ending in .png, .jpg, .jpeg, .webp, or a folder: one that exists"),
+        ("x --out file/", "cannot be written (Not a directory)"),
+        ("x --out {date}/{seed}.gif", "it must be a file name ending in .png"),
+        ("x --out {sed}.png", "out has no field {sed}; the fields are {date}, {time}, {prompt}, {model}, "),
+        ("x --out {seed.__class__}.png", "out has no field {seed.__class__}; "),
+        ("x --out {}.png", "out has no field {}; "),
+        ("x --out {seed!r}.png", "after {seed: only a length may follow, such as {prompt:40}"),
+        ("x --out {prompt:>9}.png", "after {prompt: only a length may follow"),
+        ("x --out {prompt:0}.png", "after {prompt: only a length may follow"),
+        ("x --out {prompt:{seed}}.png", "after {prompt: only a length may follow"),
+        ("x --out {seed.png", "which cannot be read (expected '}' before end of string)"),
+        ("x --out seed}.png", "a brace that is part of the name is written {{ or }}"),
+        ("x --out {date}/../../{seed}.png", "which is outside of '.'; it must stay in it"),
+        ("x --preview p.gif", "preview is 'p.gif'; it must be a file name ending in .png"),
+        ("x --preview {seed}.png", "preview is '{seed}.png'; it must be the name of a file"),
+        ("x --preview missing/p.png", "preview is 'missing/p.png', which cannot be written"),
+        ("x --width 512", "No such option: --width. Did you mean --size WxH?"),
         ("x --out x.gif", "out is 'x.gif'; it must be a file name ending in .png, .jpg"),
         (f"x --out {'x' * 300}.png", "File name too long"),
         (f"x --out {'x' * 250}.png --count 2", "File name too long"),
@@ -524,17 +544,22 @@ def test_tokens_refuses_with_a_sentence(run: Run, arguments: list[str], sentence
     assert (ran.code, ran.out) == (2, "") and sentence in ran.err and ran.err.count("\n") == 1
 
 
-def test_samplers_come_from_the_table(run: Run) -> None:
+def test_samplers_come_from_the_table_and_fit_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from mezzotint.samplers.names import FEW_STEPS, SPACINGS, TABLE
 
-    lines = run("samplers").out.splitlines()
-    for row, line in zip(TABLE, lines[1 : len(TABLE) + 1], strict=True):
-        noise = "yes" if row.stochastic else "no"
-        assert line.split()[:4] == [row.name, str(row.order), str(row.calls), noise]
-        assert all(f"  {cell}" in line for cell in (row.good_for, row.diffusers, row.a1111, row.comfyui) if cell)
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("samplers").out
+    assert max(map(len, out.splitlines())) <= 80
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?! )", out)]
+    for row, entry in zip(TABLE, entries, strict=False):
+        noise = ", noise" if row.stochastic else ""
+        calls = "1 call" if row.calls == 1 else f"{row.calls} calls"
+        theirs = {"diffusers": row.diffusers, "A1111": row.a1111, "ComfyUI": row.comfyui}
+        names = "; ".join(f"{program} {name}" for program, name in theirs.items() if name)
+        assert entry == f"{row.name} (order {row.order}, {calls}{noise}): {row.good_for} {names}".strip()
     for name, (base, _, steps, scale) in FEW_STEPS.items():
-        assert f"  {name}: {base}, {steps} steps, guidance {scale:g}" in lines
-    assert f"spacings: {', '.join(SPACINGS)}" in lines
+        assert f"\n  {name}: {base}, {steps} steps, guidance {scale:g}\n" in out
+    assert f"spacings: {', '.join(SPACINGS)} An" in " ".join(out.split())
     record = json.loads(run("samplers", "--json").out)
     assert record["samplers"] == [row._asdict() for row in TABLE]
     assert set(record["few_steps"]) == set(FEW_STEPS)
@@ -572,6 +597,13 @@ def test_env(run: Run) -> None:
     assert f"torch: {facts['torch']}" in lines
     assert facts["attention"]["sliced"] == "available"
     assert f"attention xformers: {facts['attention']['xformers']}" in lines
+
+
+def test_commands_take_no_more_threads_than_cpus(run: Run, pipe: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(3)
+    monkeypatch.setattr(system, "usable_cpus", lambda: 2)
+    assert run("generate", "a lemon").code == 0 and torch.get_num_threads() == 2
+    assert json.loads(run("env", "--json").out)["cpu"].endswith(", 2 threads")
 
 
 def test_version(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,37 @@ def test_the_tightest_cgroup_counts(tmp_path: Path) -> None:
         (tmp_path / folder / "memory.stat").write_text("inactive_file 100\nactive_file 20\nanon 3\n")
     assert sorted(system._cgroups(tmp_path, own)) == [1000 - 600 + 120, 5000 - 1000 + 120]
     assert system._cgroups(tmp_path, tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "250000 100000"}, 2),  # a third thread would stand still half of the time
+        ({"a/cpu.max": "max 100000", "cpu.max": "300000 100000", "a/b/cpu.max": "1600000 100000"}, 3),
+        ({"a/b/cpu.max": "50000 100000"}, 1),
+        ({"a/b/cpu.max": "nonsense"}, 8),
+        ({"cpu/z/cpu.cfs_quota_us": "-1", "cpu/z/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/z/cpu.cfs_quota_us": "400000", "cpu/z/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "500000", "cpu/cpu.cfs_period_us": "100000"}, 5),
+        ({"memory/c/cpu.max": "100000 100000"}, 8),
+    ],
+    ids=str,
+)
+def test_threads_follow_the_quota_of_cpus(
+    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 2 and version 1, of this process and of the groups above it; the affinity mask is of 8 CPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    (own := tmp_path / "own").write_text("0::/a/b\n5:cpu,cpuacct:/z\n4:memory:/c\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert system.usable_cpus(tmp_path, own) == cpus
+    assert system.usable_cpus(tmp_path, tmp_path / "none") == 8
+    monkeypatch.setattr(system, "usable_cpus", lambda: cpus)
+    assert [system.default_threads(n) for n in (1, 4, 64)] == [1, min(4, cpus), cpus]
 
 
 def test_a_cgroup_without_room_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -454,6 +454,16 @@ def test_the_command(run: Run, sd1: mezzotint.Pipeline, monkeypatch: pytest.Monk
     assert {curve["name"] for curve in record["curves"]} == {"euler", "ddpm"}
 
 
+def test_without_out_the_folder_is_named_report_and_names_are_those_of_the_table(
+    run: Run, sd1: mezzotint.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mezzotint, "load", lambda *_, **__: sd1, raising=False)
+    options = "--prompts prompts.txt --samplers EULER,Dpmpp-2M/KARRAS,euler --steps 1 --seeds 2 --reference-steps 2"
+    code, out, _ = run(f"{options} --json")
+    assert code == 0 and Path("report/report.html").is_file()
+    assert json.loads(out)["settings"]["samplers"] == ["euler", "dpmpp_2m/karras"]
+
+
 def test_ctrl_c(run: Run, sd1: mezzotint.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -131,7 +131,7 @@ def prepare(
     device: str | None = None,
     dtype: str | None = None,
     threads: int | None = None,
-    cores: int = 1,
+    default_threads: Callable[[], int] = lambda: 1,
     memory: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[BulkPlan]:
@@ -144,8 +144,9 @@ def prepare(
         model: What `mezzotint.load` takes.
         device: The device of each worker.
         dtype: The dtype of each worker.
-        threads: CPU threads of each worker; None means those of the run to resume, or `cores` for a new one.
-        cores: The default for `threads`.
+        threads: CPU threads of each worker; None means those of the run to resume, or for a new one
+            `default_threads()`.
+        default_threads: Called only if needed, since it may import torch.
         memory: The memory budget of a worker, such as "4GiB".
         options: More arguments of `mezzotint.load`, which overrule the model's files.
 
@@ -169,7 +170,7 @@ def prepare(
         recorded = read_record(folder)
         if recorded is None and next(folder.glob("[0-9]*-[0-9]*.png"), None):
             raise RequestError(f"{str(folder)!r} contains pictures but no {RECORD}; choose an empty folder")
-        threads = threads or (recorded or {}).get("threads", cores)
+        threads = threads or (recorded or {}).get("threads") or default_threads()
         absolute = file.absolute(), folder.absolute()
         yield BulkPlan(
             *absolute, dict(fields), model, device, dtype, threads, digest, count, pictures, memory, options or {}

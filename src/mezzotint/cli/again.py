@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli.draw import SUFFIXES, check_out, generate, save_one, wrote
+from mezzotint.cli.draw import generate, wrote
 from mezzotint.cli.fields import fields_of, lora_of, read_prompt
+from mezzotint.cli.naming import SUFFIXES, check_out, names_several, save_one
 from mezzotint.cli.options import (
     FROM_PICTURE,
     OUTPUT,
@@ -25,7 +26,7 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import load, long_work, print_json, say, show
+from mezzotint.cli.terminal import StoppedError, load, long_work, print_json, say, show
 from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.placement import Placement
 
@@ -65,7 +66,13 @@ def again(
     dtype: Dtype = None,
     out: Annotated[
         str | None,
-        option("As for generate.", "FILE|FOLDER", OUTPUT, default="mezzotint-SEED.png in the current folder"),
+        option(
+            "As for generate.",
+            "FILE|FOLDER|PATTERN",
+            OUTPUT,
+            default="mezzotint-SEED.png in the current folder",
+            name="--out -o",
+        ),
     ] = None,
     yes: Annotated[
         bool, option("Draw pictures of any size and number that a file asks for.", None, OUTPUT, name="--yes")
@@ -88,8 +95,8 @@ def again(
         raise RequestError(
             f"{given} is given together with --verify, which changes nothing and writes nothing; leave it out"
         )
-    if len(files) > 1 and out is not None and not Path(out).is_dir():
-        raise RequestError(f"out is {out!r} and there are {len(files)} files; it must be a folder that exists")
+    if len(files) > 1 and not names_several(out):
+        raise RequestError(f"out is {out!r} and there are {len(files)} files; it must be a folder, or a pattern")
 
     places = {"image": image, "mask": mask}
     pipelines = PipelineCache(model, device, dtype)
@@ -124,8 +131,9 @@ def again(
             else:
                 named = _named(source, changes)
                 written = [save_one(made, out, named, k) for k, made in enumerate(images)]
-                code, sentences = 0, [wrote(written), *notes]
-        except typer.Exit:  # Ctrl-C
+                seed = [f"seed {changes['seed']}"] if options.get("seed") == -1 else []
+                code, sentences = 0, [wrote(written), *seed, *notes]
+        except StoppedError:  # Ctrl-C
             raise
         except Exception as error:
             if os.environ.get("MEZZOTINT_DEBUG"):

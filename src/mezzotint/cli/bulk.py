@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli import INTERRUPTED
 from mezzotint.cli.options import (
     OUTPUT,
     Device,
@@ -26,7 +24,7 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import check_memory, print_json, say, show, stoppable
+from mezzotint.cli.terminal import StoppedError, check_memory, default_threads, print_json, say, show, stoppable
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
@@ -39,8 +37,16 @@ Progress = Callable[[int, int], None]  # pictures done; of them drawn now
 
 @add_options_of(model_options)
 def bulk(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .csv or .parquet file; each row is a Request.")],
-    out: Annotated[Path, option("Folder for the pictures; those already in it are not drawn again.", "FOLDER", OUTPUT)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help=".jsonl, .csv or .parquet file of Requests, or .txt file with one prompt per line."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        option("Folder for the pictures; those already in it are not drawn again.", "FOLDER", OUTPUT, name="--out -o"),
+    ],
     fields: Annotated[
         list[str] | None,
         option("Value for rows without this field, such as steps=20. May be repeated.", "FIELD=VALUE", name="--set"),
@@ -50,7 +56,11 @@ def bulk(
     ] = "local",
     threads: Annotated[
         int | None,
-        option("CPU threads of each worker.", "N", default="those that FOLDER was started with, or all; 1 with ray"),
+        option(
+            "CPU threads of each worker.",
+            "N",
+            default="those that FOLDER was started with, or OMP_NUM_THREADS, or all CPUs it may use; 1 with ray",
+        ),
     ] = None,
     memory: Memory = None,
     model: Model = None,
@@ -70,7 +80,7 @@ def bulk(
         raise RequestError(f"engine is {engine[:60]!r}; it must be local or ray")
     if engine == "ray":
         ray.check()
-    cores = 1 if engine == "ray" else _cores()
+    kept = f"pictures are in {out}, and the same command continues from there"
     start = time.perf_counter()
     drawn = found = 0
     given = rows.assignments("set", fields or ())
@@ -83,13 +93,13 @@ def bulk(
             device=device,
             dtype=dtype,
             threads=threads,
-            cores=cores,
+            default_threads=(lambda: 1) if engine == "ray" else default_threads,
             memory=memory,
             options=model_given,
         ) as plan:
             outcomes = ray.run(plan) if engine == "ray" else _local(plan)
             failures = folder.Failures(out)
-            with _progress(plan.pictures) as progress:
+            with _progress(plan.pictures, plan.threads) as progress:
                 for outcome in outcomes:
                     drawn += outcome.drawn
                     found += outcome.existing
@@ -97,18 +107,16 @@ def bulk(
                     progress(drawn + found, drawn)
             failures.write()
     except KeyboardInterrupt:
-        say(f"Stopped; finished pictures are in {out}, and the same command continues from there")
-        raise typer.Exit(INTERRUPTED) from None
+        raise StoppedError(f"Stopped; finished {kept}") from None
     except WriteError as error:
-        say(f"Error: {error}. Finished pictures are in {out}, and the same command continues from there")
-        raise typer.Exit(1) from None
+        raise WriteError(f"{error}. Finished {kept}") from None
     seconds = time.perf_counter() - start
     if as_json:
         record = {"folder": str(out), "drawn": drawn, "found": found, "failed_rows": failures.rows}
         print_json(record | {"rows": plan.rows, "threads": plan.threads, "seconds": round(seconds, 3)})
     else:
         before = f"; {found:,} were there already" if found else ""
-        show(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)})")
+        show(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)}, {_threads(plan.threads)})")
     if failures.rows:
         say(f"{failures.rows:,} of {plan.rows:,} rows failed; the reasons are in {out / folder.FAILURES}")
         raise typer.Exit(1)
@@ -138,9 +146,9 @@ def _local(plan: BulkPlan) -> Iterator[Outcome]:
         yield from work.run(plan, worker, on_step)
 
 
-def _cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(number: int) -> str:
+    """Return a number of threads in words."""
+    return "1 thread" if number == 1 else f"{number} threads"
 
 
 def _rate(drawn: int, seconds: float) -> str:
@@ -156,8 +164,8 @@ def _left(pictures: int, drawn: int, seconds: float) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Progress]:
-    """Show a bar with pictures per minute and time left, or a line per minute where there is no terminal."""
+def _progress(total: int, threads: int) -> Iterator[Progress]:
+    """Show a bar with pictures per minute, time left and threads, or a line per minute where there is no terminal."""
     start = time.perf_counter()
     if not sys.stderr.isatty():
         printed = start
@@ -168,7 +176,7 @@ def _progress(total: int) -> Iterator[Progress]:
             if now - printed >= EVERY:
                 printed, passed = now, now - start
                 left = _left(total - done, drawn, passed)
-                say(f"{done:,} of {total:,} pictures, {_rate(drawn, passed)}, {left} left")
+                say(f"{done:,} of {total:,} pictures, {_rate(drawn, passed)}, {left} left, {_threads(threads)}")
 
         yield line
         return
@@ -182,6 +190,6 @@ def _progress(total: int) -> Iterator[Progress]:
         def move(done: int, drawn: int) -> None:
             passed = time.perf_counter() - start
             left = _left(total - done, drawn, passed)
-            bar.update(task, completed=done, description=f"{_rate(drawn, passed)}, {left} left")
+            bar.update(task, completed=done, description=f"{_rate(drawn, passed)}, {left} left, {_threads(threads)}")
 
         yield move

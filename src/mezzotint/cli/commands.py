@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -19,14 +21,15 @@ from mezzotint.cli.bulk import bulk
 from mezzotint.cli.draw import generate
 from mezzotint.cli.explain import explain
 from mezzotint.cli.grid import grid
+from mezzotint.cli.info import info
 from mezzotint.cli.measure import report
-from mezzotint.cli.options import Command
+from mezzotint.cli.options import HINTS, Command, Group
 from mezzotint.cli.plan import plan
 from mezzotint.cli.show import env, inspect, models, samplers
-from mezzotint.cli.terminal import discard_unwritten, say, show
+from mezzotint.cli.terminal import StoppedError, discard_unwritten, print_json, say, show
 from mezzotint.cli.train import train
 from mezzotint.cli.words import tokens
-from mezzotint.errors import MezzotintError, TrainingError, WriteError
+from mezzotint.errors import MezzotintError, TrainingError, WriteError, printable
 from mezzotint.files import DISK_ERRORS
 
 # click's class, of which newer versions of typer have a copy of their own
@@ -38,7 +41,7 @@ app = typer.Typer(
     epilog='\b\nExample: mezzotint generate "a lemon on a blue background"',
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    add_completion=False,
+    cls=Group,
     rich_markup_mode=None,  # importing rich would double the time that --help takes
     pretty_exceptions_enable=False,
 )
@@ -47,16 +50,17 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
     plan: "plan --model MODEL --size 1024x1024 --count 4 --memory 6GiB",
     again: "again lemon.png --verify",
+    info: "info lemon.png",
     explain: 'explain "a lemon left of a whale" --seed 7 --out page.png',
     tokens: 'tokens "a (lemon:1.3) left of a whale"',
     inspect: "inspect model.safetensors",
     samplers: "samplers",
     models: "models",
     env: "env",
-    bulk: "bulk prompts.jsonl --out pictures",
+    bulk: "bulk prompts.txt --out pictures",
     grid: 'grid "a lemon" --x steps=10,20,30 --y sampler=euler,dpmpp_2m --out grid.png',
     train: "train lora pictures --out hats --set rank=16",
-    report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm --out report",
+    report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm",
 }
 for command, example in EXAMPLES.items():
     app.command(cls=Command, epilog=f"\b\nExample: mezzotint {example}")(command)
@@ -70,36 +74,58 @@ def run() -> int:
     try:
         return app(standalone_mode=False) or 0
     except ClickException as error:
-        _say_usage(error)
-        return int(error.exit_code)  # type: ignore[attr-defined]
-    except typer.Abort:  # what older versions of typer make of Ctrl-C
-        return INTERRUPTED
+        return _fail_usage(error)
+    except (KeyboardInterrupt, typer.Abort):  # Abort is what older versions of typer make of Ctrl-C
+        return _fail("Interrupted", "Stopped", INTERRUPTED, text="")
+    except StoppedError as stop:
+        return _fail("Interrupted", str(stop), INTERRUPTED, text=str(stop))
     except MezzotintError as error:
         if os.environ.get("MEZZOTINT_DEBUG"):
             raise
-        say(f"Error: {error}")
-        return 1 if isinstance(error, WriteError | TrainingError) else 2
+        return _fail(type(error).__name__, str(error), 1 if isinstance(error, WriteError | TrainingError) else 2)
     except Exception as error:
         if os.environ.get("MEZZOTINT_DEBUG"):
             raise
         if isinstance(error, OSError) and error.errno in (*DISK_ERRORS, errno.EBADF):  # --help is printed by typer
             discard_unwritten()
-            say(f"Error: the output cannot be written ({error.strerror})")
-            return 1
+            return _fail("WriteError", f"the output cannot be written ({error.strerror})", 1)
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        say(f"Error: this is a bug in mezzotint ({what}). Set MEZZOTINT_DEBUG=1 to see the traceback.")
-        return 1
+        return _fail(
+            "InternalError", f"this is a bug in mezzotint ({what}). Set MEZZOTINT_DEBUG=1 to see the traceback.", 1
+        )
 
 
-def _say_usage(error: Any) -> None:
-    """Print what is wrong with the command line, or the help where it is empty."""
+def _fail(kind: str, message: str, code: int, text: str | None = None) -> int:
+    """Report a failure: with --json as an object on standard output, otherwise as a sentence on standard error.
+
+    Args:
+        kind: The type of error.
+        message: What is wrong.
+        code: The exit code.
+        text: The text on standard error, if it is not "Error: message".
+
+    Returns:
+        The exit code.
+    """
+    if "--json" in itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]):
+        with suppress(WriteError, typer.Exit):
+            print_json({"error": {"type": kind, "message": printable(message), "code": code}})
+            return code
+    if text != "":
+        say(*(text or f"Error: {message}").split("\n"))
+    return code
+
+
+def _fail_usage(error: Any) -> int:
+    """Report what is wrong with the command line, or print the help where it is empty."""
     message = error.format_message()
-    if not sys.argv[1:]:
-        say(*message.split("\n"))
-        return
+    if hint := HINTS.get(getattr(error, "option_name", "")):
+        message = f"No such option: {error.option_name}. Did you mean {hint}?"
+    usage = ""
     if context := getattr(error, "ctx", None):
-        say(*context.get_usage().split("\n"), f"Try '{context.command_path} --help' for help.", "")
-    say(f"Error: {message}")
+        usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n"
+    text = f"{usage}Error: {message}" if sys.argv[1:] else message
+    return _fail("UsageError", message, int(error.exit_code), text=text)
 
 
 def _version(asked: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from itertools import count as counting
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mezzotint.cli.fields import fields_of, read_prompt
+from mezzotint.cli.naming import FIELDS, SUFFIXES, check_out, names_several, save_one
 from mezzotint.cli.options import (
     FROM_PICTURE,
     GUIDANCE,
@@ -45,15 +43,13 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
+from mezzotint.cli.preview import Preview, open_picture
 from mezzotint.cli.terminal import check_memory, fitted, load, long_work, print_json, say, show
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mezzotint.request import Request
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # images.io.FORMATS, whose import would bring torch
 FLAGGED = {  # by Request.safety
     "flag": "flagged by the safety checker",
     "blur": "flagged by the safety checker, and blurred",
@@ -179,6 +175,7 @@ def generate(
             "X",
             FROM_PICTURE,
             default="0.8, SDXL 0.3, with a mask 1",
+            name="--strength",
         ),
     ] = None,
     fix_steps: Annotated[
@@ -251,13 +248,22 @@ def generate(
     out: Annotated[
         str | None,
         option(
-            "FILE.png, .jpg or .webp is replaced; several pictures are numbered FILE-0001.png and on. In a FOLDER they "
-            "are named mezzotint-SEED.png, and no file is replaced.",
-            "FILE|FOLDER",
+            "FILE.png, .jpg or .webp is replaced; several pictures are numbered FILE-0001.png and on. In a FOLDER/ "
+            "they are named mezzotint-SEED.png. A PATTERN such as {date}/{seed}-{prompt:40}.png names each picture; "
+            f"its fields are {', '.join(FIELDS)}. In these two no file is replaced.",
+            "FILE|FOLDER|PATTERN",
             OUTPUT,
             default="the current folder",
+            name="--out -o",
         ),
     ] = None,
+    preview: Annotated[
+        str | None,
+        option("File for a preview of the picture, replaced after each step while it is drawn.", "FILE", OUTPUT),
+    ] = None,
+    open_it: Annotated[
+        bool, option("Open the first finished picture with the system's viewer.", None, OUTPUT, name="--open")
+    ] = False,
     as_json: Json = False,
     **overrides: Any,
 ) -> None:
@@ -275,6 +281,10 @@ def generate(
     check_memory(memory)
     request = Request(prompt=read_prompt(text), **fields_of(options))
     check_out(out, request, SUFFIXES)
+    if preview is not None:
+        if names_several(preview):
+            raise RequestError(f"preview is {preview!r}; it must be the name of a file, such as preview.png")
+        check_out(preview, request.replace(count=1), SUFFIXES, option="preview")
     for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
         if network.kind != "lora" or not request.lora_folder:
             why = "give --lora-folder to load it" if network.kind == "lora" else "only LoRAs can be loaded"
@@ -285,10 +295,16 @@ def generate(
     run = pipe.plan(fit.request if fit else request)
     request = run.request
     written: list[Path] = []
+    shown = Preview(pipe, Path(preview)) if preview is not None else None
+    estimates: dict[str, Any] = {"on_estimate": shown.show_latents} if shown else {}
+
+    def on_image(k: int, image: Image.Image) -> None:
+        written.append(save_one(image, out, request, k))
+        if shown:
+            shown.show(image)
+
     with long_work("drawing", lambda: wrote(written) if written else "no picture was finished") as on_step:
-        result = pipe.generate(
-            run, on_step=on_step, on_image=lambda k, image: written.append(save_one(image, out, request, k))
-        )
+        result = pipe.generate(run, on_step=on_step, on_image=on_image, **estimates)
     for notice in result.notices:
         if notice not in pipe.notices:  # which `load` has printed
             say(notice)
@@ -311,60 +327,8 @@ def generate(
         drawn = result.images[0]
         seeds = " to ".join(str(s) for s in sorted({result.seeds[0], result.seeds[-1]}))
         show(f"{wrote(written)} ({drawn.width}x{drawn.height}, {request.steps} steps, seed {seeds})")
-
-
-def _names(out: str | None, request: Request, k: int) -> Iterator[Path]:
-    """Yield the names that picture k may get, in order of preference."""
-    if out is None or os.path.isdir(out):
-        seed = "SEED" if request.seed is None else request.seed + k
-        folder = Path(out or "")
-        yield folder / f"mezzotint-{seed}.png"
-        yield from (folder / f"mezzotint-{seed}-{n}.png" for n in counting(2))
-    elif request.count > 1:
-        path = Path(out)
-        yield from (path.with_stem(f"{path.stem}-{n:04}") for n in counting(k + 1))
-    else:
-        yield Path(out)
-
-
-def _is_exact(out: str | None, request: Request) -> bool:
-    return out is not None and request.count == 1 and not os.path.isdir(out)
-
-
-def check_out(out: str | None, request: Request, suffixes: tuple[str, ...] = (".png",)) -> None:
-    """Check before any work that a picture can be written there.
-
-    Raises:
-        RequestError: If it cannot.
-    """
-    import tempfile
-
-    if out is not None and not os.path.isdir(out) and not out.lower().endswith(suffixes):
-        right = f"a file name ending in {', '.join(suffixes)}, or a folder that exists"
-        raise RequestError(f"out is {out!r}; it must be {right}")
-    path = next(_names(out, request, 0))
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-        with suppress(FileNotFoundError):
-            path.lstat()  # a name may be too long
-            if _is_exact(out, request) and not os.access(path, os.W_OK):
-                raise PermissionError(0, "the file is protected")
-    except OSError as error:
-        right = "it must be in a writable folder"
-        raise RequestError(f"out is {str(path)!r}, which cannot be written ({error.strerror}); {right}") from None
-
-
-def save_one(image: Image.Image, out: str | None, request: Request, k: int) -> Path:
-    """Save picture k under the first of its names that is free, and return the path."""
-    from mezzotint.images.io import save
-
-    exact = _is_exact(out, request)
-    for path in _names(out, request, k):
-        if exact or not path.exists():
-            with suppress(FileExistsError):  # another process took the name just now
-                save(image, path, overwrite=exact)
-                return path
-    raise AssertionError("unreachable: a name is overwritten, or names never end")
+    if open_it:
+        open_picture(written[0])
 
 
 def wrote(paths: list[Path]) -> str:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mezzotint.cli.draw import FLAGGED, check_out
+from mezzotint.cli.draw import FLAGGED
 from mezzotint.cli.fields import fields_of, read_prompt
+from mezzotint.cli.naming import check_out
 from mezzotint.cli.options import (
     OUTPUT,
     ClipSkip,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 @add_options_of(model_options)
 def explain(
     prompt: Prompt,
-    out: Annotated[str, option("File for the page; an existing one is replaced.", "FILE.png", OUTPUT)],
+    out: Annotated[str, option("File for the page; an existing one is replaced.", "FILE.png", OUTPUT, name="--out -o")],
     arrays: Annotated[
         Path | None, option("File for the attention maps themselves, for numpy.", "FILE.npz", OUTPUT)
     ] = None,

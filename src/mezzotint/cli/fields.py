@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -20,8 +21,7 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
     from mezzotint.request import Request
 
     get = options.get
-    width, height = pair("size", get("size"), "x", int, "WxH in pixels, such as 512x768") or (None, None)
-    shape = "WxH in pixels, such as 1024x1024"
+    width, height = _size("size", get("size")) or (None, None)
     fields = {name: value for name, value in options.items() if name in Request.model_fields and name != "prompt"} | {
         "negative_prompt": get("negative"),
         "prompt_syntax": get("syntax"),
@@ -41,11 +41,12 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
             "guidance_steps", get("guidance_steps"), ":", float, "START:STOP from 0 to 1, such as 0:0.6"
         ),
         # a Request has SDXL's order, (height, width); the command line that of --size
-        "original_size": _swapped(pair("original_size", get("original_size"), "x", int, shape)),
+        "original_size": _swapped(_size("original_size", get("original_size"))),
         "crop": _swapped(pair("crop", get("crop"), "x", int, "LEFTxTOP in pixels, such as 0x64")),
-        "target_size": _swapped(pair("target_size", get("target_size"), "x", int, shape)),
+        "target_size": _swapped(_size("target_size", get("target_size"))),
         "outpaint": _sides(get("outpaint")),
-        "seed_size": pair("seed_size", get("seed_size"), "x", int, "WxH in pixels, such as 512x512"),
+        "seed_size": _size("seed_size", get("seed_size")),
+        "seed": secrets.randbelow(2**32) if get("seed") == -1 else get("seed"),
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -92,6 +93,13 @@ def pair(
         return kind(first), kind(second)
     except ValueError:
         raise RequestError(f"{field} is {text[:60]!r}; it must be {right}") from None
+
+
+def _size(field: str, text: str | None) -> tuple[int, int] | None:
+    """Parse a size in pixels, "512x768" or "512" for a square."""
+    if text is not None and text.strip().isdecimal():
+        text = f"{text}x{text}"
+    return pair(field, text, "x", int, "WxH in pixels, such as 512x768, or one number for a square")
 
 
 def lora_of(text: str) -> tuple[str | float, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from mezzotint.cli.draw import check_out
 from mezzotint.cli.fields import read_prompt
+from mezzotint.cli.naming import check_out
 from mezzotint.cli.options import (
     OUTPUT,
     Device,
@@ -47,6 +47,7 @@ def grid(
             "FILE.png",
             OUTPUT,
             default="grid.png",
+            name="--out -o",
         ),
     ] = Path("grid.png"),
     as_json: Json = False,

@@ -24,7 +24,10 @@ from mezzotint.cli.terminal import load, long_work, print_json, say, show
 @add_options_of(model_options)
 def report(
     prompts: Annotated[Path, option("File with one prompt per line.", "FILE")],
-    out: Annotated[Path, option("Folder for the report; results in it are kept.", "FOLDER", OUTPUT)],
+    out: Annotated[
+        Path,
+        option("Folder for the report; results in it are kept.", "FOLDER", OUTPUT, default="report", name="--out -o"),
+    ] = Path("report"),
     samplers: Annotated[
         str,
         option(
@@ -44,7 +47,8 @@ def report(
         int, option("Steps of the converged reference pictures.", "N", SAMPLING, default="500")
     ] = 500,
     guidance: Annotated[
-        float | None, option("Guidance scale; 1 is no guidance.", "SCALE", GUIDANCE, default="the model's own")
+        float | None,
+        option("Guidance scale; 1 is no guidance.", "SCALE", GUIDANCE, default="the model's own", name="--guidance"),
     ] = None,
     model: Model = None,
     device: Device = None,

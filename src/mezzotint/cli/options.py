@@ -6,11 +6,12 @@ Help is printed without rich, whose import would double the time that --help tak
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container
+import re
+from collections.abc import Callable, Container, Iterable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from mezzotint.model_options import ModelOptions, parse_config
 
@@ -26,6 +27,30 @@ SAFETY = "Safety checker"
 OUTPUT = "Output"
 GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, SAFETY, OUTPUT, "Options")
 
+# names that other programs have for an option, which --help leaves out
+OTHER_NAMES = {
+    "--negative": ("--negative-prompt",),
+    "--steps": ("--num-inference-steps",),
+    "--guidance": ("--guidance-scale", "--cfg-scale", "--cfg"),
+    "--strength": ("--denoising-strength",),
+}
+_HIDDEN = re.compile(rf", ({'|'.join(name for names in OTHER_NAMES.values() for name in names)})(?![\w-])")
+HINTS = {"--width": "--size WxH", "--height": "--size WxH", "--scheduler": "--sampler and --spacing"}
+
+
+class Group(TyperGroup):
+    """The commands; the beginning of a name is answered with the whole name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command as typer does, or raise its error with a better suggestion."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            meant = [name for name in self.commands if name.startswith(args[0])]
+            if meant and hasattr(error, "message"):
+                error.message = f"No such command {args[0]!r}. Did you mean {' or '.join(map(repr, meant))}?"
+            raise
+
 
 class Command(TyperCommand):
     """A command whose --help lists the options in groups."""
@@ -40,7 +65,8 @@ class Command(TyperCommand):
             if parameter.param_type_name == "argument":
                 sections["Arguments"].append((parameter.metavar or record[0], record[1]))
             else:
-                sections[getattr(parameter, "rich_help_panel", None) or "Options"].append(record)
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections[panel].append((_HIDDEN.sub("", record[0]), record[1]))
         for title, records in sections.items():
             if records:
                 with formatter.section(title):
@@ -48,7 +74,13 @@ class Command(TyperCommand):
 
 
 def option(
-    help: str, metavar: str | None = None, group: str | None = None, *, default: str = "", name: str = ""
+    help: str,
+    metavar: str | None = None,
+    group: str | None = None,
+    *,
+    default: str = "",
+    name: str = "",
+    complete: Callable[[str], Iterable[str]] | None = None,
 ) -> Any:
     """Return a typer option.
 
@@ -57,11 +89,28 @@ def option(
         metavar: The form of its value, such as WxH; None for a switch.
         group: The heading that --help lists it under.
         default: What --help prints as the default, in words where it depends on the model.
-        name: The option's name where it is not that of the parameter.
+        name: The option's names, separated by spaces, where it has others than that of the parameter.
+        complete: Yields what the shell may complete a beginning to.
     """
     text = f"{help}  [default: {default}]" if default else help  # typer would put it into parentheses
-    names = (name,) if name else ()
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=group, show_default=False)
+    names = [other for one in name.split() for other in (one, *OTHER_NAMES.get(one, ()))]
+    return typer.Option(
+        *names, help=text, metavar=metavar, rich_help_panel=group, show_default=False, autocompletion=complete
+    )
+
+
+def complete_sampler(beginning: str) -> list[str]:
+    """Return the samplers' names that begin so, except those with spaces, which a shell would split."""
+    from mezzotint.samplers import NAMES
+
+    return [name for name in NAMES if name.startswith(beginning) and " " not in name]
+
+
+def complete_spacing(beginning: str) -> list[str]:
+    """Return the spacings' names that begin so."""
+    from mezzotint.samplers import SPACINGS
+
+    return [name for name in SPACINGS if name.startswith(beginning)]
 
 
 Model = Annotated[
@@ -82,31 +131,54 @@ Lora = Annotated[
     ),
 ]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")]
-Negative = Annotated[str | None, option("What to keep out of the picture.", "TEXT", PROMPT)]
+Negative = Annotated[str | None, option("What to keep out of the picture.", "TEXT", PROMPT, name="--negative")]
 Syntax = Annotated[
     str | None,
     option("How prompts are written: a1111, comfy, compel or plain.", "SYNTAX", PROMPT, default="a1111"),
 ]
 Size = Annotated[
     str | None,
-    option("Width and height in pixels, multiples of 8.", "WxH", SAMPLING, default="the model's native size"),
+    option(
+        "Width and height in pixels, multiples of 8; one number for a square.",
+        "WxH",
+        SAMPLING,
+        default="the model's native size",
+    ),
 ]
 Steps = Annotated[
-    int | None, option("Number of denoising steps, 1 to 1000.", "N", SAMPLING, default="the model's own, or 50")
+    int | None,
+    option("Number of denoising steps, 1 to 1000.", "N", SAMPLING, default="the model's own, or 50", name="--steps"),
 ]
 Sampler = Annotated[
     str | None,
-    option("Sampler; `mezzotint samplers` lists them.", "NAME", SAMPLING, default="the model's scheduler"),
+    option(
+        "Sampler; `mezzotint samplers` lists them.",
+        "NAME",
+        SAMPLING,
+        default="the model's scheduler",
+        complete=complete_sampler,
+    ),
 ]
 Spacing = Annotated[
     str | None,
-    option("How noise levels are spaced, such as karras.", "NAME", SAMPLING, default="the sampler's own"),
+    option(
+        "How noise levels are spaced, such as karras.",
+        "NAME",
+        SAMPLING,
+        default="the sampler's own",
+        complete=complete_spacing,
+    ),
 ]
 Seed = Annotated[
     int | None,
-    option("Seed of the first picture; each further one has the next seed.", "N", SAMPLING, default="random"),
+    option(
+        "Seed of the first picture; each further one has the next seed. -1 is a random one.",
+        "N",
+        SAMPLING,
+        default="random",
+    ),
 ]
-Count = Annotated[int | None, option("Number of pictures.", "N", SAMPLING, default="1")]
+Count = Annotated[int | None, option("Number of pictures.", "N", SAMPLING, default="1", name="--count -n")]
 Batch = Annotated[
     int | None, option("Number of pictures drawn at once.", "N", SAMPLING, default="1 on a CPU, 4 on a GPU")
 ]
@@ -120,6 +192,7 @@ Guidance = Annotated[
         "SCALE[,SCALE...]",
         GUIDANCE,
         default="the model's own, or 7.5, SDXL 5",
+        name="--guidance",
     ),
 ]
 Safety = Annotated[

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli.naming import SUFFIXES
 from mezzotint.cli.options import Json, add_options_of, model_options, option, take_model_options
-from mezzotint.cli.terminal import print_json, show
+from mezzotint.cli.terminal import default_threads, print_json, show
+from mezzotint.errors import CheckpointError
 
 
 @add_options_of(model_options)
@@ -28,7 +32,12 @@ def inspect(
     model_given = take_model_options(overrides)
     from mezzotint.weights.checkpoint import inspect_model
 
-    report = inspect_model(file, **({} if model else model_given))
+    try:
+        report = inspect_model(file, **({} if model else model_given))
+    except CheckpointError:
+        if file.is_file() and file.suffix.lower() in SUFFIXES:
+            raise CheckpointError(f"{file} is a picture, no model; see: mezzotint info {file}") from None
+        raise
     found, lines = report.to_dict(), report.lines()
     if model:
         from mezzotint.weights.checkpoint import scan_model
@@ -55,23 +64,28 @@ def samplers(as_json: Json = False) -> None:
             {"samplers": [row._asdict() for row in TABLE], "few_steps": few, "spacings": SPACINGS, "names": NAMES}
         )
         return
-    titles = ("sampler", "order", "calls", "noise", "good for", "diffusers", "A1111", "ComfyUI")
-    rows = [titles]
+    width = min(max(shutil.get_terminal_size().columns, 40), 100)
     for row in TABLE:
-        noise = "yes" if row.stochastic else "no"
-        rows.append(
-            (row.name, str(row.order), str(row.calls), noise, row.good_for, row.diffusers, row.a1111, row.comfyui)
+        facts = (
+            f"order {row.order}, {row.calls} call{'s' if row.calls > 1 else ''}{', noise' if row.stochastic else ''}"
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for cells in rows:
-        show("  ".join(map(str.ljust, cells, widths)).rstrip())
+        theirs = {"diffusers": row.diffusers, "A1111": row.a1111, "ComfyUI": row.comfyui}
+        names = "; ".join(f"{program} {name}" for program, name in theirs.items() if name)
+        show(*textwrap.wrap(f"{row.name} ({facts}): {row.good_for}", width, subsequent_indent="    "))
+        indent = " " * 4
+        show(*textwrap.wrap(names, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
     show("", "For models distilled to a few steps:")
     for name, made in few.items():
         show(f"  {name}: {made['sampler']}, {made['steps']} steps, guidance {made['guidance_scale']:g}")
-    show("", f"spacings: {', '.join(SPACINGS)}")
-    show(f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}.")
-    show("order: order of convergence; calls: network calls per step; noise: whether the steps add noise.")
-    show("The names under sampler and diffusers run as diffusers does with the model's scheduler_config.json.")
+    for text in (
+        f"spacings: {', '.join(SPACINGS)}",
+        f"An A1111 name may end in {', '.join(A1111_SCHEDULES)}; a ComfyUI name in {', '.join(COMFYUI_SCHEDULES)}.",
+        "order: order of convergence; calls: of the network in a step; noise: the steps add noise. Our names and those "
+        "of diffusers' classes run as diffusers does with the model's scheduler_config.json. Case, spaces, hyphens and "
+        "underscores do not matter; of several names the exact spelling is meant, otherwise ours before diffusers', "
+        "A1111's and ComfyUI's.",
+    ):
+        show("", *textwrap.wrap(text, width))
 
 
 def models(as_json: Json = False) -> None:
@@ -115,7 +129,7 @@ def env(as_json: Json = False) -> None:
     facts |= {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {default_threads()} threads",
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
     }
     backends = dict(available())

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from mezzotint.cli import INTERRUPTED
 from mezzotint.errors import WriteError, printable
 from mezzotint.placement import parse_size
 
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
     from mezzotint.memory.planner import MemoryPlan
     from mezzotint.pipeline import OnStep, Pipeline
     from mezzotint.request import Request
+
+
+class StoppedError(Exception):
+    """Ctrl-C ended the work; the message says what was kept. The exit code is 130."""
 
 
 def show(*lines: str) -> None:
@@ -81,6 +84,7 @@ def load(model: str | None, device: str | None, dtype: str | None, **options: An
 
     gc.disable()
     try:
+        limit_threads()
         pipe = mezzotint.load(model, device=device, dtype=dtype, **options)
     finally:
         gc.enable()
@@ -88,6 +92,24 @@ def load(model: str | None, device: str | None, dtype: str | None, **options: An
     for notice in pipe.notices:
         say(notice)
     return pipe
+
+
+def default_threads() -> int:
+    """Return the number of threads that a command runs with where none is given: torch's, within the CPU quota."""
+    import torch
+
+    from mezzotint.memory import system
+
+    return system.default_threads(torch.get_num_threads())
+
+
+def limit_threads() -> None:
+    """Set torch's number of threads to `default_threads`."""
+    import torch
+
+    threads = default_threads()
+    if threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def check_memory(memory: str | None) -> None:
@@ -122,8 +144,10 @@ def fitted(
 def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
     """Show a progress bar, and stop cleanly on Ctrl-C.
 
-    Yields a function (done, total) to call after each step. After Ctrl-C it ends the work; then what was `kept` is
-    printed, and the exit code is 130.
+    Yields a function (done, total) to call after each step.
+
+    Raises:
+        StoppedError: After Ctrl-C, at the end of the step; with what was `kept`.
     """
     with stoppable() as stopped, _progress(what) as progress:
 
@@ -135,8 +159,7 @@ def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
         try:
             yield on_step
         except KeyboardInterrupt:
-            say(f"Stopped; {kept()}")
-            raise typer.Exit(INTERRUPTED) from None
+            raise StoppedError(f"Stopped; {kept()}") from None
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli import INTERRUPTED
 from mezzotint.cli.options import (
     MEMORY,
     OUTPUT,
@@ -22,8 +21,8 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import check_memory, print_json, say, show, stoppable
-from mezzotint.errors import RequestError, TrainingError, WriteError
+from mezzotint.cli.terminal import StoppedError, check_memory, limit_threads, print_json, say, show, stoppable
+from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
     from mezzotint.train.finetune import Report
@@ -49,7 +48,12 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        option("Folder for checkpoints and results; a run that was started there is resumed.", "FOLDER", OUTPUT),
+        option(
+            "Folder for checkpoints and results; a run that was started there is resumed.",
+            "FOLDER",
+            OUTPUT,
+            name="--out -o",
+        ),
     ] = None,
     recipe: Annotated[Path | None, option("TOML file with the settings; options override it.", "FILE")] = (None),
     given: Annotated[
@@ -92,6 +96,7 @@ def train(
     check_memory(made.memory)
     from mezzotint.train.run import run
 
+    limit_threads()
     try:
         with stoppable() as stopped, _progress(made.steps) as progress:
 
@@ -102,11 +107,7 @@ def train(
 
             paths = run(made, out, device=device, say=lambda text: say(*text.split("\n")), on_step=on_step)
     except KeyboardInterrupt:
-        say(f"Stopped; the same command continues from the newest checkpoint in {out}")
-        raise typer.Exit(INTERRUPTED) from None
-    except (WriteError, TrainingError) as error:
-        say(f"Error: {error}")
-        raise typer.Exit(1) from None
+        raise StoppedError(f"Stopped; the same command continues from the newest checkpoint in {out}") from None
     if as_json:
         print_json({"folder": str(out), "files": [str(path) for path in paths], "steps": made.steps})
     elif paths:

@@ -1,4 +1,4 @@
-"""Free memory of the system, memory of this process, and how freed memory is returned. Does not import torch.
+"""Free memory and processors, memory of this process, and how freed memory is returned. Does not import torch.
 
 The numbers are Linux's (/proc, cgroups); on other systems `resident` and `available` return 0 and None.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 THRESHOLD = 2**17  # bytes from which glibc gives an allocation pages of its own; where it begins, and then climbs
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -68,28 +70,68 @@ def _free() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 
-def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+def usable_cpus(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Return how many CPUs this process may use, by its affinity mask and the quotas of its cgroups; at least 1."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min([cpus, *_cpu_quotas(root, own)]), 1)
+
+
+def default_threads(torch_threads: int) -> int:
+    """Return how many threads a command runs with by default.
+
+    Args:
+        torch_threads: What torch would take, `torch.get_num_threads()`; it follows OMP_NUM_THREADS and the affinity
+            mask, but no cgroup's quota. A thread without a CPU of its own makes all others wait for it.
+    """
+    return min(torch_threads, usable_cpus())
+
+
+def _cpu_quotas(root: Path, own: Path) -> list[int]:
+    """Return the quota of each cgroup of this process in whole CPUs."""
+    quotas = []
+    for version, folder in _cgroup_folders("cpu", root, own):
+        try:
+            if version == 2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if quota != "max" and int(quota) > 0:  # version 1 has -1 for no limit
+                quotas.append(int(quota) // int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return quotas
+
+
+def _cgroups(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
     """Return what is left of the limit of each cgroup of this process; files in the page cache do not count."""
     left = []
+    for version, folder in _cgroup_folders("memory", root, own):
+        limit, used = (
+            ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        try:
+            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        except (OSError, ValueError):
+            continue
+        if most != "max" and int(most) < 2**60:
+            left.append(int(most) - now + cached)
+    return left
+
+
+def _cgroup_folders(controller: str, root: Path, own: Path) -> Iterator[tuple[int, Path]]:
+    """Yield (version, folder) of each cgroup of this process with this controller, and of those above it."""
     try:
         rows = [row.split(":", 2) for row in own.read_text().splitlines()]
     except OSError:
-        return []
+        return
     for _, controllers, path in rows:
-        kind = "" if not controllers else "memory" if "memory" in controllers.split(",") else None
-        if kind is None:
+        if controllers and controller not in controllers.split(","):
             continue
-        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kind else ("memory.max", "memory.current")
-        folder = (root / kind / path.lstrip("/")).resolve()
+        top = root / controller if controllers else root
+        folder = (top / path.lstrip("/")).resolve()
         for place in (folder, *folder.parents):
             if not place.is_relative_to(root):
                 break
-            try:
-                most, now = (place / limit).read_text().strip(), int((place / used).read_text())
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-                cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-            except (OSError, ValueError):
-                continue
-            if most != "max" and int(most) < 2**60:
-                left.append(int(most) - now + cached)
-    return left
+            yield (1 if controllers else 2), place
