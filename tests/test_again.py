@@ -397,7 +397,7 @@ def test_wrong_options_get_a_sentence(run: Any, lemon: Path) -> None:
     for options, sentence in {
         "lemon.png --verify --steps 3": "steps is given together with --verify",
         "lemon.png --verify --out x.png": "out is given together with --verify",
-        "lemon.png lemon.png --out x.png": "it must be a folder that exists",
+        "lemon.png lemon.png --out x.png": "it must be a folder, or a pattern",
         "lemon.png --model tiny --steps 0": "steps is 0; it must be",
         "lemon.png --model tiny --out missing/x.png": "cannot be written",
     }.items():

@@ -16,7 +16,7 @@ from PIL import Image
 import mezzotint
 from mezzotint.cli import fields, options, preview
 from mezzotint.errors import WriteError
-from mezzotint.images.io import read_picture
+from mezzotint.images.io import read_metadata, read_picture
 from mezzotint.request import Request
 
 Run = Callable[..., Any]
@@ -79,7 +79,7 @@ def test_again_with_a_random_seed_prints_it(run: Run, sd1_folder: Path) -> None:
     model = ("--model", str(sd1_folder))
     assert run("generate", "a", "--steps", "1", "--seed", "7", "-o", "a.png", *model).code == 0
     ran = run("again", "a.png", "--seed", "-1", "-o", "b.png", *model)
-    (seed,) = {json.loads(Image.open("b.png").info["mezzotint"])["seed"]} - {7}
+    (seed,) = {json.loads(read_metadata("b.png")["mezzotint"])["seed"]} - {7}
     assert ran.out == f"a.png: Wrote b.png; seed {seed}\n"
 
 

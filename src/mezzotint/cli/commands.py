@@ -72,7 +72,10 @@ def run() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
     try:
-        return app(standalone_mode=False) or 0
+        code: int = app(prog_name="mezzotint", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # what newer versions of typer make of Ctrl-C
+            raise KeyboardInterrupt
+        return code
     except ClickException as error:
         return _fail_usage(error)
     except (KeyboardInterrupt, typer.Abort):  # Abort is what older versions of typer make of Ctrl-C

@@ -160,7 +160,8 @@ def _render(pattern: str, values: Mapping[str, str]) -> str:
         pieces = list(Formatter().parse(pattern))  # only parsed: str.format would read attributes of objects
     except ValueError as error:
         raise RequestError(
-            f"out has {pattern!r}, which cannot be read ({error}); a brace is written {{{{ or }}}}"
+            f"out has {pattern!r}, which cannot be read ({error}); a brace that is part of the name is written "
+            "{{ or }}"
         ) from None
     text = ""
     for literal, name, length, conversion in pieces:
