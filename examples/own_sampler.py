@@ -2,16 +2,11 @@
 
 from itertools import pairwise
 
-import torch
-
 import mezzotint
-from mezzotint.denoiser import Denoiser
-from mezzotint.diffusion.prediction import PREDICTIONS
 from mezzotint.diffusion.solvers import Step
-from mezzotint.diffusion.spacing import SPACINGS
 
 
-def midpoint(denoise, x, sigmas, noise=None):
+def midpoint(denoise, x, sigmas, noise, **options):
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         if sigma_next > 0.0:
@@ -21,10 +16,7 @@ def midpoint(denoise, x, sigmas, noise=None):
         yield Step(i, sigma_next, x, denoised)
 
 
+mezzotint.samplers.register("midpoint", midpoint, spacing="trailing", steps=12, calls=2)
 pipe = mezzotint.load()
-prediction = PREDICTIONS[pipe.scheduler_config.get("prediction_type", "epsilon")]
-with torch.inference_mode():
-    denoise = Denoiser(pipe.unet, pipe.schedule, prediction, [pipe.encode("a lemon on a blue background")])
-    sigmas = SPACINGS["trailing"](pipe.schedule, 12)
-    *_, last = midpoint(denoise, torch.randn(1, 4, 16, 16, device=pipe.device) * sigmas[0], sigmas)
-pipe.decode(last.x)[0].save("midpoint.png")
+image = pipe("a lemon on a blue background", sampler="midpoint", seed=0)
+image.save("midpoint.png")

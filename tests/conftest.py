@@ -129,6 +129,14 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def registered_solvers() -> Iterator[None]:
+    """Remove the solvers that a test registered, which are the process's."""
+    yield
+    for name in [*mezzotint.samplers.OWN]:
+        mezzotint.samplers.unregister(name)
+
+
+@pytest.fixture(autouse=True)
 def shared_models_unchanged(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the test that changes a shared model, rather than one that happens to run after it."""
     names = {"sd1", "sdxl"} & set(request.fixturenames)
@@ -143,7 +151,7 @@ def fingerprint(pipe: mezzotint.Pipeline) -> list[tuple[object, ...]]:
     """Summarize what a test could leave behind: settings, writes to weights, gradient flags."""
     parts = [pipe.unet, pipe.vae, *pipe.text_encoders]
     weights = [(p._version, p.requires_grad) for part in parts for p in part.parameters()]
-    return [(repr(pipe._info), repr(pipe.parts.settings)), *weights]
+    return [(repr(pipe._model.info), repr(pipe.parts.settings)), *weights]
 
 
 @pytest.fixture(scope="session")

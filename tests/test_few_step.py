@@ -140,16 +140,45 @@ def test_lcm_draws_with_the_change_and_its_own_defaults(folder: Path, sd1: Pipel
     assert pipe.resolve(LEMON.replace(sampler="LCM")).steps == 3  # A1111's name for the same solver
 
 
-def test_the_second_unet_is_made_once_and_keeps_no_hooks_of_the_first(folder: Path) -> None:
+def test_the_second_unet_is_made_once(folder: Path) -> None:
     pipe = mezzotint.load(folder, device="cpu")
-    calls = []
-    hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     few = LEMON.replace(sampler="lcm")
     plain, fast = pipe.plan(LEMON), pipe.plan(few)
     assert pipe.unet_for(plain) is pipe.unet and pipe.unet_for(fast) is pipe.unet_for(fast) is not pipe.unet
-    pipe.generate(few)
-    assert not calls
+
+
+def test_with_a_hook_the_first_unet_runs_itself(folder: Path) -> None:
+    pipe, few, calls = mezzotint.load(folder, device="cpu"), LEMON.replace(sampler="lcm"), []
+    merged = pipe.generate(few).latents
+    hook = pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
+    applied = pipe.generate(few).latents
+    assert len(calls) == 2 * 3 and error(applied, merged) < 1e-4  # two pictures of three steps
     hook.remove()
+    assert torch.equal(pipe.generate(few).latents, merged) and len(calls) == 2 * 3
+
+
+@pytest.mark.parametrize("edit", ["in place", "load_state_dict", "parameter", "module", "assign", "data"])
+def test_the_second_unet_follows_edited_weights(folder: Path, edit: str) -> None:
+    pipe, fresh = (mezzotint.load(folder, device="cpu") for _ in range(2))
+    few = LEMON.replace(sampler="lcm")
+    before = pipe.generate(few).latents
+    with torch.no_grad():
+        for each in (pipe, fresh):
+            layer, halved = each.unet.conv_in, {"weight": each.unet.conv_in.weight / 2, "bias": each.unet.conv_in.bias}
+            if each is fresh or edit == "in place":
+                layer.weight.div_(2)
+            elif edit == "parameter":
+                layer.weight = nn.Parameter(halved["weight"])
+            elif edit == "module":
+                each.unet.conv_in = type(layer)(4, 16, 3, padding=1)
+                each.unet.conv_in.load_state_dict(halved)
+            elif edit == "data":
+                layer.weight.data.div_(2)
+                each.refresh()
+            else:
+                layer.load_state_dict(halved, assign=edit == "assign")
+    after = pipe.generate(few).latents
+    assert error(after, before) > 0.01 and torch.equal(after, fresh.generate(few).latents)
 
 
 def test_other_samplers_are_as_they_were(folder: Path, sd1: Pipeline) -> None:

@@ -38,6 +38,7 @@ PUBLIC = {
     "load",
     "plan",
     "prompt",
+    "samplers",
 }
 
 

@@ -411,7 +411,7 @@ def test_a_negative_prompt_of_another_length(pipe: str, request: pytest.FixtureR
 def test_no_negative_prompt_is_zeros_for_sdxl(sdxl: Pipeline) -> None:
     zeros, empty = (sdxl.generate(LEMON.replace(negative_prompt=words)).latents for words in (None, ""))
     assert error(zeros, empty) > 1e-3
-    ((_, conditional),), ((_, unconditional),) = sdxl._prompts.encode_batch([sdxl.plan(LEMON)])
+    ((_, conditional),), ((_, unconditional),) = sdxl._model.prompts.encode_batch([sdxl.plan(LEMON)])
     assert not unconditional.context.any() and unconditional.pooled is not None and not unconditional.pooled.any()
     assert torch.equal(conditional.time_ids, unconditional.time_ids)  # type: ignore[arg-type]
 
@@ -483,7 +483,7 @@ def test_more_steps_than_the_model_has_levels(sd1: Pipeline, monkeypatch: pytest
 
 
 def test_a_size_that_the_vae_cannot_halve(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sd1, "_info", replace(sd1._info, downscale=16))
+    monkeypatch.setattr(sd1, "_info", replace(sd1._model.info, downscale=16))
     with pytest.raises(RequestError, match="the size is 40x32; both must be multiples of 16"):
         sd1.generate(LEMON.replace(width=40, height=32))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mezzotint import diffusion, image, prompt
+    from mezzotint import diffusion, image, prompt, samplers
     from mezzotint.errors import (
         BudgetError,
         CheckpointError,
@@ -51,6 +51,7 @@ __all__ = [
     "load",
     "plan",
     "prompt",
+    "samplers",
 ]
 
 _SOURCES = {  # the module that defines each name
@@ -68,7 +69,13 @@ _SOURCES = {  # the module that defines each name
     "load": "pipeline",
     "plan": "memory.planner",
 }
-_MODULES = {"attention": "models.attention", "diffusion": "diffusion", "image": "image", "prompt": "prompt"}
+_MODULES = {
+    "attention": "models.attention",
+    "diffusion": "diffusion",
+    "image": "image",
+    "prompt": "prompt",
+    "samplers": "samplers",
+}
 
 
 def __getattr__(name: str) -> object:

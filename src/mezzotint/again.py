@@ -269,6 +269,11 @@ def again(
             return pipe.generate(_override(source, changes or {}, files), on_step=on_step).images
         if record.latents:
             raise RequestError("it was generated from given latents, of which the record has only the SHA-256")
+        if missing := sorted({*record.model.edited} - {*pipe.edited}):
+            raise RequestError(
+                f"it was generated with a {' and a '.join(missing)} that had been edited or replaced in memory, which "
+                "no file holds; make the same edits to the pipeline first, or save it with pipe.save and load that"
+            )
         jobs = record.jobs({**files, **(changes or {})})
         key = tuple((job.replace(seed=0, count=1), seed) for job, seed in jobs)
         cache = {} if cache is None else cache

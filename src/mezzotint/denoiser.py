@@ -8,10 +8,10 @@ holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.diffusion.guidance import step_index
 from mezzotint.diffusion.prediction import Prediction
@@ -66,6 +66,7 @@ class Denoiser:
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
         self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # on the device
         self._batched: dict[tuple[object, ...], tuple[Condition, KeysValues]] = {}
+        self._weights: Hashable = None  # the state of the weights that both were computed with
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Return denoised x (B, C, h, w) under the first condition."""
@@ -81,6 +82,9 @@ class Denoiser:
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
         sample = sample if self.inpaint_channels is None else torch.cat([sample, self.inpaint_channels], dim=1)
         embedding = None if self.guidance_scale is None else self.unet.guidance_embedding(self.guidance_scale(sigma))
+        state = _keys_values_state(self.unet)
+        if state != self._weights:
+            self._projected, self._batched, self._weights = {}, {}, state
         outputs: dict[int, Tensor] = {}
         calls = [k if self.split else c.context.shape[1] for k, c in enumerate(conditions)]
         for call in dict.fromkeys(calls):
@@ -88,7 +92,7 @@ class Denoiser:
             condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
             samples = torch.cat([sample] * len(same))  # (len(same) * B, C, h, w)
             output: Tensor = self.unet(
-                samples, self.timestep(sigma), condition, keys_values=keys_values, timestep_cond=embedding
+                samples, self.timestep(sigma), condition, keys_values=keys_values or None, timestep_cond=embedding
             )
             outputs |= zip(same, output.to(x.dtype).chunk(len(same)), strict=True)
         return tuple(outputs[k] for k in range(len(conditions)))
@@ -128,11 +132,20 @@ class Denoiser:
         return self._batched[key]
 
     def _placed(self, condition: Condition) -> tuple[Condition, KeysValues]:
-        """Return the condition on the network's device, and its keys and values; computed once."""
+        """Return the condition on the network's device, and its keys and values; computed once.
+
+        There are none where the network must compute them at each call.
+        """
         if condition not in self._projected:
             placed = condition.to(next(self.unet.parameters()).device, self.dtype)
-            self._projected[condition] = placed, self.unet.keys_values(placed)
+            self._projected[condition] = placed, [] if self._weights is None else self.unet.keys_values(placed)
         return self._projected[condition]
+
+
+def _keys_values_state(unet: nn.Module) -> Hashable:
+    """Return `UNet.keys_values_state`, also of a compiled UNet; of another network what says that nothing changes."""
+    own = getattr(unet, "_orig_mod", unet)
+    return own.keys_values_state() if isinstance(own, UNet) else ()
 
 
 def _stack(parts: Sequence[Tensor], batch: int) -> Tensor:

@@ -24,10 +24,12 @@ def device_of(name: str | torch.device) -> torch.device:
     return device
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # that a model can have
+
+
 def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
     """Return the dtype of this name; raise RequestError if a model cannot have it."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in known.values():
-        raise RequestError(f"dtype is {dtype!r}; it can be {', '.join(known)}")
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise RequestError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     return found

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mezzotint.aliases import LOAD_ALIASES, suggest
 from mezzotint.errors import CheckpointError, RequestError
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
@@ -57,6 +58,19 @@ class ModelOptions:
         ):
             if value is not None and value not in known:
                 raise CheckpointError(f"{name} is {str(value)[:60]!r}; it must be one of {', '.join(known)}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ModelOptions:
+        """Make the options from the keyword arguments of a function that opens a model.
+
+        Raises:
+            RequestError: If one is unknown; the message says what it is called here.
+            CheckpointError: If one has a value that it cannot have.
+        """
+        names = ("device", "dtype", "placement", "memory", *(field.name for field in fields(cls)))
+        if unknown := [name for name in options if name not in {field.name for field in fields(cls)}]:
+            raise RequestError(f"load has no argument {unknown[0]!r}; {suggest(unknown[0], LOAD_ALIASES, names)}")
+        return cls(**options)
 
     def config_of(self, part: str) -> Mapping[str, Any]:
         """Return the config fields of a part that are overruled."""

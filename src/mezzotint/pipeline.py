@@ -13,42 +13,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mezzotint.conditioning.encode import EncodedPart
-from mezzotint.devices import best_device, device_of, dtype_of
+from mezzotint.devices import DTYPES, best_device, device_of, dtype_of
 from mezzotint.diffusion.noise import SeededNoise
+from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import RequestError
+from mezzotint.images.init_image import open_picture, to_source
 from mezzotint.images.io import from_pil, to_pil
 from mezzotint.memory.planner import Budget, MemoryPlan
 from mezzotint.memory.planner import plan as plan_memory
-from mezzotint.models.adapters import apply_adapters
+from mezzotint.models.adapters import active_adapters, install_adapters
+from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.offload import count_parameters, onload
+from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition, UNet
+from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
 from mezzotint.request import Job, Request
 from mezzotint.result import Result
 from mezzotint.run.batches import Batch, finish_pictures, group_pictures, picture_seeds, split_results, step_counter
-from mezzotint.run.execute import Executor, iterate_inside
-from mezzotint.run.few_step import FewStepUNets
+from mezzotint.run.execute import iterate_inside
 from mezzotint.run.initial import enlarge_batch, prepare_latents
-from mezzotint.run.loras import named_loras
-from mezzotint.run.model_info import ModelInfo
-from mezzotint.run.plan import RunFiles, RunPlan, plan_run
-from mezzotint.run.prompts import PromptEncoder
-from mezzotint.run.safety import PictureChecker
+from mezzotint.run.model import LoadedModel
+from mezzotint.run.networks import adopt, unwrap
+from mezzotint.run.plan import RunPlan, plan_run
 from mezzotint.run.solve import solve
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.lora import Adapters
+from mezzotint.weights.model_files import ENCODERS
+from mezzotint.weights.save_model import save_model
 
 OneRequest = Request | RunPlan | str
 Requests = Sequence[Request] | Sequence[RunPlan] | list[str] | list[Request | RunPlan | str]
@@ -100,16 +105,7 @@ def load(
 
 
 class Pipeline:
-    """A loaded model.
-
-    Attributes:
-        unet: The denoising network.
-        vae: The autoencoder.
-        text_encoders: One text encoder, or SDXL's two.
-        tokenizers: The tokenizer of each text encoder.
-        schedule: The training schedule as the model's own sampler reads it.
-        parts: The opened model that these came from.
-    """
+    """A loaded model, which generates pictures from requests."""
 
     def __init__(self, parts: Parts, placement: Placement | None = None, budget: Budget | None = None) -> None:
         """Wrap opened parts.
@@ -119,24 +115,131 @@ class Pipeline:
             placement: The placement that `parts` were opened with.
             budget: The memory that a request may not exceed.
         """
-        self.parts, self._budget = parts, budget
-        self._executor = Executor(placement or Placement(), exclusive=budget is not None)
-        self.unet, self.vae = parts.unet.eval().requires_grad_(False), parts.vae.eval().requires_grad_(False)
-        self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in parts.text_encoders]
-        self.tokenizers = parts.tokenizers
-        self._info = ModelInfo.of(parts, self.unet.config, self.vae.config, self.device.type)
-        self._adapters = Adapters(self.unet, self.text_encoders)
-        self._prompts = PromptEncoder(self.tokenizers, self.text_encoders, self._adapters)
-        widths = [encoder.config.hidden_size for encoder in self.text_encoders]
-        self._files = RunFiles(self._adapters, widths)
-        self.schedule = plan_run(self._info, Request(prompt="")).schedule
-        if self._info.vae_dtype(self.dtype) != self.dtype:
-            self.vae.float()
-        self.unet.fuse_projections()
-        self._few_step = FewStepUNets(self.unet, parts.source)
-        self._checker: PictureChecker | None = None
-        if parts.checker:
-            self._checker = PictureChecker(parts.checker, self.device, self.dtype, self.placement)
+        self._model, self._budget = LoadedModel(parts, placement or Placement(), budget is not None), budget
+        self._executor = self._model.executor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        """Copy the networks and everything that belongs to them.
+
+        Raises:
+            RequestError: If LoRA files are merged, whose originals the copy would lack.
+        """
+        other = copy(self)
+        other._model = self._model.copy(memo)
+        other._executor = other._model.executor
+        return other
+
+    @property
+    def parts(self) -> Parts:
+        """The networks and what belongs to them."""
+        return self._model.parts
+
+    # ---- the networks ------------------------------------------------------------------------------------------------
+
+    @property
+    def unet(self) -> UNet:
+        """The denoising network; it may be replaced by another UNet, or by a UNet2DConditionModel of diffusers.
+
+        Of a network of diffusers the weights are copied: editing it later changes nothing here.
+        """
+        return self.parts.unet
+
+    @unet.setter
+    def unet(self, unet: object) -> None:
+        self._model.replace(unet=adopt("unet", unet))
+
+    @property
+    def vae(self) -> VAE:
+        """The autoencoder; it may be replaced, as the UNet may, also by an AutoencoderKL of diffusers."""
+        return self.parts.vae
+
+    @vae.setter
+    def vae(self, vae: object) -> None:
+        self._model.replace(vae=adopt("vae", vae))
+
+    @property
+    def text_encoders(self) -> tuple[CLIPTextModel, ...]:
+        """One text encoder, or SDXL's two; they may be replaced, also by a CLIPTextModel of transformers."""
+        return tuple(self.parts.text_encoders)
+
+    @text_encoders.setter
+    def text_encoders(self, encoders: Sequence[object]) -> None:
+        self._model.replace(
+            text_encoders=[adopt(name, encoder) for name, encoder in zip(ENCODERS, encoders, strict=False)]
+        )
+
+    @property
+    def tokenizers(self) -> tuple[Tokenizer, ...]:
+        """The tokenizer of each text encoder."""
+        return tuple(self.parts.tokenizers)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The training schedule as the model's own sampler reads it; it follows `scheduler_config`."""
+        return self._model.schedule
+
+    def to(
+        self,
+        *targets: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Pipeline:
+        """Move the model to a device, cast it to a dtype, or both. No run may be under way.
+
+        Args:
+            targets: A device or a dtype, or one of each, as in `pipe.to("cuda", torch.float16)`.
+            device: The device.
+            dtype: The dtype.
+
+        Returns:
+            This pipeline.
+
+        Raises:
+            RequestError: If the device is not available, a model cannot have the dtype, or the placement does not keep
+                all weights on the device.
+        """
+        for target in targets:
+            if isinstance(target, torch.dtype) or target in DTYPES:
+                dtype = cast(torch.dtype, target)
+            else:
+                device = target
+        self._model.to(device_of(device or self.device), dtype_of(dtype or self.dtype))
+        return self
+
+    def save(self, path: str | PathLike[str], dtype: str | torch.dtype | None = None) -> Path:
+        """Save the model as it is now, edits and merged LoRAs included, but not hooks.
+
+        Args:
+            path: A file name that ends in .safetensors, for one file in the original layout; otherwise a folder in
+                the layout of diffusers.
+            dtype: The dtype of the weights in the files; None is each weight's own, which loses nothing.
+
+        Returns:
+            The path.
+
+        Raises:
+            RequestError: If the path has another ending, a module was replaced by one of another kind, or the placement
+                stores weights in fewer bits.
+            CheckpointError: If one file cannot express the model; a folder can.
+            WriteError: If it cannot be written.
+        """
+        path = Path(path).expanduser()
+        save_model(path, self._model.plain_parts(), dtype_of(dtype) if dtype is not None else None)
+        return path
+
+    def refresh(self) -> None:
+        """Discard what was computed from weights.
+
+        Needed only after writing to `parameter.data`, which PyTorch does not count: weights that are edited under
+        `torch.no_grad()`, `load_state_dict`, hooks and replaced modules are noticed. Records then say that every
+        network was edited.
+        """
+        self._model.refresh()
+
+    @property
+    def edited(self) -> list[str]:
+        """Names of the networks that are not as in the files: replaced, with edited weights or modules, or hooks."""
+        return self._model.edited()
 
     def __call__(self, prompt: str, **fields: Any) -> Image.Image:
         """Generate one picture.
@@ -144,8 +247,17 @@ class Pipeline:
         Args:
             prompt: The prompt.
             fields: Other fields of a Request.
+
+        Raises:
+            RequestError: If a field is unknown or does not fit, or `count` asks for several pictures.
         """
-        return self.generate(Request(prompt=prompt, **fields)).images[0]
+        request = Request(prompt=prompt, **fields)
+        if request.count > 1:
+            raise RequestError(
+                f"count is {request.count}, but pipe(...) returns one picture; pipe.generate(mezzotint.Request(..., "
+                f"count={request.count})).images are all of them"
+            )
+        return self.generate(request).images[0]
 
     @overload
     def generate(
@@ -246,7 +358,7 @@ class Pipeline:
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {count}")
         if self._budget:
             plans = [self._budget.fit_batch(plan, self._executor.effective_placement, count) for plan in plans]
-        groups = group_pictures(plans, self._prompts.batch_shape)
+        groups = group_pictures(plans, self._model.prompts.batch_shape)
         report = step_counter(on_step, sum(group[0][0].steps for group in groups))
         images: list[Image.Image] = []
         finals: list[Tensor] = []
@@ -291,17 +403,21 @@ class Pipeline:
 
     def _pass(self, batch: Batch) -> Iterator[Step]:
         """Run one pass of a batch: encode the prompts, prepare the initial latents, solve."""
-        plan, unet = batch.plan, self.unet_for(batch.plan)
-        changes = self._adapters.changes(plan.scaled_adapters)
+        plan = batch.plan
+        unet, few_step = self._model.unet_for(plan)
+        changes = {**self._model.adapters.changes(plan.scaled_adapters)}
+        for layer, more in few_step.items():
+            changes[layer] = [*changes.get(layer, ()), *more]
+        install_adapters({"unet": unwrap(unet)}, changes)
         noise = SeededNoise(batch.seeds, plan.latent_shape, self.device, plan.request.noise or "seeded")
 
         @contextmanager
         def inference() -> Iterator[None]:
-            with self._executor.inference(plan.request.seamless), apply_adapters({"unet": unet}, changes):
+            with self._executor.inference(plan.request.seamless), active_adapters(changes):
                 yield
 
         with inference():
-            conditions = self._prompts.encode_batch(batch.plans, batch.upcast_parts)
+            conditions = self._model.prompts.encode_batch(batch.plans, batch.upcast_parts)
             encode_image = partial(self._executor.encode, self.vae, upcast_parts=batch.upcast_parts)
             initial = prepare_latents(batch, self.vae, encode_image, noise)
             split = self._executor.effective_placement.guidance == "split"
@@ -331,7 +447,11 @@ class Pipeline:
             RequestError: If the request does not fit the model.
             CheckpointError: If a LoRA or an embedding is missing, damaged or another model's.
         """
-        return request if isinstance(request, RunPlan) else plan_run(self._info, _as_request(request), self._files)
+        return (
+            request
+            if isinstance(request, RunPlan)
+            else plan_run(self._model.info, _as_request(request), self._model.files)
+        )
 
     def resolve(self, request: Request | str) -> Request:
         """Return the request with the model's own values where it has None; no file that it names is opened.
@@ -339,7 +459,7 @@ class Pipeline:
         Raises:
             RequestError: If the request does not fit the model.
         """
-        return plan_run(self._info, _as_request(request)).request
+        return plan_run(self._model.info, _as_request(request)).request
 
     def spare_memory(self, plan: RunPlan) -> int | None:
         """Return the bytes of the budget that a run leaves free, with guidance in one batch; None without a budget."""
@@ -383,31 +503,43 @@ class Pipeline:
         """
         plan = self.plan(Request(prompt=prompt) if request is None else request.replace(prompt=prompt))
         with self._executor.inference():
-            return [part.copy() for part in self._prompts.encode_prompt(plan, plan.positive)]
+            return [part.copy() for part in self._model.prompts.encode_prompt(plan, plan.positive)]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decode the final latents of a run, (B, C, h, w), to B pictures."""
+        """Decode the final latents of a run, (B, C, h, w), to B pictures.
+
+        Raises:
+            RequestError: If they have another shape, or another number of channels than the VAE's.
+        """
+        channels = self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be (B, {channels}, h, w)")
         return self._decode(latents, [])
 
-    def check(self, images: Sequence[Image.Image]) -> list[bool]:
-        """Return whether the model's safety checker flags each picture.
+    def check(self, images: Image.Image | Sequence[Image.Image]) -> list[bool]:
+        """Return whether the model's safety checker flags each picture, or the one that is given.
 
         `generate` does so with every picture unless its request has `safety="off"`.
 
         Raises:
             RequestError: If the model has no safety checker.
         """
-        if self._checker is None:
+        if self._model.checker is None:
             raise RequestError("the model has no safety checker; load one with safety_checker")
         with self._executor.inference():
-            return self._checker.check(images)
+            return self._model.checker.check([images] if isinstance(images, Image.Image) else images)
 
-    def encode_image(self, image: Image.Image) -> Tensor:
+    def encode_image(self, image: Image.Image | str | PathLike[str] | bytes) -> Tensor:
         """Encode a picture to latents (1, C, h, w) float32, the mean of the VAE's posterior.
 
+        Args:
+            image: A picture, or the path or the bytes of its file, whose transparency is composited on white.
+
         Raises:
-            RequestError: If a side is not a multiple of the VAE's factor, 8.
+            RequestError: If it cannot be read, or a side is not a multiple of the VAE's factor, 8.
         """
+        if not isinstance(image, Image.Image):
+            image = open_picture(to_source(image))
         side = self.vae.config.downscale
         if image.width % side or image.height % side:
             raise RequestError(f"the picture is {image.width}x{image.height}; both must be multiples of {side}")
@@ -424,22 +556,15 @@ class Pipeline:
         Args:
             loras: As `loras` of a Request.
         """
-        self._adapters.merge(named_loras(Request(prompt="", loras=loras)))
-        self._refresh_unets()
+        self._model.merge(loras)
 
     def unmerge(self) -> None:
         """Restore the weights that were there before `merge`, bit for bit."""
-        self._adapters.unmerge()
-        self._refresh_unets()
-
-    def _refresh_unets(self) -> None:
-        """Discard what was derived from weights that have changed."""
-        self._few_step.clear()
-        self.unet.fuse_projections()
+        self._model.unmerge()
 
     def unet_for(self, plan: RunPlan) -> UNet:
         """Return the UNet that a plan runs: the model's own, or its few-step form."""
-        return self._few_step.unet_for(plan)
+        return self._model.unet_for(plan)[0]
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 
@@ -451,26 +576,26 @@ class Pipeline:
     @property
     def notices(self) -> tuple[str, ...]:
         """What a user should know of the model, such as a guess of its prediction type; each Result repeats it."""
-        return self._info.notices
+        return self._model.info.notices
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
         """The model's scheduler_config.json; it may be replaced."""
-        return self._info.scheduler_config
+        return self._model.info.scheduler_config
 
     @scheduler_config.setter
     def scheduler_config(self, config: dict[str, Any]) -> None:
-        self._info = replace(self._info, scheduler_config=config)
+        self._model.set_scheduler_config(config)
 
     @property
     def device(self) -> torch.device:
         """The device of the UNet."""
-        return self.unet.conv_in.weight.device
+        return self._model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the UNet's weights."""
-        return self.unet.conv_in.weight.dtype
+        return self._model.dtype
 
     @property
     def placement(self) -> Placement:
@@ -484,25 +609,7 @@ class Pipeline:
 
     def _model_record(self, plan: RunPlan) -> dict[str, Any]:
         """Return what the record of a picture says of the model and the machine."""
-        optional = {
-            "placement": self._executor.effective_placement.changes(),
-            "lora": plan.few_step and plan.few_step.lora,
-            "embeddings": plan.embedding_digests,
-            "loras": plan.lora_digests,
-            "merged": self._adapters.merged_digests(),
-            "options": self.parts.options.values(),
-            **self.parts.given_hashes,
-            "safety_checker": self.parts.checker_hashes if plan.safety in ("blur", "black") else {},
-        }
-        return {
-            "name": self.name,
-            "family": self.parts.family,
-            "files": self.parts.hashes,
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            **{name: value for name, value in optional.items() if value},
-        }
+        return {"name": self.name, **self._model.record(plan)}
 
 
 def _as_request(request: Request | str) -> Request:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import reprlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -31,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mezzotint import samplers
+from mezzotint.aliases import REQUEST_ALIASES, suggest
 from mezzotint.errors import RequestError
 
 MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
@@ -112,7 +112,9 @@ class Request(BaseModel):
         "over the steps and interpolated linearly"
     )
     guidance_method: str | None = _choice("cfg", "apg", "cfg_zero", "perp_neg")
-    sampler: str | None = _optional("a name from `mezzotint samplers`", min_length=1, max_length=100)
+    sampler: str | None = _optional(
+        "a name from `mezzotint samplers`, or a solver function", min_length=1, max_length=100
+    )
     spacing: str | None = _optional("a name from `mezzotint samplers`", min_length=1, max_length=100)
     sigmas: tuple[Sigma, ...] | None = _optional(
         "2 to 1001 falling noise levels from 0 to 1e6; the run stops at the last one", min_length=2, max_length=1001
@@ -255,6 +257,11 @@ class Request(BaseModel):
             value = [value]  # one alone
         return tuple(map(_lora, value)) if isinstance(value, list | tuple) else value
 
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _functions_have_names(cls, value: Any) -> Any:
+        return samplers.name_of(value) if callable(value) else value
+
     @field_validator("image", "mask", mode="before")
     @classmethod
     def _pictures_are_files(cls, value: Any) -> Any:
@@ -371,8 +378,7 @@ def _sentence(error: ValidationError, data: Any) -> str:
         if name is None:
             sentences.append(f"the request is {_brief(data)}; it must be an object with the fields of a Request")
         elif field is None:
-            near = difflib.get_close_matches(str(name)[:100], Request.model_fields, n=1)
-            hint = f"the nearest is {near[0]}" if near else f"it has {', '.join(Request.model_fields)}"
+            hint = suggest(str(name), REQUEST_ALIASES, Request.model_fields)
             sentences.append(f"a request has no field {_brief(name)}; {hint}")
         else:
             state = "is missing" if kind == "missing" else f"is {_brief(given.get(name))}"

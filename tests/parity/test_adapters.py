@@ -44,7 +44,7 @@ def factors(pair: Pair) -> Factors:
     torch.manual_seed(11)
     wanted = re.compile(r"(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
     made = {}
-    for network, module in pair.ours._adapters.networks.items():
+    for network, module in pair.ours._model.adapters.networks.items():
         for name, layer in module.named_modules():
             if wanted.search(name):
                 outputs, inputs = layer.weight.shape
@@ -89,7 +89,7 @@ def processors(made: Factors) -> dict[str, Tensor]:
 
 def metadata(pair: Pair) -> dict[str, str]:
     config = {}
-    for network in pair.ours._adapters.networks:
+    for network in pair.ours._model.adapters.networks:
         names = (
             ["to_q", "to_k", "to_v", "to_out.0"] if network == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
         )
@@ -134,7 +134,7 @@ def test_their_picture_with_the_same_file(pairs: dict[str, Pair], tmp_path: Path
     """And unlike the picture without it."""
     pair = pairs[family]
     path = written(tmp_path / "a.safetensors", pair, family, kind)
-    covered = pair.ours._adapters.read(str(path)).coverage
+    covered = pair.ours._model.adapters.read(str(path)).coverage
     assert not covered.unmatched and {*factors(pair)} <= {*covered.matched}
     request: dict[str, Any] = fields(sampler="euler", steps=3)
     plain = ours(pair, request)
@@ -160,7 +160,7 @@ def test_dora_with_plain_lora(pairs: dict[str, Pair], tmp_path: Path) -> None:
     """
     pair = pairs["sd1"]
     made = {name: two for name, two in factors(pair).items() if name.startswith("unet.")}
-    network = pair.ours._adapters.networks["unet"]
+    network = pair.ours._model.adapters.networks["unet"]
     own = {name: network.get_submodule(name.removeprefix("unet.")).weight.detach().clone() for name in made}
     moved = {name: own[name] + up @ down for name, (down, up) in made.items()}
     lengths = {name: own[name].norm(dim=1) * (torch.rand(len(own[name])) + 0.5) for name in made if "to_q" in name}

@@ -155,9 +155,9 @@ def test_a_model_info_from_headers_is_that_of_the_loaded_model(sd1: Pipeline, sd
     ],
 )
 def test_when_guidance_is_on(sd1: Pipeline, fields: dict[str, Any], guides: bool, conditions: int) -> None:
-    plan = plan_run(sd1._info, LEMON.replace(**fields))
+    plan = plan_run(sd1._model.info, LEMON.replace(**fields))
     assert (plan.guides, plan.condition_count) == (guides, conditions)
-    assert len(sd1._prompts.encode_batch([sd1.plan(LEMON.replace(**fields))])) in (conditions, conditions - 1)
+    assert len(sd1._model.prompts.encode_batch([sd1.plan(LEMON.replace(**fields))])) in (conditions, conditions - 1)
 
 
 def test_cfg_pp_has_a_guidance_scale_of_its_own(sd1: Pipeline) -> None:
@@ -170,7 +170,7 @@ def test_cfg_pp_has_a_guidance_scale_of_its_own(sd1: Pipeline) -> None:
 
 def test_a_string_is_a_request(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     for field, value in {"steps": 1, "width": 32, "height": 32, "seed": 7}.items():
-        monkeypatch.setitem(sd1._info.settings, field, value)
+        monkeypatch.setitem(sd1._model.info.settings, field, value)
     one = sd1.generate("a lemon")
     assert one.request.prompt == "a lemon" and len(sd1.generate(["a lemon", "a whale"])) == 2
     assert [step.index for step in sd1.stream("a lemon")] == [0]

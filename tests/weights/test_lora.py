@@ -100,7 +100,7 @@ def test_every_name_of_a_layer(adapters: Adapters, name: str) -> None:
 
 
 def test_names_of_sdxl(sdxl: Pipeline) -> None:
-    table = layer_names(sdxl._adapters.networks)
+    table = layer_names(sdxl._model.adapters.networks)
     assert table[f"lora_te2_{flat(K_PROJ)}"] == f"text_encoder_2.{K_PROJ}"
     assert table["lora_te2_text_projection"] == "text_encoder_2.text_projection"
     for prefix in ("text_encoders.clip_g.transformer.", "text_encoders.clip_g.", "clip_g.transformer.", "clip_g."):
@@ -448,7 +448,7 @@ def test_merged_and_at_run_time_are_the_same_picture(sd1_folder: Path, file: str
     torch.testing.assert_close(merged, run, atol=1e-4, rtol=1e-4)
     assert (merged - plain).abs().max() > 0.01
     record = read(pipe("a lemon", seed=1).info)
-    assert record is not None and [*record.model.merged.values()] == [pipe._adapters.read(file).digest]
+    assert record is not None and [*record.model.merged.values()] == [pipe._model.adapters.read(file).digest]
     pipe.merge([(file, 0.1)])  # in the place of the first
     assert not torch.equal(latents(pipe), merged)
     pipe.unmerge()
@@ -574,7 +574,7 @@ def test_embeddings_bundled_in_a_lora_are_read(sd1: Pipeline, tmp_path: Path) ->
 def test_the_record_has_its_hash_and_again_asks_for_the_file(sd1: Pipeline, file: str, tmp_path: Path) -> None:
     result = sd1.generate(Request(prompt=PROMPT, seed=3, loras=((file, 0.5),)))
     record = read(result.images[0].info)
-    assert record is not None and record.model.loras == {Path(file).name: sd1._adapters.read(file).digest}
+    assert record is not None and record.model.loras == {Path(file).name: sd1._model.adapters.read(file).digest}
     save(result.images[0], tmp_path / "a.png")
     source = read_source(tmp_path / "a.png")
     with pytest.raises(

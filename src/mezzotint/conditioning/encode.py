@@ -106,12 +106,9 @@ class Conditioner:
         return encoded
 
     def key(self, plan: PromptPlan) -> tuple[Hashable, ...]:
-        """Return a key of everything that `encode` depends on, except for the embeddings."""
-        parameters = [p for encoder in self.encoders for p in encoder.parameters()]
-        # changes when the weights are trained or replaced
-        state = hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
+        """Return a key of everything that `encode` depends on, except for the embeddings and the encoders."""
         parts = tuple((part.weight, *((v.until, v.text) for v in part.variants)) for part in plan.parts)
-        return plan.syntax, plan.source, parts, self.clip_skip, self.emphasis, state
+        return plan.syntax, plan.source, parts, self.clip_skip, self.emphasis
 
     def _encode_part(self, plan: PromptPlan, part: Part) -> dict[str, Condition]:
         """Encode each text of a part."""

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from mezzotint.pipeline import OnStep, Pipeline
 from mezzotint.prompt import PromptPlan, Variant
 from mezzotint.request import Request
 from mezzotint.result import Result
+from mezzotint.run.networks import unwrap
 
 MAX_MAP_BYTES = 2**30
 MIN_GRID_SIDE = 8  # cells; coarser layers blur a word's map into its neighbours
@@ -205,7 +207,8 @@ def explain(
     if not words:
         raise RequestError(f"prompt is {request.prompt[:60]!r}, which has no words to explain")
     side = pipe.vae.config.downscale
-    layers = _layers(pipe.unet_for(plan), ((request.height or 0) // side, (request.width or 0) // side))
+    unet = cast(UNet, unwrap(pipe.unet_for(plan)))
+    layers = _layers(unet, ((request.height or 0) // side, (request.width or 0) // side))
     if not layers:
         raise RequestError("this model's UNet has no cross-attention, so there are no maps to record")
     grids = dict(layers.values())

@@ -85,7 +85,14 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = 
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-    """Write a PNG file as `save` does, whatever the extension."""
+    """Write a PNG file as `save` does; its name may have any extension but that of another format.
+
+    Raises:
+        FileExistsError, RequestError, WriteError: As `save` does.
+    """
+    suffix = Path(path).suffix.lower()
+    if FORMATS.get(suffix, "PNG") != "PNG":
+        raise RequestError(f"{str(path)!r} would be a PNG file under the name of {suffix}; use save, which writes that")
     _write(image, Path(path), "PNG", overwrite)
 
 

@@ -294,10 +294,9 @@ def walk_unet(config: UNetConfig, height: int, width: int, tokens: int, itemsize
     with torch.inference_mode():
         keys_values = [
             2 * (_empty(1, attn.heads, tokens, attn.to_k.out_features // attn.heads, dtype=dtype),)
-            for attn in network._attentions
-            if attn.cross
+            for attn in network.cross_attentions()
         ]
-        times = [_empty(1, resnet.conv1.out_channels, dtype=dtype) for resnet in network._resnets]
+        times = [_empty(1, resnet.conv1.out_channels, dtype=dtype) for resnet in network.resnets()]
         x, condition = _empty(1, config.in_channels, height, width, dtype=dtype), Condition(_empty(1, dtype=dtype))
     return _walk(network, lambda: network(x, 0.0, condition, keys_values=keys_values, time_projections=times))
 
@@ -305,7 +304,7 @@ def walk_unet(config: UNetConfig, height: int, width: int, tokens: int, itemsize
 def keys_values_numel(config: UNetConfig, tokens: int) -> int:
     """Return how many numbers the keys and values of one condition have, over all layers."""
     network: UNet = _build(UNet, config, torch.float32)
-    return sum(2 * tokens * attn.to_k.out_features for attn in network._attentions if attn.cross)
+    return sum(2 * tokens * attn.to_k.out_features for attn in network.cross_attentions())
 
 
 @lru_cache(maxsize=64)

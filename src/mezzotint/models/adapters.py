@@ -19,7 +19,6 @@ Or `merge` adds them to the weights, until `MergedWeights.undo` restores the ori
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.models.edits import OWN_HOOKS
 from mezzotint.models.offload import OffloadedLayer, WeightSource, offload_weight, weight_shape
 
 if TYPE_CHECKING:  # the UNet's layers import this module
@@ -39,7 +39,6 @@ if TYPE_CHECKING:  # the UNet's layers import this module
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)  # the layers that can be changed
 NAME = "adapted_name"  # attribute of a layer with a hook: its name in `Changes`
-HOOKED = "adapted_layers"  # attribute of a network: the names of its layers with a hook
 
 
 class Change:
@@ -223,7 +222,6 @@ Changes = Mapping[str, Sequence[tuple[LayerChange, float]]]  # layer ("unet.conv
 
 _applied: ContextVar[Changes | None] = ContextVar("adapters", default=None)
 _installing = threading.Lock()
-_merges = itertools.count(1)
 
 
 @contextmanager
@@ -234,8 +232,27 @@ def apply_adapters(networks: Mapping[str, nn.Module], changes: Changes) -> Itera
         networks: The networks by name ("unet", "text_encoder", ...).
         changes: The changes of each layer and their scales. Layers of other networks are ignored.
     """
-    for name, network in networks.items():
-        _install(name, network, changes)
+    install_adapters(networks, changes)
+    with active_adapters(changes):
+        yield
+
+
+def install_adapters(networks: Mapping[str, nn.Module], changes: Changes) -> None:
+    """Register the hook on the layers to change. It stays, and does nothing outside of `active_adapters`."""
+    for full in changes:
+        name, _, path = full.partition(".")
+        if name in networks:
+            layer = networks[name].get_submodule(path)  # looked up anew, because it may have been replaced
+            if not hasattr(layer, NAME):
+                with _installing:
+                    if not hasattr(layer, NAME):  # another thread may have been faster
+                        setattr(layer, NAME, full)
+                        layer.register_forward_hook(_hook)
+
+
+@contextmanager
+def active_adapters(changes: Changes) -> Iterator[None]:
+    """Apply changes inside the block, in this thread, to layers on which `install_adapters` was called."""
     before = _applied.set(changes or None)
     try:
         yield
@@ -247,21 +264,6 @@ def is_adapted(layer: nn.Module) -> bool:
     """Return whether `apply_adapters` is changing the layer now, so that its output depends on more than its weight."""
     changes = _applied.get()
     return changes is not None and getattr(layer, NAME, None) in changes
-
-
-def _install(name: str, network: nn.Module, changes: Changes) -> None:
-    """Register the hook on the layers to change. It stays, and does nothing outside of `apply_adapters`."""
-    prefix = f"{name}."
-    known: set[str] = vars(network).setdefault(HOOKED, set())
-    missing = [full for full in changes if full not in known and full.startswith(prefix)]
-    if missing:
-        with _installing:
-            for full in missing:
-                layer = network.get_submodule(full.removeprefix(prefix))
-                if not hasattr(layer, NAME):  # another thread may have been faster
-                    setattr(layer, NAME, full)
-                    layer.register_forward_hook(_hook)
-            known.update(missing)
 
 
 def _hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -279,6 +281,9 @@ def _hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tenso
             bias = bias if isinstance(layer, nn.Linear | nn.LayerNorm) else bias[:, None, None]
             output = torch.add(output, bias, alpha=scale)
     return output
+
+
+OWN_HOOKS.add(_hook)
 
 
 def _layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -347,7 +352,6 @@ class MergedWeights:
     """The original weight and bias of each layer that `merge` changed."""
 
     layers: Sequence[tuple[nn.Module, WeightSource | nn.Parameter | None, nn.Parameter | None]]
-    networks: Sequence[nn.Module]
 
     def undo(self) -> None:
         """Restore the original tensors, the same objects."""
@@ -358,7 +362,6 @@ class MergedWeights:
                 layer.register_parameter("weight", weight)
             if bias is not None:
                 layer.register_parameter("bias", bias)
-        _stamp(self.networks)
 
 
 def merge(networks: Mapping[str, nn.Module], changes: Changes) -> MergedWeights:
@@ -396,8 +399,7 @@ def merge(networks: Mapping[str, nn.Module], changes: Changes) -> MergedWeights:
             new = nn.Parameter(add_scaled(bias.detach(), biases), requires_grad=bias.requires_grad)
             layer.register_parameter("bias", new)
         kept.append((layer, before, bias))
-    _stamp([*networks.values()])
-    return MergedWeights(kept, [*networks.values()])
+    return MergedWeights(kept)
 
 
 def merge_copy(unet: UNet, changes: Changes) -> UNet:
@@ -420,14 +422,3 @@ def merge_copy(unet: UNet, changes: Changes) -> UNet:
         copy.get_submodule(layer).register_parameter(leaf, nn.Parameter(parameter.detach(), requires_grad=False))
     merge({"unet": copy}, changes)
     return copy
-
-
-def _stamp(networks: Sequence[nn.Module]) -> None:
-    """Give the networks a new version, since caches of their results are keyed by the addresses of their weights."""
-    for network in networks:
-        network.weights_version = next(_merges)  # type: ignore[assignment]
-
-
-def weights_version(network: nn.Module) -> int:
-    """Return a number that changes with each `merge` and `undo`; 0 before the first."""
-    return getattr(network, "weights_version", 0)

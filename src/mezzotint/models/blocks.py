@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mezzotint.models.adapters import is_adapted
 from mezzotint.models.attention import attention, watcher
 from mezzotint.models.convolution import Conv2d
+from mezzotint.models.edits import has_hooks
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
 
@@ -83,7 +84,8 @@ class Attention(nn.Module):
         to_q, to_k and to_v remain the parameters, as views of that storage. Moving or replacing one of them undoes it.
         """
         layers = (self.to_k, self.to_v) if self.cross else (self.to_q, self.to_k, self.to_v)
-        if all(type(layer) is nn.Linear for layer in layers):
+        weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+        if len(weights) == len(layers) and len({(w.shape, w.dtype, w.device) for w in weights}) == 1:
             parts = torch.cat([layer.weight.detach() for layer in layers]).chunk(len(layers))
             for layer, part in zip(layers, parts, strict=True):
                 layer.weight.data = part
@@ -97,8 +99,8 @@ class Attention(nn.Module):
 
 def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
     """Return the tensor that these layers' weights are consecutive views of; None if they are not, or are trained."""
-    if len(layers) == 1 or any(type(layer) is not nn.Linear or is_adapted(layer) for layer in layers):
-        return None  # an adapter wraps or changes one of them
+    if len(layers) == 1 or not all(map(_is_plain, layers)):
+        return None
     first = layers[0].weight
     if first.requires_grad and torch.is_grad_enabled():  # the gradient belongs to three parameters, not to one
         return None
@@ -109,6 +111,11 @@ def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
         if not is_adjacent or weight.untyped_storage().data_ptr() != storage:
             return None
     return first.as_strided((len(layers) * first.shape[0], first.shape[1]), (first.shape[1], 1))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether the layer is its weight and nothing else: a subclass, a hook or an adapter must be called."""
+    return type(layer) is nn.Linear and layer.bias is None and not has_hooks(layer) and not is_adapted(layer)
 
 
 class GEGLU(nn.Module):

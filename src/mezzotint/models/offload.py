@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.errors import RequestError
 from mezzotint.models.convolution import Conv2d
 from mezzotint.placement import MIN_OFFLOAD_NUMEL
 
@@ -244,8 +245,9 @@ class OffloadedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, computed at each access."""
-        return self.weight_source.tensor(self.dtype, self.device)
+        """The weight, computed at each access; PyTorch refuses to write to it, which would have no effect."""
+        with torch.inference_mode():
+            return self.weight_source.tensor(self.dtype, self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedLayer:
         """Implement `.to()`, `.float()` and the like."""
@@ -256,7 +258,15 @@ class OffloadedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self.weight_source.tensor(self.dtype, self.device)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            raise RequestError(
+                f"{prefix}weight cannot be loaded: the model was placed so that this weight is stored elsewhere or in "
+                "fewer bits; load the model without placement and memory to change its weights"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class OffloadedLinear(OffloadedLayer, nn.Linear):  # type: ignore[override]  # `weight` can only be read
@@ -269,6 +279,10 @@ class OffloadedLinear(OffloadedLayer, nn.Linear):  # type: ignore[override]  # `
 
 class OffloadedConv2d(OffloadedLayer, Conv2d):  # type: ignore[override]  # `weight` can only be read
     """A convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (B, inputs, h, w) -> (B, outputs, h', w')."""
+        return self._conv_forward(x, self.weight_source.tensor(self.dtype, self.device), self.bias)
 
 
 class OffloadedEmbedding(OffloadedLayer, nn.Embedding):  # type: ignore[override]  # `weight` can only be read

@@ -10,9 +10,10 @@ Diffusion Models", and Podell et al. 2023 (SDXL).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,10 @@ from mezzotint.models.blocks import (
     activation,
 )
 from mezzotint.models.convolution import Conv2d
+from mezzotint.models.edits import has_hooks, source_state, tensor_state
+from mezzotint.models.offload import OffloadedLinear
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -226,9 +231,6 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
-        # in module order; walking the module tree at each step would take a millisecond or two
-        self._attentions = [module for module in self.modules() if isinstance(module, Attention)]
-        self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
 
     def forward(
         self,
@@ -284,7 +286,7 @@ class UNet(nn.Module):
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:
         """Return the keys and values of every cross-attention, in module order; they are the same at every step."""
-        return [attn.keys_values(condition.context) for attn in self._attentions if attn.cross]
+        return [attn.keys_values(condition.context) for attn in self.cross_attentions()]
 
     def time_projections(
         self, timestep: Tensor | float, condition: Condition, timestep_cond: Tensor | None = None
@@ -300,7 +302,38 @@ class UNet(nn.Module):
             ids = ids.reshape(condition.time_ids.shape[0], -1)  # (B, 6 * addition_time_embed_dim)
             embedding = embedding + self.add_embedding(torch.cat([condition.pooled.to(ids.dtype), ids], dim=1))
         embedding = F.silu(embedding)  # (B, time_dim)
-        return [resnet.time_emb_proj(embedding) for resnet in self._resnets]
+        return [resnet.time_emb_proj(embedding) for resnet in self.resnets()]
+
+    def resnets(self) -> Iterator[ResnetBlock]:
+        """Yield the residual blocks in module order, looked up anew because a user may have replaced one."""
+        for block in self._blocks():
+            for layer in block.resnets:  # type: ignore[union-attr]  # a ModuleList
+                yield from (layer,) if type(layer) is ResnetBlock else _find(layer, ResnetBlock)
+
+    def cross_attentions(self) -> Iterator[Attention]:
+        """Yield the cross-attentions in module order, looked up as the residual blocks are."""
+        for block in self._blocks():
+            for layer in block.attentions:  # type: ignore[union-attr]
+                if type(layer) is Transformer:
+                    yield from (inner.attn2 for inner in layer.transformer_blocks)  # type: ignore[misc]
+                else:
+                    yield from (attn for attn in _find(layer, Attention) if attn.cross)
+
+    def keys_values_state(self) -> Hashable:
+        """Return what changes when the layers of `keys_values` are edited; None if their every call must be made."""
+        states: list[object] = []
+        for attn in self.cross_attentions():
+            for layer in (attn.to_k, attn.to_v):
+                if type(layer) not in (nn.Linear, OffloadedLinear) or has_hooks(layer):
+                    return None  # a module of a user's own may give another result at each step
+                states += [tensor_state(tensor) for tensor in layer._parameters.values() if tensor is not None]
+                if isinstance(layer, OffloadedLinear):
+                    states.append(source_state(layer.weight_source))
+        return tuple(states)
+
+    def _blocks(self) -> list[nn.Module]:
+        middle = [] if self.mid_block is None else [self.mid_block]
+        return [*self.down_blocks, *middle, *self.up_blocks]
 
     def guidance_embedding(self, scale: float) -> Tensor:
         """Return the `timestep_cond` for a guidance scale, (1, time_cond_proj_dim).
@@ -321,7 +354,7 @@ class UNet(nn.Module):
 
     def fuse_projections(self) -> None:
         """Fuse the attention projections (Attention.fuse); call it once the weights are on their final device."""
-        for attn in self._attentions:
+        for attn in _find(self, Attention):
             attn.fuse()
 
     def _sinusoid(self, numbers: Tensor, dim: int) -> Tensor:
@@ -332,6 +365,11 @@ class UNet(nn.Module):
         angles = numbers.float()[:, None] * frequencies  # (N, half)
         waves = [angles.cos(), angles.sin()] if self.config.flip_sin_to_cos else [angles.sin(), angles.cos()]
         return torch.cat(waves, dim=1).to(self.conv_in.weight.dtype)
+
+
+def _find(module: nn.Module, kind: type[Kind]) -> Iterator[Kind]:
+    """Yield the modules of a kind in a module, in module order."""
+    return (inner for inner in module.modules() if isinstance(inner, kind))
 
 
 def _check_config(config: UNetConfig) -> None:

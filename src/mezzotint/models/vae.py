@@ -18,6 +18,7 @@ from mezzotint.config import VAEConfig
 from mezzotint.models.attention import attention
 from mezzotint.models.blocks import activation
 from mezzotint.models.convolution import Conv2d, pad
+from mezzotint.models.edits import has_hooks
 
 EPS = 1e-6  # for every group norm of this network
 
@@ -85,13 +86,27 @@ class Upsample(nn.Module):
 
 
 def _layers(blocks: nn.ModuleList) -> Iterator[nn.Module]:
-    """Yield the layers of the blocks."""
+    """Yield the layers of the blocks, or a block itself if somebody waits for it to be called."""
     for block in blocks:
+        if has_hooks(block) or type(block) not in (DownBlock, UpBlock):
+            yield block
+            continue
         for part in block.children():  # its resnets, then its sampler
             yield from part.children()
 
 
-class DownBlock(nn.Module):
+class Block(nn.Module):
+    """The layers of one level, called one after another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers."""
+        for part in self.children():
+            for layer in part.children():
+                x = layer(x)
+        return x
+
+
+class DownBlock(Block):
     """The layers of one level of the encoder."""
 
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, downsample: bool):
@@ -101,7 +116,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
 
 
-class UpBlock(nn.Module):
+class UpBlock(Block):
     """The layers of one level of the decoder."""
 
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, upsample: bool):

@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from mezzotint import __version__
+from mezzotint import __version__, samplers
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.placement import Placement
 from mezzotint.records import infotext
@@ -57,7 +57,9 @@ class Model(_Part):
 
     `files`, `vae` (given in place of the model's own), `loras` and `merged` (LoRAs merged into the weights) map a name
     to the SHA-256 of a file, and `embeddings` to that of the vectors. `safety_checker` does so where flagged pictures
-    are blurred or black. `options` are those that overruled the files.
+    are blurred or black. `options` are those that overruled the files. `edited` names the networks that were not as in
+    the files: another network, edited weights or modules, hooks. `solver` is the module and name of the function that a
+    program registered as the sampler.
     """
 
     name: Word = ""
@@ -70,6 +72,8 @@ class Model(_Part):
     embeddings: dict[Word, Sha256] = {}
     loras: dict[Word, Sha256] = {}
     merged: dict[Word, Sha256] = {}
+    edited: tuple[Word, ...] = ()
+    solver: Word | None = None
     device: Word = "cpu"
     dtype: Word = "float32"
     threads: int = Field(default=1, ge=1, le=4096)
@@ -144,6 +148,8 @@ class Record(_Part):
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},
+            "the solver function": model.solver or "",
+            "what was edited in memory": ", ".join(model.edited),
             "what was repeated in float32": ", ".join(self.float32),
         }
 
@@ -256,7 +262,11 @@ def read(texts: Mapping[str, str]) -> Record | None:
     try:
         if _depth(text) > MAX_DEPTH:
             raise ValueError("it is nested too deeply")
-        record = Record.model_validate(json.loads(text, parse_constant=_reject_constant))
+        table = json.loads(text, parse_constant=_reject_constant)
+        missing = _missing_solver(table)
+        record = None if missing else Record.model_validate(table)
+        if record is None:
+            raise ValueError(missing)
         if record.place >= len(record.group) or record.group[record.place] != record.seed:
             raise ValueError("seed differs from the entry of group at place")
         if record.others and len(record.others) != len(record.group):
@@ -271,6 +281,20 @@ def read(texts: Mapping[str, str]) -> Record | None:
     except RequestError as error:
         raise RequestError(f"the record's request is invalid: {error}") from None
     return record
+
+
+def _missing_solver(table: Any) -> str:
+    """Return a sentence if the picture was drawn by a solver function that is not registered in this process."""
+    model, request = (table.get(name) for name in ("model", "request")) if isinstance(table, dict) else (None, None)
+    if not (isinstance(model, dict) and isinstance(request, dict)):
+        return ""
+    function, name = model.get("solver"), request.get("sampler")
+    if not (isinstance(function, str) and isinstance(name, str)) or name in (*samplers.NAMES, *samplers.OWN):
+        return ""
+    return (
+        f"the sampler {name[:100]!r} is the function {function[:100]} of the program that drew it, which is not "
+        f"registered here; call mezzotint.samplers.register({name[:100]!r}, function) first"
+    )
 
 
 def _depth(text: str) -> int:

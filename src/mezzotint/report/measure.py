@@ -25,6 +25,7 @@ from PIL import Image
 from mezzotint import samplers
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.files import atomic_path, read_text
+from mezzotint.models.edits import OWN_HOOKS
 from mezzotint.report.statistics import CHECK_ROW, Row, Space
 from mezzotint.request import Request
 
@@ -262,6 +263,7 @@ def _measure(
         nonlocal calls
         calls += 1
 
+    OWN_HOOKS.add(count)  # it only counts: the record must not call it a change of the model
     hook = pipe.unet_for(pipe.plan(job.request)).register_forward_hook(count)
     start = time.perf_counter()
     try:
@@ -270,6 +272,7 @@ def _measure(
         return {"failure": str(error)}
     finally:
         hook.remove()
+        OWN_HOOKS.discard(count)
     seconds = time.perf_counter() - start
     _save_thumbnail(folder, job, result.images[0])
     batches = math.ceil(job.request.count / (job.request.batch or 1))

@@ -17,9 +17,10 @@ from mezzotint.conditioning.encode import (
     zeros_like,
 )
 from mezzotint.denoiser import Timeline
-from mezzotint.models.adapters import apply_adapters, weights_version
+from mezzotint.models.adapters import apply_adapters
 from mezzotint.models.attention import chosen
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.edits import Snapshot, is_customized
 from mezzotint.models.offload import onload
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition
@@ -37,6 +38,7 @@ class PromptEncoder:
     ) -> None:
         self.tokenizers, self.text_encoders, self.adapters = tokenizers, text_encoders, adapters
         self._cache = EncodingCache()
+        self._weights, self._version = Snapshot(*text_encoders), 0
 
     def encode_batch(self, plans: Sequence[RunPlan], upcast_parts: list[str] | None = None) -> list[Timeline]:
         """Encode the prompts of the pictures of a batch.
@@ -82,10 +84,15 @@ class PromptEncoder:
             with apply_adapters(networks, self.adapters.changes(plan.scaled_adapters)):
                 return _encode_finite(conditioner, prompt)
 
-        encoded = self._cache.get(key, encode)
+        # a hook or a module of a user's own must see every prompt
+        encoded = encode() if any(map(is_customized, self.text_encoders)) else self._cache.get(key, encode)
         if upcast_parts is not None and any(part.float32 for part in encoded) and "text_encoder" not in upcast_parts:
             upcast_parts.append("text_encoder")
         return encoded
+
+    def clear(self) -> None:
+        """Discard the encoded prompts."""
+        self._cache = EncodingCache()
 
     def batch_shape(self, plan: RunPlan) -> tuple[object, ...]:
         """Return what two plans' prompts must have in common to share a batch: their lengths and weights."""
@@ -121,14 +128,15 @@ class PromptEncoder:
         return pad_contexts(slots, [positive] * len(plan.weights) + [negative] * 2)
 
     def _weights_key(self, plan: RunPlan) -> list[object]:
-        """Return the cache key of the text encoders' weights: the merged LoRAs, and those of this plan."""
-        versions = [weights_version(encoder) for encoder in self.text_encoders]
+        """Return the cache key of the text encoders' weights: which they are, and the LoRAs of this plan."""
+        if not self._weights.matches(*self.text_encoders):
+            self._weights, self._version = Snapshot(*self.text_encoders), self._version + 1
         on_text = [
             (adapter, scale)
             for adapter, scale in plan.scaled_adapters
             if any(not layer.startswith("unet.") for layer in adapter.changes)
         ]
-        return [*versions, *((adapter.digest, scale.text, scale.blocks) for adapter, scale in on_text)]
+        return [self._version, *((adapter.digest, scale.text, scale.blocks) for adapter, scale in on_text)]
 
 
 def _distinct_rows(plans: Sequence[RunPlan]) -> Sequence[RunPlan]:

@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from torch import Tensor
+
 from mezzotint.denoiser import Denoiser, Timeline
 from mezzotint.diffusion.guidance import METHODS, Guided, Outputs, interpolate_scale, is_guided, step_index
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
+from mezzotint.errors import RequestError
 from mezzotint.models.unet import UNet
 from mezzotint.run.batches import Batch
 from mezzotint.run.initial import InitialLatents
 from mezzotint.run.nan_guard import guard_outputs, require_finite
 from mezzotint.run.plan import RunPlan
+from mezzotint.samplers import OWN
 
 
 def solve(
@@ -32,9 +36,11 @@ def solve(
     """
     plan = batch.plan
     denoise = initial.wrap(guide(plan, unet_outputs(batch, unet, conditions, initial, split)))
-    steps = SOLVERS[plan.sampler.solver](
-        denoise, initial.x, plan.sigmas, step_noise(batch, noise), **plan.solver_options
-    )
+    name, own = plan.sampler.solver, OWN.get(plan.sampler.solver)
+    solver = own.function if own else SOLVERS[name]
+    steps = solver(denoise, initial.x, plan.sigmas, step_noise(batch, noise), **plan.solver_options)
+    if own:
+        steps = _check_own_steps(name, initial.x, steps)
     return _check_steps(plan, initial, steps)
 
 
@@ -95,6 +101,26 @@ def step_noise(batch: Batch, noise: SeededNoise) -> Noise:
         return noise
     midpoints = plan.sampler.noise == "brownian midpoints"
     return BrownianNoise(batch.seeds, noise.shape, plan.all_sigmas, noise.device, midpoints=midpoints)
+
+
+def _check_own_steps(name: str, x: Tensor, steps: object) -> Iterator[Step]:
+    """Yield the steps of a user's own solver.
+
+    Raises:
+        RequestError: If it yields something else, another shape, or nothing.
+    """
+    wanted = f"the solver {name!r} {{}}; it must be a generator that yields Step(index, sigma, x, denoised)"
+    if not isinstance(steps, Iterator):
+        raise RequestError(wanted.format(f"returned a {type(steps).__name__}"))
+    step = None
+    for step in steps:
+        if not isinstance(step, Step):
+            raise RequestError(wanted.format(f"yielded a {type(step).__name__}"))
+        if step.x.shape != x.shape:
+            raise RequestError(wanted.format(f"yielded x of shape {tuple(step.x.shape)} for {tuple(x.shape)}"))
+        yield step
+    if step is None:
+        raise RequestError(wanted.format("yielded no step"))
 
 
 def _check_steps(plan: RunPlan, initial: InitialLatents, steps: Iterator[Step]) -> Iterator[Step]:

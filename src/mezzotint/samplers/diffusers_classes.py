@@ -32,6 +32,7 @@ class Scheduler:
         noise: See `Sampler`.
         spacing: The spacing, if the class has only one.
         spacing_options: Options of that spacing.
+        default_spacing: The spacing in place of the configuration's, if the request gives none.
         steps: Default number of steps.
         guidance_scale: Default guidance scale.
     """
@@ -52,6 +53,7 @@ class Scheduler:
     noise: NoiseKind = "seeded"
     spacing: str | None = None
     spacing_options: Mapping[str, Any] = field(default_factory=dict)
+    default_spacing: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
 

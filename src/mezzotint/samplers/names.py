@@ -130,7 +130,7 @@ def resolve(
         scheduler = CLASSES[name]
         if pipeline == "StableDiffusionPipeline" and ("steps_offset" in config or scheduler.name == own):
             config["steps_offset"] = 1  # that pipeline corrects its scheduler's configuration when it loads
-        sampler = from_config(scheduler, config, spacing)
+        sampler = from_config(scheduler, config, spacing or scheduler.default_spacing)
     elif name in FEW_STEPS:
         base, keys, steps, guidance_scale = FEW_STEPS[name]
         sampler = from_config(CLASSES[base], config | keys, spacing)
@@ -147,11 +147,17 @@ def resolve(
 
 def canonical_name(name: str) -> str:
     """Return the sampler's name in its own spelling; raise RequestError with the nearest names if it is unknown."""
-    found = _SPELLINGS.find(name)
+    known = {**dict.fromkeys(NAMES), **CLASSES}  # with the solvers that a user has registered
+    found = name if name in known else _SPELLINGS.find(name) or Spellings((own, own) for own in known).find(name)
+    if found is None and ":" in name:
+        raise RequestError(
+            f"sampler is {name!r}, a solver function of the program that used it, which is not registered here; call "
+            f"mezzotint.samplers.register({name!r}, function) first"
+        )
     if found is None:
         stem, _, schedule = name.rpartition(" ")
         sought = stem if schedule in COMFYUI_SCHEDULES and stem not in NAMES else name
-        raise RequestError(f"sampler is {name!r}; {_nearest(sought, NAMES, tuple(SOLVERS))}")
+        raise RequestError(f"sampler is {name!r}; {_nearest(sought, tuple(known), tuple(SOLVERS))}")
     return found
 
 

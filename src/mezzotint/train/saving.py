@@ -7,7 +7,6 @@ inversion as learned_embeds.safetensors.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor
 
 from mezzotint.errors import CheckpointError, RequestError
-from mezzotint.files import atomic_path, report_write_errors
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.unet import UNet
 from mezzotint.train.recipe import Recipe
 from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, lora_pairs, merged_state_dict
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.keys import Levels, rename_keys, unet_table
-from mezzotint.weights.save import save_folder
 from mezzotint.weights.save_lora import save_lora
+from mezzotint.weights.save_model import save_parts
 from mezzotint.weights.save_single import check_single, save_single
 from mezzotint.weights.save_tensors import write_tensors
 
@@ -128,7 +126,7 @@ def save_model(model: TrainableModel, path: Path, dtype: torch.dtype = torch.flo
     parts, layout = inference_parts(model), model.recipe.layout
     made = []
     if layout != "file":
-        _save_folder(path, parts, _few_step_file(model.recipe, model.parts), dtype)
+        save_parts(path, parts, _few_step_file(model.recipe, model.parts), dtype)
         made.append(path)
     if layout != "folder":
         made.append(path.with_suffix(".safetensors"))
@@ -166,29 +164,6 @@ def _few_step_file(recipe: Recipe, parts: Parts) -> Path | None:
         return None
     path = parts.source / parts.few_step.lora
     return path if path.exists() else None
-
-
-def _save_folder(folder: Path, parts: Parts, few_step: Path | None, dtype: torch.dtype) -> None:
-    settings = {name: value for name, value in parts.settings.items() if few_step or name != "few_step"}
-    pairs = list(zip(parts.text_encoders, parts.tokenizers, strict=True))
-    zeros = "force_zeros_for_empty_prompt"
-    save_folder(
-        folder,
-        unet=parts.unet,
-        vae=parts.vae,
-        text_encoder=pairs[0][0],
-        tokenizer=pairs[0][1],
-        second=pairs[1] if len(pairs) > 1 else None,
-        model_index={zeros: parts.model_index[zeros]} if zeros in parts.model_index else None,
-        scheduler_config=parts.scheduler_config,
-        settings=settings or None,
-        dtype=dtype,
-        shard_bytes=2_000_000_000,
-    )
-    if few_step:
-        target = folder / few_step.name
-        with report_write_errors(target), atomic_path(target) as temporary:
-            shutil.copyfile(few_step, temporary)
 
 
 def inference_parts(model: TrainableModel) -> Parts:

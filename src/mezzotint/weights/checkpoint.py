@@ -170,7 +170,7 @@ def _check_token_ids(found: ModelFiles, tokenizers: Sequence[Tokenizer]) -> None
 
 def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
     """Describe what `open_model` would open without reading weights. Raises CheckpointError if it has problems."""
-    given = ModelOptions(**options)
+    given = ModelOptions.of(options)
     found = _scan(locate(path_or_id, given), given)
     if found.problems:
         raise CheckpointError(found.problems[0])
@@ -184,7 +184,7 @@ def read_tokenizers(path_or_id: str | Path, **options: Any) -> tuple[list[Tokeni
     Raises:
         CheckpointError: As `open_model` does.
     """
-    given = ModelOptions(**{"safety_checker": None, **options})
+    given = ModelOptions.of({"safety_checker": None, **options})
     found = _scan(locate(path_or_id, given), given)
     configs = [part.config for part in found.parts if isinstance(part.config, CLIPConfig)]
     return [make() for make in found.tokenizers], [config.hidden_size for config in configs], found.settings
@@ -271,7 +271,7 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
     Raises:
         CheckpointError: If the path does not exist, or is neither a model folder nor a tensor file.
     """
-    given = ModelOptions(**options)
+    given = ModelOptions.of(options)
     path = local(path) or Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")

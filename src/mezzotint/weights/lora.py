@@ -100,7 +100,9 @@ class Adapter:
     coverage: Coverage
 
 
-def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[str, str] | None = None) -> Adapter:
+def read_adapter(
+    path: str | Path, networks: Mapping[str, nn.Module], table: Mapping[str, str] | None = None
+) -> Adapter:
     """Read the changes in a file that fit these networks, on the CPU.
 
     Args:
@@ -131,7 +133,7 @@ def read_adapter(path: Path, networks: Mapping[str, nn.Module], table: Mapping[s
     return Adapter(path, hash_file(path), changes, coverage)
 
 
-def read_unet_lora(path: Path, unet: nn.Module) -> Changes:
+def read_unet_lora(path: str | Path, unet: nn.Module) -> Changes:
     """Read a LoRA that changes this UNet and nothing else, whole: the changes, at a scale of 1.
 
     Raises:
@@ -143,7 +145,7 @@ def read_unet_lora(path: Path, unet: nn.Module) -> Changes:
     return {layer: [(change, 1.0)] for layer, change in adapter.changes.items()}
 
 
-def coverage(path: Path, networks: Mapping[str, nn.Module]) -> Coverage:
+def coverage(path: str | Path, networks: Mapping[str, nn.Module]) -> Coverage:
     """Return what part of a file fits networks, from its names and shapes alone. They may be on the meta device."""
     return _match(TensorFile(find_file(path)), networks, layer_names(networks), real=False)[1]
 

@@ -26,8 +26,9 @@ OUTPUT_NAME = "ss_output_name"  # kohya's metadata: the name that the user gave 
 METADATA_FIRST = '{"__metadata__":'  # as safetensors writes a header; then the table of tensors need not be parsed
 
 
-def find_file(path: Path) -> Path:
+def find_file(path: str | Path) -> Path:
     """Return the file, or the one LoRA in a folder. Raises CheckpointError."""
+    path = Path(path)
     if not path.is_dir():
         return path
     there = _candidates(file.name for file in path.iterdir() if file.is_file())

@@ -17,7 +17,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
-from mezzotint.weights.save_tensors import save_safetensors
+from mezzotint.weights.save_tensors import own_copy, save_safetensors
 
 DIFFUSERS = "0.30.0"  # the release whose folder layout this is
 
@@ -33,7 +33,7 @@ def save_folder(
     second: tuple[CLIPTextModel, Tokenizer] | None = None,
     model_index: Mapping[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = torch.float16,
     shard_bytes: int = 15_000_000,
 ) -> None:
     """Write a model as a diffusers folder.
@@ -51,7 +51,7 @@ def save_folder(
         second: SDXL's second text encoder and its tokenizer.
         model_index: More fields for model_index.json, such as force_zeros_for_empty_prompt.
         settings: The content of mezzotint.json: native size, steps, guidance scale, ...
-        dtype: The dtype of the weights.
+        dtype: The dtype of the weights; None is each weight's own.
         shard_bytes: The largest size of a file of weights, in bytes. Networks that need more are split into shards.
 
     Raises:
@@ -123,12 +123,14 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _write_weights(folder: Path, stem: str, weights: dict[str, Tensor], dtype: torch.dtype, shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path, stem: str, weights: dict[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
+) -> None:
     """Write one .safetensors file, or numbered shards and their index, in the module's order."""
     shards: list[list[str]] = [[]]
     free = shard_bytes
     for name, tensor in weights.items():
-        size = tensor.numel() * dtype.itemsize
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
         if size > free and shards[-1]:
             shards.append([])
             free = shard_bytes
@@ -139,9 +141,9 @@ def _write_weights(folder: Path, stem: str, weights: dict[str, Tensor], dtype: t
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"{stem}{suffix}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+        tensors = {name: own_copy(weights[name], dtype) for name in names}
         save_safetensors(folder / file, tensors)
     if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
+        total = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -18,7 +18,7 @@ from mezzotint.errors import CheckpointError
 from mezzotint.weights import keys
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.model_files import ENCODERS, NETWORKS, Config, join_names
-from mezzotint.weights.save_tensors import write_tensors
+from mezzotint.weights.save_tensors import own_copy, write_tensors
 from mezzotint.weights.single import add_family_fields, clip_tokenizer, default_scheduler
 
 # The layout of each network of a family in a file, and the prefix of its tensors.
@@ -44,7 +44,7 @@ UNCOMPARED = {
 }  # fmt: skip
 
 
-def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) -> None:
+def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = torch.float16) -> None:
     """Write a model as a .safetensors file, whole or not at all.
 
     The header has ModelSpec's architecture and prediction_type. SDXL's v-prediction is marked by an empty tensor
@@ -53,7 +53,7 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) ->
     Args:
         path: The file. Missing parent folders are made.
         parts: The model.
-        dtype: The dtype of the weights.
+        dtype: The dtype of the weights; None is each weight's own.
 
     Raises:
         CheckpointError: If the original layout cannot express the model.
@@ -69,7 +69,7 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype = torch.float16) ->
         "modelspec.architecture": architecture,
         "modelspec.prediction_type": PREDICTIONS[prediction],
     }
-    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in _tensors(parts)}
+    tensors = {key: own_copy(tensor, dtype) for key, tensor in _tensors(parts)}
     if prediction == "v_prediction" and parts.family == "sdxl":
         tensors["v_pred"] = torch.empty(0)
     if zero_snr:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +29,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         with atomic_path(path) as temporary:
             save_safetensors(temporary, tensors, metadata)
     return path
+
+
+def own_copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a contiguous tensor on the CPU with memory of its own: a weight may be a view of fused ones."""
+    return tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
