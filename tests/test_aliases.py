@@ -14,8 +14,8 @@ from mezzotint import Pipeline, Request, RequestError
 from mezzotint.aliases import LOAD_ALIASES, REQUEST_ALIASES
 from mezzotint.image import save_png
 from mezzotint.model_options import ModelOptions
-from mezzotint.weights import save_lora
 from mezzotint.weights.lora import coverage
+from mezzotint.weights.save_lora import save_lora
 
 
 @pytest.mark.parametrize(

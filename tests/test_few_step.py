@@ -170,7 +170,7 @@ def test_the_second_unet_follows_edited_weights(folder: Path, edit: str) -> None
             elif edit == "parameter":
                 layer.weight = nn.Parameter(halved["weight"])
             elif edit == "module":
-                each.unet.conv_in = type(layer)(4, 16, 3, padding=1)
+                each.unet.conv_in = type(layer)(4, 16, 3, padding=1).to(memory_format=torch.channels_last)
                 each.unet.conv_in.load_state_dict(halved)
             elif edit == "data":
                 layer.weight.data.div_(2)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, ControlNetModel
 
-from mezzotint import RequestError
+from mezzotint import Request, RequestError
 from pictures import FAMILIES, Pair, fields
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_their_networks_in_place_of_ours(pairs: dict[str, Pair], family: str) -> None:
-    pair, request = pairs[family], fields(sampler="euler", steps=2)
+    pair, request = pairs[family], Request(**fields(sampler="euler", steps=2, width=64, height=64))
     expected = pair.ours.generate(request)
     pipe = copy.deepcopy(pair.ours)
     theirs = [pair.theirs.text_encoder, *([pair.theirs.text_encoder_2] if family == "sdxl" else [])]

@@ -163,7 +163,7 @@ def test_when_guidance_is_on(sd1: Pipeline, fields: dict[str, Any], guides: bool
 def test_cfg_pp_has_a_guidance_scale_of_its_own(sd1: Pipeline) -> None:
     """0.6 corresponds to 7.5 (Chung et al. 2024); A1111 divides its own by 12.5."""
     scales = {"euler_cfg_pp": 0.6, "DDIM CFG++": 7.5}
-    found = {name: plan_run(sd1._info, Request(prompt="a lemon", sampler=name)) for name in scales}
+    found = {name: plan_run(sd1._model.info, Request(prompt="a lemon", sampler=name)) for name in scales}
     assert {name: plan.request.guidance_scale for name, plan in found.items()} == pytest.approx(scales)
     assert [plan.guidance_scales for plan in found.values()] == [pytest.approx((0.6,))] * 2
 
