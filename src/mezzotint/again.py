@@ -33,7 +33,8 @@ from mezzotint.weights.hub import BUNDLED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mezzotint.pipeline import OnStep, Pipeline
+    from mezzotint.pipeline import Pipeline
+    from mezzotint.run.runner import OnStep
 
 MAX_FILES = 10_000  # per folder, in the search for an input picture
 MAX_PIXELS = 2**24  # of a batch without --yes: 4096x4096, or 16 pictures of 1024x1024

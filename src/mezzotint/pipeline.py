@@ -10,12 +10,8 @@ content does not depend on who fills them, so threads may share one.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast, overload
@@ -26,30 +22,26 @@ from torch import Tensor
 
 from mezzotint.conditioning.encode import EncodedPart
 from mezzotint.devices import DTYPES, best_device, device_of, dtype_of
-from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import RequestError
 from mezzotint.images.init_image import open_picture, to_source
-from mezzotint.images.io import from_pil, to_pil
+from mezzotint.images.io import from_pil
 from mezzotint.memory.planner import Budget, MemoryPlan
 from mezzotint.memory.planner import plan as plan_memory
-from mezzotint.models.adapters import active_adapters, install_adapters
 from mezzotint.models.clip import CLIPTextModel
-from mezzotint.models.offload import count_parameters, onload
+from mezzotint.models.offload import count_parameters
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
 from mezzotint.request import Job, Request
 from mezzotint.result import Result
-from mezzotint.run.batches import Batch, finish_pictures, group_pictures, picture_seeds, split_results, step_counter
-from mezzotint.run.execute import iterate_inside
-from mezzotint.run.initial import enlarge_batch, prepare_latents
+from mezzotint.run.batches import Batch, picture_seeds
 from mezzotint.run.model import LoadedModel
-from mezzotint.run.networks import adopt, unwrap
+from mezzotint.run.networks import adopt
 from mezzotint.run.plan import RunPlan, plan_run
-from mezzotint.run.solve import solve
+from mezzotint.run.runner import OnEstimate, OnImage, OnStep, Runner
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_files import ENCODERS
@@ -57,9 +49,6 @@ from mezzotint.weights.save_model import save_model
 
 OneRequest = Request | RunPlan | str
 Requests = Sequence[Request] | Sequence[RunPlan] | list[str] | list[Request | RunPlan | str]
-OnStep = Callable[[int, int], None]  # steps done, steps in all
-OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
-OnEstimate = Callable[[Tensor], None]  # estimate of the final latents
 
 
 def load(
@@ -116,7 +105,7 @@ class Pipeline:
             budget: The memory that a request may not exceed.
         """
         self._model, self._budget = LoadedModel(parts, placement or Placement(), budget is not None), budget
-        self._executor = self._model.executor
+        self._runner, self._executor = Runner(self._model), self._model.executor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """Copy the networks and everything that belongs to them.
@@ -126,7 +115,7 @@ class Pipeline:
         """
         other = copy(self)
         other._model = self._model.copy(memo)
-        other._executor = other._model.executor
+        other._runner, other._executor = Runner(other._model), other._model.executor
         return other
 
     @property
@@ -311,7 +300,13 @@ class Pipeline:
         if isinstance(request, Request | RunPlan | str):
             return self.generate([request], latents, on_step=on_step, on_image=on_image, on_estimate=on_estimate)[0]
         with self._executor.exclusive():
-            return self._generate([self.plan(each) for each in request], latents, on_step, on_image, on_estimate)
+            plans = [self.plan(each) for each in request]
+            count = sum(plan.request.count for plan in plans)
+            if latents is not None and latents.shape[:1] != (count,):
+                raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {count}")
+            if self._budget:
+                plans = [self._budget.fit_batch(plan, self._executor.effective_placement, count) for plan in plans]
+            return self._runner.generate(plans, latents, on_step, on_image, on_estimate)
 
     def stream(self, request: OneRequest, latents: Tensor | None = None) -> Iterator[Step]:
         """Generate a request step by step, all its pictures in one batch.
@@ -325,7 +320,7 @@ class Pipeline:
             the second pass follow, which are larger.
         """
         plan = self._check_budget(self.plan(request))
-        return self._steps(Batch.of([(plan, seed) for seed in picture_seeds(plan.request)], latents))
+        return self._runner.steps(Batch.of([(plan, seed) for seed in picture_seeds(plan.request)], latents))
 
     def draw(self, jobs: Sequence[Job], on_step: OnStep | None = None) -> list[Image.Image]:
         """Generate pictures in one batch, whatever the `batch` of their requests.
@@ -340,101 +335,7 @@ class Pipeline:
                 known = next((plan for other, plan in plans if other == request), None)
                 plans.append((request, known or self._check_budget(self.plan(request), len(jobs))))
             batch = Batch.of([(plan, seed) for (_, plan), (_, seed) in zip(plans, jobs, strict=True)])
-            return self._decode_batch(batch, self._solve(batch, step_counter(on_step, batch.plan.steps)))
-
-    # ---- a run -------------------------------------------------------------------------------------------------------
-
-    def _generate(
-        self,
-        plans: list[RunPlan],
-        latents: Tensor | None,
-        on_step: OnStep | None,
-        on_image: OnImage | None,
-        on_estimate: OnEstimate | None,
-    ) -> list[Result]:
-        """Run the batches of these plans and split their pictures into results."""
-        count = sum(plan.request.count for plan in plans)
-        if latents is not None and latents.shape[:1] != (count,):
-            raise RequestError(f"latents has the shape {tuple(latents.shape)}; its first number must be {count}")
-        if self._budget:
-            plans = [self._budget.fit_batch(plan, self._executor.effective_placement, count) for plan in plans]
-        groups = group_pictures(plans, self._model.prompts.batch_shape)
-        report = step_counter(on_step, sum(group[0][0].steps for group in groups))
-        images: list[Image.Image] = []
-        finals: list[Tensor] = []
-        notices: list[tuple[str, ...]] = []
-        flagged: list[bool | None] = []
-        timings = {"denoise": 0.0, "decode": 0.0}
-        for group in groups:
-            start = time.perf_counter()
-            batch = Batch.of(group, None if latents is None else latents[len(images) : len(images) + len(group)])
-            x = self._solve(batch, report, on_estimate)
-            solved = time.perf_counter()
-            for image in self._decode_batch(batch, x):
-                images.append(image)
-                if on_image:
-                    on_image(len(images) - 1, image)
-            finals += x.unbind()
-            notices += [batch.notices] * len(group)
-            flagged += batch.flagged
-            timings["denoise"] += solved - start
-            timings["decode"] += time.perf_counter() - solved
-        return split_results(plans, images, finals, notices, flagged, timings)
-
-    def _solve(self, batch: Batch, report: Callable[[], None], on_estimate: OnEstimate | None = None) -> Tensor:
-        """Return the final latents of a batch; `report` is called after each step."""
-        for step in self._steps(batch):
-            last = step
-            report()
-            if on_estimate:
-                on_estimate(step.denoised)
-        return last.x / batch.plan.last_pass.final_scale(last.sigma)
-
-    def _steps(self, batch: Batch) -> Iterator[Step]:
-        """Yield the steps of a batch, with hires those of both passes."""
-        for step in self._pass(batch):
-            last = step
-            yield step
-        if batch.plan.second_pass:
-            decode = partial(self._decode, upcast_parts=batch.upcast_parts, seamless=batch.request.seamless)
-            second = enlarge_batch(batch, last.x / batch.plan.final_scale(last.sigma), decode)
-            for step in self._pass(second):
-                yield replace(step, index=last.index + 1 + step.index)
-
-    def _pass(self, batch: Batch) -> Iterator[Step]:
-        """Run one pass of a batch: encode the prompts, prepare the initial latents, solve."""
-        plan = batch.plan
-        unet, few_step = self._model.unet_for(plan)
-        changes = {**self._model.adapters.changes(plan.scaled_adapters)}
-        for layer, more in few_step.items():
-            changes[layer] = [*changes.get(layer, ()), *more]
-        install_adapters({"unet": unwrap(unet)}, changes)
-        noise = SeededNoise(batch.seeds, plan.latent_shape, self.device, plan.request.noise or "seeded")
-
-        @contextmanager
-        def inference() -> Iterator[None]:
-            with self._executor.inference(plan.request.seamless), active_adapters(changes):
-                yield
-
-        with inference():
-            conditions = self._model.prompts.encode_batch(batch.plans, batch.upcast_parts)
-            encode_image = partial(self._executor.encode, self.vae, upcast_parts=batch.upcast_parts)
-            initial = prepare_latents(batch, self.vae, encode_image, noise)
-            split = self._executor.effective_placement.guidance == "split"
-            steps = solve(batch, unet, conditions, initial, noise, split)
-        with onload(unet):
-            yield from iterate_inside(inference, steps)
-
-    def _decode_batch(self, batch: Batch, x: Tensor) -> list[Image.Image]:
-        """Decode the final latents of a batch to finished pictures with their records."""
-        images = self._decode(x, batch.upcast_parts, batch.request.seamless)
-        return finish_pictures(batch, images, self._model_record, self.check)
-
-    def _decode(self, latents: Tensor, upcast_parts: list[str], seamless: str | None = None) -> list[Image.Image]:
-        """Decode latents; `seamless` names the directions in which the pictures tile."""
-        with self._executor.inference(seamless):
-            z = self.vae.unscale(latents.to(self.device))
-            return to_pil(self._executor.decode(self.vae, z, upcast_parts))
+            return self._runner.draw(batch, on_step)
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 
@@ -514,7 +415,7 @@ class Pipeline:
         channels = self.vae.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be (B, {channels}, h, w)")
-        return self._decode(latents, [])
+        return self._runner.decode(latents, [])
 
     def check(self, images: Image.Image | Sequence[Image.Image]) -> list[bool]:
         """Return whether the model's safety checker flags each picture, or the one that is given.
@@ -524,10 +425,7 @@ class Pipeline:
         Raises:
             RequestError: If the model has no safety checker.
         """
-        if self._model.checker is None:
-            raise RequestError("the model has no safety checker; load one with safety_checker")
-        with self._executor.inference():
-            return self._model.checker.check([images] if isinstance(images, Image.Image) else images)
+        return self._runner.check([images] if isinstance(images, Image.Image) else images)
 
     def encode_image(self, image: Image.Image | str | PathLike[str] | bytes) -> Tensor:
         """Encode a picture to latents (1, C, h, w) float32, the mean of the VAE's posterior.
@@ -571,7 +469,7 @@ class Pipeline:
     @property
     def name(self) -> str:
         """Name of the model's file or folder."""
-        return self.parts.source.stem if self.parts.source.is_file() else self.parts.source.name
+        return self._model.name
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -606,10 +504,6 @@ class Pipeline:
         dtype = str(self.dtype).removeprefix("torch.")
         millions = sum(map(count_parameters, (self.unet, self.vae, *self.text_encoders))) / 1e6
         return f"Pipeline({self.name!r}, {self.parts.family}, {dtype} on {self.device}, {millions:,.1f}M parameters)"
-
-    def _model_record(self, plan: RunPlan) -> dict[str, Any]:
-        """Return what the record of a picture says of the model and the machine."""
-        return {"name": self.name, **self._model.record(plan)}
 
 
 def _as_request(request: Request | str) -> Request:

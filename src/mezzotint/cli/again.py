@@ -32,7 +32,8 @@ from mezzotint.placement import Placement
 
 if TYPE_CHECKING:
     from mezzotint.again import Source
-    from mezzotint.pipeline import OnStep, Pipeline
+    from mezzotint.pipeline import Pipeline
+    from mezzotint.run.runner import OnStep
 
 IDENTICAL, DIFFERS, UNKNOWN = 0, 1, 2  # exit codes of --verify; of several files the highest
 FAILED = 1  # exit code if a picture cannot be written

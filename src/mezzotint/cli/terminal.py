@@ -18,8 +18,9 @@ from mezzotint.placement import parse_size
 
 if TYPE_CHECKING:
     from mezzotint.memory.planner import MemoryPlan
-    from mezzotint.pipeline import OnStep, Pipeline
+    from mezzotint.pipeline import Pipeline
     from mezzotint.request import Request
+    from mezzotint.run.runner import OnStep
 
 
 class StoppedError(Exception):

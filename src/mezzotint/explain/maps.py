@@ -30,11 +30,12 @@ from mezzotint.models.attention import probabilities, recording
 from mezzotint.models.blocks import Attention
 from mezzotint.models.tokenizer import WORD_END, Tokenizer
 from mezzotint.models.unet import UNet
-from mezzotint.pipeline import OnStep, Pipeline
+from mezzotint.pipeline import Pipeline
 from mezzotint.prompt import PromptPlan, Variant
 from mezzotint.request import Request
 from mezzotint.result import Result
 from mezzotint.run.networks import unwrap
+from mezzotint.run.runner import OnStep
 
 MAX_MAP_BYTES = 2**30
 MIN_GRID_SIDE = 8  # cells; coarser layers blur a word's map into its neighbours

@@ -73,6 +73,12 @@ class LoadedModel:
         return {"unet": self.parts.unet, "vae": self.parts.vae, **dict(encoders)}
 
     @property
+    def name(self) -> str:
+        """Name of the model's file or folder."""
+        source = self.parts.source
+        return source.stem if source.is_file() else source.name
+
+    @property
     def device(self) -> torch.device:
         """The device of the UNet."""
         return self.parts.unet.conv_in.weight.device
@@ -93,7 +99,7 @@ class LoadedModel:
         self.schedule = plan_run(self.info, Request(prompt="")).schedule
 
     def record(self, plan: RunPlan) -> dict[str, Any]:
-        """Return what the record of a picture says of the model and the machine; its name is the pipeline's."""
+        """Return what the record of a picture says of the model and the machine."""
         parts = self.parts
         optional = {
             "placement": self.executor.effective_placement.changes(),
@@ -108,6 +114,7 @@ class LoadedModel:
             "safety_checker": parts.checker_hashes if plan.safety in ("blur", "black") else {},
         }
         return {
+            "name": self.name,
             "family": parts.family,
             "files": parts.hashes,
             "device": self.device.type,
