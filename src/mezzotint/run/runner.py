@@ -1,0 +1,140 @@
+"""Run batches: encode the prompts, prepare the initial latents, take the steps, decode, finish the pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from PIL import Image
+from torch import Tensor
+
+from mezzotint.diffusion.noise import SeededNoise
+from mezzotint.diffusion.solvers import Step
+from mezzotint.errors import RequestError
+from mezzotint.images.io import to_pil
+from mezzotint.models.adapters import active_adapters, install_adapters
+from mezzotint.models.offload import onload
+from mezzotint.result import Result
+from mezzotint.run.batches import Batch, finish_pictures, group_pictures, split_results, step_counter
+from mezzotint.run.execute import iterate_inside
+from mezzotint.run.initial import enlarge_batch, prepare_latents
+from mezzotint.run.model import LoadedModel
+from mezzotint.run.networks import unwrap
+from mezzotint.run.plan import RunPlan
+from mezzotint.run.solve import solve
+
+OnStep = Callable[[int, int], None]  # steps done, steps in all
+OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
+OnEstimate = Callable[[Tensor], None]  # estimate of the final latents
+
+
+class Runner:
+    """Runs planned requests on a loaded model.
+
+    Attributes:
+        model: The model.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    def generate(
+        self,
+        plans: list[RunPlan],
+        latents: Tensor | None,
+        on_step: OnStep | None,
+        on_image: OnImage | None,
+        on_estimate: OnEstimate | None,
+    ) -> list[Result]:
+        """Run the batches of these plans and split their pictures into results."""
+        groups = group_pictures(plans, self.model.prompts.batch_shape)
+        report = step_counter(on_step, sum(group[0][0].steps for group in groups))
+        images: list[Image.Image] = []
+        finals: list[Tensor] = []
+        notices: list[tuple[str, ...]] = []
+        flagged: list[bool | None] = []
+        timings = {"denoise": 0.0, "decode": 0.0}
+        for group in groups:
+            start = time.perf_counter()
+            batch = Batch.of(group, None if latents is None else latents[len(images) : len(images) + len(group)])
+            x = self._solve(batch, report, on_estimate)
+            solved = time.perf_counter()
+            for image in self._finish(batch, x):
+                images.append(image)
+                if on_image:
+                    on_image(len(images) - 1, image)
+            finals += x.unbind()
+            notices += [batch.notices] * len(group)
+            flagged += batch.flagged
+            timings["denoise"] += solved - start
+            timings["decode"] += time.perf_counter() - solved
+        return split_results(plans, images, finals, notices, flagged, timings)
+
+    def draw(self, batch: Batch, on_step: OnStep | None) -> list[Image.Image]:
+        """Return the pictures of one batch."""
+        return self._finish(batch, self._solve(batch, step_counter(on_step, batch.plan.steps)))
+
+    def steps(self, batch: Batch) -> Iterator[Step]:
+        """Yield the steps of a batch, with hires those of both passes."""
+        for step in self._pass(batch):
+            last = step
+            yield step
+        if batch.plan.second_pass:
+            decode = partial(self.decode, upcast_parts=batch.upcast_parts, seamless=batch.request.seamless)
+            second = enlarge_batch(batch, last.x / batch.plan.final_scale(last.sigma), decode)
+            for step in self._pass(second):
+                yield replace(step, index=last.index + 1 + step.index)
+
+    def decode(self, latents: Tensor, upcast_parts: list[str], seamless: str | None = None) -> list[Image.Image]:
+        """Decode latents; `seamless` names the directions in which the pictures tile."""
+        executor, vae = self.model.executor, self.model.parts.vae
+        with executor.inference(seamless):
+            return to_pil(executor.decode(vae, vae.unscale(latents.to(self.model.device)), upcast_parts))
+
+    def check(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return whether the model's safety checker flags each picture. Raises RequestError if it has none."""
+        if self.model.checker is None:
+            raise RequestError("the model has no safety checker; load one with safety_checker")
+        with self.model.executor.inference():
+            return self.model.checker.check(images)
+
+    def _solve(self, batch: Batch, report: Callable[[], None], on_estimate: OnEstimate | None = None) -> Tensor:
+        """Return the final latents of a batch; `report` is called after each step."""
+        for step in self.steps(batch):
+            last = step
+            report()
+            if on_estimate:
+                on_estimate(step.denoised)
+        return last.x / batch.plan.last_pass.final_scale(last.sigma)
+
+    def _pass(self, batch: Batch) -> Iterator[Step]:
+        """Run one pass of a batch: encode the prompts, prepare the initial latents, solve."""
+        plan, model, executor = batch.plan, self.model, self.model.executor
+        unet, few_step = model.unet_for(plan)
+        changes = {**model.adapters.changes(plan.scaled_adapters)}
+        for layer, more in few_step.items():
+            changes[layer] = [*changes.get(layer, ()), *more]
+        install_adapters({"unet": unwrap(unet)}, changes)
+        noise = SeededNoise(batch.seeds, plan.latent_shape, model.device, plan.request.noise or "seeded")
+
+        @contextmanager
+        def inference() -> Iterator[None]:
+            with executor.inference(plan.request.seamless), active_adapters(changes):
+                yield
+
+        with inference():
+            conditions = model.prompts.encode_batch(batch.plans, batch.upcast_parts)
+            encode_image = partial(executor.encode, model.parts.vae, upcast_parts=batch.upcast_parts)
+            initial = prepare_latents(batch, model.parts.vae, encode_image, noise)
+            split = executor.effective_placement.guidance == "split"
+            steps = solve(batch, unet, conditions, initial, noise, split)
+        with onload(unet):
+            yield from iterate_inside(inference, steps)
+
+    def _finish(self, batch: Batch, x: Tensor) -> list[Image.Image]:
+        """Decode the final latents of a batch to finished pictures with their records."""
+        images = self.decode(x, batch.upcast_parts, batch.request.seamless)
+        return finish_pictures(batch, images, self.model.record, self.check)
