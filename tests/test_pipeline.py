@@ -483,7 +483,7 @@ def test_more_steps_than_the_model_has_levels(sd1: Pipeline, monkeypatch: pytest
 
 
 def test_a_size_that_the_vae_cannot_halve(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sd1, "_info", replace(sd1._model.info, downscale=16))
+    monkeypatch.setattr(sd1._model, "info", replace(sd1._model.info, downscale=16))
     with pytest.raises(RequestError, match="the size is 40x32; both must be multiples of 16"):
         sd1.generate(LEMON.replace(width=40, height=32))
 

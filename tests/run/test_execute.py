@@ -26,6 +26,7 @@ from torch import nn
 import mezzotint
 from mezzotint import BudgetError, CheckpointError, MezzotintError, Pipeline, Request, RequestError
 from mezzotint.again import again, judge, read_source
+from mezzotint.conditioning.encode import Conditioner
 from mezzotint.explain.maps import explain
 from mezzotint.images.io import save
 from mezzotint.models import backends, offload
@@ -448,10 +449,10 @@ def test_the_caller_s_attention_comes_first(sd1_folder: Path) -> None:
     assert record is not None and record.model.placement.attention == "sliced:1000B", "the record says what was used"
 
 
-def test_prompts_are_encoded_again_for_another_attention(sd1_folder: Path) -> None:
+def test_prompts_are_encoded_again_for_another_attention(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last bits may be others, and the record names it."""
-    pipe, seen = load(sd1_folder), list[Any]()
-    pipe.text_encoders[0].register_forward_hook(lambda *_: seen.append(chosen()))
+    pipe, seen, encode = load(sd1_folder), list[Any](), Conditioner.encode
+    monkeypatch.setattr(Conditioner, "encode", lambda *args: seen.append(chosen()) or encode(*args))
     pipe.encode("a lemon")
     with backend("math"):
         pipe.encode("a lemon")
