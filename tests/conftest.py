@@ -26,6 +26,9 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.weights import Parts, save_folder
 
+for key in ("CONFIG", "MODEL", "DEVICE", "DTYPE", "OUT", "SAMPLER"):
+    os.environ[f"MEZZOTINT_{key}"] = ""  # the user's own configuration is not read
+
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",

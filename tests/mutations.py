@@ -674,6 +674,27 @@ MUTATIONS = [
         "tests/report/test_report.py",
         "the_command",
     ),
+    Mutation(
+        "cli/defaults.py",
+        'found[key] = Default(value, f"MEZZOTINT_{key.upper()}")',
+        "pass",
+        "tests/cli/test_defaults.py",
+        "variable",
+    ),
+    Mutation("cli/defaults.py", "if key not in KEYS:", "if False:", "tests/cli/test_defaults.py", "wrong_files"),
+    Mutation("cli/defaults.py", 'and not names_several(found["out"].value)', "and False", "tests/cli/test_defaults.py"),
+    Mutation("cli/shell.py", "self._pipe = self._load(name or None)", "self._pipe = None", "tests/cli/test_shell.py"),
+    Mutation(
+        "cli/shell.py", "except StoppedError as stop:", "except ZeroDivisionError as stop:", "tests/cli/test_shell.py"
+    ),
+    Mutation(
+        "cli/shell.py",
+        "(path)\n            path.chmod(0o600)",
+        "(path)\n            path.chmod(0o644)",
+        "tests/cli/test_shell.py",
+    ),
+    Mutation("cli/inline.py", "<< bit for bit", "<< (5 - bit) for bit", "tests/cli/test_shell.py", "sixel"),
+    Mutation("cli/terminal.py", "if not log.isEnabledFor(level):", "if False:", "tests/cli/test_log.py", "quiet"),
 ]
 
 

@@ -10,6 +10,8 @@ content does not depend on who fills them, so threads may share one.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from copy import copy
 from os import PathLike
@@ -46,6 +48,8 @@ from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_files import ENCODERS
 from mezzotint.weights.save_model import save_model
+
+log = logging.getLogger("mezzotint")
 
 OneRequest = Request | RunPlan | str
 Requests = Sequence[Request] | Sequence[RunPlan] | list[str] | list[Request | RunPlan | str]
@@ -89,7 +93,13 @@ def load(
         plan.prepare()
         placement, budget = plan.placement, plan.budget
     placement = placement or Placement()
+    start = time.perf_counter()
     parts = open_model(path_or_id or BUNDLED, device=device, dtype=dtype, placement=placement, **options)
+    for file in parts.files:
+        log.info("read %s", file)
+    seconds = time.perf_counter() - start
+    log.info("loaded %s (%s), %s on %s, in %.2f s", parts.source, parts.family, dtype, device, seconds)
+    log.info("memory: %s", placement.changes() or "all weights on the device, nothing is cut")
     return Pipeline(parts, placement, budget)
 
 

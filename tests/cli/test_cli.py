@@ -30,6 +30,7 @@ from mezzotint.result import Result
 
 COMMANDS = [
     "generate",
+    "shell",
     "plan",
     "again",
     "info",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,16 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import StoppedError, check_memory, default_threads, print_json, say, show, stoppable
+from mezzotint.cli.terminal import (
+    StoppedError,
+    check_memory,
+    default_threads,
+    print_json,
+    say,
+    show,
+    shows_progress,
+    stoppable,
+)
 from mezzotint.errors import RequestError, WriteError
 
 if TYPE_CHECKING:
@@ -167,7 +175,7 @@ def _left(pictures: int, drawn: int, seconds: float) -> str:
 def _progress(total: int, threads: int) -> Iterator[Progress]:
     """Show a bar with pictures per minute, time left and threads, or a line per minute where there is no terminal."""
     start = time.perf_counter()
-    if not sys.stderr.isatty():
+    if not shows_progress():
         printed = start
 
         def line(done: int, drawn: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import sys
 import warnings
@@ -18,15 +19,25 @@ from mezzotint import __version__
 from mezzotint.cli import INTERRUPTED
 from mezzotint.cli.again import again
 from mezzotint.cli.bulk import bulk
+from mezzotint.cli.defaults import defaults_of
 from mezzotint.cli.draw import generate
 from mezzotint.cli.explain import explain
 from mezzotint.cli.grid import grid
 from mezzotint.cli.info import info
 from mezzotint.cli.measure import report
-from mezzotint.cli.options import HINTS, Command, Group
+from mezzotint.cli.options import HINTS, Command, Group, LogLevel, Quiet, Verbose, log_level_of, takes_log_level
 from mezzotint.cli.plan import plan
+from mezzotint.cli.shell import shell
 from mezzotint.cli.show import env, inspect, models, samplers
-from mezzotint.cli.terminal import StoppedError, discard_unwritten, print_json, say, show
+from mezzotint.cli.terminal import (
+    StoppedError,
+    discard_unwritten,
+    print_json,
+    reset_log_level,
+    say,
+    set_log_level,
+    show,
+)
 from mezzotint.cli.train import train
 from mezzotint.cli.words import tokens
 from mezzotint.errors import MezzotintError, TrainingError, WriteError, printable
@@ -48,6 +59,7 @@ app = typer.Typer(
 
 EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
+    shell: "shell --model model.safetensors",
     plan: "plan --model MODEL --size 1024x1024 --count 4 --memory 6GiB",
     again: "again lemon.png --verify",
     info: "info lemon.png",
@@ -63,11 +75,18 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm",
 }
 for command, example in EXAMPLES.items():
-    app.command(cls=Command, epilog=f"\b\nExample: mezzotint {example}")(command)
+    app.command(cls=Command, epilog=f"\b\nExample: mezzotint {example}")(takes_log_level(command))
 
 
 def run() -> int:
     """Run the command in sys.argv and return its exit code."""
+    try:
+        return _run()
+    finally:
+        reset_log_level()  # tests run several commands in one process
+
+
+def _run() -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
@@ -115,7 +134,7 @@ def _fail(kind: str, message: str, code: int, text: str | None = None) -> int:
             print_json({"error": {"type": kind, "message": printable(message), "code": code}})
             return code
     if text != "":
-        say(*(text or f"Error: {message}").split("\n"))
+        say(*(text or f"Error: {message}").split("\n"), level=logging.ERROR)
     return code
 
 
@@ -139,8 +158,15 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log_level: LogLevel = None,
 ) -> None:
-    pass
+    configured = os.environ.get("MEZZOTINT_LOG_LEVEL") or "warning"
+    set_log_level(log_level_of(quiet, verbose, log_level) or configured)
+    command = context.invoked_subcommand or ""
+    context.default_map = {command: defaults_of(command)}

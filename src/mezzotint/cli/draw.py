@@ -50,6 +50,10 @@ from mezzotint.errors import RequestError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mezzotint.pipeline import Pipeline
+    from mezzotint.result import Result
+    from mezzotint.run.plan import RunPlan
+
 FLAGGED = {  # by Request.safety
     "flag": "flagged by the safety checker",
     "blur": "flagged by the safety checker, and blurred",
@@ -305,6 +309,13 @@ def generate(
 
     with long_work("drawing", lambda: wrote(written) if written else "no picture was finished") as on_step:
         result = pipe.generate(run, on_step=on_step, on_image=on_image, **estimates)
+    report_result(pipe, run, result, written, as_json)
+    if open_it:
+        open_picture(written[0])
+
+
+def report_result(pipe: Pipeline, run: RunPlan, result: Result, written: list[Path], as_json: bool) -> None:
+    """Print what was drawn, and what should be known of it."""
     for notice in result.notices:
         if notice not in pipe.notices:  # which `load` has printed
             say(notice)
@@ -326,9 +337,7 @@ def generate(
     else:
         drawn = result.images[0]
         seeds = " to ".join(str(s) for s in sorted({result.seeds[0], result.seeds[-1]}))
-        show(f"{wrote(written)} ({drawn.width}x{drawn.height}, {request.steps} steps, seed {seeds})")
-    if open_it:
-        open_picture(written[0])
+        show(f"{wrote(written)} ({drawn.width}x{drawn.height}, {result.request.steps} steps, seed {seeds})")
 
 
 def wrote(paths: list[Path]) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mezzotint.cli.terminal import set_log_level
 from mezzotint.model_options import ModelOptions, parse_config
 
 MODEL = "Model"
@@ -97,6 +98,14 @@ def option(
     return typer.Option(
         *names, help=text, metavar=metavar, rich_help_panel=group, show_default=False, autocompletion=complete
     )
+
+
+_QUIET = "Print errors alone on standard error, and no progress."
+_VERBOSE = "Print what is loaded, planned and measured on standard error."
+_LOG_LEVEL = "debug, info (as -v), warning or error (as -q)."
+Quiet = Annotated[bool, option(_QUIET, name="-q --quiet")]
+Verbose = Annotated[bool, option(_VERBOSE, name="-v --verbose")]
+LogLevel = Annotated[str | None, option(_LOG_LEVEL, "LEVEL", default="MEZZOTINT_LOG_LEVEL, or warning")]
 
 
 def complete_sampler(beginning: str) -> list[str]:
@@ -298,3 +307,24 @@ def add_options_of(
         return command
 
     return decorate
+
+
+def log_level_of(quiet: Quiet = False, verbose: Verbose = False, log_level: LogLevel = None) -> str | None:
+    """Return the log level that the options ask for; None if there are none."""
+    return "error" if quiet else "info" if verbose else log_level
+
+
+def takes_log_level(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that also takes the options of the log level, as they may stand before it."""
+    more = inspect.signature(log_level_of, eval_str=True).parameters
+
+    def run(**options: Any) -> None:
+        if level := log_level_of(**{name: options.pop(name) for name in more}):
+            set_log_level(level)
+        command(**options)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    theirs = inspect.signature(command, eval_str=True).parameters.values()
+    last = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in more.values()]
+    run.__signature__ = inspect.Signature([*theirs, *last])  # type: ignore[attr-defined]  # typer reads it
+    return run

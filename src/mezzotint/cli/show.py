@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from mezzotint.cli.defaults import FILE, config_path, read_defaults
 from mezzotint.cli.naming import SUFFIXES
 from mezzotint.cli.options import Json, add_options_of, model_options, option, take_model_options
 from mezzotint.cli.terminal import default_threads, print_json, show
-from mezzotint.errors import CheckpointError
+from mezzotint.errors import CheckpointError, RequestError
 
 
 @add_options_of(model_options)
@@ -115,7 +116,7 @@ def models(as_json: Json = False) -> None:
 
 
 def env(as_json: Json = False) -> None:
-    """Print versions, devices and backends, for bug reports."""
+    """Print versions, devices, backends and defaults, for bug reports."""
     import platform
 
     import torch
@@ -133,8 +134,23 @@ def env(as_json: Json = False) -> None:
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
     }
     backends = dict(available())
+    path = config_path()
+    try:
+        values = read_defaults()
+    except RequestError as error:
+        values, problem = {}, str(error)
+    else:
+        problem = ""
+    if path is None:
+        state = f"none, since {FILE} is empty"
+    else:
+        state = f"{path} ({problem or ('read' if path.is_file() else 'does not exist')})"
     if as_json:
-        print_json(facts | {"attention": backends})
+        config = {"path": str(path or ""), "exists": bool(path and path.is_file()), "error": problem}
+        given = {key: default._asdict() for key, default in values.items()}
+        print_json(facts | {"attention": backends, "config": config | {"values": given}})
     else:
         facts |= {f"attention {name}": state for name, state in backends.items()}
+        facts |= {"configuration": state}
+        facts |= {f"default {key}": f"{value} (from {source})" for key, (value, source) in values.items()}
         show(*(f"{name}: {fact}" for name, fact in facts.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from mezzotint.errors import WriteError, printable
+from mezzotint.errors import RequestError, WriteError, printable
 from mezzotint.placement import parse_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,42 @@ if TYPE_CHECKING:
     from mezzotint.pipeline import Pipeline
     from mezzotint.request import Request
     from mezzotint.run.runner import OnStep
+
+
+log = logging.getLogger("mezzotint")
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class LogHandler(logging.Handler):
+    """Prints what is logged as the command line prints everything: escaped, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        say(*self.format(record).split("\n"), level=record.levelno)
+
+
+def set_log_level(level: str) -> None:
+    """Set which lines are printed on standard error.
+
+    Raises:
+        RequestError: If it is not one of LEVELS.
+    """
+    if level.lower() not in LEVELS:
+        raise RequestError(f"log-level is {level[:60]!r}; it must be one of {', '.join(LEVELS)}")
+    if not any(isinstance(handler, LogHandler) for handler in log.handlers):
+        log.addHandler(LogHandler())
+    log.setLevel(level.upper())
+
+
+def reset_log_level() -> None:
+    """Undo `set_log_level`."""
+    log.handlers[:] = [handler for handler in log.handlers if not isinstance(handler, LogHandler)]
+    log.setLevel(logging.NOTSET)
+
+
+def shows_progress() -> bool:
+    """Return whether a bar is shown: standard error is a terminal, and remarks are wanted."""
+    return sys.stderr.isatty() and log.isEnabledFor(logging.WARNING)
 
 
 class StoppedError(Exception):
@@ -41,8 +78,15 @@ def print_json(record: Any) -> None:
     _print(json.dumps(record).replace("\x7f", "\\u007f"))
 
 
-def say(*lines: str) -> None:
-    """Print lines on standard error. What cannot be written there is lost."""
+def show_raw(sequences: str) -> None:
+    """Print escape sequences of our own making on standard output, such as a picture. Raises WriteError as `show`."""
+    _print(sequences)
+
+
+def say(*lines: str, level: int = logging.WARNING) -> None:
+    """Print lines on standard error, unless the log level is higher. What cannot be written there is lost."""
+    if not log.isEnabledFor(level):
+        return
     try:
         print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     except OSError:
@@ -166,7 +210,7 @@ def long_work(what: str, kept: Callable[[], str]) -> Iterator[OnStep]:
 @contextmanager
 def _progress(what: str) -> Iterator[OnStep]:
     """Show a bar with step and time left where standard error is a terminal."""
-    if not sys.stderr.isatty():
+    if not shows_progress():
         yield lambda done, total: None
         return
     from rich.console import Console

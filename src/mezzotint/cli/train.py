@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,16 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import StoppedError, check_memory, limit_threads, print_json, say, show, stoppable
+from mezzotint.cli.terminal import (
+    StoppedError,
+    check_memory,
+    limit_threads,
+    print_json,
+    say,
+    show,
+    shows_progress,
+    stoppable,
+)
 from mezzotint.errors import RequestError
 
 if TYPE_CHECKING:
@@ -117,7 +125,7 @@ def train(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Report], None]]:
     """Show a bar with loss, pictures per second and time left, or a line every 50 steps where there is no terminal."""
-    if not sys.stderr.isatty():
+    if not shows_progress():
 
         def line(report: Report) -> None:
             if report.step % EVERY == 0 or report.validation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from mezzotint.run.model import LoadedModel
 from mezzotint.run.networks import unwrap
 from mezzotint.run.plan import RunPlan
 from mezzotint.run.solve import solve
+
+log = logging.getLogger("mezzotint")
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
@@ -50,6 +53,8 @@ class Runner:
         on_estimate: OnEstimate | None,
     ) -> list[Result]:
         """Run the batches of these plans and split their pictures into results."""
+        for plan in plans:
+            _log_plan(plan)
         groups = group_pictures(plans, self.model.prompts.batch_shape)
         report = step_counter(on_step, sum(group[0][0].steps for group in groups))
         images: list[Image.Image] = []
@@ -71,6 +76,7 @@ class Runner:
             flagged += batch.flagged
             timings["denoise"] += solved - start
             timings["decode"] += time.perf_counter() - solved
+        log.info("denoised in %.2f s, decoded in %.2f s", timings["denoise"], timings["decode"])
         return split_results(plans, images, finals, notices, flagged, timings)
 
     def draw(self, batch: Batch, on_step: OnStep | None) -> list[Image.Image]:
@@ -138,3 +144,14 @@ class Runner:
         """Decode the final latents of a batch to finished pictures with their records."""
         images = self.decode(x, batch.upcast_parts, batch.request.seamless)
         return finish_pictures(batch, images, self.model.record, self.check)
+
+
+def _log_plan(plan: RunPlan) -> None:
+    """Log what a run does."""
+    request, levels = plan.request, plan.sigmas
+    log.info(
+        "plan: %d of %dx%d, %s, %s, %d steps, guidance %s, levels %.4g to %.4g",
+        *(request.count, request.width, request.height, request.sampler, request.spacing or "its own spacing"),
+        *(plan.steps, request.guidance_scale, levels[0], levels[-1]),
+    )
+    log.debug("levels: %s", ", ".join(f"{level:.6g}" for level in levels))
