@@ -428,6 +428,30 @@ def test_a_picture_of_a1111(run: Any, sd1: Pipeline, scene: Path) -> None:
     assert run("theirs.jpg", "--model", "tiny", "--verify").code == 1
 
 
+def test_a_random_seed_in_a_text_names_the_file(run: Any, scene: Path) -> None:
+    image = Image.new("RGB", (32, 32))
+    image.info["parameters"] = "a lemon\nSteps: 2, Sampler: Euler, Seed: -1, Size: 32x32"
+    save_png(image, scene / "random.png")
+    ran = run("random.png", "--model", "tiny")
+    (made,) = scene.glob("mezzotint-*.png")
+    found = read(read_metadata(made))
+    assert found is not None and made.name == f"mezzotint-{found.seed}.png"
+    assert ran.out.startswith(f"random.png: Wrote {made.name}; seed {found.seed}; ignored: Seed: a negative seed")
+
+
+def test_settings_that_cannot_be_read_are_quoted(run: Any, scene: Path) -> None:
+    image = Image.new("RGB", (32, 32))
+    for text, sentence in {
+        "a lemon\nSteps: 25 | Sampler: Euler a | Seed: 7": "has the settings 'Steps: 25 | Sampler: Euler a | Seed: 7', "
+        "which cannot be read; they must be its last line",
+        "a lemon, steps: many": "the file has no generation record",
+    }.items():
+        image.info["parameters"] = text
+        save_png(image, scene / "theirs.png")
+        ran = run("theirs.png", "--model", "tiny")
+        assert ran.code == 2 and sentence in ran.err
+
+
 def test_ours_can_be_drawn_from_its_a1111_text_alone(run: Any, sd1: Pipeline, scene: Path) -> None:
     """As when a web site kept that text and not the record."""
     for k, request in enumerate([LEMON.replace(sampler="Euler a"), LEMON.replace(sampler="DPM++ 2M", noise="philox")]):

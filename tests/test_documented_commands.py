@@ -66,6 +66,7 @@ ADDED = {  # by command
     "report": ["--samplers", "euler", "--steps", "1", "--reference-steps", "2", "--seeds", "2"],
     "train": ["--steps", "1", "--batch", "1", "--resolution", "64"],
     "dreambooth": ["--set", "class_count=1"],
+    "textual-inversion": ["--set", "start=lemon"],  # which is one token of the tiny model
 }
 WITHOUT_MODEL = ("samplers", "models", "env", "info", "inspect")
 WITHOUT_RECORD = "corner.png"  # the mask

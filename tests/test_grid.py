@@ -31,6 +31,7 @@ class FakePipeline:
     device, dtype = torch.device("cpu"), torch.float32
     parts = SimpleNamespace(identity={"weights": "abc"})
     notices = ()
+    remarks: tuple[str, ...] = ()  # on each picture
 
     def __init__(self) -> None:
         self.drawn: list[Request] = []
@@ -44,7 +45,8 @@ class FakePipeline:
         self.drawn.append(request)
         for step in range(request.steps or 0):
             on_step(step + 1, request.steps or 0)
-        return SimpleNamespace(images=[Image.new("RGB", (request.width or 0, request.height or 0), colour(request))])
+        image = Image.new("RGB", (request.width or 0, request.height or 0), colour(request))
+        return SimpleNamespace(images=[image], notices=tuple(remark.format(request) for remark in self.remarks))
 
 
 def colour(request: Request) -> tuple[int, int, int]:
@@ -74,6 +76,14 @@ def test_cells_are_every_combination_and_stand_where_the_axes_say(tmp_path: Path
     assert [runs[k] for k in range(0, len(runs), 40)] == [colour(cell) for cell in plan.cells]
     assert (sheet == PAPER).all(axis=-1).mean() > 0.2, "labels and gaps"
     assert tuple(sheet[0, 0]) == PAPER
+
+
+def test_each_notice_is_told_once(tmp_path: Path) -> None:
+    pipe, told = FakePipeline(), list[str]()
+    pipe.remarks = ("a notice", "{0.steps} steps")
+    plan = grid.plan_grid(pipe, LEMON, "steps=1,2", "seed=5,6")  # type: ignore[arg-type]
+    grid.draw(pipe, plan, tmp_path / "cells", on_notice=told.append)  # type: ignore[arg-type]
+    assert told == ["a notice", "1 steps", "2 steps"]
 
 
 def test_labels_are_next_to_the_cells_and_do_not_touch_them(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
             return Source(Path(path), None, request, notes, model)
         text = infotext.parse(texts.get("parameters", ""))
         if not text.fields:
+            infotext.check_settings(texts.get("parameters", ""))
             raise RequestError(
                 "the file has no generation record; records of mezzotint, A1111, ComfyUI and InvokeAI can be read"
             )

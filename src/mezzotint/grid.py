@@ -37,6 +37,7 @@ MAX_LINES = 6  # per label
 PAPER, INK = "white", (25, 25, 28)
 
 OnStep = Callable[[int, int], None]
+OnNotice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,13 @@ def parse(x: str, y: str | None, z: str | None) -> tuple[Axis | None, Axis | Non
     return axes  # type: ignore[return-value]
 
 
-def draw(pipe: Pipeline, plan: GridPlan, folder: Path, on_step: OnStep = lambda done, total: None) -> list[Path]:
+def draw(
+    pipe: Pipeline,
+    plan: GridPlan,
+    folder: Path,
+    on_step: OnStep = lambda done, total: None,
+    on_notice: OnNotice = lambda sentence: None,
+) -> list[Path]:
     """Generate the cells that are not in the folder yet.
 
     Args:
@@ -173,6 +180,7 @@ def draw(pipe: Pipeline, plan: GridPlan, folder: Path, on_step: OnStep = lambda 
         folder: The folder of the cells' pictures.
         on_step: Called with (steps done, steps in total) of the missing cells. An exception that it raises ends the
             work; finished cells are kept.
+        on_notice: Called with each of the cells' `Result.notices`, once.
 
     Returns:
         The files of all cells, in the plan's order.
@@ -191,13 +199,19 @@ def draw(pipe: Pipeline, plan: GridPlan, folder: Path, on_step: OnStep = lambda 
     except OSError as error:
         raise RequestError(f"{str(folder)!r} cannot be created ({error.strerror})") from None
     done, total = 0, sum(cell.steps or 0 for cell in missing.values())
+    told: set[str] = set()
     for path, cell in missing.items():
         before = done
 
         def step(now: int, _: int, before: int = before) -> None:
             on_step(before + now, max(total, before + now))
 
-        save_png(pipe.generate(cell, on_step=step).images[0], path)
+        result = pipe.generate(cell, on_step=step)
+        save_png(result.images[0], path)
+        for notice in result.notices:
+            if notice not in told:
+                told.add(notice)
+                on_notice(notice)
         done += cell.steps or 0
     return paths
 

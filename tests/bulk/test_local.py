@@ -41,6 +41,7 @@ class FakePipeline:
     device, dtype, placement = torch.device("cpu"), torch.float32, Placement()
     parts = SimpleNamespace(identity={"weights": "abc"})
     notices = ()
+    remarks: tuple[str, ...] = ()  # on each picture
 
     def __init__(self) -> None:
         self.groups: list[list[Request]] = []
@@ -56,7 +57,7 @@ class FakePipeline:
         *,
         on_step: Callable[[int, int], None] = lambda done, total: None,
         on_image: Callable[[int, Image.Image], None],
-    ) -> None:
+    ) -> list[SimpleNamespace]:
         self.groups.append(requests)
         for step in range(3):
             on_step(step + 1, 3)
@@ -67,6 +68,9 @@ class FakePipeline:
             image = Image.new("RGB", (16, 8), "#" + hashlib.sha256(about.encode()).hexdigest()[:6])
             image.info["parameters"] = f"{request.prompt} {request.seed}"
             on_image(k, image)
+        return [
+            SimpleNamespace(notices=tuple(remark.format(request) for remark in self.remarks)) for request in requests
+        ]
 
 
 def write(path: Path, table: Table) -> Path:
@@ -348,7 +352,7 @@ def test_output_of_the_command(command: Any, tmp_path: Path, monkeypatch: pytest
     code, out, err = command("p.jsonl", "--out", "out", "--threads", "1", "--json")
     record = json.loads(out)
     assert (code, err) == (0, "") and record.pop("seconds") > 0
-    assert record == {"folder": "out", "drawn": 7, "found": 0, "failed_rows": 0, "rows": 7, "threads": 1}
+    assert record == {"folder": "out", "drawn": 7, "found": 0, "failed_rows": 0, "rows": 7, "threads": 1, "notices": []}
     assert command("p.jsonl", "--out", "out")[:2] == (
         0,
         "Wrote 0 pictures into out; 7 were there already (0 pictures a minute, 1 thread)\n",
@@ -574,3 +578,14 @@ def test_two_workers_of_ray_make_the_same_files(tmp_path: Path) -> None:
         assert done.returncode == 1 and "2 of 24 rows failed" in done.stderr, done.stderr
     assert files(tmp_path / "ray") == files(tmp_path / "local")
     assert len(pictures(tmp_path / "ray")) == 22
+
+
+def test_notices_name_the_first_row_of_each_unit(tmp_path: Path) -> None:
+    """Also through JSON, in which Ray's workers send them."""
+    table = [{"prompt": "whale", "steps": 2}, {"prompt": "fails"}, *({"prompt": "lemon", "steps": n} for n in (2, 1))]
+    pipe = FakePipeline()
+    pipe.remarks = ("a notice", "{0.steps} steps")
+    outcomes = run(write(tmp_path / "rows.jsonl", table), tmp_path / "out", pipe)
+    told = [notice for outcome in outcomes for notice in bulk.from_json(bulk.to_json(outcome)).notices]
+    assert sorted(told) == [(1, "2 steps"), (1, "a notice"), (4, "1 steps"), (4, "a notice")]
+    assert [notice for outcome in outcomes for notice in outcome.notices] == told

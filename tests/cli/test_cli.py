@@ -51,6 +51,7 @@ class FakePipeline:
     """Draws yellow pictures; `pause` seconds a step."""
 
     notices = ()
+    remarks: tuple[str, ...] = ()  # on each request
 
     def __init__(self, pause: float = 0.0) -> None:
         self.pause = pause
@@ -58,7 +59,7 @@ class FakePipeline:
 
     def plan(self, request: Request) -> SimpleNamespace:
         changes = {name: value for name, value in OWN.items() if getattr(request, name) is None}
-        return SimpleNamespace(request=request.replace(**changes))
+        return SimpleNamespace(request=request.replace(**changes), notices=self.remarks)
 
     def generate(
         self,
@@ -188,11 +189,6 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         )
     ]
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}
-
-
-def test_a_network_in_the_prompt_is_reported_as_ignored(run: Run, pipe: FakePipeline) -> None:
-    ran = run("generate", "a <lora:style:0.8> lemon")
-    assert (ran.code, ran.err) == (0, "<lora:style:0.8> is ignored: give --lora-folder to load it\n")
 
 
 def test_levels_of_ones_own(run: Run, pipe: FakePipeline) -> None:

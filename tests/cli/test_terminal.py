@@ -129,7 +129,9 @@ import io, os, sys
 sys.path.insert(0, {folder!r})
 import mezzotint, test_cli
 from mezzotint.cli import main
-mezzotint.load = lambda *_, **__: test_cli.FakePipeline()
+pipe = test_cli.FakePipeline()
+pipe.remarks = ("a notice",)
+mezzotint.load = lambda *_, **__: pipe
 for name, descriptor, target in (
     ("no stderr", 2, None), ("no stdout", 1, None), ("full stderr", 2, "/dev/full"), ("full stdout", 1, "/dev/full")
 ):
@@ -143,7 +145,7 @@ for name, descriptor, target in (
         assert os.open(target, os.O_WRONLY) == descriptor
     else:  # as Python does at its start
         setattr(sys, {{1: "stdout", 2: "stderr"}}[descriptor], None)
-    sys.argv = ["mezzotint", "generate", "a <lora:b:1> lemon", "--out", f"{{name}}.png"]
+    sys.argv = ["mezzotint", "generate", "a lemon", "--out", f"{{name}}.png"]
     main()
 """
 
@@ -156,7 +158,7 @@ def test_a_picture_is_written_whatever_becomes_of_the_streams(tmp_path: Path) ->
         assert (tmp_path / f"{name} 1.txt").read_text() == f"Wrote {name}.png (16x8, 3 steps, seed 40)\n"
     for name, reason in (("no stdout", "Bad file descriptor"), ("full stdout", "No space left on device")):
         err = (tmp_path / f"{name} 2.txt").read_text().splitlines()
-        assert err[1:] == [f"Error: standard output cannot be written ({reason})"]
+        assert err == ["a notice", f"Error: standard output cannot be written ({reason})"]
     for name in ("no stderr", "no stdout", "full stderr", "full stdout"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size == (16, 8) and "mezzotint" in image.info

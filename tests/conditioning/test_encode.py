@@ -257,6 +257,19 @@ def test_comfy_misses_an_embedding(clip: Tokenizer) -> None:
     assert [token.vector for token in chunk[:2]] == [("cat", 0), ("cat", 1)] and len(chunk) == 4
 
 
+@pytest.mark.parametrize("text", ["embedding:cat,embedding:dog", "embedding:cat.pt,,Embedding:DOG.safetensors,"])
+def test_comfy_embeddings_next_to_each_other(clip: Tokenizer, text: str) -> None:
+    """Both are used, and each comma is a token, as if a space came after it."""
+    (chunk,) = chunks(text, clip, "comfy", {"cat": 2, "dog": 1})
+    assert [token.vector for token in chunk if token.vector] == [("cat", 0), ("cat", 1), ("dog", 0)]
+    spaced, both = text.replace(",E", ", E").replace(",e", ", e"), {"cat": 2, "dog": 1}
+    assert [(token.id, token.vector) for token in chunk] == [
+        (token.id, token.vector) for found in chunks(spaced, clip, "comfy", both) for token in found
+    ]
+    with pytest.raises(RequestError, match="uses embedding:fox;"):
+        chunks(f"{text.rstrip(',')},embedding:fox", clip, "comfy", both)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
 def test_vectors_stand_for_words(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:

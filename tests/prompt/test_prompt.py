@@ -262,6 +262,8 @@ def test_convert(text: str, source: str, target: str, converted: str, sentences:
         ("compel", "a.swap(b)", 1, "has no effect"),
         ("a1111", "(a:.)", 0, "must be a number"),
         ("comfy", "(a:1e308)", 0, "at most"),
+        ("comfy", "embedding:a,embedding:b", 0, "both embeddings are used, but ComfyUI loads neither"),
+        ("comfy", "a lemon,embedding:b", 2, "`lemon,embedding:b` is read as words"),
     ],
 )
 def test_lint(syntax: str, text: str, start: int, words: str) -> None:
@@ -351,3 +353,12 @@ def test_no_torch() -> None:
     code = "import sys; from mezzotint import prompt; prompt.plan('a'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert prompt.parse("a BREAK b") == [("a", 1.0), ("BREAK", -1.0), ("b", 1.0)]
+
+
+def test_what_lint_suggests_is_read_as_words() -> None:
+    [part] = plan("ratio 16:\\9").parts
+    assert (part.weight, part.variants[0].spans[0].text) == (1.0, "ratio 16:9")
+    assert [remark.sentence for remark in lint("ratio 16:9")] == [
+        "the number at the end weights the whole prompt (9), although there is no AND; write `:\\9` to have it read as "
+        "words"
+    ]

@@ -191,7 +191,7 @@ HERE: dict[str, Any] = {"image": photograph()}
         (HERE | {"outpaint": (16, 0, 16, 0), "width": 32, "height": 32}, "outpaint is .*, which leaves"),
         ({"image": "nothing.png"}, "image is 'nothing.png', which is not there"),
         ({"hires_steps": 3}, "hires_steps is given, but there is no hires"),
-        ({"hires": 2.0, "hires_strength": 0.01}, "strength is 0.01, which leaves none of 6 steps"),
+        ({"hires": 2.0, "hires_strength": 0.01}, "hires_strength is 0.01, which leaves none of 6 steps"),
         ({"hires": 8.0, "width": 4096, "height": 32}, "hires is 8.0, which gives 32768x256"),
         ({"variation_seed": 3}, "variation_seed is given, but there is no variation_strength"),
     ],
@@ -217,7 +217,7 @@ def test_the_middle_grey_of_a_mask_is_drawn(sd1: Pipeline) -> None:
     grey = MASKED.replace(masked_content="noise")
     white = sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 255))).latents
     assert torch.equal(sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 128))).latents, white)
-    with pytest.raises(RequestError, match=r"^mask is too small"):
+    with pytest.raises(RequestError, match=r"^mask is too dark: its brightest value is 127"):
         sd1.generate(grey.replace(mask=Image.new("L", (32, 32), 127)))
 
 

@@ -16,7 +16,7 @@ from mezzotint import Request
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import inspect_model, save_folder
 
-REQUEST = Request(prompt="a lemon", width=32, height=32, steps=1, seed=1)
+REQUEST = Request(prompt="a lemon", width=32, height=32, steps=2, seed=1)
 
 
 def test_epsilon_without_signal(sd1_folder: Path) -> None:

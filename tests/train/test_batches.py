@@ -165,6 +165,15 @@ def test_chance_is_new_each_epoch_and_each_sample(dataset: Dataset, vae: VAE) ->
     assert abs(sum(flips) - 500) < 80
 
 
+def test_repeats_of_a_folder_and_of_the_recipe_multiply(dataset: Dataset, vae: VAE) -> None:
+    few = replace(dataset, examples=(replace(dataset[0], repeats=3), dataset[1]))
+    batches = Batches(few, replace(OPTIONS, repeats=2, batch=1), Latents(vae), seed=0)
+    ids = [id for batch in batches.epoch(0) for id in batch.ids]
+    assert sorted(ids) == sorted(
+        f"{example.id}{'*' * bool(n)}{n or ''}" for example in few for n in range(2 * example.repeats)
+    )
+
+
 def test_captions_of_an_epoch(dataset: Dataset, vae: VAE) -> None:
     options = replace(OPTIONS, caption_dropout=0.25, shuffle_tags=True, keep_tags=2)
     batches = Batches(dataset, options, Latents(vae), seed=0)

@@ -68,6 +68,8 @@ def sentence(errors: str) -> str:
         (("--set", "rnak=4"), "a recipe has no field 'rnak'; the nearest are rank"),
         (("--set", "rank"), "it must be NAME=VALUE"),
         (("--lr", "0"), "lr is"),
+        (("--set", "lr=1e9"), r"lr is 1e\+09; it must be a number above 0 and at most 10"),
+        (("--set", "rank=5000"), "rank is '5000'; it must be a whole number from 1 to 4096"),
         (("--recipe", "none.toml"), "'none.toml' cannot be read"),
         (("--recipe", "deep.toml"), "deep.toml is not valid TOML"),
         (("--recipe", "digits.toml"), "digits.toml is not valid TOML"),

@@ -64,6 +64,25 @@ def metadata(folder: Path) -> Path:
     return put(folder, {"metadata.jsonl": "\n".join(lines), **{f"{name}.png": data for name, data in FILES.items()}})
 
 
+def with_caption_suffix(folder: Path) -> Path:
+    """As kohya's sd-scripts name them by default."""
+    pictures = {f"{name}.png": data for name, data in FILES.items()}
+    return put(folder, {**pictures, **{f"{name}.caption": text for name, text in CAPTIONS.items()}})
+
+
+def metadata_csv(folder: Path) -> Path:
+    lines = ["file_name,text", *(f'{name}.png,"{text}"' for name, text in CAPTIONS.items())]
+    return put(folder, {"metadata.csv": "\ufeff" + "\r\n".join(lines), **{f"{n}.png": d for n, d in FILES.items()}})
+
+
+def metadata_below(folder: Path) -> Path:
+    """In a subfolder, as the hub has the splits of a dataset; the other pictures have caption files."""
+    (lemon, yellow), (whale, wal) = CAPTIONS.items()
+    csv = f'text,file_name,size\n"{yellow}",{lemon.removeprefix("a/")}.png,24\n'
+    files = {f"{name}.png": data for name, data in FILES.items()}
+    return put(folder, {"a/metadata.csv": csv, **files, f"{whale}.txt": wal})
+
+
 def shards(folder: Path) -> Path:
     (lemon, yellow), (whale, wal) = CAPTIONS.items()
     pack(folder / "0.tar", {f"./{lemon}.png": FILES[lemon], f"./{lemon}.txt": yellow, "a/._lemon.png": b"?"})
@@ -90,14 +109,18 @@ def plain_bytes(folder: Path) -> Path:
     return table(folder / "t.parquet", {"image": list(FILES.values()), "prompt": list(CAPTIONS.values())})
 
 
-@pytest.mark.parametrize("write", [next_to, metadata, shards, structs, plain_bytes])
+@pytest.mark.parametrize(
+    "write",
+    [next_to, with_caption_suffix, metadata, metadata_csv, metadata_below, shards, structs, plain_bytes],
+)
 def test_the_layouts_give_the_same_examples(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     dataset = open_data(write(tmp_path / "data"))
     assert [example.caption for example in dataset] == list(CAPTIONS.values())
     assert [example.size for example in dataset] == [(24, 16)] * 2
     assert [example.digest for example in dataset] == [init_image.digest(data) for data in FILES.values()]
     assert [example.open().tobytes() for example in dataset] == [picture(k).tobytes() for k in range(2)]
-    assert len({example.id for example in dataset}) == 2 and not dataset.skipped
+    assert len({example.id for example in dataset}) == 2 and not dataset.skipped and not dataset.notices
+    assert {example.repeats for example in dataset} == {1}
 
 
 def test_ids_do_not_name_where_the_dataset_lies(tmp_path: Path) -> None:
@@ -120,6 +143,52 @@ def test_captions_are_one_line_and_may_come_from_outside(tmp_path: Path) -> None
         "a photo of sks whale",
         "two lines",
     ]
+
+
+def test_folders_that_say_how_often_their_pictures_are_used(tmp_path: Path) -> None:
+    """Kohya's `REPEATS_WORDS`: the words are the caption of a picture that has none, and dates are no repeats."""
+    written = {"10_sks dog/a.png": None, "10_sks dog/b.png": "a dog", "2_cat/c.png": None, "20240101_x/d.png": "d"}
+    put(tmp_path, dict.fromkeys(written, FILES["whale"]))
+    put(tmp_path, {name.replace(".png", ".txt"): text for name, text in written.items() if text})
+    dataset = open_data(tmp_path)
+    assert [(example.repeats, example.caption) for example in dataset] == [
+        (10, "sks dog"),
+        (10, "a dog"),
+        (1, "d"),
+        (2, "cat"),
+    ]
+    assert dataset.notices == (
+        "10_sks dog: its 2 pictures are used 10 times each in an epoch, by the folder's name",
+        "2_cat: its 1 picture is used 2 times in an epoch, by the folder's name",
+    )
+    given = open_data(tmp_path, caption="a photo")
+    assert [example.caption for example in given] == ["a photo", "a dog", "d", "a photo"]
+
+
+def test_metadata_that_is_for_something_else_or_there_twice(tmp_path: Path) -> None:
+    put(next_to(tmp_path), {"metadata.csv": "id,licence\n1,CC0\n"})
+    assert [example.caption for example in open_data(tmp_path)] == list(CAPTIONS.values())
+    with pytest.raises(RequestError, match="has the columns id, licence; it must have file_name and text"):
+        open_data(tmp_path / "metadata.csv")
+    put(tmp_path, {"metadata.csv": "file_name,text\nwhale.png,a\n", "metadata.jsonl": "{}"})
+    with pytest.raises(RequestError, match=r"has metadata\.jsonl and metadata\.csv; keep one of them"):
+        open_data(tmp_path)
+    put(tmp_path, {"whale.caption": "a whale"})
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(RequestError, match=r"whale\.caption' and .*whale\.txt' are captions of the same picture"):
+        open_data(tmp_path)
+
+
+def test_an_empty_caption_is_a_notice(tmp_path: Path) -> None:
+    put(tmp_path, {"a.png": FILES["whale"], "a.txt": " \n", "b.png": FILES["a/lemon"]})
+    [notice] = open_data(tmp_path, caption="").notices or ("",)
+    assert not notice, "an empty prompt was asked for"
+    dataset = open_data(tmp_path, caption="words")
+    assert [example.caption for example in dataset] == ["", "words"]
+    assert dataset.notices == (
+        f"1 picture has an empty caption, the first is {str(tmp_path / 'a.png')!r}: it is trained without words",
+    )
 
 
 BROKEN: dict[str, tuple[dict[str, bytes | str], str]] = {

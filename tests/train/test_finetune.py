@@ -287,6 +287,19 @@ def test_the_learner_is_the_model_that_draws(sd1_folder: Path, tmp_path: Path) -
     torch.testing.assert_close(out, merged, rtol=1e-3, atol=1e-3)
 
 
+def test_a_start_of_more_tokens_than_vectors(sd1_folder: Path) -> None:
+    """The rest of it would be dropped."""
+    with pytest.raises(
+        RequestError,
+        match=r"^start is 'foo', which is 3 tokens of this model \('f', 'o', 'o'\), and vectors is 1; choose a word "
+        "that is one token, or set vectors to 3",
+    ):
+        model_of(sd1_folder, recipe_of("textual-inversion", start="foo"))
+    model = model_of(sd1_folder, recipe_of("textual-inversion", start="foo", vectors=3))
+    table = model.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight
+    assert torch.equal(model.vectors[0], table[model.tokenizers[0].encode("foo")])
+
+
 def test_a_word_learns_alone(sd1_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of("textual-inversion", start="lemon", vectors=2, steps=6, lr=5e-2)
     model = model_of(sd1_folder, recipe)

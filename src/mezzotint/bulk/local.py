@@ -91,6 +91,13 @@ class Picture(NamedTuple):
         return picture_name(self.row, self.image)
 
 
+class Notice(NamedTuple):
+    """What the user should know of a row."""
+
+    row: int
+    sentence: str
+
+
 class Failure(NamedTuple):
     """A row (or one image of it) that failed, and the error message."""
 
@@ -108,12 +115,14 @@ class Outcome:
         drawn: The number of pictures generated and written.
         existing: The number of pictures that were there already.
         failures: The rows and pictures that failed.
+        notices: `Result.notices` of the pictures generated, each sentence with the first row that it is on.
     """
 
     window: int
     drawn: int = 0
     existing: int = 0
     failures: list[Failure] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
 
 
 def picture_name(row: int, image: int) -> str:
@@ -286,7 +295,7 @@ class Worker:
         outcome = Outcome(window, existing=len(unit) - len(missing))
         try:
             if missing:
-                self._generate(unit, on_step)
+                outcome.notices = self._generate(unit, on_step)
             outcome.drawn = len(missing)
         except WriteError:
             raise
@@ -297,10 +306,11 @@ class Worker:
                 alone = [self._generate_unit(window, [picture], on_step) for picture in missing]
                 outcome.drawn = sum(one.drawn + one.existing for one in alone)  # existing: written before the failure
                 outcome.failures = [failure for one in alone for failure in one.failures]
+                outcome.notices = [notice for one in alone for notice in one.notices]
         return outcome
 
-    def _generate(self, unit: list[Picture], on_step: OnStep) -> None:
-        """Generate a unit and write its missing pictures."""
+    def _generate(self, unit: list[Picture], on_step: OnStep) -> list[Notice]:
+        """Generate a unit, write its missing pictures, and return the notices on it."""
         from mezzotint.images.io import save_png
 
         def on_image(k: int, image: Image) -> None:
@@ -312,7 +322,12 @@ class Worker:
             except RequestError as error:
                 raise WriteError(str(error)) from None
 
-        self.pipe.generate([picture.request for picture in unit], on_step=on_step, on_image=on_image)
+        results = self.pipe.generate([picture.request for picture in unit], on_step=on_step, on_image=on_image)
+        first: dict[str, int] = {}
+        for picture, result in zip(unit, results, strict=True):
+            for sentence in result.notices:
+                first.setdefault(sentence, picture.row)
+        return [Notice(row, sentence) for sentence, row in first.items()]
 
 
 def run(plan: BulkPlan, worker: Worker, on_step: OnStep) -> Iterator[Outcome]:
@@ -355,4 +370,5 @@ def to_json(outcome: Outcome) -> str:
 def from_json(text: str) -> Outcome:
     """Deserialize an outcome."""
     record = json.loads(text)
-    return Outcome(**record | {"failures": [Failure(*failure) for failure in record["failures"]]})
+    failures, notices = [Failure(*each) for each in record["failures"]], [Notice(*each) for each in record["notices"]]
+    return Outcome(**record | {"failures": failures, "notices": notices})

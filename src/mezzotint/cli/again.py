@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +109,9 @@ def again(
         written, tell = list[Path](), show
         try:
             source = read_source(file)
+            is_random = source.request.seed is None or options.get("seed") == -1
+            if source.request.seed is None:  # drawn here, so that the file is named by it
+                source = replace(source, request=source.request.replace(seed=secrets.randbelow(2**32)))
             if not yes:
                 check_work(source, changes)
             path = select_model(source, model)
@@ -132,7 +137,7 @@ def again(
             else:
                 named = _named(source, changes)
                 written = [save_one(made, out, named, k) for k, made in enumerate(images)]
-                seed = [f"seed {changes['seed']}"] if options.get("seed") == -1 else []
+                seed = [f"seed {named.seed}"] if is_random else []
                 code, sentences = 0, [wrote(written), *seed, *notes]
         except StoppedError:  # Ctrl-C
             raise

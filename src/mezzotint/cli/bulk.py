@@ -38,6 +38,7 @@ from mezzotint.errors import RequestError, WriteError
 if TYPE_CHECKING:
     from mezzotint.bulk.local import BulkPlan, Outcome
 
+MAX_NOTICES = 20  # that are printed; the records of the pictures have all of them
 EVERY = 60.0  # seconds between lines where there is no terminal to show a bar
 
 Progress = Callable[[int, int], None]  # pictures done; of them drawn now
@@ -105,13 +106,15 @@ def bulk(
             memory=memory,
             options=model_given,
         ) as plan:
-            outcomes = ray.run(plan) if engine == "ray" else _local(plan)
+            told: dict[str, int] = {}  # sentence -> the row that it was first on
+            outcomes = ray.run(plan) if engine == "ray" else _local(plan, told)
             failures = folder.Failures(out)
             with _progress(plan.pictures, plan.threads) as progress:
                 for outcome in outcomes:
                     drawn += outcome.drawn
                     found += outcome.existing
                     failures.add(outcome)
+                    _tell(outcome, told)
                     progress(drawn + found, drawn)
             failures.write()
     except KeyboardInterrupt:
@@ -121,6 +124,7 @@ def bulk(
     seconds = time.perf_counter() - start
     if as_json:
         record = {"folder": str(out), "drawn": drawn, "found": found, "failed_rows": failures.rows}
+        record["notices"] = [{"row": row or None, "notice": sentence} for sentence, row in told.items()]
         print_json(record | {"rows": plan.rows, "threads": plan.threads, "seconds": round(seconds, 3)})
     else:
         before = f"; {found:,} were there already" if found else ""
@@ -130,8 +134,17 @@ def bulk(
         raise typer.Exit(1)
 
 
-def _local(plan: BulkPlan) -> Iterator[Outcome]:
-    """Draw in this process; Ctrl-C stops after the current step."""
+def _tell(outcome: Outcome, told: dict[str, int]) -> None:
+    """Print the notices of an outcome that were not printed before."""
+    for row, sentence in outcome.notices:
+        if sentence not in told and len(told) <= MAX_NOTICES:
+            told[sentence] = row
+            more = "further notices are in the records of the pictures"
+            say(f"row {row}: {sentence}" if len(told) <= MAX_NOTICES else more)
+
+
+def _local(plan: BulkPlan, told: dict[str, int]) -> Iterator[Outcome]:
+    """Draw in this process; Ctrl-C stops after the current step. The notices on the model are added to `told`."""
     from mezzotint.bulk import local as work
 
     made = work.plan_memory(plan)
@@ -143,8 +156,8 @@ def _local(plan: BulkPlan) -> Iterator[Outcome]:
     finally:
         gc.enable()
         gc.freeze()
-    for notice in worker.pipe.notices:
-        say(notice)
+    told |= dict.fromkeys(worker.pipe.notices, 0)
+    say(*told)
     with stoppable() as stopped:
 
         def on_step(done: int, total: int) -> None:

@@ -274,7 +274,6 @@ def generate(
     """Draw pictures from a prompt."""
     options = locals()
     model_given = take_model_options(overrides, safety)
-    from mezzotint.prompt import plan
     from mezzotint.request import Request
 
     text = words if prompt is None else prompt
@@ -289,15 +288,11 @@ def generate(
         if names_several(preview):
             raise RequestError(f"preview is {preview!r}; it must be the name of a file, such as preview.png")
         check_out(preview, request.replace(count=1), SUFFIXES, option="preview")
-    for network in plan(request.prompt, request.prompt_syntax or "a1111").networks:
-        if network.kind != "lora" or not request.lora_folder:
-            why = "give --lora-folder to load it" if network.kind == "lora" else "only LoRAs can be loaded"
-            say(f"{request.prompt[network.start : network.end]} is ignored: {why}")
-
     fit = fitted(model, memory, request, device, dtype, **model_given)
     pipe = load(model, device, dtype, **model_given, **({"memory": fit} if fit else {}))
     run = pipe.plan(fit.request if fit else request)
     request = run.request
+    say_notices(pipe, run)
     written: list[Path] = []
     shown = Preview(pipe, Path(preview)) if preview is not None else None
     estimates: dict[str, Any] = {"on_estimate": shown.show_latents} if shown else {}
@@ -314,11 +309,14 @@ def generate(
         open_picture(written[0])
 
 
+def say_notices(pipe: Pipeline, run: RunPlan) -> None:
+    """Print the notices on a request before it is drawn; `load` has printed those on the model."""
+    say(*(notice for notice in run.notices if notice not in pipe.notices))
+
+
 def report_result(pipe: Pipeline, run: RunPlan, result: Result, written: list[Path], as_json: bool) -> None:
-    """Print what was drawn, and what should be known of it."""
-    for notice in result.notices:
-        if notice not in pipe.notices:  # which `load` has printed
-            say(notice)
+    """Print what was drawn, and the notices that are known only afterwards."""
+    say(*(notice for notice in result.notices if notice not in (*pipe.notices, *run.notices)))
     for path, flag in zip(written, result.flagged or [], strict=False):
         if flag:
             say(f"{path}: {FLAGGED[run.safety]}")
@@ -332,6 +330,7 @@ def report_result(pipe: Pipeline, run: RunPlan, result: Result, written: list[Pa
                 ],
                 "request": result.request.model_dump(mode="json"),
                 "timings": result.timings,
+                "notices": result.notices,
             }
         )
     else:

@@ -19,7 +19,7 @@ from mezzotint.cli.options import (
     option,
     take_model_options,
 )
-from mezzotint.cli.terminal import load, long_work, print_json, show
+from mezzotint.cli.terminal import load, long_work, print_json, say, show
 
 AXIS = "FIELD=VALUE,..."
 
@@ -73,10 +73,17 @@ def grid(
     pipe = load(model, device, dtype, **model_given)
     plan = work.plan_grid(pipe, request, x, y, z)
     cells = out.with_name(f"{out.stem}-cells")
+    notices: list[str] = []
+
+    def tell(notice: str) -> None:
+        notices.append(notice)
+        if notice not in pipe.notices:  # which `load` has printed
+            say(notice)
+
     with long_work(
         "drawing", lambda: f"finished cells are in {cells}, and the same command continues from there"
     ) as on_step:
-        paths = work.draw(pipe, plan, cells, on_step)
+        paths = work.draw(pipe, plan, cells, on_step, tell)
     sheet = work.sheet(plan, paths)
     save(sheet, out)
     if as_json:
@@ -87,6 +94,7 @@ def grid(
                     {"path": str(path), "request": cell.model_dump(mode="json")}
                     for path, cell in zip(paths, plan.cells, strict=True)
                 ],
+                "notices": notices,
             }
         )
     else:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mezzotint.cli.draw import report_result, wrote
+from mezzotint.cli.draw import report_result, say_notices, wrote
 from mezzotint.cli.fields import pair
 from mezzotint.cli.inline import protocol_of, sequences
 from mezzotint.cli.naming import SUFFIXES, check_out, names_several, save_one
@@ -240,6 +240,7 @@ class Session:
         self._prompt = prompt
         run = self._pipe.plan(Request.model_validate({**self._fields, "prompt": prompt}))
         check_out(self._out, run.request, SUFFIXES)
+        say_notices(self._pipe, run)
         written: list[Path] = []
         with long_work("drawing", lambda: wrote(written) if written else "no picture was finished") as on_step:
             result = self._pipe.generate(

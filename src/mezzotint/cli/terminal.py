@@ -85,7 +85,7 @@ def show_raw(sequences: str) -> None:
 
 def say(*lines: str, level: int = logging.WARNING) -> None:
     """Print lines on standard error, unless the log level is higher. What cannot be written there is lost."""
-    if not log.isEnabledFor(level):
+    if not lines or not log.isEnabledFor(level):
         return
     try:
         print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)

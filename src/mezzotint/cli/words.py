@@ -54,6 +54,7 @@ def tokens(
     )
 
     from mezzotint.conditioning.encode import parse_prompt
+    from mezzotint.prompt import lint
     from mezzotint.run.resolve import STEPS
     from mezzotint.weights.checkpoint import read_tokenizers
     from mezzotint.weights.embeddings import Library
@@ -66,6 +67,10 @@ def tokens(
     record: dict[str, Any] = {
         "syntax": plan.syntax,
         "window": tokenizers[0].max_length - 2,
+        "remarks": [
+            {"start": remark.start, "end": remark.end, "remark": remark.sentence}
+            for remark in lint(request.prompt, plan.syntax, plan, negative=negative, embeddings=library)
+        ],
         "networks": [request.prompt[network.start : network.end] for network in plan.networks],
         "parts": [
             {
@@ -126,6 +131,8 @@ def _lines(record: dict[str, Any], source: str) -> Iterator[str]:
     for number, part in enumerate(parts, 1):
         if len(parts) > 1:
             yield f"part {number} of {len(parts)} (AND), weight {part['weight']:g}"
+        elif part["weight"] != 1.0:
+            yield f"the whole prompt, weight {part['weight']:g}"
         for variant in part["variants"]:
             if len(part["variants"]) > 1:
                 stretches = [f"{a + 1} to {b + 1}" if a < b else f"{a + 1}" for a, b in variant["steps"]]
@@ -142,6 +149,8 @@ def _lines(record: dict[str, Any], source: str) -> Iterator[str]:
                         yield from _table(chunks, window, source)
     for network in record["networks"]:
         yield f"{network} is not part of the text"
+    for remark in record["remarks"]:
+        yield f"note: {remark['remark']}"
 
 
 def _table(chunks: list[list[dict[str, Any]]], window: int, source: str) -> Iterator[str]:

@@ -118,21 +118,31 @@ def _groups(
 def _pieces(text: str, syntax: str, embeddings: Embeddings) -> Iterator[tuple[int, int, str | None]]:
     """Yield (start, end, trigger) of the pieces of a text; the trigger of ordinary words is None."""
     done = 0
-    for match in _triggers(syntax, tuple(embeddings)).finditer(text):
-        start, end = match.span()
-        name = next(group for group in match.groups() if group is not None).lower()
-        if name not in embeddings:  # comfy's embedding:name, which may end in a comma or a file suffix
-            end -= len(name) - len(name := name.rstrip(","))
-            name = re.sub(r"\.(safetensors|pt|bin)$", "", name)
-            if name not in embeddings:
-                available = ", ".join(sorted(embeddings)[:5]) or "none"
-                raise RequestError(f"the prompt uses embedding:{name[:60]}; the available embeddings are {available}")
+    for start, end, name in _named(text, syntax, embeddings):
         if done < start:
             yield done, start, None
         yield start, end, name
         done = end
     if done < len(text):
         yield done, len(text), None
+
+
+def _named(text: str, syntax: str, embeddings: Embeddings) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, trigger) of the embeddings that a text names."""
+    for match in _triggers(syntax, tuple(embeddings)).finditer(text):
+        name = next(group for group in match.groups() if group is not None)
+        if name.lower() in embeddings:
+            yield *match.span(), name.lower()
+            continue
+        start = match.start()  # comfy's embedding:name, which may end in commas or a file suffix; or several of them
+        for written in re.split(r"(?<=,)(?=embedding:)", match[0], flags=re.IGNORECASE):
+            bare = written.rstrip(",")
+            name = re.sub(r"\.(safetensors|pt|bin)$", "", bare[len("embedding:") :].lower())
+            if name not in embeddings:
+                available = ", ".join(sorted(embeddings)[:5]) or "none"
+                raise RequestError(f"the prompt uses embedding:{name[:60]}; the available embeddings are {available}")
+            yield start, start + len(bare), name
+            start += len(written)
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,6 +27,7 @@ Source = str | bytes  # a path, or the contents of a file
 ResizeMode = Literal["resize", "crop", "fill"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
+HALF = 128  # of a mask: at this brightness and above, a pixel is inpainted
 MAX_PIXELS = 80_000_000  # slightly below the limit at which Pillow warns of decompression bombs
 MAX_BYTES = 256 * 2**20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that makes Pillow start another program
@@ -292,6 +293,13 @@ def prepare(
         if outpaint is None and mask.getbbox() is None:
             side, other = ("white", "black") if invert_mask else ("black", "white")
             raise RequestError(f"mask is {side} everywhere; it must have {other} areas, which are inpainted")
+        brightest = int(np.asarray(mask).max())
+        if outpaint is None and brightest < HALF:
+            inverted = " once inverted" if invert_mask else ""
+            raise RequestError(
+                f"mask is too dark: its brightest value{inverted} is {brightest}, and only values from {HALF} to 255 "
+                f"are inpainted; paint the area {'black' if invert_mask else 'white'}"
+            )
     if mask is None and outpaint is None:
         return InitImage(fit(image, size, resize_mode), digests=digests)
 

@@ -9,7 +9,7 @@ docs/prompts.md has the tables. Every function takes time linear in the length o
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from mezzotint.errors import RequestError
 from mezzotint.prompt import a1111, comfy, compel
@@ -133,11 +133,26 @@ def convert(text: str, source: str, target: str) -> tuple[str, list[str]]:
     return convert_plan(plan(text, source, 100), _check_syntax(target))
 
 
-def lint(text: str, syntax: str = "a1111") -> list[Remark]:
-    """Return remarks on what the author of a prompt may not have meant, in the order of the text."""
+def lint(
+    text: str,
+    syntax: str = "a1111",
+    meaning: PromptPlan | None = None,
+    *,
+    negative: bool = False,
+    embeddings: Container[str] = (),
+) -> list[Remark]:
+    """Return remarks on what the author of a prompt may not have meant, in the order of the text.
+
+    Args:
+        text: The prompt.
+        syntax: The dialect.
+        meaning: What `plan` returned for it, if it is known; otherwise the prompt is parsed.
+        negative: Whether it is a negative prompt.
+        embeddings: The names of embeddings that are loaded, in lower case.
+    """
     from mezzotint.prompt.linting import find_remarks
 
-    return find_remarks(text, _check_syntax(syntax))
+    return find_remarks(text, _check_syntax(syntax), meaning, negative, embeddings)
 
 
 def _check_syntax(syntax: str) -> str:

@@ -150,6 +150,20 @@ def parse(text: str) -> Infotext:
     return Infotext("\n".join(texts[False]), "\n".join(texts[True]), given)
 
 
+def check_settings(text: str) -> None:
+    """Check that a text from which `parse` read no fields has no line of settings.
+
+    Raises:
+        RequestError: If it has one, in another form than A1111's.
+    """
+    line = next((line.strip() for line in text.split("\n") if re.match(r"\s*Steps: *\d", line)), None)
+    if line is not None:
+        raise RequestError(
+            f"the picture's text has the settings {line[:60]!r}, which cannot be read; they must be its last line, at "
+            "least three values separated by commas, as in 'Steps: 20, Sampler: Euler a, Seed: 7'"
+        )
+
+
 def _fields(line: str) -> Iterator[tuple[str, str]]:
     """Yield the fields of a last line. A value may be a JSON list or object (Civitai's hashes and resources)."""
     at = 0

@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,6 +28,7 @@ from mezzotint.records import infotext
 from mezzotint.request import MAX_SEED, Job, Request
 
 FOLDER_INDEX = "model_index.json"  # among a model's files if it is a folder, which A1111's text has no hash for
+MAX_NOTICE = 4096  # characters of one
 MAX_DEPTH = 20  # nesting of the JSON; our own records have 5 levels
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(max_length=4096)]
@@ -103,6 +104,7 @@ class Record(_Part):
         pixels: SHA-256 of the picture's pixels, rows of R, G, B.
         latents: SHA-256 of the starting noise, if it was given.
         flagged: Whether the model's safety checker flagged the picture; None if it was not checked.
+        notices: What `Result.notices` said of the request; not what it said of the model.
     """
 
     request: Request
@@ -117,6 +119,7 @@ class Record(_Part):
     pixels: Sha256 | None = None
     latents: Sha256 | None = None
     flagged: bool | None = None
+    notices: tuple[Word, ...] = Field(default=(), max_length=10_000)
 
     def jobs(self, changes: Mapping[str, Any] | None = None) -> list[Job]:
         """Return the batch that the picture was generated in.
@@ -166,6 +169,7 @@ def describe(
     inputs: Mapping[str, Mapping[str, Any]] | None = None,
     float32: Sequence[str] = (),
     latents: Tensor | None = None,
+    notices: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the record of one picture as the two texts for `image.info`.
 
@@ -180,6 +184,7 @@ def describe(
         inputs: The fields of an `Input`, by field of the request.
         float32: The parts of the model that were repeated in float32.
         latents: The given starting noise, of shape (C, h, w).
+        notices: What the user was told of the request.
     """
     group = group or [(request, seed)]
     own = _fields(request)
@@ -193,6 +198,7 @@ def describe(
         "latents": None
         if latents is None
         else hashlib.sha256(latents.detach().cpu().float().numpy().tobytes()).hexdigest(),
+        "notices": [_with_base_names(notice, model.get("loras", ()))[:MAX_NOTICE] for notice in notices],
     }
     record = {
         "request": own,
@@ -226,6 +232,13 @@ def _fields(request: Request) -> dict[str, Any]:
 def _base_name(path: str | None) -> str | None:
     """Return the last part of a path, of Windows or POSIX."""
     return path and (PureWindowsPath(path).name or ".")
+
+
+def _with_base_names(notice: str, paths: Iterable[str]) -> str:
+    """Return a notice with the last part of these paths in place of each."""
+    for path in paths:
+        notice = notice.replace(path, _base_name(path) or path)
+    return notice
 
 
 def _by_base_name(digests: Mapping[str, str]) -> dict[str, str]:

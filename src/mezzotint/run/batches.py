@@ -16,6 +16,7 @@ from mezzotint.images.io import Picture
 from mezzotint.records.record import describe
 from mezzotint.request import Job, Request
 from mezzotint.result import Result
+from mezzotint.run.notices import mask_notices
 from mezzotint.run.plan import RunPlan
 from mezzotint.run.safety import conceal
 
@@ -72,11 +73,17 @@ class Batch:
         return [image for image in self.init_images if isinstance(image, InitImage)]
 
     @property
-    def notices(self) -> tuple[str, ...]:
+    def notices(self) -> list[tuple[str, ...]]:
         """Remarks for the user on each picture; after the run also on the networks that ran in float32."""
+        repeated = [UPCAST.format(name) for name in dict.fromkeys(self.upcast_parts)]
+        return [(*self.image_notices, *plan.notices, *repeated) for plan in self.plans]
+
+    @property
+    def image_notices(self) -> tuple[str, ...]:
+        """Remarks on the pictures that the batch starts from."""
+        side = self.plan.model.downscale
         images = distinct_images(self.opened_images)
-        repeated = (UPCAST.format(name) for name in dict.fromkeys(self.upcast_parts))
-        return (*(notice for image in images for notice in image.notices), *self.plan.notices, *repeated)
+        return tuple(notice for image in images for notice in (*image.notices, *mask_notices(image.mask, side)))
 
 
 def group_pictures(
@@ -153,6 +160,7 @@ def finish_pictures(
             float32=batch.upcast_parts,
             latents=None if batch.latents is None else batch.latents[k],
             inputs=opened[0].digests if opened else {},
+            notices=(*batch.image_notices, *plan.request_notices),
         )
         image.info.update(record)
     return finished

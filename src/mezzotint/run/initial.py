@@ -20,7 +20,7 @@ from mezzotint.diffusion.blend import Blend, Denoiser
 from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.variation import paste_center, slerp
 from mezzotint.errors import RequestError
-from mezzotint.images.init_image import InitImage, fit
+from mezzotint.images.init_image import HALF, InitImage, fit
 from mezzotint.images.io import from_pil
 from mezzotint.models.vae import VAE, Posterior
 from mezzotint.run.batches import Batch, distinct_images
@@ -159,7 +159,7 @@ def _pixels(image: InitImage, hide_masked: bool = False) -> Tensor:
     pixels = from_pil(image.image)
     if not hide_masked or image.mask is None:
         return pixels
-    return pixels * torch.from_numpy(np.asarray(image.mask) < 128)
+    return pixels * torch.from_numpy(np.asarray(image.mask) < HALF)
 
 
 def _sample_latents(
@@ -177,7 +177,7 @@ def _downsample_masks(masks: Sequence[Image.Image], side: int, noise: SeededNois
     """Return masks as (B, 1, h, w), 1 where the run repaints: the first pixel of each cell, as in diffusers."""
     if not masks:
         return None
-    mask = torch.from_numpy(np.stack([np.asarray(mask)[None, ::side, ::side] for mask in masks]) >= 128)
+    mask = torch.from_numpy(np.stack([np.asarray(mask)[None, ::side, ::side] for mask in masks]) >= HALF)
     if not mask.any():
         raise RequestError(
             f"mask is too small: it covers no cell of {side}x{side} pixels; enlarge it, or give only_masked, which "

@@ -12,8 +12,18 @@ from mezzotint.samplers import Sampler
 STEP_OFFSET = {"a1111": 1, "a1111 timesteps": -1, "a1111 unipc": 0}
 
 
-def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[float]:
-    """Return the noise levels of a resolved request that starts from noise alone."""
+def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule, prefix: str = "") -> list[float]:
+    """Return the noise levels of a resolved request that starts from noise alone.
+
+    Args:
+        request: The request; that of a second pass has its steps and strength.
+        sampler: The sampler.
+        schedule: The training schedule.
+        prefix: "hires_" for a second pass, for error messages.
+
+    Raises:
+        RequestError: If the schedule has fewer levels.
+    """
     if request.sigmas:
         return list(request.sigmas)
     if request.timesteps:
@@ -25,11 +35,22 @@ def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule) -> list[f
             steps += 1
         else:
             options = {**options, "points": "n+1"}
-    levels = SPACINGS[spacing](schedule, steps, **options)
+    try:
+        levels = SPACINGS[spacing](schedule, steps, **options)
+    except RequestError:
+        if _total_steps(request, sampler) == request.steps:
+            raise
+        raise RequestError(
+            f"{prefix}steps is {request.steps} and {prefix}strength {request.strength}: with fix_steps, the run is the "
+            f"end of a list of {steps:,} steps, and this spacing has fewer distinct noise levels; use fewer steps, a "
+            "larger strength, or no fix_steps (--no-fix-steps)"
+        ) from None
     return _respace(sampler, schedule, levels) if sampler.steps_from and request.strength is None else levels
 
 
-def run_sigmas(request: Request, sampler: Sampler, schedule: Schedule, levels: list[float]) -> list[float]:
+def run_sigmas(
+    request: Request, sampler: Sampler, schedule: Schedule, levels: list[float], prefix: str = ""
+) -> list[float]:
     """Return the levels that the run takes: all of them or, for img2img, the last ones.
 
     A sampler with `steps_from` replaces them by as many steps of its own spacing.
@@ -43,8 +64,11 @@ def run_sigmas(request: Request, sampler: Sampler, schedule: Schedule, levels: l
     steps = len(levels) - (not respaced)
     left = min(_steps_left(request, sampler, steps), steps)
     if left < 1:
-        needed = "above 0" if _is_fixed(request, sampler) else f"at least 1/{steps}, or steps must be larger"
-        raise RequestError(f"strength is {request.strength}, which leaves none of {steps} steps; it must be {needed}")
+        needed = f"at least 1/{steps}, or {prefix}steps must be larger"
+        raise RequestError(
+            f"{prefix}strength is {request.strength}, which leaves none of {steps} steps; it must be "
+            f"{'above 0' if _is_fixed(request, sampler) else needed}"
+        )
     taken = levels[steps - left :]
     return _respace(sampler, schedule, taken, schedule.timestep(taken[0])) if respaced else taken
 

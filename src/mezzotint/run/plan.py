@@ -9,7 +9,7 @@ folder a second time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,18 +26,13 @@ from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
+from mezzotint.run.notices import find_notices
 from mezzotint.run.resolve import expand_choices, few_step_of, resolve_request
 from mezzotint.run.safety import check_mode, unchecked_notices
 from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import Adapter, Adapters, Scale
-from mezzotint.weights.model_files import FewStep, join_names
-
-ZERO_SNR_EPSILON = (
-    "the schedule has zero terminal SNR (rescale_betas_zero_snr) and the model predicts epsilon, which says nothing of "
-    "the picture where there is only noise (Lin et al. 2023); one of the two is probably wrong: --prediction "
-    "v_prediction or --config scheduler.rescale_betas_zero_snr=false overrules the model's files"
-)
+from mezzotint.weights.model_files import FewStep
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ class RunPlan:
     Attributes:
         model: The model.
         request: The request with every value resolved.
+        typed: The prompt and the negative prompt before ComfyUI's choices were drawn.
         sampler: Solver, spacing and their options.
         schedule: The training schedule as this sampler reads it.
         prediction: What the UNet's output is.
@@ -88,6 +84,7 @@ class RunPlan:
 
     model: ModelInfo
     request: Request
+    typed: tuple[str, str]
     sampler: Sampler
     schedule: Schedule
     prediction: Prediction
@@ -205,32 +202,15 @@ class RunPlan:
         """What is done with flagged pictures: "off" (they are not checked), "flag", "blur" or "black"."""
         return (self.request.safety or "flag") if self.model.has_checker else "off"
 
-    @property
+    @cached_property
     def notices(self) -> tuple[str, ...]:
-        """Sentences on the model, its schedule, each LoRA that does not match it, and a check that is not possible."""
-        covered = {name: adapter.coverage for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
-        loras = (f"{name}: {found}" for name, found in covered.items() if found.unmatched)
-        config = self.sampler.schedule
-        no_signal = config.sigma_data is None and config.rescale_betas_zero_snr and config.prediction_type == "epsilon"
-        unchecked = unchecked_notices(self.model, self.request)
-        on_schedule = [ZERO_SNR_EPSILON] if no_signal else []
-        return *self.model.notices, *on_schedule, *self._ignored_fields(), *loras, *unchecked
+        """Sentences for the user: on the model, on the request, and on a safety check that is not possible."""
+        return (*self.model.notices, *self.request_notices, *unchecked_notices(self.model, self.request))
 
-    def _ignored_fields(self) -> Iterator[str]:
-        """Yield a sentence on the fields that act on the unconditional output, if they are given and it is not used."""
-        request = self.request
-        given = {
-            "negative_prompt": bool(request.negative_prompt),
-            "guidance_method": request.guidance_method != "cfg",
-            "guidance_rescale": bool(request.guidance_rescale),
-            "mimic_scale": request.mimic_scale is not None,
-        }
-        names = [name for name, is_given in given.items() if is_given]
-        if self.model.embeds_guidance and names:
-            yield (
-                f"{join_names(names)}: without effect, because this model takes the guidance scale as an input of its "
-                "UNet (time_cond_proj_dim) and has no unconditional output"
-            )
+    @cached_property
+    def request_notices(self) -> tuple[str, ...]:
+        """Sentences on what the request asks for, which the picture's record keeps."""
+        return tuple(dict.fromkeys(find_notices(self)))
 
     @cached_property
     def empty(self) -> PromptPlan:
@@ -269,6 +249,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     schedule = Schedule.from_config(sampler.schedule)
     levels = all_sigmas(resolved, sampler, schedule)
     sigmas = run_sigmas(resolved, sampler, schedule, levels)  # raises RequestError
+    typed = resolved.prompt, resolved.negative_prompt or ""
     resolved = expand_choices(resolved)
     steps = schedule_steps(resolved, sampler, levels)
     positive, negative = _parse_prompts(resolved, steps)
@@ -278,6 +259,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     plan = RunPlan(
         model=model,
         request=resolved,
+        typed=typed,
         sampler=sampler,
         schedule=schedule,
         prediction=Prediction.from_config(sampler.schedule),
@@ -299,13 +281,13 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
 def _plan_second(first: RunPlan) -> RunPlan:
     """Return the plan of hires-fix's second pass, which starts from the first one's result, enlarged."""
     request = _second_request(first.model, first.request)
-    levels = all_sigmas(request, first.sampler, first.schedule)
+    levels = all_sigmas(request, first.sampler, first.schedule, "hires_")
     steps = schedule_steps(request, first.sampler, levels)
     positive, negative = _parse_prompts(request, steps, first.schedule_steps)
     return replace(
         first,
         request=request,
-        sigmas=run_sigmas(request, first.sampler, first.schedule, levels),
+        sigmas=run_sigmas(request, first.sampler, first.schedule, levels, "hires_"),
         all_sigmas=levels,
         schedule_steps=steps,
         latent_shape=_latent_shape(first.model, request),

@@ -72,7 +72,7 @@ class Runner:
                 if on_image:
                     on_image(len(images) - 1, image)
             finals += x.unbind()
-            notices += [batch.notices] * len(group)
+            notices += batch.notices
             flagged += batch.flagged
             timings["denoise"] += solved - start
             timings["decode"] += time.perf_counter() - solved

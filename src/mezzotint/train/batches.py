@@ -34,7 +34,7 @@ class DataOptions:
         batch: pictures per batch.
         random_crop: crop at random instead of in the middle.
         flip: mirror half of the pictures.
-        repeats: uses of each picture per epoch.
+        repeats: uses of each picture per epoch, times those that its folder's name asks for.
         caption_dropout: fraction of captions replaced by the empty one, for guidance (Ho and Salimans 2022).
         shuffle_tags: shuffle the comma-separated parts of captions, except the first `keep_tags`.
     """
@@ -83,8 +83,8 @@ class Batches:
     def __init__(self, dataset: Dataset, options: DataOptions, latents: Latents, seed: int) -> None:
         """Sort the samples into buckets. `dataset` must have passed `prepare_dataset`."""
         self.options, self.latents, self.seed = options, latents, seed
-        self.examples = [example for example in dataset for _ in range(options.repeats)]
-        numbers = [number for _ in dataset for number in range(options.repeats)]
+        self.examples = [example for example in dataset for _ in range(options.repeats * example.repeats)]
+        numbers = [number for example in dataset for number in range(options.repeats * example.repeats)]
         self.ids = [f"{e.id}*{n}" if n else e.id for e, n in zip(self.examples, numbers, strict=True)]
         sizes = options.sizes()
         self.buckets: dict[Size, list[int]] = {}

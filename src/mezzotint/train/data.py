@@ -1,20 +1,27 @@
 """Training data: pictures with captions, in four common layouts.
 
-    folder of pictures          cat.jpg with its caption in cat.txt next to it; subfolders too
-    folder with metadata.jsonl  {"file_name": "cat.jpg", "text": "a cat"} on each line
+    folder of pictures          cat.jpg with its caption in cat.txt or cat.caption next to it; subfolders too
+    folder with metadata        metadata.jsonl with {"file_name": "cat.jpg", "text": "a cat"} on each line, or
+                                metadata.csv with the columns file_name and text; also in subfolders
     Parquet                     columns `image` (bytes, or a struct with bytes, as the hub writes them) and `text`
     WebDataset                  tar shards, not compressed: cat.jpg with cat.txt or cat.json of the same name
 
-The field or column `text` may also be called `caption` or `prompt`. Shards and Parquet files are given one by one or as
-a folder. Pictures are opened as everywhere in mezzotint: upright, transparency on white, at most 80 million pixels.
+In a subfolder with a name such as `10_sks dog`, as of kohya's sd-scripts, each picture is used 10 times an epoch, and
+the words are the caption of those that have none. The field or column `text` may also be called `caption` or `prompt`.
+Shards and Parquet files are given one by one or as a folder. Pictures are opened as everywhere in mezzotint: upright,
+transparency on white, at most 80 million pixels.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import re
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,14 +32,17 @@ from PIL import Image
 
 from mezzotint import rows
 from mezzotint.errors import MissingExtraError, RequestError
-from mezzotint.files import read_bytes
+from mezzotint.files import open_regular, read_bytes
 from mezzotint.images import init_image
 from mezzotint.request import MAX_PROMPT
 
 BrokenPolicy = Literal["stop", "skip"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 TEXTS = ("text", "caption", "prompt")  # names of the caption's column or field
-METADATA = "metadata.jsonl"
+CAPTIONS = (".txt", ".caption")  # suffixes of caption files
+METADATA = ("metadata.jsonl", "metadata.csv")
+REPEATS = re.compile(r"([1-9]\d{0,3})_(.+)")  # kohya's name of a subfolder; more digits are a date
+MAX_HEADER = 65_536  # bytes of a table's first line
 EXPECTED_LINE = 'it must be a JSON object on one line, such as {"file_name": "cat.jpg", "text": "a cat"}'
 NO_EXTRA = "a Parquet file needs pyarrow: pip install 'mezzotint[train]'"
 
@@ -48,6 +58,7 @@ class Example:
         digest: SHA-256 of the picture's file.
         place: where it is, for error messages.
         read: returns the bytes of its file.
+        repeats: uses in an epoch, by the name of its folder.
     """
 
     id: str
@@ -56,6 +67,7 @@ class Example:
     digest: str
     place: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
+    repeats: int = 1
 
     def open(self) -> Image.Image:
         """Return the picture in RGB. Raises RequestError if it does not decode or has changed."""
@@ -67,11 +79,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset(Sequence[Example]):
-    """Examples in the order of their files. `skipped`: a sentence for each that was skipped."""
+    """Examples in the order of their files.
+
+    Attributes:
+        path: the folder or file.
+        examples: the pictures.
+        skipped: a sentence for each picture or caption that was skipped.
+        notices: what the user should know, such as empty captions.
+    """
 
     path: Path
     examples: tuple[Example, ...] = field(repr=False)
     skipped: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -121,7 +141,20 @@ def open_data(path: str | os.PathLike[str], broken: BrokenPolicy = "stop", capti
     if not examples:
         first = f". First of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
         raise RequestError(f"{str(folder)!r} has no usable pictures; it must have at least one{first}")
-    return Dataset(folder, tuple(examples.values()), tuple(skipped))
+    found_examples = tuple(examples.values())
+    return Dataset(folder, found_examples, tuple(skipped), tuple(_notices(found_examples, caption)))
+
+
+def _notices(examples: Sequence[Example], default: str | None) -> Iterator[str]:
+    """Yield sentences on repeats and on empty captions, unless those are the default."""
+    folders = Counter((example.id.partition("/")[0], example.repeats) for example in examples if example.repeats > 1)
+    for (name, repeats), count in folders.items():
+        uses = "picture is used {} times" if count == 1 else "pictures are used {} times each"
+        yield f"{name}: its {count:,} {uses.format(repeats)} in an epoch, by the folder's name"
+    empty = [] if default == "" else [example.place for example in examples if not example.caption]
+    if empty:
+        pictures = "1 picture has" if len(empty) == 1 else f"{len(empty):,} pictures have"
+        yield f"{pictures} an empty caption, the first is {empty[0]!r}: it is trained without words"
 
 
 Reader = Callable[[Path, str | None], Iterator[Found]]
@@ -130,18 +163,18 @@ Reader = Callable[[Path, str | None], Iterator[Found]]
 def _reader(path: Path) -> Reader:
     """Return the reader for the path's layout. Raises RequestError if it has none of the four, or several."""
     if path.is_file():
-        reader = {".tar": _shard, ".parquet": _parquet, ".jsonl": _jsonl}.get(path.suffix.lower())
-        if reader is None or (reader is _jsonl and path.name != METADATA):
+        reader = _metadata if path.name in METADATA else {".tar": _shard, ".parquet": _parquet}.get(path.suffix.lower())
+        if reader is None:
             raise RequestError(
-                f"{str(path)!r} must be a folder of pictures, a .parquet file, a .tar shard or {METADATA}"
+                f"{str(path)!r} must be a folder of pictures, a .parquet file, a .tar shard or {' or '.join(METADATA)}"
             )
         return reader
     if not path.is_dir():
         raise RequestError(
             f"{str(path)!r} does not exist; it must be a folder of pictures, a .parquet file or a .tar shard"
         )
-    if (path / METADATA).is_file():
-        return lambda folder, caption: _jsonl(folder / METADATA, caption)
+    if metadata := [path / name for name in METADATA if _is_metadata(path / name)]:
+        return lambda folder, caption: _metadata(_only(metadata), caption)
     files = _files(path)
     kinds: dict[str, Reader] = {
         "tar shards": partial(_each, _shard, [file for file in files if file.suffix.lower() == ".tar"]),
@@ -151,7 +184,7 @@ def _reader(path: Path) -> Reader:
     suffixes = {file.suffix.lower() for file in files}
     present = [
         kind
-        for kind, endings in zip(kinds, ((".tar",), (".parquet",), (*PICTURES, ".txt")), strict=True)
+        for kind, endings in zip(kinds, ((".tar",), (".parquet",), (*PICTURES, *CAPTIONS)), strict=True)
         if suffixes.intersection(endings)
     ]
     if len(present) > 1 and "pictures" in present and not suffixes.intersection(PICTURES):
@@ -174,7 +207,26 @@ def _each(
         yield from reader(file, caption, file.relative_to(root).as_posix())
 
 
-def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]) -> Found:
+def _is_metadata(path: Path) -> bool:
+    """Return whether a file lists pictures; a table may be about something else."""
+    if path.suffix == ".jsonl" or not path.is_file():
+        return path.is_file()
+    with open_regular(path) as file:
+        return b"file_name" in file.readline(MAX_HEADER)
+
+
+def _only(files: Sequence[Path]) -> Path:
+    """Return the one file. Raises RequestError if there are two."""
+    if len(files) > 1:
+        raise RequestError(f"{str(files[0].parent)!r} has {files[0].name} and {files[1].name}; keep one of them")
+    return files[0]
+
+
+def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes], in_folder: bool = False) -> Found:
+    """Make an example; `in_folder`: whether the id is a path, whose first folder may have kohya's name."""
+    folder = REPEATS.fullmatch(id.partition("/")[0]) if in_folder and "/" in id else None
+    if folder and caption is None:
+        caption = folder[2]
     if caption is None:
         return f"the picture {place!r} has no caption; add one, or set prompt as a caption for pictures without"
     if len(caption) > MAX_PROMPT or "\0" in caption:
@@ -184,7 +236,8 @@ def _example(id: str, place: str, caption: str | None, read: Callable[[], bytes]
         size = init_image.picture_size(place, "the picture", data)
     except RequestError as error:
         return str(error)
-    return Example(id, " ".join(caption.split()), size, init_image.digest(data), place, read)
+    repeats = int(folder[1]) if folder else 1
+    return Example(id, " ".join(caption.split()), size, init_image.digest(data), place, read, repeats)
 
 
 def _text(data: bytes, place: str) -> str:
@@ -196,12 +249,24 @@ def _text(data: bytes, place: str) -> str:
 
 
 def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[Found]:
+    described: dict[Path, list[Path]] = {}  # folder -> its metadata, which lists all of its pictures
+    for file in files:
+        if file.name in METADATA and _is_metadata(file):
+            described.setdefault(file.parent, []).append(file)
+    for metadata in described.values():
+        yield from _metadata(_only(metadata), default, f"{metadata[0].parent.relative_to(root).as_posix()}/")
+    files = [file for file in files if not described.keys() & set(file.parents)]
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     stems = {file.with_suffix("") for file in pictures}
-    for stem, file in captions.items():
-        if stem not in stems:
-            yield f"the caption {str(file)!r} has no picture; there must be one such as {stem.name}.jpg"
+    captions: dict[Path, Path] = {}
+    for file in files:
+        stem = file.with_suffix("")
+        if file.suffix.lower() in CAPTIONS and stem in captions:
+            yield f"{str(captions[stem])!r} and {str(file)!r} are captions of the same picture; keep one of them"
+        elif file.suffix.lower() in CAPTIONS:
+            captions[stem] = file
+            if stem not in stems:
+                yield f"the caption {str(file)!r} has no picture; there must be one such as {stem.name}.jpg"
     for file in pictures:
         caption, text_file = default, captions.get(file.with_suffix(""))
         try:
@@ -214,11 +279,12 @@ def _folder(files: Sequence[Path], root: Path, default: str | None) -> Iterator[
             yield str(error)
             continue
         read = partial(init_image.read, str(file), "the picture")
-        yield _example(file.relative_to(root).as_posix(), str(file), caption, read)
+        yield _example(file.relative_to(root).as_posix(), str(file), caption, read, True)
 
 
-def _jsonl(path: Path, default: str | None) -> Iterator[Found]:
-    for number, row in rows.jsonl(path, EXPECTED_LINE):
+def _metadata(path: Path, default: str | None, prefix: str = "") -> Iterator[Found]:
+    """Yield what a metadata file lists; `prefix` is the path of its folder in the dataset, with a slash."""
+    for number, row in rows.jsonl(path, EXPECTED_LINE) if path.suffix == ".jsonl" else _csv(path):
         if isinstance(row, str):
             yield f"line {number} of {str(path)!r}: {row}"
             continue
@@ -226,10 +292,24 @@ def _jsonl(path: Path, default: str | None) -> Iterator[Found]:
         if not isinstance(name, str) or not name or "\0" in name:
             yield f"line {number} of {str(path)!r} names no picture; {EXPECTED_LINE}"
         elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            yield f"line {number} of {str(path)!r} names {name!r}; it must be below the folder of {METADATA}"
+            yield f"line {number} of {str(path)!r} names {name!r}; it must be below the folder of {path.name}"
         else:
             file = str(path.parent / name)
-            yield _example(name, file, caption, partial(init_image.read, file, "the picture"))
+            yield _example(prefix + name, file, caption, partial(init_image.read, file, "the picture"), True)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield the line and the cells of each row by column. Raises RequestError if it is not CSV with file_name."""
+    with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file)
+        try:
+            if "file_name" not in (table.fieldnames or ()):
+                columns = ", ".join(table.fieldnames or ())[:200] or "none"
+                raise RequestError(f"{str(path)!r} has the columns {columns}; it must have file_name and text")
+            for row in table:
+                yield table.line_num, row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise RequestError(f"{str(path)!r} cannot be read as CSV in UTF-8: {error}") from None
 
 
 def _caption_in(fields: Mapping[str, Any], default: str | None) -> str | None:
@@ -251,7 +331,7 @@ def _shard(path: Path, default: str | None, name: str = "") -> Iterator[Found]:
     for key, files in members.items():
         place, id = f"{path}/{key}", f"{name or path.name}/{key}"
         pictures = [m for ending, m in files.items() if f".{ending.rpartition('.')[2]}" in PICTURES]
-        words = [files[ending] for ending in ("txt", "json") if ending in files]
+        words = [files[ending] for ending in ("txt", "caption", "json") if ending in files]
         if len(pictures) == 1:
             picture = pictures[0]
             try:

@@ -86,12 +86,15 @@ class Recipe(BaseModel):
     )
 
     # optimisation
-    steps: int = Field(default=1000, ge=1, le=10_000_000, description="a whole number from 1")
-    batch: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1: pictures per batch")
-    accumulate: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1: batches per step")
-    lr: float = Field(default=1e-4, gt=0, le=10, description="a number above 0: learning rate")
+    steps: int = Field(default=1000, ge=1, le=10_000_000, description="a whole number from 1 to 10,000,000")
+    batch: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1 to 10,000: pictures per batch")
+    accumulate: int = Field(default=1, ge=1, le=10_000, description="a whole number from 1 to 10,000: batches per step")
+    lr: float = Field(default=1e-4, gt=0, le=10, description="a number above 0 and at most 10: learning rate")
     text_lr: float | None = Field(
-        default=None, gt=0, le=10, description="a number above 0: learning rate of the text encoders (unset: lr)"
+        default=None,
+        gt=0,
+        le=10,
+        description="a number above 0 and at most 10: learning rate of the text encoders (unset: lr)",
     )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="constant, cosine or linear: learning rate schedule"
@@ -100,12 +103,12 @@ class Recipe(BaseModel):
     optimiser: Literal["adamw", "adamw8bit", "adafactor"] = Field(
         default="adamw", description="adamw, adamw8bit or adafactor"
     )
-    weight_decay: float = Field(default=1e-2, ge=0, le=10, description="a number from 0")
+    weight_decay: float = Field(default=1e-2, ge=0, le=10, description="a number from 0 to 10")
     clip: float = Field(default=1.0, ge=0, description="a number from 0: largest norm of the gradient (0: no clipping)")
     ema: float = Field(
         default=0.0, ge=0, lt=1, description="a number from 0 to below 1: decay of the averaged weights (0: none)"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="float32 or bfloat16")
     checkpointing: bool = Field(
         default=False,
@@ -116,22 +119,28 @@ class Recipe(BaseModel):
     # what is trained
     text_encoder: bool = Field(default=False, description="true or false: train the text encoders too")
     change: Literal["lora", "full"] = Field(default="lora", description="lora or full: what dreambooth trains")
-    rank: int = Field(default=8, ge=1, le=4096, description="a whole number from 1: rank of the LoRA")
+    rank: int = Field(default=8, ge=1, le=4096, description="a whole number from 1 to 4096: rank of the LoRA")
     alpha: float | None = Field(default=None, gt=0, description="a number above 0: LoRA alpha (unset: the rank)")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 to below 1")
     targets: tuple[str, ...] = Field(
         default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="a list of endings of UNet layer names"
     )
     convolutions: bool = Field(default=False, description="true or false: add LoRA to the UNet's convolutions too")
-    token: str = Field(default="<new>", min_length=1, max_length=100, description="a new word for textual-inversion")
-    start: str = Field(default="", max_length=200, description="an existing word whose embedding initialises the token")
+    token: str = Field(default="<new>", min_length=1, max_length=100, description="a new word of 1 to 100 characters")
+    start: str = Field(
+        default="",
+        max_length=200,
+        description="existing words of at most 200 characters, each token of which initialises a vector of the token",
+    )
     vectors: int = Field(default=1, ge=1, le=75, description="a whole number from 1 to 75: vectors of the token")
     prompt: str | None = Field(default=None, description="a caption for pictures that have none")
     class_prompt: str | None = Field(
         default=None, description="a prompt for class pictures (prior preservation), such as 'a dog'"
     )
     class_folder: str | None = Field(default=None, description="a folder of class pictures; missing ones are generated")
-    class_count: int = Field(default=50, ge=1, le=100_000, description="a whole number from 1: class pictures")
+    class_count: int = Field(
+        default=50, ge=1, le=100_000, description="a whole number from 1 to 100,000: class pictures"
+    )
     prior_weight: float = Field(
         default=1.0, ge=0, le=100, description="a number from 0 to 100: weight of the class pictures' loss"
     )
@@ -156,7 +165,7 @@ class Recipe(BaseModel):
     tensorboard: bool = Field(default=True, description="true or false: log to TensorBoard if it is installed")
     sample_every: int = Field(default=0, ge=0, description="a whole number of steps (0: never)")
     sample_prompts: tuple[str, ...] = Field(default=(), description="a list of prompts")
-    sample_seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0")
+    sample_seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
     validate_every: int = Field(default=0, ge=0, description="a whole number of steps (0: never)")
     validation: str | None = Field(default=None, description="held-out pictures, given like data")
 
@@ -256,6 +265,8 @@ def _sentences(error: ValidationError) -> str:
             hint = f"the nearest are {', '.join(near)}" if near else f"the fields are {', '.join(Recipe.model_fields)}"
             found.append(f"a recipe has no field {name[:60]!r}; {hint}")
         else:
-            state = "is missing" if finding["type"] == "missing" else f"is {str(finding['input'])[:60]!r}"
+            value = finding["input"]
+            written = f"{value:g}" if isinstance(value, float) else repr(str(value)[:60])
+            state = "is missing" if finding["type"] == "missing" else f"is {written}"
             found.append(f"{name} {state}; it must be {Recipe.model_fields[name].description}")
     return ". ".join(dict.fromkeys(found[:5]))

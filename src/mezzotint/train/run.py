@@ -69,6 +69,8 @@ def run(
     cache = Path(recipe.cache) if recipe.cache else folder / "cache"
     caption = recipe.prompt or (f"a picture of {recipe.token}" if inversion else None)
     dataset = open_data(recipe.data, recipe.broken, caption)
+    for notice in dataset.notices:
+        tell(notice)
     if inversion:
         _check_captions(dataset, recipe.token)
     model = ModelHeaders.of(
@@ -114,7 +116,7 @@ def run(
         with accelerator.main_process_first():
             pictures = _draw_class_pictures(recipe, folder, parts, tell)
         prior = batches(pictures, repeats=1)
-    validation = batches(held_out, **fixed) if held_out else None
+    validation = batches(_once(held_out), **fixed) if held_out else None
     train = batches(dataset)
     texts = Texts(parts.tokenizers, parts.text_encoders, cache)
     if "text_encoder" in placements and not recipe.shuffle_tags:
@@ -235,6 +237,11 @@ def _check_captions(dataset: Dataset, token: str) -> None:
             raise RequestError(
                 f"the caption of {example.place!r} is {example.caption[:60]!r}; it must contain the token {token}"
             )
+
+
+def _once(dataset: Dataset) -> Dataset:
+    """Return the dataset with one use of each picture in an epoch."""
+    return replace(dataset, examples=tuple(replace(example, repeats=1) for example in dataset))
 
 
 def _is_full(recipe: Recipe) -> bool:

@@ -230,6 +230,12 @@ class TrainableModel(nn.Module):
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
             table = encoder.text_model.embeddings.token_embedding.weight.detach().float()
             ids = tokenizer.encode(recipe.start)
+            if len(ids) > recipe.vectors:
+                words = ", ".join(repr(tokenizer.token(id).removesuffix("</w>")) for id in ids[:10])
+                raise RequestError(
+                    f"start is {recipe.start[:60]!r}, which is {len(ids)} tokens of this model ({words}), and vectors "
+                    f"is {recipe.vectors}; choose a word that is one token, or set vectors to {len(ids)}"
+                )
             if not ids:  # no initial word: near the mean of all embeddings
                 rows = table.mean(0, keepdim=True) + 0.1 * table.std(0) * torch.randn(recipe.vectors, table.shape[1])
             else:
