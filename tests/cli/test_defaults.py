@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def test_other_commands_do_not_read_it(command: str, config: Path) -> None:
         ("= 3", "user.toml is not a TOML file"),
         ("\udcff", "user.toml is not a TOML file"),
         ('out = "one.png"', "user.toml: out is 'one.png'; it must be a folder"),
+        ('sampler = "eulr"', "user.toml: sampler is 'eulr'; did you mean euler"),
+        ('dtype = "fp16"', "user.toml: dtype is 'fp16'; it can be float32, bfloat16, float16"),
         (None, "MEZZOTINT_CONFIG is"),
     ],
 )
@@ -110,7 +113,7 @@ def test_env_says_where_each_value_is_from(run: Run, config: Path, monkeypatch: 
 def test_the_file_is_in_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Never in the working directory; an empty MEZZOTINT_CONFIG turns it off."""
     assert config_path() is None and read_defaults() == {}
-    platformdirs = pytest.importorskip("platformdirs")
+    platformdirs = importlib.import_module("platformdirs")
     monkeypatch.delenv("MEZZOTINT_CONFIG")
     monkeypatch.setattr(platformdirs, "user_config_dir", lambda name, appauthor: str(tmp_path / name))
     monkeypatch.chdir(tmp_path)

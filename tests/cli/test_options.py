@@ -95,6 +95,22 @@ def test_help_shows_short_names_and_leaves_out_those_of_other_programs(run: Run)
 
 
 @pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--steps", "--set steps=VALUE"),
+        ("--num-inference-steps", "--set steps=VALUE"),
+        ("--cfg-scale", "--set guidance_scale=VALUE"),
+        ("--negative-prompt", "--set negative_prompt=VALUE"),
+        ("--width", "--set width=VALUE"),
+        ("--size", "--set width=512 --set height=512"),
+    ],
+)
+def test_bulk_answers_an_option_of_generate_with_the_field(run: Run, option: str, meant: str) -> None:
+    ran = run("bulk", "p.txt", "--out", "out", option, "2")
+    assert ran.code == 2 and ran.err.endswith(f"Error: No such option: {option}. Did you mean {meant}?\n")
+
+
+@pytest.mark.parametrize(
     ("typed", "meant"), [("gen", "'generate'"), ("g", "'generate' or 'grid'"), ("sampelrs", "'samplers'")]
 )
 def test_the_beginning_of_a_command_is_answered_with_it(run: Run, typed: str, meant: str) -> None:

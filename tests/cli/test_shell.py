@@ -138,6 +138,35 @@ def test_completion() -> None:
     assert module._complete("a le", "le") == []
 
 
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("\\steps 30", "\\steps is no command; did you mean \\set steps 30?"),
+        ("\\size 64", "did you mean \\set size 64?"),
+        ("\\guidance", "did you mean \\set guidance VALUE?"),
+        ("\\sett steps 30", "\\sett is no command; did you mean \\set?"),
+        ("\\zzz", "\\zzz is no command; \\help lists them"),
+    ],
+)
+def test_a_command_that_does_not_exist(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module.Session(None, False).run(iter([line]))
+    assert capsys.readouterr().err.endswith(f"{meant}\n")
+
+
+def test_a_seed_of_minus_one_is_random(capsys: pytest.CaptureFixture[str]) -> None:
+    session = module.Session(None, False)
+    session.run(iter(["\\seed 7", "\\show", "\\set seed -1", "\\show", "\\seed 7", "\\seed -1", "\\show"]))
+    assert capsys.readouterr().out.count("seed: 7") == 1 and session.code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"), [("exit", "\\quit"), (" quit ", "\\quit"), ("help", "\\help"), ("exit sign", "exit sign")]
+)
+def test_words_that_end_other_shells(typed: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: typed)
+    assert next(module._typed_lines()) == line
+
+
 # ---- a terminal ------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,17 @@ from mezzotint.cli.explain import explain
 from mezzotint.cli.grid import grid
 from mezzotint.cli.info import info
 from mezzotint.cli.measure import report
-from mezzotint.cli.options import HINTS, Command, Group, LogLevel, Quiet, Verbose, log_level_of, takes_log_level
+from mezzotint.cli.options import (
+    HINTS,
+    Command,
+    Group,
+    LogLevel,
+    Quiet,
+    Verbose,
+    log_level_of,
+    request_option,
+    takes_log_level,
+)
 from mezzotint.cli.plan import plan
 from mezzotint.cli.shell import shell
 from mezzotint.cli.show import env, inspect, models, samplers
@@ -141,10 +151,14 @@ def _fail(kind: str, message: str, code: int, text: str | None = None) -> int:
 def _fail_usage(error: Any) -> int:
     """Report what is wrong with the command line, or print the help where it is empty."""
     message = error.format_message()
-    if hint := HINTS.get(getattr(error, "option_name", "")):
-        message = f"No such option: {error.option_name}. Did you mean {hint}?"
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", "")
+    hint = HINTS.get(option)
+    if context and context.info_name == "bulk":
+        hint = request_option(option)
+    if hint:
+        message = f"No such option: {option}. Did you mean {hint}?"
     usage = ""
-    if context := getattr(error, "ctx", None):
+    if context:
         usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n"
     text = f"{usage}Error: {message}" if sys.argv[1:] else message
     return _fail("UsageError", message, int(error.exit_code), text=text)

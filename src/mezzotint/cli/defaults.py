@@ -32,6 +32,7 @@ COMMANDS = {  # the keys that are defaults of each command's options
     "report": _LOADS,
 }
 FILE = "MEZZOTINT_CONFIG"  # the variable that names another file, or none if it is empty
+DTYPES = ("float32", "bfloat16", "float16")  # devices.DTYPES, whose import would bring torch
 MAX_BYTES = 1_000_000
 
 
@@ -68,6 +69,8 @@ def read_defaults() -> dict[str, Default]:
     for key in KEYS:
         if value := os.environ.get(f"MEZZOTINT_{key.upper()}"):
             found[key] = Default(value, f"MEZZOTINT_{key.upper()}")
+    for key, default in found.items():
+        _check(key, default)
     for key in ("model", "out"):
         if key in found:
             found[key] = found[key]._replace(value=os.path.expanduser(found[key].value))
@@ -76,6 +79,19 @@ def read_defaults() -> dict[str, Default]:
         right = "it must be a folder, such as ~/Pictures/, or a pattern, so that no picture replaces another one"
         raise RequestError(f"{source}: out is {value!r}; {right}")
     return found
+
+
+def _check(key: str, default: Default) -> None:
+    """Check a value that needs no model to be checked; the error of the option would not say where it is from."""
+    if key == "sampler":
+        from mezzotint.samplers.names import canonical_name
+
+        try:
+            canonical_name(default.value)
+        except RequestError as error:
+            raise RequestError(f"{default.source}: {error}") from None
+    if key == "dtype" and default.value not in DTYPES:
+        raise RequestError(f"{default.source}: dtype is {default.value!r}; it can be {', '.join(DTYPES)}")
 
 
 def defaults_of(command: str | None) -> dict[str, str]:

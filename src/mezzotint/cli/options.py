@@ -39,6 +39,18 @@ _HIDDEN = re.compile(rf", ({'|'.join(name for names in OTHER_NAMES.values() for 
 HINTS = {"--width": "--size WxH", "--height": "--size WxH", "--scheduler": "--sampler and --spacing"}
 
 
+def request_option(option: str) -> str | None:
+    """Return how `bulk` spells an option of generate: as a field in --set."""
+    from mezzotint.request import Request
+
+    ours = next((name for name, others in OTHER_NAMES.items() if option in others), option)
+    name = ours.lstrip("-").replace("-", "_")
+    name = {"negative": "negative_prompt", "guidance": "guidance_scale", "syntax": "prompt_syntax"}.get(name, name)
+    if name == "size":
+        return "--set width=512 --set height=512"
+    return f"--set {name}=VALUE" if name in Request.model_fields else None
+
+
 class Group(TyperGroup):
     """The commands; the beginning of a name is answered with the whole name."""
 

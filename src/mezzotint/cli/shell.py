@@ -6,6 +6,7 @@ readline; from a pipe they are read as they come, and the pictures are drawn one
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import shutil
@@ -50,7 +51,7 @@ HELP = {
     "show": "               the model, the fields that are set, and where pictures go",
     "seed": "[N]            the same as \\set seed N; without N each picture has a random one",
     "negative": "[TEXT]     the same as \\set negative_prompt TEXT; without TEXT there is none",
-    "again": "              draw the last prompt again",
+    "again": "              draw the last prompt again, with another seed unless one is set",
     "out": "[WHERE]         the folder or pattern for the next pictures, as --out of generate",
     "save": "FILE           save the last picture there, too",
     "model": "[MODEL]       load another model",
@@ -167,7 +168,7 @@ class Session:
             "help": lambda _: show(*(f"\\{name} {text}" for name, text in HELP.items())),
         }
         if name not in commands:
-            raise RequestError(f"\\{name} is no command; \\help lists them")
+            raise RequestError(f"\\{name} is no command; {_meant(name, value.strip())}")
         commands[name](value.strip())
 
     def load_model(self, name: str) -> None:
@@ -197,6 +198,9 @@ class Session:
             raise RequestError("\\set needs a field and a value, such as: \\set steps 30")
         if name == "prompt":
             raise RequestError("prompt is not set: a line without a backslash is the prompt")
+        if (name, value) == ("seed", "-1"):  # which means a random one elsewhere
+            self._unset("seed")
+            return
         if name == "size":
             both = value if "x" in value.lower() else f"{value}x{value}"
             width, height = pair("size", both, "x", int, "WxH in pixels, such as 512x768") or (0, 0)
@@ -256,11 +260,25 @@ class Session:
         report_result(self._pipe, run, result, written, self._json)
 
 
+def _meant(name: str, value: str) -> str:
+    """Return a suggestion for a command that does not exist."""
+    from mezzotint.request import Request
+
+    field = OTHER_NAMES.get(name, name)
+    if field == "size" or (field in Request.model_fields and field != "prompt"):
+        return f"did you mean \\set {name} {value or 'VALUE'}?"
+    near = difflib.get_close_matches(name, HELP, n=1)
+    return f"did you mean \\{near[0]}?" if near else "\\help lists them"
+
+
 def _typed_lines() -> Iterator[str]:
     """Yield the lines that are typed; Ctrl-C discards a line."""
+    # what ends other shells would otherwise be drawn
+    words = {"exit": "\\quit", "quit": "\\quit", "help": "\\help"}
     while True:
         try:
-            yield input(PROMPT)
+            line = input(PROMPT)
+            yield words.get(line.strip(), line)
         except KeyboardInterrupt:
             show("")
         except EOFError:
