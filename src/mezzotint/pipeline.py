@@ -229,9 +229,9 @@ class Pipeline:
     def refresh(self) -> None:
         """Discard what was computed from weights.
 
-        Needed only after writing to `parameter.data`, which PyTorch does not count: weights that are edited under
-        `torch.no_grad()`, `load_state_dict`, hooks and replaced modules are noticed. Records then say that every
-        network was edited.
+        Needed only after writing single elements through `parameter.data`, which PyTorch does not count: weights that
+        are edited under `torch.no_grad()`, `load_state_dict`, hooks, replaced modules, and layers that are rewritten
+        through `.data` are noticed. Records then say that every network was edited.
         """
         self._model.refresh()
 

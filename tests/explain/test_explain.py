@@ -490,7 +490,7 @@ def test_the_centre_of_a_map_counts_cells_from_their_middle() -> None:
         (["a lemon", "--out", "."], "it must be a file name ending in .png"),
         (["a lemon", "--out", "nowhere/e.png"], "cannot be written"),
         (["a lemon", "--out", "e.png", "--arrays", "e.zip"], "arrays is 'e.zip'; it must end in .npz"),
-        (["a lemon", "--out", "e.png", "--size", "7"], "size is '7'"),
+        (["a lemon", "--out", "e.png", "--size", "7"], "width is 7"),
         (["a lemon", "--out", "e.png", "--steps", "0"], "steps is 0"),
         (["a lemon", "--out", "e.png", "--sampler", "eulr"], "eulr"),
     ],

@@ -39,6 +39,7 @@ def record(**changes: Any) -> dict[str, str]:
 
 
 OPTIONAL = ("family", "vae", "safety_checker", "options", "lora", "loras", "merged", "embeddings", "placement")
+OPTIONAL += ("edited", "solver")
 
 
 def test_the_record_makes_the_request_again() -> None:

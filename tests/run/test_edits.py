@@ -119,7 +119,7 @@ def test_a_projection_of_another_kind_is_called(pipe: Pipeline, name: str, kind:
     assert kind == "global hook" or pipe.edited == ["unet"]
 
 
-@pytest.mark.parametrize("edit", ["in place", "load_state_dict", "assign"])
+@pytest.mark.parametrize("edit", ["in place", "data", "load_state_dict", "assign"])
 def test_edited_weights_are_seen_in_every_network(pipe: Pipeline, sd1: Pipeline, edit: str) -> None:
     for part in ("text_encoders", "unet", "vae"):
         image = pipe(LEMON.prompt, seed=7, steps=1)
@@ -129,12 +129,22 @@ def test_edited_weights_are_seen_in_every_network(pipe: Pipeline, sd1: Pipeline,
                 if edit == "in place":
                     for parameter in network.parameters():
                         parameter.mul_(0.9)
+                elif edit == "data":
+                    for parameter in network.parameters():
+                        parameter.data.mul_(0.9)
                 else:
                     network.load_state_dict(state, assign=edit == "assign")
         other = copy.deepcopy(pipe)
         found = pipe(LEMON.prompt, seed=7, steps=1)
         assert found.tobytes() == other(LEMON.prompt, seed=7, steps=1).tobytes() != image.tobytes()
     assert edited(pipe) == ["unet", "vae", "text_encoder"] == edited(other) and not edited(sd1)
+
+
+def test_single_elements_written_through_data_need_refresh_and_one_layer_does_not(pipe: Pipeline) -> None:
+    pipe.unet.conv_in.weight.data.mul_(0)
+    assert pipe.edited == ["unet"]
+    pipe.refresh()
+    assert pipe.edited == ["unet", "vae", "text_encoder"]
 
 
 def test_weights_of_keys_that_are_edited_during_a_run_are_used_from_then_on(pipe: Pipeline) -> None:

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from mezzotint.models.offload import OffloadedLayer, StoredWeight, WeightSource
 
 OWN_HOOKS: set[Callable[..., Any]] = set()  # hooks of this package, which the fast paths know of
+SAMPLE = 32  # elements of a tensor, spread over it: enough to notice a layer that is rewritten
+BITS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # by bytes; NaN is not equal to itself
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -63,22 +70,27 @@ def _walk(network: nn.Module) -> list[nn.Module]:
 class Snapshot:
     """The state of networks, to find out later whether anything was changed.
 
-    It is cheap and sure: for each module its identity and class, for each parameter and buffer its identity, address
-    and version, which PyTorch counts up at each write in place, `load_state_dict` included. A weak reference tells a
-    tensor from a later one at the same address. Only writes through `tensor.data` are not counted by PyTorch.
+    For each module it holds its identity and class, for each parameter and buffer its identity, address and version,
+    which PyTorch counts up at each write in place, `load_state_dict` included. A weak reference tells a tensor from a
+    later one at the same address. Writes through `tensor.data` are not counted; they show in a sample of the values.
     """
 
     def __init__(self, *networks: nn.Module) -> None:
         items = [*_items(networks)]
         self._references = [weakref.ref(item) for item, _ in items]
         self._states = [state for _, state in items]
+        self._samples = _sample(items)
 
     def matches(self, *networks: nn.Module) -> bool:
         """Return whether the networks are the same, with the same modules and values."""
         items = [*_items(networks)]
-        return len(items) == len(self._states) and all(
-            reference() is item and before == state
-            for reference, before, (item, state) in zip(self._references, self._states, items, strict=True)
+        return (
+            len(items) == len(self._states)
+            and all(
+                reference() is item and before == state
+                for reference, before, (item, state) in zip(self._references, self._states, items, strict=True)
+            )
+            and all(map(torch.equal, self._samples, _sample(items)))
         )
 
 
@@ -92,6 +104,21 @@ def _items(networks: tuple[nn.Module, ...]) -> Iterator[tuple[Any, Any]]:
                     yield tensor, tensor_state(tensor)
             if isinstance(module, OffloadedLayer):
                 yield module.weight_source, source_state(module.weight_source)
+
+
+def _sample(items: list[tuple[Any, Any]]) -> list[Tensor]:
+    """Return the bits of at most SAMPLE elements of every tensor, for each device and dtype in one tensor."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor, _ in items:
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.dtype.itemsize in BITS and not tensor.is_meta:
+            stride = tensor.numel() // SAMPLE | 1  # odd, so that it is not in step with rows of 2^n
+            plain = tensor.detach()
+            if plain.is_contiguous() or plain.is_contiguous(memory_format=torch.channels_last):
+                elements = plain.as_strided((-(-plain.numel() // stride),), (stride,))
+            else:
+                elements = plain.reshape(-1)[::stride]
+            groups.setdefault((tensor.device, tensor.dtype), []).append(elements)
+    return [torch.cat(parts).view(BITS[dtype.itemsize]) for (_, dtype), parts in groups.items()]
 
 
 def tensor_state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
