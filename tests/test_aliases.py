@@ -49,6 +49,10 @@ def test_a_field_of_another_program(sd1: Pipeline, name: str, ours: str) -> None
         ("device_map", "use device, and memory or placement"),
         ("use_safetensors", "safetensors are preferred"),
         ("scheduler", "use sampler of a Request"),
+        ("num_inference_steps", "use a Request's steps"),
+        ("guidance", "use a Request's guidance_scale"),
+        ("cfg", "use a Request's guidance_scale"),
+        ("generator", "use a Request's seed, a whole number"),
         ("predition", "the nearest is prediction"),
     ],
 )

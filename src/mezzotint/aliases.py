@@ -32,6 +32,7 @@ REQUEST_ALIASES = {
     **dict.fromkeys(("device", "torch_dtype", "dtype", "model"), "an argument of `mezzotint.load`"),
 }
 LOAD_ALIASES = {
+    **{name: f"a Request's {ours}" for name, ours in REQUEST_ALIASES.items() if ours[0] not in "`a"},
     **dict.fromkeys(("torch_dtype", "weight_dtype", "precision"), "dtype"),
     **dict.fromkeys(("device_map",), "device, and memory or placement"),
     **dict.fromkeys(("max_memory", "low_vram", "lowvram"), 'memory, such as "4GiB"'),

@@ -171,6 +171,16 @@ def test_a_folder_and_a_file_hold_the_same_bits(parts: Parts, tmp_path: Path) ->
         assert opened.metadata()["modelspec.prediction_type"] == "epsilon"
 
 
+def test_a_pipeline_writes_a_file_that_draws_the_same_bits(parts: Parts, tmp_path: Path) -> None:
+    Pipeline(replace(parts)).save(tmp_path / "first.safetensors")
+    pipe = mezzotint.load(tmp_path / "first.safetensors", device="cpu")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(0.9)
+    pipe.save(tmp_path / "second.safetensors")
+    drawn = latents(mezzotint.load(tmp_path / "second.safetensors", device="cpu").parts)
+    assert torch.equal(drawn, latents(pipe.parts)) and not torch.equal(drawn, latents(parts))
+
+
 def test_diffusers_draws_the_same_from_folder_and_file(parts: Parts, tmp_path: Path) -> None:
     model = TrainableModel(replace(parts), full(layout="both"))
     folder, file = save_model(model, tmp_path / "model", torch.float32)
