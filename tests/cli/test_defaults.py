@@ -97,6 +97,7 @@ def test_wrong_files(text: str | None, sentence: str, run: Run, config: Path) ->
     ran = run("generate", "x")
     assert ran.code == 2 and sentence in ran.err and ran.err.count("\n") == 1
     assert sentence in json.loads(run("env", "--json").out)["config"]["error"]
+    assert run("generate", "--help").code == 0
 
 
 def test_env_says_where_each_value_is_from(run: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

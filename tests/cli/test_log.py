@@ -16,7 +16,7 @@ from mezzotint.cli import terminal
 
 Run = Callable[..., Any]
 PROMPT = "a <lora:none:1> lemon"  # which is a remark
-REMARK = "<lora:none:1> is ignored: give --lora-folder to load it"
+REMARK = "<lora:none:1> is ignored: give lora_folder (--lora-folder) to load it"
 
 
 @pytest.mark.parametrize("first", [True, False])

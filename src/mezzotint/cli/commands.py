@@ -139,13 +139,18 @@ def _fail(kind: str, message: str, code: int, text: str | None = None) -> int:
     Returns:
         The exit code.
     """
-    if "--json" in itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]):
+    if _given("--json"):
         with suppress(WriteError, typer.Exit):
             print_json({"error": {"type": kind, "message": printable(message), "code": code}})
             return code
     if text != "":
         say(*(text or f"Error: {message}").split("\n"), level=logging.ERROR)
     return code
+
+
+def _given(*names: str) -> bool:
+    """Return whether an option is among the arguments, of which those after -- are none."""
+    return not {*names}.isdisjoint(itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]))
 
 
 def _fail_usage(error: Any) -> int:
@@ -183,4 +188,5 @@ def _common(
     configured = os.environ.get("MEZZOTINT_LOG_LEVEL") or "warning"
     set_log_level(log_level_of(quiet, verbose, log_level) or configured)
     command = context.invoked_subcommand or ""
-    context.default_map = {command: defaults_of(command)}
+    if not _given("--help", "-h"):  # which a wrong configuration does not prevent
+        context.default_map = {command: defaults_of(command)}
