@@ -545,6 +545,8 @@ def save_lora(path: Path, value: float) -> None:
         ({"request": {"width": 1024, "height": 1024, "hires": 4.0, "hires_steps": 63}}, False),
         ({"request": {"width": 1024, "height": 1024, "hires": 4.0, "hires_steps": 64}}, True),
         ({"request": {"width": 1024, "height": 1032, "hires": 4.0}}, True),
+        ({"request": {"width": 1024, "height": 1024, "steps": 64, "prompt": "a AND " * 15 + "a"}}, False),
+        ({"request": {"width": 1024, "height": 1024, "steps": 64, "prompt": "a AND " * 16 + "a"}}, True),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -557,6 +559,18 @@ def test_what_a_file_may_ask_for(lemon: Path, changes: dict[str, Any], asks: boo
             check_work(source)
     else:
         check_work(source)
+
+
+def test_a_long_prompt_needs_yes(lemon: Path) -> None:
+    """Of any picture of the batch, and in the negative prompt too: the context grows with it."""
+    for changes in (
+        {"request": {"prompt": "a " * 5001}},
+        {"request": {"negative_prompt": "a " * 5001}},
+        {"others": [{"prompt": "a " * 5001}, {}]},
+    ):
+        edit(lemon, **{"request": {"prompt": "a", "negative_prompt": "b"}, "others": [], **changes})
+        with pytest.raises(RequestError, match="has 10,002 characters; above 10,000 it is drawn only with --yes"):
+            check_work(read_source(lemon))
 
 
 def test_a_large_picture_needs_yes(run: Any, lemon: Path) -> None:

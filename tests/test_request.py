@@ -77,6 +77,13 @@ FULL: dict[str, Any] = {
 }
 
 
+def test_a_path_that_is_not_unicode() -> None:
+    """As Python reads a file name that is not UTF-8."""
+    for field, value in (("loras", (("\udcff.pt", 1.0),)), ("image", "\udcff.png"), ("embeddings", ("\udcff",))):
+        with pytest.raises(RequestError, match=rf"^{field} is .*udcff.*, which is not Unicode; it must be"):
+            Request(prompt="a", **{field: value})  # type: ignore[arg-type]
+
+
 def test_a_full_request_survives_json() -> None:
     request = Request(**FULL)
     assert {*FULL, "sigmas", "timesteps"} == set(Request.model_fields)  # which exclude a spacing

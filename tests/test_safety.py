@@ -188,13 +188,35 @@ def crop_otherwise(folder: Path) -> None:
     (folder / "feature_extractor" / "preprocessor_config.json").write_text('{"size": 224, "crop_size": 224}')
 
 
+def write_processor(folder: Path, **fields: object) -> None:
+    described = {"size": 32, "crop_size": 32, **fields}
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(described))
+
+
 def divide_by_zero(folder: Path) -> None:
     (folder / "feature_extractor" / "preprocessor_config.json").write_text('{"image_std": [0.2, 0.0, 0.2]}')
+
+
+def test_numbers_that_are_not_finite_flag_nothing(checked_folder: Path, tmp_path: Path) -> None:
+    """NaN is above no threshold, so a damaged checker would let every picture pass."""
+    for name in ("concept_embeds", "special_care_embeds_weights", "visual_projection.weight"):
+        folder = tmp_path / name
+        shutil.copytree(checked_folder, folder)
+        path = folder / "safety_checker" / "model.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, path)
+        damaged = mezzotint.load(folder, device="cpu")
+        with pytest.raises(CheckpointError, match=r"not finite .* \(--safety off\)"):
+            damaged.generate(LEMON.replace(count=1))
+        assert damaged.generate(LEMON.replace(count=1, safety="off")).flagged is None
 
 
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
+        (lambda folder: write_processor(folder, image_std=[1e-300] * 3), "wrong at image_std"),
+        (lambda folder: write_processor(folder, rescale_factor=0), "wrong at rescale_factor"),
+        (lambda folder: write_processor(folder, rescale_factor=1e300), "wrong at rescale_factor"),
         (lose_folder, "safety_checker"),
         (lose_tensor, "lacks concept_embeds"),
         (crop_otherwise, "cropped to 224x224 .* image_size 32"),

@@ -23,6 +23,7 @@ from PIL import Image
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.init_image import digest, read
 from mezzotint.images.io import CHUNKS, FORMATS, encode_file, read_metadata, read_picture
+from mezzotint.prompt import plan
 from mezzotint.records import infotext, other_programs
 from mezzotint.records.record import Record, difference, pixels_digest
 from mezzotint.records.record import changes as record_changes
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 MAX_FILES = 10_000  # per folder, in the search for an input picture
 MAX_PIXELS = 2**24  # of a batch without --yes: 4096x4096, or 16 pictures of 1024x1024
-MAX_WORK = 2**30  # pixels x steps x pictures without --yes: 64 steps of those
+MAX_WORK = 2**30  # pixels x steps x pictures x parts of the prompt without --yes: 64 steps of those
+MAX_TEXT = 10_000  # characters of a prompt without --yes; each 75 tokens make the context longer
 PICTURE_SUFFIXES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 # fields whose resolved values depend on another field; they are resolved again if that field is overridden
 DEPENDENT_FIELDS = {
@@ -97,7 +99,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
             return Source(Path(path), record, record.request, model_name=record.model.name)
         if "parameters" not in texts and (theirs := other_programs.read(texts)):
             request, notes, model = theirs
-            return Source(Path(path), None, request, notes, model)
+            return Source(Path(path), None, request, [*dict.fromkeys(notes)], model)
         text = infotext.parse(texts.get("parameters", ""))
         if not text.fields:
             infotext.check_settings(texts.get("parameters", ""))
@@ -108,7 +110,9 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     except RequestError as error:
         raise RequestError(f"{str(path)!r}: {error}") from None
     fields = text.fields
-    return Source(Path(path), None, request, notes, fields.get("Model", ""), fields.get("Model hash", ""))
+    return Source(
+        Path(path), None, request, [*dict.fromkeys(notes)], fields.get("Model", ""), fields.get("Model hash", "")
+    )
 
 
 def find_inputs(
@@ -169,30 +173,39 @@ def _find_by_sha256(sha256: str, folders: Iterable[Path]) -> Path | None:
 
 
 def check_work(source: Source, changes: Mapping[str, Any] | None = None) -> None:
-    """Check that a file does not ask for more pixels or steps than a stranger's picture may without asking.
+    """Check that a file does not ask for more pixels, steps or text than a stranger's picture may without asking.
 
     Args:
         source: The metadata of the file.
         changes: Fields of the Request that are overridden.
 
     Raises:
-        RequestError: If a batch has more than MAX_PIXELS pixels, or pixels x steps x pictures is above MAX_WORK.
+        RequestError: If a batch has more than MAX_PIXELS pixels, a prompt more than MAX_TEXT characters, or pixels x
+            steps x pictures x parts of the prompt (separated by AND) is above MAX_WORK.
     """
     request = _override(source, changes or {}, dict.fromkeys(FILE_FIELDS))
     group = min(request.count, request.batch or 1)
     if source.record and not _draws_another(changes):
         group = len(source.record.group)
     pictures = max(group, request.count)
+    jobs = source.record.jobs() if source.record and not _draws_another(changes) else [(request, 0)]
+    texts = {(job.prompt, job.negative_prompt or "", job.prompt_syntax or "a1111") for job, _ in jobs}
+    longest = max(len(text) for prompt, negative, _ in texts for text in (prompt, negative))
+    if longest > MAX_TEXT:
+        raise RequestError(f"its prompt has {longest:,} characters; above {MAX_TEXT:,} it is drawn only with --yes")
     sides = [side or UNKNOWN_SIDE for side in (request.width, request.height)]
     steps = request.steps or len(request.sigmas or request.timesteps or ()) or UNKNOWN_STEPS
     passes = [(sides[0] * sides[1], steps)]
     if request.hires:
         passes.append((round(passes[0][0] * request.hires**2), request.hires_steps or steps))
-    pixels, work = group * max(area for area, _ in passes), pictures * sum(area * steps for area, steps in passes)
+    parts = max(len(plan(prompt, syntax, steps).parts) for prompt, _, syntax in texts)
+    pixels = group * max(area for area, _ in passes)
+    work = pictures * parts * sum(area * steps for area, steps in passes)
     if pixels > MAX_PIXELS or work > MAX_WORK:
         raise RequestError(
             f"it asks for {pixels:,} pixels at once ({group:,} x {sides[0]}x{sides[1]}) and {work:,} pixels x steps x "
-            f"pictures; above {MAX_PIXELS:,} and {MAX_WORK:,} it is drawn only with --yes"
+            f"pictures{' x parts of the prompt' * (parts > 1)}; above {MAX_PIXELS:,} and {MAX_WORK:,} it is drawn only "
+            "with --yes"
         )
 
 

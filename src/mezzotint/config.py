@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 # far above any model's numbers, and low enough that no product of two needs more memory than an address space has
 Size = Annotated[int, Field(ge=1, le=2**20)]  # channels, widths, entries of a table
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)]  # one per level
-Layers = Annotated[int, Field(ge=0, lt=2**31)]  # which a file's number of tensors bounds further; or heads
+Layers = Annotated[int, Field(ge=0, lt=2**31)]  # which a file's number of tensors bounds further
 Numbers = Layers | Annotated[tuple[Layers, ...], Field(min_length=1, max_length=16)]
+Heads = Size | Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, Field(gt=0.0, le=1e6)]
 Shift = Annotated[float, Field(ge=-1e6, le=1e6)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Epsilon = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -61,7 +63,7 @@ class CLIPConfig(_Config):
     intermediate_size: Size = 2048
     projection_dim: Size = 512
     num_hidden_layers: Layers = 12
-    num_attention_heads: Layers = 8
+    num_attention_heads: Size = 8
     max_position_embeddings: Size = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
@@ -69,6 +71,12 @@ class CLIPConfig(_Config):
     eos_token_id: TokenId | None = 49407  # 2 in old files, where the pooled vector is taken at the highest id
     pad_token_id: TokenId | None = 1
     architectures: tuple[str, ...] = ("CLIPTextModel",)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        return self
 
     @property
     def has_projection(self) -> bool:
@@ -149,10 +157,10 @@ class ImageProcessorConfig(_Config):
     do_center_crop: bool = True
     crop_size: tuple[Side, Side] = (224, 224)
     do_rescale: bool = True
-    rescale_factor: float = 1 / 255
+    rescale_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1 / 255
     do_normalize: bool = True
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[Shift, Shift, Shift] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
+    image_std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
 
     @field_validator("size", "crop_size", mode="before")
     @classmethod
@@ -165,18 +173,11 @@ class ImageProcessorConfig(_Config):
             raise ValueError("a size must have height and width, or shortest_edge")
         return (value, value) if isinstance(value, int) and info.field_name == "crop_size" else value
 
-    @field_validator("image_std")
-    @classmethod
-    def _not_zero(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
-        if 0.0 in value:
-            raise ValueError("it must not be 0")
-        return value
-
 
 class UNetConfig(_Config):
     """A cross-attention UNet (`unet/config.json`, UNet2DConditionModel). Tuples start at the top level."""
 
-    sample_size: Size | None = None
+    sample_size: Annotated[int, Field(ge=1, le=1024)] | None = None  # of the latents; a picture has at most 8192 pixels
     in_channels: Size = 4
     out_channels: Size = 4
     center_input_sample: bool = False
@@ -190,8 +191,8 @@ class UNetConfig(_Config):
     cross_attention_dim: Size = 1280
     transformer_layers_per_block: Layers | Depths = 1
     reverse_transformer_layers_per_block: Depths | None = None  # of the up blocks, from the bottom level
-    attention_head_dim: Numbers = 8  # the number of heads, despite its name (a historic mistake of diffusers)
-    num_attention_heads: Numbers | None = None
+    attention_head_dim: Heads = 8  # the number of heads, despite its name (a historic mistake of diffusers)
+    num_attention_heads: Heads | None = None
     use_linear_projection: bool = False
     only_cross_attention: bool = False
     upcast_attention: bool = False

@@ -11,11 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mezzotint.aliases import LOAD_ALIASES, suggest
 from mezzotint.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -58,6 +62,22 @@ class ModelOptions:
         ):
             if value is not None and value not in known:
                 raise CheckpointError(f"{name} is {str(value)[:60]!r}; it must be one of {', '.join(known)}")
+        if self.config:
+            self._check_fields()
+
+    def _check_fields(self) -> None:
+        """Check that each field of `config` is read, except those of the scheduler, which depend on its class."""
+        from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig  # pydantic, which takes a while to import
+
+        known: dict[str, type[BaseModel]] = {"unet": UNetConfig, "vae": VAEConfig}
+        for part in PARTS[:-1]:
+            names = known.get(part, CLIPConfig).model_fields
+            for field in self.config_of(part):
+                if field not in names:
+                    near = get_close_matches(str(field)[:100], names, 1) or names
+                    raise CheckpointError(
+                        f"config names {part}.{str(field)[:60]}, which is not read; it has {', '.join(near)}"
+                    )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ModelOptions:

@@ -371,9 +371,11 @@ def _sentence(error: ValidationError, data: Any) -> str:
     """Return pydantic's errors as sentences: which field, what it is, what it must be."""
     given: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
     # one sentence a field, and at most five: pydantic reports both halves of a pair, and every item of a list
-    findings = {finding["loc"][0] if finding["loc"] else None: finding["type"] for finding in error.errors()}
+    findings: dict[Any, set[str]] = {}
+    for finding in error.errors():
+        findings.setdefault(finding["loc"][0] if finding["loc"] else None, set()).add(finding["type"])
     sentences = []
-    for name, kind in list(findings.items())[:5]:
+    for name, kinds in list(findings.items())[:5]:
         field = Request.model_fields.get(str(name))
         if name is None:
             sentences.append(f"the request is {_brief(data)}; it must be an object with the fields of a Request")
@@ -381,7 +383,8 @@ def _sentence(error: ValidationError, data: Any) -> str:
             hint = suggest(str(name), REQUEST_ALIASES, Request.model_fields)
             sentences.append(f"a request has no field {_brief(name)}; {hint}")
         else:
-            state = "is missing" if kind == "missing" else f"is {_brief(given.get(name))}"
+            state = f"is {_brief(given[name])}" if name in given else "is missing"
+            state += ", which is not Unicode" if "string_unicode" in kinds else ""  # as a file's name need not be
             sentences.append(f"{name} {state}; it must be {field.description}")
     return ". ".join(sentences)
 

@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 
 import mezzotint
 from mezzotint import Request, rows
-from mezzotint.again import read_source
+from mezzotint.again import check_work, read_source
 from mezzotint.errors import CheckpointError, MezzotintError
 from mezzotint.images import init_image, io
 from mezzotint.prompt.choices import expand
 from mezzotint.train.recipe import Recipe
 from mezzotint.weights.checkpoint import inspect_model
-from mezzotint.weights.embeddings import Library
+from mezzotint.weights.embeddings import Library, read_embeddings
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.lora import read_adapter
 
@@ -129,7 +129,10 @@ def tensor_doors(pipe: mezzotint.Pipeline) -> list[Callable[[Path], Any]]:
 IMAGE_DOORS: list[Callable[[Path], Any]] = [
     lambda path: init_image.open_picture(str(path)),
     read_source,
+    lambda path: check_work(read_source(path)),
     io.read_picture,
+    lambda path: inspect_model(path).text(),
+    read_embeddings,
 ]
 TEXT_DOORS: dict[str, Callable[[Path], Any]] = {
     "prompts.csv": lambda path: [*rows.read(path, {})],

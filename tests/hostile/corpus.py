@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import itertools
@@ -698,6 +699,20 @@ def images(canaries: Path) -> Iterator[Piece]:
             )
         ):
             files[f"{key}-{k}.png"] = png(chunk(b"tEXt", key.encode() + b"\0" + value.encode("latin-1")))
+    last = "\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model: "
+    for k, prompt in enumerate(
+        ("a AND " * 1000, "a AND " * 15_000, "((((" * 10_000, "[a:b:" * 5000, "<lora:../x:1>" * 1000)
+    ):
+        files[f"words-{k}.png"] = png(chunk(b"tEXt", f"parameters\0{prompt}{last}\x1b[2J".encode()))
+    node = {"class_type": "KSampler", "inputs": {"model": ["3", 0], "positive": ["6", 0], "negative": ["6", 0]}}
+    graph = {"3": node, "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a" * 20_000, "clip": ["6", 0]}}}
+    graph["5"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64}}
+    node["inputs"]["latent_image"] = ["5", 0]
+    files["graph_loop.png"] = png(chunk(b"tEXt", b"prompt\0" + json.dumps(graph).encode()))
+    for k, vectors in enumerate(([[0.1] * 16, [0.1] * 15], [[[0.1]]], 5, [[1e400]], [[0.1] * 16] * 5000, [["x"]], [])):
+        held = {"name": "\x1b[2J" * 1000, "string_to_param": {"*": {"TORCHTENSOR": vectors}}}
+        text_chunk = b"sd-ti-embedding\0" + base64.b64encode(json.dumps(held).encode())
+        files[f"embedding-{k}.png"] = png(chunk(b"tEXt", text_chunk))
     for form, suffix in (("JPEG", "jpg"), ("WEBP", "webp"), ("TIFF", "tif")):
         whole = encoded(form)
         files[f"plain.{suffix}"] = whole
@@ -733,6 +748,92 @@ DOORS = (
 VALUES = (-1, 0, 10**6, 10**18, 10**400, 1e308, -1.5, "x", None, True, [], {}, [[1]], ["x"] * 1000, {"a": {"b": 1}})
 
 
+NOWHERE = "/dev/zero"
+ODD: dict[str, list[dict[str, Any]]] = {  # fields that are plausible one by one, and names that lead out of the folder
+    "model_index.json": [
+        {f"part{k}": ["a", "\x1b[2J"] for k in range(3000)},
+        {"safety_checker": ["x", "Evil"]},
+        {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]},
+        {"unet": ["evil_module", "UNet2DConditionModel"]},
+        {"text_encoder": ["transformers", "T5EncoderModel"]},
+        {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+    ],
+    "mezzotint.json": [
+        {"image": NOWHERE, "mask": NOWHERE},
+        {"loras": [[NOWHERE, 1.0]], "lora_folder": "/"},
+        {"embeddings": ["/"], "wildcards": "/", "prompt_syntax": "comfy"},
+        {"loras": [["someone/lora", 1.0]]},
+        {"count": 10_000, "batch": 10_000},
+        {"hires": 8.0, "hires_steps": 1000},
+        {"negative_prompt": "a AND " * 15_000},
+        {"few_step": {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0, "lora": "../x.safetensors"}},
+    ],
+    "unet/config.json": [
+        *({"sample_size": size} for size in (2**20, 1024, [4, 4])),
+        *({"attention_head_dim": heads} for heads in (0, 3, [3, 2], [2, 0])),
+        {"num_attention_heads": 0},
+        {"cross_attention_dim": [16, 16]},
+        {"freq_shift": 8},
+        {"layers_per_block": [1, 10**9]},
+        {"transformer_layers_per_block": [[1] * 10_000, 1]},
+        {"down_block_types": ["AttnDownBlock2D", "\x1b[2J"]},
+    ],
+    "vae/config.json": [
+        {"scaling_factor": 1e-300},
+        {"latents_mean": [0] * 4, "latents_std": [1e-300] * 4},
+        {"block_out_channels": [8] * 16},
+        {"latent_channels": 16},
+    ],
+    "text_encoder/config.json": [
+        *({"num_attention_heads": heads} for heads in (0, 3, 16)),
+        *({"max_position_embeddings": positions} for positions in (1, 2**20)),
+        *({"num_hidden_layers": layers} for layers in (0, 2)),
+        {"eos_token_id": 10**6},
+        {"auto_map": {"AutoModel": "evil.Model"}, "torch_dtype": "os.system"},
+    ],
+    "scheduler/scheduler_config.json": [
+        {"trained_betas": [float("nan")] * 1000},
+        {"trained_betas": [0.1] * 10**6},
+        {"prediction_type": "v-prediction"},
+        {"beta_start": 0.9, "beta_end": 0.1},
+        {"num_train_timesteps": 2},
+        {"_class_name": "EDMEulerScheduler", "sigma_min": 80.0, "sigma_max": 0.002},
+        {"_class_name": "LCMScheduler", "original_inference_steps": 10**9},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 10**9},
+    ],
+    "tokenizer/tokenizer_config.json": [
+        *({"model_max_length": length} for length in (2, 3, 78, 10**6, 1e30, "77", [], -1)),
+        *({"added_tokens_decoder": tokens} for tokens in ({"x": {"content": "a"}}, [], {"1": {"content": None}})),
+        {"unk_token": ""},
+        {"bos_token": 5},
+        {"additional_special_tokens": ["a", {"content": "lemon"}]},
+    ],
+}
+
+
+def tokenizers(whole: dict[str, Any]) -> tuple[bytes, ...]:
+    """Return tokenizer.json files whose tables do not hold together."""
+
+    def changed(**fields: Any) -> bytes:
+        return json.dumps({**whole, "model": {**whole["model"], **fields}}).encode()
+
+    def with_added(*contents: str) -> bytes:
+        flags = {"lstrip": True, "rstrip": True, "single_word": False, "special": False}
+        added = [{"id": 600 + k, "content": content, **flags} for k, content in enumerate(contents)]
+        return json.dumps({**whole, "added_tokens": added}).encode()
+
+    vocab = whole["model"]["vocab"]
+    return (
+        *(changed(vocab=table) for table in ({}, [], {**vocab, "x": -1}, {**vocab, "x": 10**9}, {**vocab, "x": 1.5})),
+        *(changed(merges=merges) for merges in ([["a", "b", "c"]], ["a b"] * 10, [["zz", "yy"]], [5])),
+        changed(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[]),
+        changed(vocab={key: value for key, value in vocab.items() if key != "<|endoftext|>"}),
+        changed(vocab={"a": 0}, merges=[]),
+        *map(with_added, ("", " ", "a", "\x1b[2J", "x" * 10**6)),
+        with_added(*(f"t{k}" for k in range(50_000))),
+    )
+
+
 def configs(folder: Path, long: bool) -> Iterator[Piece]:
     """Replace each file of a model's folder by nonsense, and each of its fields by each of VALUES."""
     nonsense = (
@@ -757,7 +858,16 @@ def configs(folder: Path, long: bool) -> Iterator[Piece]:
         for k, (name, value) in enumerate(every):
             if k % (3 if long else 20) == 0:
                 yield f"{name[:30]}-{k}.json", door, json.dumps({**fields, name: value}).encode()
+    for door, changes in ODD.items():
+        fields = json.loads((folder / door).read_text())
+        for k, change in enumerate(changes):
+            yield f"odd-{k}.json", door, json.dumps({**fields, **change}).encode()
+    for door in (door for door in DOORS if door.endswith("g.json")):
+        whole = (folder / door).read_text()
+        yield "bom.json", door, whole.encode("utf-8-sig")
+        yield "utf16.json", door, whole.encode("utf-16")
     rows = {
+        "tokenizer/tokenizer.json": tokenizers(json.loads((folder / "tokenizer/tokenizer.json").read_text())),
         "prompts.csv": (
             b"prompt\n" + b"x" * 10**6,
             b"prompt,prompt\na,b\n",

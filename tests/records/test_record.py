@@ -53,6 +53,13 @@ def test_the_record_makes_the_request_again() -> None:
     assert texts() == texts(), "no clock, no chance"
 
 
+def test_a_file_name_that_is_not_utf8() -> None:
+    """Such as b"\\xff.safetensors", which Python reads as half of a surrogate pair: the picture can be saved."""
+    named = {**MODEL, "name": "\udcff.ckpt", "files": {"\udcff.ckpt": "ab" * 32}}
+    found = describe(REQUEST, 9, named, PAIR, 0)
+    assert found["parameters"].encode() and list(read(found).model.files) == ["?.ckpt"]  # type: ignore[union-attr]
+
+
 def test_it_has_no_clock_no_host_and_no_folder(sd1: Pipeline) -> None:
     request = Request(prompt="a lemon", seed=7, steps=2)
     first, second = (sd1.generate(request).images[0].info["mezzotint"] for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import socket
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import mezzotint
 from mezzotint.errors import CheckpointError
+from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import inspect_model, open_model
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import unet_config
@@ -242,6 +244,10 @@ def test_a_truncated_part_is_named(folder: Path) -> None:
         ("unet/config.json", '{"block_out_channels": [7, 7, 7, 7]}', "norm_num_groups"),
         ("text_encoder/config.json", '{"num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, but"),
         ("vae/config.json", '{"layers_per_block": 1000000000}', "layers_per_block is 1000000000, but"),
+        ("unet/config.json", '{"attention_head_dim": [8, 0]}', "wrong at attention_head_dim"),
+        ("unet/config.json", '{"sample_size": 1025}', "wrong at sample_size"),
+        ("text_encoder/config.json", '{"num_attention_heads": 0}', "wrong at num_attention_heads"),
+        ("text_encoder/config.json", '{"num_attention_heads": 3}', "hidden_size must be a multiple of num_att"),
         ("vae/config.json", '{"block_out_channels": [-8]}', "config of vae is wrong at block_out_channels.0"),
         (
             "model_index.json",
@@ -265,6 +271,36 @@ def test_a_shard_must_be_in_the_folder_of_its_index(shard: Any, folder: Path) ->
     assert "in the same folder" in refused(folder)
 
 
+def test_a_tokenizer_that_does_not_fit(folder: Path) -> None:
+    """More positions than the text encoder has, and bytes that are neither tokens nor unknown."""
+    settings, table = folder / "tokenizer/tokenizer_config.json", folder / "tokenizer/tokenizer.json"
+    edit(settings, lambda t: t.update(model_max_length=78))
+    assert "has model_max_length 78; it must be at most 77" in refused(folder)
+    edit(settings, lambda t: t.update(model_max_length=77, unk_token="none"))
+    assert Tokenizer.from_folder(folder / "tokenizer").encode("q")
+    edit(table, lambda t: t["model"]["vocab"].pop("q</w>"))
+    assert "its vocabulary lacks 'q</w>', and its unk_token 'none'" in refused(folder)
+
+
+def test_a_byte_order_mark(folder: Path) -> None:
+    """As Windows' Notepad writes it."""
+    for name in ("model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    open_model(folder)
+
+
+def test_a_folder_that_may_not_be_entered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which even `exists` raises; the tests may run as root, who may enter every folder."""
+
+    def is_file(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert refused(folder) == f"{folder}/tokenizer/added_tokens.json cannot be read: Permission denied"
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        inspect_model(folder)
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "no model_index.json" in refused(tmp_path)
 
@@ -278,6 +314,8 @@ def test_arguments_are_checked(folder: Path) -> None:
     assert "sd1, sd2, sdxl" in refused(folder, family="sd4")
     assert "epsilon, v_prediction, sample" in refused(folder, prediction="v")
     assert "text_encoder_2" in refused(folder, config={"transformer": {}})
+    wrong = refused(folder, config={"unet": {"norm_num_group": 4}})
+    assert wrong == "config names unet.norm_num_group, which is not read; it has norm_num_groups"
 
 
 def test_family_and_prediction_can_be_given(folder: Path) -> None:
@@ -404,6 +442,8 @@ def test_inspect_the_bundled_model_by_name() -> None:
 def test_inspect_nothing_and_damage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect_model(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inspect_model("x" * 5000)
     with pytest.raises(CheckpointError, match="no model_index"):
         inspect_model(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"\x08")

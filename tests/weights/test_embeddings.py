@@ -337,6 +337,18 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
+def test_inspect_says_what_is_wrong_with_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16), "white").save(path)
+    with pytest.raises(CheckpointError, match=r"a\.png is a picture without an embedding in it"):
+        inspect_model(path)
+    in_text(path, b'{"string_to_param": {}}')
+    with pytest.raises(CheckpointError, match=r"a\.png has an embedding that cannot be read; it must be JSON"):
+        inspect_model(path)
+    in_text(path, web_ui_json(VECTORS, "x" * 1001))  # which is no name: the file's counts
+    assert "a textual inversion in a picture: a, 3 vectors" in inspect_model(path).text()
+
+
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [

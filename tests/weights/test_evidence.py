@@ -92,6 +92,9 @@ def test_what_is_not_understood_is_a_notice(said: str, tmp_path: Path) -> None:
         (LDM.replace('"v"', "velvet"), None),
         (SGM.replace("VScaling", "VScalingWithEDMcNoise"), None),
         ("\0\xff: [" + " " * 100_000, None),
+        ("\xef\xbb\xbfparameterization: v\n", "v_prediction"),
+        ("parameterization: 'v_prediction'\n", "v_prediction"),
+        ("parameterization:" + " " * 100_000, None),
     ],
 )
 def test_a_yaml_file_beside_it(text: str, prediction: str | None, tmp_path: Path) -> None:

@@ -201,13 +201,16 @@ def test_a_sharded_vae_from_the_hub(hub: Hub, tiny_model: Any) -> None:
 def test_a_safety_checker_is_downloaded_once_it_is_wanted(hub: Hub) -> None:
     index = json.loads(hub.files["model_index.json"]) | {"safety_checker": ["x", "StableDiffusionSafetyChecker"]}
     checker = {"safety_checker/config.json": b"{}", "safety_checker/model.safetensors": b"x"}
-    hub.files |= checker | {"model_index.json": json.dumps(index).encode(), "feature_extractor/x.json": b"{ }"}
+    hub.files |= checker | {
+        "model_index.json": json.dumps(index).encode(),
+        "feature_extractor/preprocessor_config.json": b"{ }",
+    }
     for off in (None, False, hub.url):
         locate(NAME, ModelOptions(safety_checker=off))
-    assert not {*checker, "feature_extractor/x.json"} & {*hub.downloads}
+    assert not {*checker, "feature_extractor/preprocessor_config.json"} & {*hub.downloads}
     for _ in range(2):
         locate(NAME)
-    assert all(hub.downloads.count(name) == 1 for name in (*checker, "feature_extractor/x.json"))
+    assert all(hub.downloads.count(name) == 1 for name in (*checker, "feature_extractor/preprocessor_config.json"))
 
 
 def test_without_a_network_the_cached_model_is_used_unchecked(hub: Hub) -> None:
@@ -223,6 +226,19 @@ def test_a_hub_without_a_vae(hub: Hub, tiny_model: Any) -> None:
     hub.files = {"README.md": b"x", "model.ckpt": b"x"}
     with pytest.raises(CheckpointError, match="someone/tiny-model has no VAE"):
         open_model(tiny_model.folder, vae=NAME)
+
+
+def test_names_and_answers_that_are_none_of_a_hub(hub: Hub, tmp_path: Path) -> None:
+    """Of a listing only known names are downloaded, whatever else it has; a name that no hub has is a sentence."""
+    odd = ["tokenizer/../../../x.json", "tokenizer//x.json", "/x.json", "tokenizer/\x1b[2J.json", "tokenizer/1.json"]
+    hub.files |= dict.fromkeys(odd, b"{}")
+    open_model(NAME)
+    assert not {*odd} & {*hub.downloads} and not [*tmp_path.glob("x.json")]
+    for name in ("someone/model.git", f"someone/{'x' * 200}"):
+        with pytest.raises(CheckpointError, match=r"could not be downloaded: Repo"):
+            locate(name)
+        with pytest.raises(CheckpointError, match=r"could not be downloaded: Repo"):
+            open_model(BUNDLED, vae=name)
 
 
 def test_needed_picks_one_format_and_variant() -> None:

@@ -160,6 +160,18 @@ def test_a_compressed_archive_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"b\.pt .* is compressed; unpack it and pack it again .* `zip -0 -r`$"):
         TensorFile(tmp_path / "b.pt")
     same(TensorFile(tmp_path / "c.pt"), {"w": torch.ones(4)})
+    with zipfile.ZipFile(tmp_path / "d.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("d/code/__torch__.py", "1" * 100)
+    with pytest.raises(CheckpointError, match="it is a TorchScript program, not weights"):
+        TensorFile(tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize("names", ["state_dict state_dict", "state_dict model", "model module state_dict"])
+def test_tables_in_tables(names: str, tmp_path: Path) -> None:
+    nested: Any = {"w": torch.ones(4)}
+    for name in names.split():
+        nested = {name: nested}
+    same(save(tmp_path / "a.pt", nested), {"w": torch.ones(4)})
 
 
 def in_zip(path: Path, pickled: bytes) -> TensorFile:

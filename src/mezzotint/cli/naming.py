@@ -54,7 +54,7 @@ def check_out(out: str | None, request: Request, suffixes: tuple[str, ...] = (".
         tempfile.TemporaryFile(dir=folder).close()
         with suppress(FileNotFoundError):
             path.lstat()  # a name may be too long
-            if _is_exact(out, request) and not os.access(path, os.W_OK):
+            if _is_exact(out, request) and path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(0, "the file is protected")
     except OSError as error:
         right = "it must be in a writable folder"

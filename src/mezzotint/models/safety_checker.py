@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.config import SafetyCheckerConfig
+from mezzotint.errors import CheckpointError
 from mezzotint.models.clip_vision import CLIPVisionModel
 
 SPECIAL_CARE = 0.01
@@ -46,9 +47,18 @@ class SafetyChecker(nn.Module):
         return _cosines(embeds, self.special_care_embeds), _cosines(embeds, self.concept_embeds)
 
     def flags(self, pixels: Tensor) -> list[bool]:
-        """Return whether each picture is flagged."""
+        """Return whether each picture is flagged.
+
+        Raises:
+            CheckpointError: If a similarity or a threshold is not finite: it would be above no threshold.
+        """
         special, concepts = self(pixels)
         thresholds = _numbers(self.special_care_embeds_weights), _numbers(self.concept_embeds_weights)
+        if not all(np.isfinite(numbers).all() for numbers in (_numbers(special), _numbers(concepts), *thresholds)):
+            raise CheckpointError(
+                "the safety checker has numbers that are not finite (NaN or infinite); its weights are damaged: give "
+                "another with safety_checker (--safety-checker), or safety off (--safety off)"
+            )
         return [
             is_flagged(_numbers(one), _numbers(other), *thresholds)
             for one, other in zip(special, concepts, strict=True)

@@ -157,6 +157,12 @@ class Tokenizer:
                     raise CheckpointError(
                         f"{folder} is not a CLIP tokenizer: its vocabulary lacks {token!r}, its {name}."
                     )
+            unknown = settings["named"].get("unk_token", _special_token(END)).content
+            lost = next((token for token in _number_tokens(()) if token not in vocab), None)
+            if lost and unknown not in vocab:  # then a text may have no tokens
+                raise CheckpointError(
+                    f"{folder} is not a CLIP tokenizer: its vocabulary lacks {lost!r}, and its unk_token {unknown!r}."
+                )
             return cls(vocab, merges, **settings)
         except CheckpointError:
             raise
@@ -363,7 +369,7 @@ def _describe_token(token: AddedToken) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_text(path)
+        return read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as text: {error}.") from error
 

@@ -213,7 +213,9 @@ def describe(
     files = {} if FOLDER_INDEX in model.get("files", {}) else model.get("files", {})
     first = next(iter(files.values()), "")[:10]  # of a single file, which comes before those beside it
     text = infotext.write(request, seed, model["name"], versions["mezzotint"], first or None)
-    return {"mezzotint": json.dumps(record, ensure_ascii=False), "parameters": text}
+    texts = {"mezzotint": json.dumps(record, ensure_ascii=False), "parameters": text}
+    # of a file's name that is not UTF-8, the bytes that are none become "?"
+    return {chunk: text.encode("utf-8", "replace").decode() for chunk, text in texts.items()}
 
 
 def _fields(request: Request) -> dict[str, Any]:

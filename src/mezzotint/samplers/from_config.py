@@ -176,5 +176,5 @@ def read_schedule_config(
     try:
         return ScheduleConfig.model_validate(read)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         raise RequestError(f"the model's scheduler_config.json is not supported: {wrong}") from None

@@ -56,6 +56,8 @@ def read_directory(file: FileIO, size: int) -> dict[str, Record]:
             continue
         if flags & 1:
             raise ValueError("it is an encrypted archive; unpack it, and pack what is in it without a password")
+        if method and "/code/" in name:
+            raise ValueError("it is a TorchScript program, not weights; ask for a safetensors file")
         if method or plain != packed:
             raise ValueError("it is compressed; unpack it and pack it again without compression, as by `zip -0 -r`")
         if name in records:

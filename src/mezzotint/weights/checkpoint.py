@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
 from mezzotint.weights.adapter_files import describe_adapter
-from mezzotint.weights.embeddings import IMAGE
+from mezzotint.weights.embeddings import IMAGE, read_embeddings
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
@@ -37,6 +38,8 @@ from mezzotint.weights.model_files import ENCODERS, CheckerFiles, FewStep, Model
 from mezzotint.weights.safety import add_checker
 from mezzotint.weights.single import plan_file
 from mezzotint.weights.vae_files import replace_vae
+
+MAX_LINES = 40  # of each kind in the text of a Report
 
 
 @dataclass
@@ -131,7 +134,7 @@ def open_model(
             raise CheckpointError(problem)
         found.notices += part.notices(networks[part.name])
     tokenizers = [make() for make in found.tokenizers]
-    _check_token_ids(found, tokenizers)
+    _check_tokenizers(found, tokenizers)
     for part in found.parts:
         own = placement if isinstance(placement, Placement) else placement.get(part.name, Placement())
         part.load(networks[part.name], dtype, torch.device(device), own)
@@ -155,11 +158,16 @@ def open_model(
     )
 
 
-def _check_token_ids(found: ModelFiles, tokenizers: Sequence[Tokenizer]) -> None:
-    """Compare each tokenizer with its text encoder's table. Raises CheckpointError if a token has no row there."""
+def _check_tokenizers(found: ModelFiles, tokenizers: Sequence[Tokenizer]) -> None:
+    """Compare each tokenizer with its text encoder. Raises CheckpointError if that lacks a row for a token or place."""
     encoders = [part for part in found.parts if isinstance(part.config, CLIPConfig)]
     for part, tokenizer in zip(encoders, tokenizers, strict=True):
         assert isinstance(part.config, CLIPConfig)
+        if tokenizer.max_length > (positions := part.config.max_position_embeddings):
+            raise CheckpointError(
+                f"the tokenizer of {part.name} in {found.path} has model_max_length {tokenizer.max_length}; it must be "
+                f"at most {positions}, the text encoder's max_position_embeddings"
+            )
         token, last = max(tokenizer.vocab.items(), key=lambda item: item[1])
         if last >= part.config.vocab_size:
             raise CheckpointError(
@@ -174,7 +182,8 @@ def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
     found = _scan(locate(path_or_id, given), given)
     if found.problems:
         raise CheckpointError(found.problems[0])
-    add_checker(found)
+    with _sentences(found.path):
+        add_checker(found)
     return found
 
 
@@ -192,10 +201,20 @@ def read_tokenizers(path_or_id: str | Path, **options: Any) -> tuple[list[Tokeni
 
 def _scan(path: Path, options: ModelOptions) -> ModelFiles:
     """Describe the files of a model and of what is given in place of them, without reading weights."""
-    found = _scan_own(path, options)
-    if options.vae is not None:
-        replace_vae(found)
-    return found
+    with _sentences(path):
+        found = _scan_own(path, options)
+        if options.vae is not None:
+            replace_vae(found)
+        return found
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn the system's errors into sentences, such as those of a folder that may not be entered."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}") from None
 
 
 def _scan_own(path: Path, options: ModelOptions, file: TensorFile | None = None) -> ModelFiles:
@@ -251,9 +270,9 @@ class Report:
             lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors")
         if self.safety_checker:
             lines.append(f"  safety checker  {self.safety_checker}")
-        lines += [f"  passed over     {line}" for line in self.passed_over]
-        lines += [f"  notice          {line}" for line in self.notices]
-        lines += [f"  problem         {line}" for line in self.problems]
+        for what, found in (("passed over", self.passed_over), ("notice", self.notices), ("problem", self.problems)):
+            lines += [f"  {what:<16}{line}" for line in found[:MAX_LINES]]
+            lines += [f"  {what:<16}... and {len(found) - MAX_LINES:,} more"] if len(found) > MAX_LINES else []
         return lines
 
     def text(self) -> str:
@@ -272,14 +291,16 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         CheckpointError: If the path does not exist, or is neither a model folder nor a tensor file.
     """
     given = ModelOptions.of(options)
-    path = local(path) or Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if path.suffix == IMAGE and (kind := describe_adapter(path, None)):
-        return Report(str(path), kind, bytes=path.stat().st_size)
+    if (found_at := local(path)) is None:
+        raise CheckpointError(f"{str(path)[:200]!r} does not exist; give a model folder or a file")
+    path = found_at
+    if path.suffix == IMAGE and path.is_file():
+        read_embeddings(path)  # raises what is wrong with it
+        return Report(str(path), str(describe_adapter(path, None)), bytes=path.stat().st_size)
     file = None if path.is_dir() else TensorFile(path)
     try:
-        found = _scan_own(path, given, file)
+        with _sentences(path):
+            found = _scan_own(path, given, file)
     except CheckpointError:
         if file is None:
             raise
@@ -289,9 +310,10 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         part = PartReport("tensors", dtypes.total(), len(file.entries), dict(dtypes.most_common()))
         kind = describe_adapter(path, file) or describe_kind(file.shapes)
         return Report(str(path), kind, keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata)
-    if given.vae is not None:
-        replace_vae(found)
-    add_checker(found)
+    with _sentences(path):
+        if given.vae is not None:
+            replace_vae(found)
+        add_checker(found)
     return _report(found)
 
 

@@ -29,6 +29,7 @@ from mezzotint.files import open_regular
 CHUNK = "sd-ti-embedding"
 MAX_PIXELS = 2**23
 MAX_FILE_BYTES = 2**27  # bytes
+MAX_NAME = 1000  # characters of an embedding's name; with a longer one the file's counts
 MAX_JSON_BYTES = 2**24  # bytes; 1,000 vectors of width 768
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 MULTIPLIER, INCREMENT = 1664525, 1013904223  # of the generator, modulo 2^32
@@ -112,4 +113,4 @@ def _parse(path: Path, data: bytes) -> tuple[str, Tensor]:
             f"{path} has an embedding that cannot be read; it must be JSON with one TORCHTENSOR in string_to_param"
         ) from None
     name = table.get("name")
-    return name if isinstance(name, str) and name.strip() else path.stem, vectors
+    return name if isinstance(name, str) and 0 < len(name.strip()) <= MAX_NAME else path.stem, vectors

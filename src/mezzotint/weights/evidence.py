@@ -35,7 +35,7 @@ SD2_BIAS, SD2_V_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 MAX_YAML_BYTES = 1_000_000  # the published ones have 2 to 4 kB
 # Latent Diffusion names the parametrization, Stability's generative-models the class of its scaling
 YAML_PREDICTION = re.compile(
-    r"""^[ \t]*(?:parameterization[ \t]*:[ \t]*["']?([\w -]{1,60}?)["']?"""
+    r"""^[ \t]*(?:parameterization[ \t]*:[ \t]*["']?([^\s"'#][^\r\n"'#]{0,59}?)["']?"""
     r"""|target[ \t]*:[ \t]*["']?[\w.]*\.denoiser_scaling\.(\w{1,60})["']?)[ \t\r]*(?:\#.*)?$""",
     re.MULTILINE,
 )
@@ -172,7 +172,8 @@ def _from_yaml(path: Path, unread: list[str]) -> tuple[str, str] | None:
         text = read_bytes(path, MAX_YAML_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if match := YAML_PREDICTION.search(text.decode("utf-8", "replace")):
+    encoding = "utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if match := YAML_PREDICTION.search(text.decode(encoding, "replace")):
         if prediction := _spelled(match[1]) if match[1] else SCALINGS.get(match[2]):
             return prediction, path.name
         unread.append(f"{path.name} has {match[0].strip()[:120]!r}")

@@ -157,7 +157,7 @@ def choose_weights(names: Iterable[str], variant: str | None) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError if the file is missing or is something else."""
     try:
-        table = json.loads(read_text(path))
+        table = json.loads(read_text(path, "utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:

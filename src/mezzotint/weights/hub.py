@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
+from mezzotint.models.tokenizer import FILES as TOKENIZER_FILES
 from mezzotint.weights.folder import choose_weights, plan_folder, read_json
 from mezzotint.weights.model_files import NETWORKS
 
@@ -21,7 +22,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
 Choose = Callable[[Iterable[str]], list[str]]  # chooses among the names of a repository's files
-DESCRIPTIONS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+DESCRIPTIONS = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": TOKENIZER_FILES,
+    "tokenizer_2": TOKENIZER_FILES,
+    "feature_extractor": ("preprocessor_config.json",),
+}
 
 
 def locate(path_or_id: str | Path, options: ModelOptions = ModelOptions()) -> Path:  # noqa: B008  # frozen
@@ -72,7 +78,7 @@ def _find_cached(name: str, options: ModelOptions) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["model_index.json"]))
         needed_of = ModelOptions(variant=options.variant, vae=options.vae)
         return None if plan_folder(folder, needed_of).problems else folder
-    except (OSError, HfHubHTTPError, CheckpointError):
+    except (OSError, ValueError, HfHubHTTPError, CheckpointError):  # ValueError: a name that the hub does not allow
         return None
 
 
@@ -126,7 +132,7 @@ def snapshot(name: str, choose: Choose) -> Path:
         folder = Path(snapshot_download(name, local_files_only=True))
         choose(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
         return folder
-    except (OSError, HfHubHTTPError, CheckpointError):
+    except (OSError, ValueError, HfHubHTTPError, CheckpointError):
         return _download(name, choose)
 
 
@@ -166,7 +172,9 @@ def _download(name: str, choose: Choose) -> Path:
             f"{name!r} is not in the cache, and HF_HUB_OFFLINE is set; unset it to download the model"
         ) from None
     except Exception as error:  # the client passes on whatever its HTTP library, the disk or the server met
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = (str(error).strip().splitlines() or [""])[0]
+        if not first or isinstance(error, KeyError | TypeError | AttributeError):
+            first = f"the hub's answer cannot be read ({type(error).__name__}: {first})"
         raise CheckpointError(f"{name!r} is not in the cache and could not be downloaded: {first}") from error
 
 
@@ -180,10 +188,7 @@ def needed(listing: Iterable[str], options: ModelOptions) -> list[str]:
         files.append("vae/config.json")  # it says what the UNet's latents are
     if options.safety_checker is not True:
         spared |= {"safety_checker", "feature_extractor"}
-    for name in listing:
-        folder, _, leaf = name.partition("/")
-        if folder in DESCRIPTIONS and folder not in spared and leaf.endswith((".json", ".txt")):
-            files.append(name)
+    files += [f"{folder}/{name}" for folder, names in DESCRIPTIONS.items() for name in names if folder not in spared]
     for part in NETWORKS:
         if part not in spared:
             files += network_files(listing, f"{part}/", options.variant)

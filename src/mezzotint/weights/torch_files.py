@@ -279,7 +279,7 @@ def _rows(tree: Any) -> Iterator[tuple[str, Any]]:
     if table is None:
         kind = "tensor" if isinstance(tree, _View | _Unread) else type(tree).__name__
         raise ValueError(f"it holds a {kind}, not a table of tensors")
-    for name in NESTED:
+    for name in NESTED * len(NESTED):  # in any order
         if (inner := _mapping(table.get(name))) is not None:
             table = {**table, **inner}
     if (inner := _mapping(table.get("string_to_param"))) is not None:
