@@ -295,7 +295,7 @@ def test_the_sentences_in_full() -> None:
 
 
 def test_an_unknown_field_is_named_with_the_nearest() -> None:
-    with pytest.raises(RequestError, match="no field 'negative'; the nearest is negative_prompt"):
+    with pytest.raises(RequestError, match="no field 'negative'; use negative_prompt"):
         Request(prompt="", negative="dark")  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="no field 'zzz'; it has prompt, negative_prompt"):
         Request(prompt="", zzz=1)  # type: ignore[call-arg]
