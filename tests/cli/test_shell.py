@@ -184,19 +184,24 @@ def test_in_a_terminal(sd1_folder: Path, tmp_path: Path) -> None:
         os.execv(sys.executable, command)
     seen, decode = "", codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def expect(text: str) -> str:
+    def expect(text: str, again: bytes = b"") -> str:
+        """Read until the text comes; after 10 s of silence type `again`."""
         nonlocal seen
         end = time.monotonic() + 120
         while text not in seen:
             assert time.monotonic() < end, seen
-            if select.select([terminal], [], [], 1)[0]:
+            if select.select([terminal], [], [], 10)[0]:
                 seen += decode(os.read(terminal, 65536))
+            elif again:
+                os.write(terminal, again)
         found, seen = seen.split(text, 1)
         return found
 
     expect(module.PROMPT)
-    os.write(terminal, b"half a li\x03")
-    expect(module.PROMPT)
+    os.write(terminal, b"half a li")
+    expect("half a li")
+    os.write(terminal, b"\x03")
+    expect(module.PROMPT, b"\x03")  # readline sees the first one only if it is waiting for a key by then
     os.write(terminal, b"\\set ste\t3\n")
     expect("steps 3")
     expect(module.PROMPT)
