@@ -11,6 +11,8 @@ import os
 # A tiny model gains nothing from a second thread, and on a busy machine its threads wait for each other. Processes that
 # the tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# trio, which selenium depends on, registers a random generator in a way that hypothesis warns of.
+os.environ.setdefault("HYPOTHESIS_NO_PLUGINS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
