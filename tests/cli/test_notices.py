@@ -27,8 +27,15 @@ def test_generate_says_them_before_it_draws(run: Run, sd1_folder: Path) -> None:
     assert (ran.code, ran.err) == (0, f"{TAG}\n{HIDDEN}\n")
     assert json.loads(ran.out)["notices"] == [TAG, HIDDEN]
     assert recorded("lemon.png") == (TAG, HIDDEN)
+    assert f"notice: {TAG}\nnotice: {HIDDEN}\n" in run("info", "lemon.png").out
     assert run("generate", "a lemon", "--model", str(sd1_folder), "--steps", "4", "--out", "plain.png").err == ""
     assert "notices" not in json.loads(read_metadata("plain.png")["mezzotint"])
+
+
+def test_the_shell_says_them(run: Run, sd1_folder: Path) -> None:
+    lines = f"\\set steps 4\n{PROMPT}\na lemon\n".encode()
+    ran = run("shell", "--model", str(sd1_folder), "--out", "{seed}-{prompt}.png", stdin=lines)
+    assert (ran.code, ran.err) == (0, f"{TAG}\n{HIDDEN}\n"), ran.err
 
 
 def test_bulk_says_each_with_its_first_row(run: Run, sd1_folder: Path) -> None:

@@ -57,6 +57,7 @@ def info(
         "seed": source.record.seed if source and source.record else source.request.seed if source else None,
         "flagged": source.record.flagged if source and source.record else None,
         "not_supported": source.notes if source else [],
+        "notices": source.record.notices if source and source.record else (),
         "unreadable": reason or None,
         "texts": texts,
     }
@@ -105,3 +106,5 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"flagged by the safety checker: {'yes' if found['flagged'] else 'no'}"
     for note in found["not_supported"]:
         yield f"not supported: {note}"
+    for notice in found["notices"]:
+        yield f"notice: {notice}"
