@@ -240,9 +240,9 @@ MUTATIONS = [
         "norm_threshold",
     ),
     Mutation(
-        "run/initial.py",
-        "for mask in masks]) >= 128)",
-        "for mask in masks]) > 128)",
+        "images/init_image.py",
+        "HALF = 128 ",
+        "HALF = 129 ",
         "tests/run/test_initial.py",
         "grey",
     ),
@@ -298,7 +298,7 @@ MUTATIONS = [
         "run/batches.py", "len(groups[-1]) == r.batch", "len(groups[-1]) > r.batch", "tests/test_pipeline.py", "batch"
     ),
     Mutation(
-        "pipeline.py",
+        "run/runner.py",
         "index=last.index + 1 + step.index",
         "index=last.index + step.index",
         "tests/run/test_initial.py",
@@ -694,7 +694,13 @@ MUTATIONS = [
         "tests/cli/test_shell.py",
     ),
     Mutation("cli/inline.py", "<< bit for bit", "<< (5 - bit) for bit", "tests/cli/test_shell.py", "sixel"),
-    Mutation("cli/terminal.py", "if not log.isEnabledFor(level):", "if False:", "tests/cli/test_log.py", "quiet"),
+    Mutation(
+        "cli/terminal.py",
+        "if not lines or not log.isEnabledFor(level):",
+        "if not lines:",
+        "tests/cli/test_log.py",
+        "quiet",
+    ),
 ]
 
 
