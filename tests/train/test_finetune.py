@@ -140,7 +140,7 @@ def test_each_method_has_its_own_defaults() -> None:
     [
         ("lora", {"stepps": 3}, "no field 'stepps'; the nearest are steps"),
         ("lora", {"rank": 0}, "rank is '0'; it must be a whole number from 1"),
-        ("lora", {"lr": float("nan")}, "lr is 'nan'; it must be a number above 0"),
+        ("lora", {"lr": float("nan")}, "lr is nan; it must be a number above 0"),
         ("dreambooth", {}, "prompt is missing; dreambooth needs one"),
         ("textual-inversion", {"prompt": "a hat"}, "it must contain the token <new>"),
         ("lora", {"zero_snr": True, "prediction": "epsilon"}, "prediction must be v_prediction"),
