@@ -439,6 +439,13 @@ def test_a_random_seed_in_a_text_names_the_file(run: Any, scene: Path) -> None:
     assert ran.out.startswith(f"random.png: Wrote {made.name}; seed {found.seed}; ignored: Seed: a negative seed")
 
 
+def test_the_notices_of_the_new_picture_are_printed(run: Any, scene: Path) -> None:
+    image = Image.new("RGB", (32, 32))
+    image.info["parameters"] = "a lemon <lora:nothere:1>\nSteps: 2, Sampler: Euler, Seed: 3, Size: 32x32"
+    save_png(image, scene / "theirs.png")
+    assert "; <lora:nothere:1> is ignored: " in run("theirs.png", "--model", "tiny").out
+
+
 def test_settings_that_cannot_be_read_are_quoted(run: Any, scene: Path) -> None:
     image = Image.new("RGB", (32, 32))
     for text, sentence in {

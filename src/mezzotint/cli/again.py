@@ -88,6 +88,7 @@ def again(
     The options of generate override the file: --steps 40 draws the same picture with 40 steps.
     """
     from mezzotint.again import again, check_work, find_inputs, judge, read_source, select_model, select_options
+    from mezzotint.records.record import read as read_record
 
     given_options = take_model_options(options)
     changes = fields_of(options)
@@ -138,7 +139,8 @@ def again(
                 named = _named(source, changes)
                 written = [save_one(made, out, named, k) for k, made in enumerate(images)]
                 seed = [f"seed {named.seed}"] if is_random else []
-                code, sentences = 0, [wrote(written), *seed, *notes]
+                record = read_record(images[0].info)
+                code, sentences = 0, [wrote(written), *seed, *notes, *(record.notices if record else ())]
         except StoppedError:  # Ctrl-C
             raise
         except Exception as error:
