@@ -96,6 +96,14 @@ NASTY = st.text(
 )
 
 
+@pytest.mark.parametrize(("prompt", "name"), [("-rf", "_rf"), ("--rf", "__rf"), (".rf", "_rf"), ("-.rf", "__rf")])
+def test_no_name_is_an_option_or_hidden(
+    prompt: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert save("{prompt}.png", REQUEST.replace(prompt=prompt)) == f"{name}.png"
+
+
 @settings(max_examples=150, deadline=None)
 @given(pattern=PATTERNS, prompt=NASTY, model=NASTY)
 def test_no_value_breaks_a_name(pattern: str, prompt: str, model: str) -> None:

@@ -139,7 +139,7 @@ def again(
                 named = _named(source, changes)
                 written = [save_one(made, out, named, k) for k, made in enumerate(images)]
                 seed = [f"seed {named.seed}"] if is_random else []
-                record = read_record(images[0].info)
+                record = read_record({"mezzotint": images[0].info["mezzotint"]})
                 code, sentences = 0, [wrote(written), *seed, *notes, *(record.notices if record else ())]
         except StoppedError:  # Ctrl-C
             raise
