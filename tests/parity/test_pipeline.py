@@ -8,6 +8,7 @@ tests are in test_samplers.py.
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,26 @@ def test_a_single_file_draws_what_its_folder_draws(family: str, tmp_path: Path) 
     assert torch.equal(a.latents, b.latents)
     assert np.array_equal(pixels(a.images), pixels(b.images))
     assert a.request == b.request
+
+
+def test_a_file_with_its_yaml_and_a_given_vae_draws_what_its_folder_draws(tmp_path: Path) -> None:
+    """The prediction stands beside the file, and the VAE is none of its own."""
+    model = Model("sd1")
+    save_file(
+        {key: tensor for key, tensor in model.single().items() if not key.startswith("first_stage_model.")},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "model.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    save(tmp_path / "folder", "sd1", Tokenizer.clip(), model.encoders, model.unet, model.vae)
+    config = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"}))
+    folder = mezzotint.load(tmp_path / "folder", device="cpu")
+    single = mezzotint.load(
+        tmp_path / "model.safetensors", device="cpu", config=model.config, vae=tmp_path / "folder" / "vae"
+    )
+    request = mezzotint.Request(**fields(negative_prompt=None, steps=3))
+    a, b = folder.generate(request), single.generate(request)
+    assert torch.equal(a.latents, b.latents)
+    assert np.array_equal(pixels(a.images), pixels(b.images))
+    epsilon = mezzotint.load(tmp_path / "folder", device="cpu", prediction="epsilon")
+    assert (epsilon.generate(request).latents - a.latents).abs().max() > 0.1
