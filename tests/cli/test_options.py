@@ -77,7 +77,7 @@ def test_seed_minus_one_is_a_random_seed(request_of: Callable[..., Request], mon
 
 def test_again_with_a_random_seed_prints_it(run: Run, sd1_folder: Path) -> None:
     model = ("--model", str(sd1_folder))
-    assert run("generate", "a", "--steps", "1", "--seed", "7", "-o", "a.png", *model).code == 0
+    assert run("generate", "a", "--steps", "2", "--seed", "7", "-o", "a.png", *model).code == 0
     ran = run("again", "a.png", "--seed", "-1", "-o", "b.png", *model)
     (seed,) = {json.loads(read_metadata("b.png")["mezzotint"])["seed"]} - {7}
     assert ran.out == f"a.png: Wrote b.png; seed {seed}\n"
