@@ -11,7 +11,7 @@ from PIL import Image
 
 import mezzotint
 from mezzotint import Pipeline, Request, RequestError
-from mezzotint.aliases import LOAD_ALIASES, REQUEST_ALIASES
+from mezzotint.errors import LOAD_ALIASES, REQUEST_ALIASES
 from mezzotint.image import save_png
 from mezzotint.model_options import ModelOptions
 from mezzotint.weights.lora import coverage

@@ -165,3 +165,8 @@ def test_the_console_script_points_to_a_function() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="mezzotint")
     assert script.value == "mezzotint.cli:main"
     assert callable(script.load())
+
+
+def test_the_top_level_stays_small() -> None:
+    """Each folder answers one question; a new module belongs to one of them."""
+    assert len(list(Path(mezzotint.__file__).parent.glob("*.py"))) <= 16

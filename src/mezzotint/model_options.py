@@ -15,8 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.aliases import LOAD_ALIASES, suggest
-from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.errors import LOAD_ALIASES, CheckpointError, RequestError, suggest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

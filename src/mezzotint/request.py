@@ -30,8 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mezzotint import samplers
-from mezzotint.aliases import REQUEST_ALIASES, suggest
-from mezzotint.errors import RequestError
+from mezzotint.errors import REQUEST_ALIASES, RequestError, suggest
 
 MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
 MAX_SIDE = 8192  # pixels
