@@ -59,7 +59,7 @@ class TrainingError(MezzotintError):
     """Training cannot continue, for example because the loss is not a number. The exit code is 1."""
 
 
-# ---- names of other programs ------------------------------------------------------------------------------------------
+# ---- names of other programs -----------------------------------------------------------------------------------------
 
 _STEP = "`pipe.generate(request, on_step=...)`, or iterate over `pipe.stream(request)`"
 _PICTURES = "`pipe.generate(request)`, whose Result has images and latents"
