@@ -68,7 +68,7 @@ app = typer.Typer(
 )
 
 EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
-    generate: 'generate "a lemon left of a whale" --steps 20 --out lemon.png',
+    generate: 'generate "a lemon left of a whale" --steps 20 -o lemon.png',
     shell: "shell --model model.safetensors",
     plan: "plan --model MODEL --size 1024x1024 --count 4 --memory 6GiB",
     again: "again lemon.png --verify",
@@ -80,7 +80,7 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     models: "models",
     env: "env",
     bulk: "bulk prompts.txt --out pictures",
-    grid: 'grid "a lemon" --x steps=10,20,30 --y sampler=euler,dpmpp_2m --out grid.png',
+    grid: 'grid "a lemon" --x steps=10,20 --y sampler=euler,dpmpp_2m',
     train: "train lora pictures --out hats --set rank=16",
     report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm",
 }
