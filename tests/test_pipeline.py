@@ -497,7 +497,7 @@ def test_weights_that_are_not_numbers_give_no_black_picture(sd1_folder: Path) ->
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:"])
 def test_a_device_that_is_not_here(sd1_folder: Path, device: str) -> None:
-    with pytest.raises(RequestError, match=f"device is '{device}', which is not here; the best here is "):
+    with pytest.raises(RequestError, match=f"device is '{device}', which is not available; the best available one is "):
         mezzotint.load(sd1_folder, device=device)
 
 

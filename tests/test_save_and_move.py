@@ -109,7 +109,7 @@ def self_attentions(pipe: Pipeline) -> list[mezzotint.models.blocks.Attention]:
 @pytest.mark.parametrize(
     ("target", "sentence"),
     [
-        ("cuda:9", "device is 'cuda:9', which is not here"),
+        ("cuda:9", "device is 'cuda:9', which is not available"),
         (torch.float64, "dtype is torch.float64; it can be float32, bfloat16, float16"),
     ],
 )

@@ -107,11 +107,11 @@ class Denoiser:
         if self.kind == "edm":
             return math.log(sigma) / 4
         if self.kind == "log_alpha":
-            return self.schedule.timestep(sigma, log_alpha=True)
+            return self.schedule.timestep(sigma, "log_alpha")
         if self.kind == "lcm":
             return self.schedule.lcm_timestep(sigma)
         own = self.levels is None or sigma in self.levels
-        timestep = self.schedule.timestep(sigma, log=not (self.kind == "linear" and own))
+        timestep = self.schedule.timestep(sigma, "sigma" if self.kind == "linear" and own else "log_sigma")
         if self.kind == "nearest" or (self.kind == "rounded" and own):
             return float(round(timestep))
         if self.kind == "truncated" and own:

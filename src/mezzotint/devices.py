@@ -20,7 +20,9 @@ def device_of(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # torch raises any of them
-        raise RequestError(f"device is {str(name)!r}, which is not here; the best here is {best_device()!r}") from None
+        raise RequestError(
+            f"device is {str(name)!r}, which is not available; the best available one is {best_device()!r}"
+        ) from None
     return device
 
 

@@ -79,7 +79,7 @@ class Exact(torch.nn.Module):
         return []
 
     def forward(self, sample: Tensor, timestep: float, condition: Condition, **_: Any) -> Tensor:
-        sigma = math.exp(4 * timestep) if self.kind == "edm" else SCHEDULE.sigma(timestep, log=True)
+        sigma = math.exp(4 * timestep) if self.kind == "edm" else SCHEDULE.sigma(timestep, "log_sigma")
         x = sample * math.hypot(sigma, self.prediction.sigma_data)
         return self.prediction.output(self.denoised(x, sigma), x, sigma)
 

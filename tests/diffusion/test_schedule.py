@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mezzotint.config import ScheduleConfig
-from mezzotint.diffusion.schedule import Schedule
+from mezzotint.diffusion.schedule import Interpolated, Schedule
 
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -51,15 +51,21 @@ def test_stable_diffusion_in_figures() -> None:
     assert np.all(np.diff(schedule.sigmas) > 0)
 
 
-@pytest.mark.parametrize("log", [True, False])
-def test_sigma_and_timestep_are_inverse(log: bool) -> None:
+@pytest.mark.parametrize("interpolate", ["sigma", "log_sigma", "log_alpha"])
+def test_sigma_and_timestep_are_inverse(interpolate: Interpolated) -> None:
     schedule = Schedule.from_config(ScheduleConfig(**SD))
     for timestep in (0.0, 0.25, 17.0, 400.5, 998.9, 999.0):
-        assert schedule.timestep(schedule.sigma(timestep, log=log), log=log) == pytest.approx(timestep, abs=1e-9)
+        sigma = schedule.sigma(timestep, interpolate)
+        assert schedule.timestep(sigma, interpolate) == pytest.approx(timestep, abs=1e-9)
     assert schedule.sigma(500) == schedule.sigmas[500]
-    middle = schedule.sigma(400.5, log=log)
     lower, upper = schedule.sigmas[400:402]
-    assert middle == pytest.approx(math.sqrt(lower * upper) if log else (lower + upper) / 2, rel=1e-12)
+    alpha = math.sqrt(schedule.alphas_cumprod[400] * schedule.alphas_cumprod[401])
+    means = {
+        "sigma": (lower + upper) / 2,
+        "log_sigma": math.sqrt(lower * upper),
+        "log_alpha": math.sqrt((1 - alpha) / alpha),
+    }
+    assert schedule.sigma(400.5, interpolate) == pytest.approx(means[interpolate], rel=1e-12)
 
 
 def test_beyond_the_table_is_its_end() -> None:

@@ -38,7 +38,7 @@ SCHEDULE = Schedule.from_config(ScheduleConfig(beta_start=0.00085, beta_end=0.01
 
 
 def timesteps(sigmas: list[float]) -> list[float]:
-    return [round(SCHEDULE.timestep(sigma, log=False), 6) for sigma in sigmas[:-1]]
+    return [round(SCHEDULE.timestep(sigma, "sigma"), 6) for sigma in sigmas[:-1]]
 
 
 @pytest.mark.parametrize("name", SPACINGS)

@@ -160,7 +160,7 @@ def test_a1111_samplers_that_take_no_schedule() -> None:
     assert ddim == [schedule.sigma(t) for t in range(951, 0, -50)]  # 19 steps, and it stops at timestep 1
     assert resolve("PLMS", {}).rescale_final
     assert levels("UniPC", 4) == pytest.approx(
-        [schedule.sigma(t, log_alpha=True) for t in (999, 749.25, 499.5, 249.75, 0)]
+        [schedule.sigma(t, "log_alpha") for t in (999, 749.25, 499.5, 249.75, 0)]
     )
     assert resolve("UniPC", SD1).options == {"order": 3, "solver_type": "bh1"}
     assert levels("LCM", 2)[1] == pytest.approx(schedule.sigma(19))

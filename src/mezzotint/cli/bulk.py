@@ -27,6 +27,7 @@ from mezzotint.cli.terminal import (
     StoppedError,
     check_memory,
     default_threads,
+    in_threads,
     print_json,
     say,
     show,
@@ -128,7 +129,7 @@ def bulk(
         print_json(record | {"rows": plan.rows, "threads": plan.threads, "seconds": round(seconds, 3)})
     else:
         before = f"; {found:,} were there already" if found else ""
-        show(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)}, {_threads(plan.threads)})")
+        show(f"Wrote {drawn:,} pictures into {out}{before} ({_rate(drawn, seconds)}, {in_threads(plan.threads)})")
     if failures.rows:
         say(f"{failures.rows:,} of {plan.rows:,} rows failed; the reasons are in {out / folder.FAILURES}")
         raise typer.Exit(1)
@@ -167,11 +168,6 @@ def _local(plan: BulkPlan, told: dict[str, int]) -> Iterator[Outcome]:
         yield from work.run(plan, worker, on_step)
 
 
-def _threads(number: int) -> str:
-    """Return a number of threads in words."""
-    return "1 thread" if number == 1 else f"{number} threads"
-
-
 def _rate(drawn: int, seconds: float) -> str:
     return f"{60 * drawn / seconds:,.3g} pictures a minute"
 
@@ -197,7 +193,7 @@ def _progress(total: int, threads: int) -> Iterator[Progress]:
             if now - printed >= EVERY:
                 printed, passed = now, now - start
                 left = _left(total - done, drawn, passed)
-                say(f"{done:,} of {total:,} pictures, {_rate(drawn, passed)}, {left} left, {_threads(threads)}")
+                say(f"{done:,} of {total:,} pictures, {_rate(drawn, passed)}, {left} left, {in_threads(threads)}")
 
         yield line
         return
@@ -211,6 +207,6 @@ def _progress(total: int, threads: int) -> Iterator[Progress]:
         def move(done: int, drawn: int) -> None:
             passed = time.perf_counter() - start
             left = _left(total - done, drawn, passed)
-            bar.update(task, completed=done, description=f"{_rate(drawn, passed)}, {left} left, {_threads(threads)}")
+            bar.update(task, completed=done, description=f"{_rate(drawn, passed)}, {left} left, {in_threads(threads)}")
 
         yield move

@@ -70,11 +70,8 @@ def info(
 def _program(texts: dict[str, str], source: Source | None) -> str:
     """Return the program that wrote the record, with its version if it says so."""
     if "mezzotint" in texts:
-        return (
-            f"mezzotint {source.record.versions.get('mezzotint', '')}".strip()
-            if source and source.record
-            else "mezzotint"
-        )
+        record = source.record if source else None
+        return f"mezzotint {record.versions.get('mezzotint', '')}".strip() if record else "mezzotint"
     if "parameters" in texts:
         from mezzotint.records import infotext
 

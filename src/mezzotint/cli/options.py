@@ -36,6 +36,7 @@ OTHER_NAMES = {
     "--strength": ("--denoising-strength",),
 }
 _HIDDEN = re.compile(rf", ({'|'.join(name for names in OTHER_NAMES.values() for name in names)})(?![\w-])")
+FIELDS = {"negative": "negative_prompt", "guidance": "guidance_scale", "syntax": "prompt_syntax"}  # by option
 HINTS = {"--width": "--size WxH", "--height": "--size WxH", "--scheduler": "--sampler and --spacing"}
 
 
@@ -45,7 +46,7 @@ def request_option(option: str) -> str | None:
 
     ours = next((name for name, others in OTHER_NAMES.items() if option in others), option)
     name = ours.lstrip("-").replace("-", "_")
-    name = {"negative": "negative_prompt", "guidance": "guidance_scale", "syntax": "prompt_syntax"}.get(name, name)
+    name = FIELDS.get(name, name)
     if name == "size":
         return "--set width=512 --set height=512"
     return f"--set {name}=VALUE" if name in Request.model_fields else None
@@ -112,7 +113,7 @@ def option(
     )
 
 
-_QUIET = "Print errors alone on standard error, and no progress."
+_QUIET = "Print only errors on standard error, and no progress."
 _VERBOSE = "Print what is loaded, planned and measured on standard error."
 _LOG_LEVEL = "debug, info (as -v), warning or error (as -q)."
 Quiet = Annotated[bool, option(_QUIET, name="-q --quiet")]

@@ -24,6 +24,7 @@ from mezzotint.cli.fields import pair
 from mezzotint.cli.inline import protocol_of, sequences
 from mezzotint.cli.naming import SUFFIXES, check_out, names_several, save_one
 from mezzotint.cli.options import (
+    FIELDS,
     OUTPUT,
     Device,
     Dtype,
@@ -58,7 +59,6 @@ HELP = {
     "help": "               this text",
     "quit": "               end the shell, as Ctrl-D does; Ctrl-C stops the picture being drawn",
 }
-OTHER_NAMES = {"negative": "negative_prompt", "guidance": "guidance_scale", "syntax": "prompt_syntax"}
 HISTORY = 1000  # lines that are kept
 PROMPT = "mezzotint> "
 
@@ -206,13 +206,13 @@ class Session:
             width, height = pair("size", both, "x", int, "WxH in pixels, such as 512x768") or (0, 0)
             made = assignments("set", [f"width={width}", f"height={height}"])
         else:
-            made = assignments("set", [f"{OTHER_NAMES.get(name, name)}={value}"])
+            made = assignments("set", [f"{FIELDS.get(name, name)}={value}"])
         self._fields |= made
 
     def _unset(self, name: str) -> None:
         if not name:
             self._fields.clear()
-        for field in ("width", "height") if name == "size" else (OTHER_NAMES.get(name, name),):
+        for field in ("width", "height") if name == "size" else (FIELDS.get(name, name),):
             self._fields.pop(field, None)
 
     def _show(self, _: str) -> None:
@@ -264,7 +264,7 @@ def _meant(name: str, value: str) -> str:
     """Return a suggestion for a command that does not exist."""
     from mezzotint.request import Request
 
-    field = OTHER_NAMES.get(name, name)
+    field = FIELDS.get(name, name)
     if field == "size" or (field in Request.model_fields and field != "prompt"):
         return f"did you mean \\set {name} {value or 'VALUE'}?"
     near = difflib.get_close_matches(name, HELP, n=1)
@@ -303,7 +303,7 @@ def _complete(line: str, word: str) -> list[str]:
     if not before:
         return [f"\\{name} " for name in HELP if word.startswith("\\") and name.startswith(word[1:])]
     if before in (["\\set"], ["\\unset"]):
-        names = sorted({*Request.model_fields, *OTHER_NAMES, "size"} - {"prompt"})
+        names = sorted({*Request.model_fields, *FIELDS, "size"} - {"prompt"})
         return [f"{name} " for name in names if name.startswith(word)]
     if before == ["\\set", "sampler"]:
         return complete_sampler(word)

@@ -13,7 +13,7 @@ import typer
 from mezzotint.cli.defaults import FILE, config_path, read_defaults
 from mezzotint.cli.naming import SUFFIXES
 from mezzotint.cli.options import Json, add_options_of, model_options, option, take_model_options
-from mezzotint.cli.terminal import default_threads, print_json, show
+from mezzotint.cli.terminal import default_threads, in_threads, print_json, show
 from mezzotint.errors import CheckpointError, RequestError
 
 
@@ -130,7 +130,7 @@ def env(as_json: Json = False) -> None:
     facts |= {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {default_threads()} threads",
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {in_threads(default_threads())}",
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
     }
     backends = dict(available())

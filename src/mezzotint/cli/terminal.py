@@ -148,6 +148,11 @@ def default_threads() -> int:
     return system.default_threads(torch.get_num_threads())
 
 
+def in_threads(number: int) -> str:
+    """Return a number of threads in words."""
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 def limit_threads() -> None:
     """Set torch's number of threads to `default_threads`."""
     import torch

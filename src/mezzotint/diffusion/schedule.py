@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mezzotint.config import ScheduleConfig
 
 Table = NDArray[np.float64]
+Interpolated = Literal["sigma", "log_sigma", "log_alpha"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,33 +72,32 @@ class Schedule:
         """The highest noise level (14.6 for Stable Diffusion)."""
         return float(self.sigmas[-1])
 
-    def sigma(self, timestep: float, *, log: bool = False, log_alpha: bool = False) -> float:
+    def sigma(self, timestep: float, interpolate: Interpolated = "sigma") -> float:
         """Return the noise level at a timestep; timesteps beyond the ends of the table give the ends.
 
         Args:
             timestep: A timestep, possibly fractional.
-            log: Interpolate in log sigma, as k-diffusion does, instead of sigma, as diffusers does.
-            log_alpha: Interpolate in the logarithm of alpha_bar, as UniPC's authors do.
+            interpolate: What is interpolated linearly in the timestep: "sigma", as in diffusers; "log_sigma", as in
+                k-diffusion; or "log_alpha" (the logarithm of alpha_bar), as UniPC's authors do.
         """
         index = np.arange(self.num_train_timesteps)
-        if log_alpha:
+        if interpolate == "log_alpha":
             return math.sqrt(math.expm1(-np.interp(timestep, index, np.log(self.alphas_cumprod))))
-        if log:
+        if interpolate == "log_sigma":
             return math.exp(np.interp(timestep, index, self.log_sigmas))
         return float(np.interp(timestep, index, self.sigmas))
 
-    def timestep(self, sigma: float, *, log: bool = True, log_alpha: bool = False) -> float:
+    def timestep(self, sigma: float, interpolate: Interpolated = "log_sigma") -> float:
         """Return the timestep in [0, T - 1] of a noise level, the inverse of `sigma`.
 
         Args:
             sigma: A noise level.
-            log: Interpolate in log sigma, instead of sigma.
-            log_alpha: Interpolate in the logarithm of alpha_bar.
+            interpolate: As in `sigma`.
         """
         index = np.arange(self.num_train_timesteps)
-        if log_alpha:
+        if interpolate == "log_alpha":
             return float(np.interp(math.log1p(sigma**2), -np.log(self.alphas_cumprod), index))
-        if log:
+        if interpolate == "log_sigma":
             return float(np.interp(math.log(max(sigma, 1e-10)), self.log_sigmas, index))
         return float(np.interp(sigma, self.sigmas, index))
 

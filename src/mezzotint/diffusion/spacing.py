@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mezzotint.diffusion.schedule import Schedule
+from mezzotint.diffusion.schedule import Interpolated, Schedule
 from mezzotint.errors import RequestError
 
 Points = Literal["n", "n+1"]
@@ -125,23 +125,23 @@ def normal(
     *,
     top: float | None = None,
     original: int | None = None,
-    log_alpha: bool = False,
+    interpolate: Interpolated = "log_sigma",
 ) -> Iterable[float]:
     """Like linspace, as in k-diffusion: from the timestep `top`, or the highest, to the lowest.
 
-    The levels are interpolated in log sigma; with `log_alpha` in the logarithm of alpha_bar, as in A1111's UniPC. With
-    `original`, the schedule is only that many of its timesteps, as in A1111's LCM.
+    The levels are interpolated in log sigma, or, as in A1111's UniPC, in the logarithm of alpha_bar. With `original`,
+    the schedule is only that many of its timesteps, as in A1111's LCM.
     """
     schedule = schedule if original is None else schedule.distilled(original)
     top = schedule.num_train_timesteps - 1 if top is None else top
-    return [schedule.sigma(float(t), log=True, log_alpha=log_alpha) for t in np.linspace(top, 0, count)]
+    return [schedule.sigma(float(t), interpolate) for t in np.linspace(top, 0, count)]
 
 
 @_from_levels
 def sgm_uniform(schedule: Schedule, count: int) -> Iterable[float]:
     """Like normal with one more level, which is dropped (Stability AI's generative-models)."""
     timesteps = np.linspace(schedule.num_train_timesteps - 1, 0, count + 1)[:-1]
-    return [schedule.sigma(float(t), log=True) for t in timesteps]
+    return [schedule.sigma(float(t), "log_sigma") for t in timesteps]
 
 
 @_from_levels

@@ -18,12 +18,7 @@ from mezzotint.models.offload import OffloadedLayer, StoredWeight, WeightSource
 
 OWN_HOOKS: set[Callable[..., Any]] = set()  # hooks of this package, which the fast paths know of
 SAMPLE = 32  # elements of a tensor, spread over it: enough to notice a layer that is rewritten
-BITS = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # by bytes; NaN is not equal to itself
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; NaN is not equal to itself
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,

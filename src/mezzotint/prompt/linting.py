@@ -68,15 +68,7 @@ def find_remarks(
     negative: bool = False,
     embeddings: Container[str] = (),
 ) -> list[Remark]:
-    """Return the remarks on a prompt, in the order of the text.
-
-    Args:
-        text: The prompt.
-        syntax: The dialect.
-        meaning: The parsed prompt, if it is known.
-        negative: Whether it is a negative prompt.
-        embeddings: The names of embeddings that are loaded, in lower case.
-    """
+    """Return the remarks on a prompt; the arguments are those of `mezzotint.prompt.lint`."""
     found = [
         *_foreign_marks(text, syntax, negative, embeddings),
         *_brackets(text, syntax),

@@ -278,10 +278,9 @@ def read(texts: Mapping[str, str]) -> Record | None:
         if _depth(text) > MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         table = json.loads(text, parse_constant=_reject_constant)
-        missing = _missing_solver(table)
-        record = None if missing else Record.model_validate(table)
-        if record is None:
+        if missing := _missing_solver(table):
             raise ValueError(missing)
+        record = Record.model_validate(table)
         if record.place >= len(record.group) or record.group[record.place] != record.seed:
             raise ValueError("seed differs from the entry of group at place")
         if record.others and len(record.others) != len(record.group):

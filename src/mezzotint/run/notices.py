@@ -77,7 +77,7 @@ def _on_levels(plan: RunPlan) -> Iterator[str]:
         yield (
             f"this model's noise levels reach {levels[0]:,.0f} (zero terminal SNR), and the spacing {request.spacing} "
             f"takes {wasted} of {len(levels) - 1} steps above {high:g}, where there is only noise; the rest is too "
-            f"coarse for {sampler.name}, whose colours burn: give spacing sgm_uniform, or more steps"
+            f"coarse for {sampler.name}, which will oversaturate: give spacing sgm_uniform, or more steps"
         )
 
 

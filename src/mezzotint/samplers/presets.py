@@ -94,7 +94,7 @@ A1111_WITHOUT_SCHEDULE = {
         "unipc",
         "normal",
         {"order": 3, "solver_type": "bh1"},
-        {"points": "n+1", "last": "sigma_min", "log_alpha": True},
+        {"points": "n+1", "last": "sigma_min", "interpolate": "log_alpha"},
         timestep="log_alpha",
         steps_from=_TIMESTEPS,
         counts="a1111 unipc",

@@ -182,7 +182,7 @@ def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
     found = _scan(locate(path_or_id, given), given)
     if found.problems:
         raise CheckpointError(found.problems[0])
-    with _sentences(found.path):
+    with _report_read_errors(found.path):
         add_checker(found)
     return found
 
@@ -201,7 +201,7 @@ def read_tokenizers(path_or_id: str | Path, **options: Any) -> tuple[list[Tokeni
 
 def _scan(path: Path, options: ModelOptions) -> ModelFiles:
     """Describe the files of a model and of what is given in place of them, without reading weights."""
-    with _sentences(path):
+    with _report_read_errors(path):
         found = _scan_own(path, options)
         if options.vae is not None:
             replace_vae(found)
@@ -209,7 +209,7 @@ def _scan(path: Path, options: ModelOptions) -> ModelFiles:
 
 
 @contextmanager
-def _sentences(path: Path) -> Iterator[None]:
+def _report_read_errors(path: Path) -> Iterator[None]:
     """Turn the system's errors into sentences, such as those of a folder that may not be entered."""
     try:
         yield
@@ -299,7 +299,7 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         return Report(str(path), str(describe_adapter(path, None)), bytes=path.stat().st_size)
     file = None if path.is_dir() else TensorFile(path)
     try:
-        with _sentences(path):
+        with _report_read_errors(path):
             found = _scan_own(path, given, file)
     except CheckpointError:
         if file is None:
@@ -310,7 +310,7 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         part = PartReport("tensors", dtypes.total(), len(file.entries), dict(dtypes.most_common()))
         kind = describe_adapter(path, file) or describe_kind(file.shapes)
         return Report(str(path), kind, keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata)
-    with _sentences(path):
+    with _report_read_errors(path):
         if given.vae is not None:
             replace_vae(found)
         add_checker(found)

@@ -80,7 +80,7 @@ class Gaussian(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor | float, condition: Condition, **_: Any) -> Tensor:
         times = torch.as_tensor(timestep).reshape(-1).tolist()
-        sigma = torch.tensor([SCHEDULE.sigma(t, log=True) for t in times]).view(-1, 1, 1, 1)
+        sigma = torch.tensor([SCHEDULE.sigma(t, "log_sigma") for t in times]).view(-1, 1, 1, 1)
         mean, x = condition.context.view(-1, 1, 1, 1), sample * (sigma**2 + 1).sqrt()
         share = SPREAD / (SPREAD**2 + sigma**2).sqrt()
         return V_PREDICTION.output(mean + (x - mean) * (share if self.ends else share**2), x, sigma)

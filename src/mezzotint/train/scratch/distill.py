@@ -109,7 +109,7 @@ def refine_levels(schedule: Schedule, sigmas: Sequence[float], parts: int) -> li
     levels: list[float] = []
     timesteps = [schedule.timestep(sigma) for sigma in sigmas[:-1]] + [0.0]
     for first, last in pairwise(timesteps):
-        levels += [schedule.sigma(first + (last - first) * k / parts, log=True) for k in range(parts)]
+        levels += [schedule.sigma(first + (last - first) * k / parts, "log_sigma") for k in range(parts)]
     return [*levels, 0.0]
 
 
