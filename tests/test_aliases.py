@@ -76,6 +76,12 @@ def test_a_call_that_asks_for_several_pictures_says_how(sd1: Pipeline) -> None:
     assert sd1("a lemon", count=1, steps=1).size == (32, 32)
 
 
+def test_a_scheduler_is_neither_read_nor_assigned(sd1: Pipeline) -> None:
+    assert not hasattr(sd1, "scheduler")
+    with pytest.raises(AttributeError, match="give `sampler` and `spacing` in a request"):
+        sd1.scheduler = "ddim"
+
+
 def test_a_png_is_not_written_under_the_name_of_a_jpeg(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8))
     for name in ("x.jpg", "x.JPEG", "x.webp"):

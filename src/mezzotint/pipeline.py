@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, NoReturn, cast, overload
 
 import torch
 from PIL import Image
@@ -171,6 +171,13 @@ class Pipeline:
     def tokenizers(self) -> tuple[Tokenizer, ...]:
         """The tokenizer of each text encoder."""
         return tuple(self.parts.tokenizers)
+
+    def _refuse_scheduler(self, *_: object) -> NoReturn:
+        raise AttributeError(
+            "a pipeline has no scheduler: give `sampler` and `spacing` in a request, or set `scheduler_config`"
+        )
+
+    scheduler = property(_refuse_scheduler, _refuse_scheduler)  # an attribute of diffusers' pipelines
 
     @property
     def schedule(self) -> Schedule:

@@ -12,6 +12,7 @@ are answered with a sentence.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -93,13 +94,14 @@ def register(
         raise RequestError(f"the name {name!r} is that of another sampler; choose another one")
     if not callable(solver):
         raise RequestError(
-            f"the solver {name!r} is a {type(solver).__name__}; it must be a generator function solver(denoise, x, "
-            "sigmas, noise, **options)"
+            f"the solver {name!r} is of type {type(solver).__name__}; it must be a generator function solver(denoise, "
+            "x, sigmas, noise, **options)"
         )
     spacing = None if spacing is None else canonical_spacing(spacing)
     fixed = dict(options or {})
     if eta is not None:
         fixed.setdefault("eta", eta)
+    _check_arguments(name, solver, fixed)
     with _lock:
         SOLVERS[name] = Solver(order, calls, stochastic, description or "a solver of your own", eta, (), cfg_pp)
         CLASSES[name] = Scheduler(
@@ -114,6 +116,19 @@ def register(
         )
         OWN[name] = OwnSolver(solver, origin_of(solver))
     return name
+
+
+def _check_arguments(name: str, solver: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise RequestError if a solver cannot be called as the run will call it."""
+    try:
+        inspect.signature(solver).bind(None, None, None, None, **options)
+    except ValueError:  # it has no signature
+        return
+    except TypeError as error:
+        given = "".join(f", {option}=..." for option in options)
+        raise RequestError(
+            f"the solver {name!r} cannot be called as solver(denoise, x, sigmas, noise{given}): {error}"
+        ) from None
 
 
 def unregister(name: str) -> None:
