@@ -37,6 +37,7 @@ from mezzotint.cli.options import (
     takes_log_level,
 )
 from mezzotint.cli.plan import plan
+from mezzotint.cli.serve import serve
 from mezzotint.cli.shell import shell
 from mezzotint.cli.show import env, inspect, models, samplers
 from mezzotint.cli.terminal import (
@@ -82,6 +83,7 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     bulk: "bulk prompts.txt --out pictures",
     grid: 'grid "a lemon" --x steps=10,20 --y sampler=euler,dpmpp_2m',
     train: "train lora pictures --out hats --set rank=16",
+    serve: "serve --model model.safetensors --data pictures",
     report: "report --prompts prompts.txt --samplers dpmpp_2m,ddpm",
 }
 for command, example in EXAMPLES.items():

@@ -26,7 +26,8 @@ SDXL = "SDXL"
 MEMORY = "Memory"
 SAFETY = "Safety checker"
 OUTPUT = "Output"
-GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, SAFETY, OUTPUT, "Options")
+SERVER = "Server"
+GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, SAFETY, SERVER, OUTPUT, "Options")
 
 # names that other programs have for an option, which --help leaves out
 OTHER_NAMES = {

@@ -1,0 +1,163 @@
+"""The application: the routes of all dialects over one service, behind one middleware, and the process around it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from mezzotint import __version__
+from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.server import api, health
+from mezzotint.server.bodies import error_reply, reply_to
+from mezzotint.server.errors import ServerError
+from mezzotint.server.middleware import Guard
+from mezzotint.server.openapi import describe
+from mezzotint.server.service import Service
+from mezzotint.server.settings import Settings
+
+log = logging.getLogger("mezzotint.server")
+ROUTERS = [health.router, api.router]
+
+
+def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
+    """Create the application. Its worker starts and stops with the application's lifespan.
+
+    Args:
+        settings: The settings of the server.
+        service: The service, or None to make one of the settings.
+
+    Raises:
+        MezzotintError: If the data folder or a model's name cannot be used.
+    """
+    core = service or Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        core.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(core.stop)
+
+    app = FastAPI(title="mezzotint", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = core
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(ServerError, _on_server_error)
+    app.add_exception_handler(MezzotintError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+def _on_server_error(request: Request, error: Any) -> Response:
+    return reply_to(error)
+
+
+def _on_error(request: Request, error: Any) -> Response:
+    core: Service = request.app.state.service
+    if isinstance(error, WriteError):
+        return error_reply(
+            "the disk of the data folder is full or broken", 503, type="server_error", code="unavailable"
+        )
+    return error_reply(core.translator.message(error), 422, code="invalid_value")
+
+
+def _on_invalid(request: Request, error: Any) -> Response:
+    finding = error.errors()[0]
+    place = [str(part) for part in finding["loc"]]
+    missing = place[:1] == ["path"]  # an id of another form: the same answer as for one that is not there
+    if missing:
+        return error_reply("there is no such thing here", 404, code="not_found")
+    return error_reply(f"{'.'.join(place[1:])}: {finding['msg']}", 422, code="invalid_value", param=place[-1])
+
+
+def _on_http_error(request: Request, error: Any) -> Response:
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    return error_reply(
+        str(error.detail),
+        error.status_code,
+        code=codes.get(error.status_code, "invalid_request"),
+        headers=error.headers,
+    )
+
+
+def _on_bug(request: Request, error: Any) -> Response:
+    return error_reply(
+        f"this is a bug in mezzotint ({type(error).__name__})", 500, type="server_error", code="internal"
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends the streams of events when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Stop after the open requests, of which streams are ended."""
+        self._drain()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """Listen until SIGTERM or Ctrl-C.
+
+    Args:
+        settings: The settings of the server.
+        on_ready: Called with the URL when the server listens.
+
+    Raises:
+        MezzotintError: If the data folder or the address cannot be used.
+    """
+    service = Service(settings)
+    listener = _listen(settings)
+    app = create_app(settings, service)
+    port = listener.getsockname()[1]
+    host = "localhost" if settings.host == "localhost" else settings.host
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 * 1024,
+        lifespan="on",
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    on_ready(f"http://{shown}:{port}/")
+    _Server(config, service.drain).run(sockets=[listener])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Return a listening socket. Raises WriteError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise WriteError(
+            f"the server cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another "
+            "--port"
+        ) from None
+    return listener

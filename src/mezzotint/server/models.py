@@ -1,0 +1,223 @@
+"""The names of models and files that a request may use, and the models that are loaded now.
+
+A request never names a path. Its names are looked up in listings of the folders that the server was started with.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.errors import BudgetError
+from mezzotint.server.errors import InvalidError
+from mezzotint.server.settings import Settings
+from mezzotint.weights.hub import BUNDLED
+from mezzotint.weights.listing import list_files
+
+if TYPE_CHECKING:
+    from mezzotint.memory.planner import MemoryPlan
+    from mezzotint.pipeline import Pipeline
+    from mezzotint.request import Request
+    from mezzotint.run.preview import LatentPreview
+
+SUFFIXES = {
+    "vaes": (".safetensors", ".pt", ".ckpt"),
+    "loras": (".safetensors", ".pt", ".bin"),
+    "embeddings": (".safetensors", ".pt", ".bin", ".png", ".webp"),
+    "wildcards": (".txt",),
+}
+MAX_FILES = 10_000
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory."""
+
+    pipe: Pipeline
+    preview: LatentPreview | None = None
+
+
+class Models:
+    """Lists names, and keeps models loaded, the least recently used of which is let go when memory is short.
+
+    Args:
+        settings: The settings of the server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loaded: dict[tuple[str, str | None], LoadedModel] = {}  # the last one was used last
+        self._lock = threading.Lock()
+        self.paths = _name_models(settings.models)
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    @property
+    def default(self) -> str:
+        """The name of the model that a request without one gets."""
+        return next(iter(self.paths))
+
+    def names(self, kind: str) -> dict[str, Path]:
+        """Return the files of a kind ("vaes", "loras", "embeddings" or "wildcards") by name.
+
+        A name is the file's path below its folder without the suffix, with / between folders. Where two files differ
+        in the suffix alone, the first by name has it.
+        """
+        folder = self._settings.folders().get(kind)
+        if folder is None:
+            return {}
+        files = sorted(list_files(folder, SUFFIXES[kind]))[:MAX_FILES]
+        return {name.rpartition(".")[0]: folder / name for name in reversed(files)}
+
+    def find(self, kind: str, name: str, param: str) -> str:
+        """Return the path of a listed file.
+
+        Args:
+            kind: As in `names`.
+            name: A name of the listing, with or without the suffix, in any case.
+            param: The field of the request, for the error.
+
+        Raises:
+            InvalidError: If no file has the name.
+        """
+        listing = self.names(kind)
+        for known, path in listing.items():
+            if name.lower() in (known.lower(), f"{known}{path.suffix}".lower(), path.stem.lower()):
+                return str(path)
+        raise InvalidError(f"{param} names {name[:100]!r}, which the server does not list", param)
+
+    def find_model(self, name: str | None) -> str:
+        """Return the listed name of a model; None is the default.
+
+        Raises:
+            InvalidError: If it is not listed.
+        """
+        if name is None:
+            return self.default
+        found = next((known for known in self.paths if known.lower() == name.lower()), None)
+        if found is None:
+            raise InvalidError(
+                f"model is {name[:100]!r}, which the server does not list; it has {', '.join(self.paths)}", "model"
+            )
+        return found
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe the models: their names, which is the default, and which are loaded."""
+        with self._lock:
+            loaded = {name for name, _ in self._loaded}
+        return [{"name": name, "default": name == self.default, "loaded": name in loaded} for name in self.paths]
+
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, model: str, vae: str | None, request: Request) -> LoadedModel:
+        """Return a loaded model, after letting others go if there is no room for it.
+
+        Raises:
+            CheckpointError: If its files are missing or damaged.
+            BudgetError: If the request does not fit into the memory even alone.
+        """
+        key = model, vae
+        with self._lock:
+            found = self._loaded.pop(key, None)
+            if found is not None:
+                self._loaded[key] = found  # now the most recently used
+        if found is not None and self._fits(found.pipe, request):
+            return found
+        if found is not None:
+            self.unload(key)
+        found = self._load(key, request)
+        with self._lock:
+            self._loaded[key] = found
+        return found
+
+    def unload(self, key: tuple[str, str | None] | None = None) -> None:
+        """Let a model go, or all of them."""
+        with self._lock:
+            for each in [key] if key else list(self._loaded):
+                self._loaded.pop(each, None)
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self, key: tuple[str, str | None], request: Request) -> LoadedModel:
+        import mezzotint
+
+        options = self._options(key[1])
+        memory: MemoryPlan | None = None
+        while True:
+            try:
+                memory = self._plan(key, request, self._settings.memory or "auto", options)
+                crowded = bool(memory.costs)
+            except BudgetError:
+                if not self._loaded and self._settings.memory:
+                    raise
+                crowded = True
+            if not crowded or not self._loaded:
+                break
+            with self._lock:
+                oldest = next(iter(self._loaded))
+            self.unload(oldest)
+        place: dict[str, Any] = {"memory": memory} if self._settings.memory else {}
+        device, dtype = self._settings.device, self._settings.dtype
+        pipe = mezzotint.load(self.paths[key[0]], device=device, dtype=dtype, **place, **options)
+        return LoadedModel(pipe, self._preview(pipe))
+
+    def _preview(self, pipe: Pipeline) -> LatentPreview | None:
+        from mezzotint.run.preview import LatentPreview
+
+        if not self._settings.preview_every:
+            return None
+        return LatentPreview(pipe.decode, pipe.vae.config.latent_channels, pipe.vae.config.downscale)
+
+    def _fits(self, pipe: Pipeline, request: Request) -> bool:
+        """Return whether a request fits the budget that a pipeline was loaded with."""
+        spare = pipe.spare_memory(pipe.plan(request)) if self._settings.memory else None
+        return spare is None or spare >= 0
+
+    def _options(self, vae: str | None) -> dict[str, Any]:
+        return {"vae": self.find("vaes", vae, "vae")} if vae else {}
+
+    # ---- planning ----------------------------------------------------------------------------------------------------
+
+    def plan(self, model: str, vae: str | None, request: Request, memory: str | None = None) -> MemoryPlan:
+        """Plan the memory of a request, without loading the model.
+
+        Raises:
+            BudgetError: If it does not fit.
+        """
+        return self._plan((model, vae), request, memory or self._settings.memory or "auto", self._options(vae))
+
+    def _plan(
+        self, key: tuple[str, str | None], request: Request, memory: str, options: Mapping[str, Any]
+    ) -> MemoryPlan:
+        from mezzotint.memory.planner import plan
+
+        headers = _headers(self.paths[key[0]], self._settings.device, self._settings.dtype, tuple(options.items()))
+        return plan(headers, memory, request)
+
+
+@lru_cache(maxsize=64)
+def _headers(model: str | None, device: str | None, dtype: str | None, options: tuple[tuple[str, Any], ...]) -> Any:
+    from mezzotint.memory.footprint import ModelHeaders
+
+    return ModelHeaders.of(model, device=device, dtype=dtype, **dict(options))
+
+
+def _name_models(given: Sequence[str]) -> dict[str, str | None]:
+    """Return models by name: the last part of a path, or a hub id; equal names get numbers."""
+    found: dict[str, str | None] = {}
+    for model in given:
+        path = Path(model).expanduser()
+        name = (path.stem if path.is_file() else path.resolve().name) if path.exists() else model
+        first, number = name, 2
+        while name in found:
+            name, number = f"{first} ({number})", number + 1
+        found[name] = str(path) if path.exists() else model
+    return found or {BUNDLED.name: None}

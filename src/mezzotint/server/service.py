@@ -1,0 +1,220 @@
+"""The service: what every dialect does with the queue, whatever its routes and bodies look like."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.request import Request
+from mezzotint.server.errors import ConflictError, InvalidError, NotFoundError, ServerError, UnavailableError
+from mezzotint.server.events import Events
+from mezzotint.server.files import SPARE_DISK, DataFolder
+from mezzotint.server.history import History
+from mezzotint.server.models import Models
+from mezzotint.server.schema import Translator
+from mezzotint.server.settings import Settings
+from mezzotint.server.store import BULK, INTERACTIVE, QUEUED, RUNNING, Job, NewJob, Store
+from mezzotint.server.worker import Progress, Worker
+
+PRIORITIES = {"interactive": INTERACTIVE, "bulk": BULK}
+DRAIN = 25.0  # seconds for the running picture when the server stops
+RECHECK = 5.0  # seconds after which a waiter looks into the store itself
+
+
+class Service:
+    """The queue with its store, worker, models and events.
+
+    Args:
+        settings: The settings of the server.
+        models: The models, or None for those of the settings.
+    """
+
+    def __init__(self, settings: Settings, models: Models | None = None) -> None:
+        self.settings = settings
+        self.models = models or Models(settings)
+        self.events = Events()
+        self.stopping = False
+        self.started = time.time()
+        self._cleanup = ExitStack()
+        try:
+            self.folder = DataFolder(settings.data)
+            self._cleanup.enter_context(self.folder.lock())
+            self.store = Store(settings.data / "mezzotint.db", settings.limits.queue)
+            self._cleanup.callback(self.store.close)
+        except BaseException:
+            self._cleanup.close()
+            raise
+        self.history = History(self.store, self.folder, settings.keep)
+        self.translator = Translator(settings, self.models, self.folder, self.history)
+        self.worker = Worker(
+            self.store,
+            self.folder,
+            self.models,
+            self.translator,
+            self.events,
+            self.history,
+            preview_every=settings.preview_every,
+            share_batches=settings.share_batches,
+        )
+        self.worker.tell_queue = self._publish_queue
+
+    def start(self) -> None:
+        """Start the worker."""
+        self.worker.start()
+
+    def drain(self) -> None:
+        """Refuse new work, and end the streams of events."""
+        self.stopping = True
+        self.events.close()
+
+    def stop(self) -> None:
+        """Let the running picture finish, or queue its job again, and close the data folder."""
+        self.drain()
+        if self.worker.stop(DRAIN):
+            self._cleanup.close()
+
+    # ---- jobs --------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        vae: str | None = None,
+        priority: str = "interactive",
+        dialect: str = "api",
+    ) -> list[Job]:
+        """Check requests and queue a job for each, all or none. They are on the disk when this returns.
+
+        Args:
+            requests: Fields of a JobBody; pictures may also be bytes.
+            model: A listed name; None is the default model, which an option may set.
+            vae: A listed name; None is the model's own.
+            priority: "interactive" or "bulk".
+            dialect: The API that they came by.
+
+        Raises:
+            ServerError: If one of them is wrong, the queue is full, or the server is stopping.
+        """
+        self.check_accepting()
+        name = self.models.find_model(model or self.store.option("model"))
+        if vae is not None:
+            self.models.find("vaes", vae, "vae")
+        jobs = []
+        for request in requests:
+            stored = self.translator.store(request)
+            self._check_fits(name, vae, self.translator.request(stored))
+            jobs.append(NewJob(stored, name, vae, PRIORITIES[priority], dialect))
+        return self._enqueue(jobs)
+
+    def draw_again(self, picture: str, kind: str) -> Job:
+        """Queue a job that draws a picture again: "verify" its bits, or record its word "maps".
+
+        Raises:
+            NotFoundError: If there is no such picture.
+            ConflictError: If its job is not known any more.
+        """
+        self.check_accepting()
+        found = self.history.get(picture)
+        try:
+            job = self.store.get(found.job)
+        except NotFoundError:
+            raise ConflictError("the request of this picture is not known any more") from None
+        stored = dict(job.request)
+        if kind == "maps":
+            stored |= {"seed": found.seed, "count": 1}
+            stored.pop("batch", None)
+        self.translator.request(stored)  # its files are still there
+        return self._enqueue([NewJob(stored, job.model, job.vae, BULK, "api", kind, picture)])[0]
+
+    def _enqueue(self, jobs: Sequence[NewJob]) -> list[Job]:
+        try:
+            added = self.store.submit(jobs)
+        except WriteError as error:
+            raise UnavailableError(f"nothing can be accepted: {error}", retry_after=30) from None
+        for job in added:
+            self.events.publish("job", job.to_dict())
+        self._publish_queue()
+        self.worker.wake()
+        return added
+
+    def cancel(self, id: str) -> Job:
+        """Cancel a job: one that waits at once, a running one after its current step. Raises NotFoundError."""
+        job = self.store.cancel(id, running=True)
+        self.worker.stop_job(id)
+        self.events.publish("job", job.to_dict())
+        self._publish_queue()
+        return job
+
+    def move(self, id: str, before: str) -> None:
+        """Move a job that waits before another one, or "first" or "last"."""
+        self.store.move(id, None if before in ("first", "last") else before, last=before == "last")
+        self._publish_queue()
+
+    def pause(self, paused: bool) -> None:
+        """Pause the queue after the running job, or go on."""
+        self.worker.pause(paused)
+        self._publish_queue()
+
+    def queue(self) -> dict[str, Any]:
+        """Return the state of the queue."""
+        progress = self.worker.progress
+        return {
+            "paused": self.worker.paused,
+            "waits_for_disk": self.worker.waits_for_disk or None,
+            "stopping": self.stopping,
+            "order": self.store.order(),
+            "running": progress.to_dict() if progress else None,
+        }
+
+    @property
+    def progress(self) -> Progress | None:
+        """What is being drawn now."""
+        return self.worker.progress
+
+    async def wait(self, ids: Sequence[str]) -> list[Job]:
+        """Wait until these jobs have ended, and return them."""
+        waiting = set(ids)
+        events = self.events.subscribe(beat=RECHECK)
+        try:
+            waiting -= {job.id for job in await asyncio.to_thread(self._get_all, ids) if job.ended}
+            while waiting:
+                event = await anext(events, None)
+                if event is not None and event.name == "job" and event.data["id"] in waiting:
+                    if event.data["state"] not in (QUEUED, RUNNING):
+                        waiting.discard(event.data["id"])
+                elif event is None:
+                    if self.stopping:
+                        raise UnavailableError("the server is stopping; the job is drawn after the next start")
+                    waiting -= {job.id for job in await asyncio.to_thread(self._get_all, ids) if job.ended}
+        finally:
+            await events.aclose()
+        return await asyncio.to_thread(self._get_all, ids)
+
+    def _get_all(self, ids: Sequence[str]) -> list[Job]:
+        return [self.store.get(id) for id in ids]
+
+    def check_accepting(self) -> None:
+        """Check that the server takes new work. Raises UnavailableError."""
+        if self.stopping:
+            raise UnavailableError("the server is stopping", retry_after=10)
+        if self.folder.free() < SPARE_DISK:
+            raise UnavailableError("the disk of the data folder is full", retry_after=30)
+
+    def _check_fits(self, model: str, vae: str | None, request: Request) -> None:
+        """Check that a request fits the memory that the server was given."""
+        if self.settings.memory is None:
+            return
+        try:
+            self.models.plan(model, vae, request)
+        except ServerError:
+            raise
+        except MezzotintError as error:
+            raise InvalidError(self.translator.message(error)) from None
+
+    def _publish_queue(self) -> None:
+        self.events.publish("queue", self.queue())

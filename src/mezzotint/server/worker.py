@@ -1,0 +1,388 @@
+"""The worker: a thread that takes the next job, draws it, writes each picture and then its row.
+
+A picture is in the store only when its file is on the disk. The name of a file follows from the job and the place, so
+that a job which starts again after a kill writes the same files. A full disk pauses the worker, which keeps the picture
+and writes it when there is room.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.files import DISK_ERRORS
+from mezzotint.server.events import Events
+from mezzotint.server.files import SPARE_DISK, DataFolder, encode, thumbnail
+from mezzotint.server.history import History
+from mezzotint.server.models import LoadedModel, Models
+from mezzotint.server.schema import Translator
+from mezzotint.server.store import Job, Picture, Store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from mezzotint.request import Request
+
+log = logging.getLogger("mezzotint.server")
+POLL = 1.0  # seconds between two looks at the disk while it is full
+PREVIEW_SIDE = 512  # pixels of the longer side
+
+
+class StopJob(BaseException):
+    """Raised in a step to end a run: the job is cancelled, skipped or queued again."""
+
+
+@dataclass
+class Progress:
+    """What is being drawn.
+
+    Attributes:
+        job: The id of the job.
+        step: Steps done.
+        steps: Steps in all.
+        picture: The index of the picture that is drawn.
+        started: When the first step began, by time.monotonic.
+        preview: The last preview, a JPEG file.
+    """
+
+    job: str
+    step: int = 0
+    steps: int = 0
+    picture: int = 0
+    started: float = 0.0
+    preview: bytes = b""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the last step, as long as the steps so far took; None before the first."""
+        if not self.step:
+            return None
+        return (time.monotonic() - self.started) / self.step * max(self.steps - self.step, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, without the preview."""
+        facts = asdict(self)
+        left = self.seconds_left
+        return {name: facts[name] for name in ("job", "step", "steps", "picture")} | {
+            "seconds_left": None if left is None else round(left, 2)
+        }
+
+
+class Worker:
+    """Draws the jobs of a store, one after the other.
+
+    Args:
+        store: The jobs.
+        folder: Where the files are written.
+        models: Loads the models.
+        translator: Makes Requests of stored ones.
+        events: Is told what happens.
+        history: Records verdicts, and deletes what is above the bound.
+        preview_every: Steps between two previews; 0 is none.
+        share_batches: Whether jobs that fit are drawn in one batch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: DataFolder,
+        models: Models,
+        translator: Translator,
+        events: Events,
+        history: History,
+        *,
+        preview_every: int = 1,
+        share_batches: bool = False,
+    ) -> None:
+        self.store, self.folder, self.models, self.translator = store, folder, models, translator
+        self.events, self.history = events, history
+        self.preview_every, self.share_batches = preview_every, share_batches
+        self.progress: Progress | None = None
+        self.waits_for_disk = ""  # the sentence, while it does
+        self.paused = bool(store.option("paused", False))
+        self.tell_queue: Callable[[], None] = lambda: None
+        self.steps_done = 0
+        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._stop_job: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Queue again what was running when the last process ended, and start to draw."""
+        self.store.requeue()
+        self._thread = threading.Thread(target=self._run, name="mezzotint-worker", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for a job now."""
+        self._wake.set()
+
+    def pause(self, paused: bool) -> None:
+        """Pause before the next job, or go on."""
+        self.store.set_option("paused", paused)
+        self.paused = paused
+        self.wake()
+
+    def stop_job(self, id: str) -> None:
+        """End the run of a job after its current step, if it runs."""
+        self._stop_job = id
+
+    def stop(self, timeout: float) -> bool:
+        """Let the running job finish its picture, or queue it again; return whether the thread has ended.
+
+        Args:
+            timeout: Seconds for the current picture; then the run ends after its current step.
+        """
+        self._stopping.set()
+        self.wake()
+        thread = self._thread
+        if thread is None:
+            return True
+        thread.join(timeout)
+        if thread.is_alive() and self.progress is not None:
+            self._stop_job = self.progress.job
+            thread.join(timeout)
+        return not thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # ---- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                job = None if self.paused or not self._has_room() else self.store.claim()
+            except MezzotintError as error:
+                self._say_disk(str(error))
+                job = None
+            if job is None:
+                self._wake.wait(POLL if self.waits_for_disk else None)
+                continue
+            try:
+                self.perform(job)
+            except Exception:
+                log.exception("job %s", job.id)
+                time.sleep(POLL)
+
+    def perform(self, job: Job) -> None:
+        """Run a claimed job to its end."""
+        self.progress = Progress(job.id, started=time.monotonic())
+        self._stop_job = None
+        self.tell_queue()
+        self._publish_job(job.id)
+        try:
+            if self.store.get(job.id).state == "running":  # not cancelled meanwhile
+                {"draw": self._draw, "verify": self._verify, "maps": self._explain}[job.kind](job)
+        except StopJob:
+            if self._stopping.is_set():
+                with suppress(StopJob):  # the disk is full: the next start queues it again
+                    self._patiently(lambda: self.store.requeue(job.id))
+        except WriteError as error:
+            log.warning("job %s: %s", job.id, error)
+            self._patiently(lambda: self.store.requeue(job.id))
+        except MezzotintError as error:
+            self._fail(job, type(error).__name__, self.translator.message(error))
+        except Exception as error:
+            log.exception("job %s", job.id)
+            self._fail(job, "InternalError", f"this is a bug in mezzotint ({type(error).__name__})")
+        finally:
+            self.progress = None
+            self._publish_job(job.id)
+            self.tell_queue()
+        if not self._stopping.is_set():
+            self.history.clean()
+
+    def _fail(self, job: Job, type: str, message: str) -> None:
+        codes = {"BudgetError": "out_of_memory", "CheckpointError": "bad_file", "InternalError": "internal"}
+        error = {"type": type, "message": message, "code": codes.get(type, "invalid_request")}
+        self._patiently(lambda: self.store.fail(job.id, error))
+
+    def _draw(self, job: Job) -> None:
+        request = self.translator.request(job.request)
+        model = self.models.load(job.model, job.vae, request)
+        self._check_stop(job)
+        done = {picture.place for picture in job.pictures}
+        assert self.progress
+        self.progress.started = time.monotonic()
+
+        def on_image(place: int, image: Image) -> None:
+            if place not in done:
+                self._keep(job, request, place, image)
+            if self.progress:
+                self.progress.picture = place + 1
+            if self._stopping.is_set() and place + 1 < request.count:
+                raise StopJob  # the others are drawn after the next start
+
+        model.pipe.generate(
+            request, on_step=self._on_step(job), on_image=on_image, on_estimate=self._on_estimate(job, model)
+        )
+
+    def _keep(self, job: Job, request: Request, place: int, image: Image) -> None:
+        """Write a picture, and then its row."""
+        from mezzotint.images.io import encode_file
+        from mezzotint.records.record import read
+
+        data = encode_file(image, "PNG")
+        id = picture_id(job.id, place)
+        record = read({name: text for name, text in image.info.items() if isinstance(name, str)})
+        picture = Picture(
+            id=id,
+            job=job.id,
+            place=place,
+            seed=record.seed if record else (request.seed or 0) + place,
+            width=image.width,
+            height=image.height,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            flagged=record.flagged if record else None,
+            prompt=request.prompt,
+            model=job.model,
+            created=time.time(),
+        )
+        last = place + 1 == request.count
+
+        def write() -> None:
+            self.folder.write("pictures", id, data)
+            self.store.add_picture(picture, last=last)
+
+        self._patiently(write, len(data))
+        self.events.publish("picture", picture.to_dict())
+
+    def _on_step(self, job: Job) -> Callable[[int, int], None]:
+        def on_step(done: int, total: int) -> None:
+            self._check_stop(job)
+            self.steps_done += 1
+            if self.progress:
+                self.progress.step, self.progress.steps = done, total
+                self.events.publish("step", self.progress.to_dict())
+
+        return on_step
+
+    def _on_estimate(self, job: Job, model: LoadedModel) -> Callable[[Tensor], None] | None:
+        preview = model.preview
+        if preview is None or not self.preview_every:
+            return None
+
+        def on_estimate(latents: Tensor) -> None:
+            if not self.progress or self.progress.step % self.preview_every:
+                return
+            image = preview.picture(latents)
+            image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+            self.progress.preview = encode(image, "JPEG", quality=80)
+            text = base64.b64encode(self.progress.preview).decode()
+            self.events.publish("preview", {"job": job.id, "jpeg": text})
+
+        return on_estimate
+
+    def _check_stop(self, job: Job) -> None:
+        if self._stop_job == job.id:
+            raise StopJob
+
+    # ---- a picture again ---------------------------------------------------------------------------------------------
+
+    def _verify(self, job: Job) -> None:
+        """Draw a picture again and compare the bits."""
+        from mezzotint.again import judge, read_source, threads
+
+        source = read_source(self.folder.file("pictures", str(job.target)))
+        record = source.record
+        assert record  # each of our files has one
+        request = self.translator.request(job.request)
+        model = self.models.load(job.model, job.vae, request)
+        names = ("image", "mask", "embeddings", "loras", "lora_folder", "wildcards")
+        with threads(record):
+            files = {name: getattr(request, name) for name in names}
+            images = model.pipe.draw(record.jobs(files), on_step=self._on_step(job))
+        verdict = judge(source, images[record.place])
+        result = {"identical": verdict.identical, "sentences": verdict.sentences, "at": time.time()}
+        self._patiently(lambda: self.history.set_verified(str(job.target), result))
+        self._patiently(lambda: self.store.finish(job.id, result))
+        self.events.publish("picture", self.history.get(str(job.target), deleted=True).to_dict())
+
+    def _explain(self, job: Job) -> None:
+        """Draw a picture again and record where the network attended to each word."""
+        from mezzotint.explain.maps import explain
+        from mezzotint.server.maps import describe_maps
+
+        request = self.translator.request(job.request)
+        model = self.models.load(job.model, job.vae, request)
+        explanation = explain(model.pipe, request, on_step=self._on_step(job))
+        data = json.dumps(describe_maps(explanation)).encode()
+        self._patiently(lambda: self.folder.write("maps", str(job.target), data), len(data))
+        self._patiently(lambda: self.store.finish(job.id, {"maps": f"/api/pictures/{job.target}/maps"}))
+
+    # ---- the disk ----------------------------------------------------------------------------------------------------
+
+    def _has_room(self) -> bool:
+        """Return whether there is room to draw; say so if not."""
+        free = self.folder.free()
+        if free >= SPARE_DISK:
+            self._say_disk("")
+            return True
+        self._say_disk(
+            f"the disk of the data folder is full: {free // 2**20} MiB are free, and {SPARE_DISK // 2**20} MiB are "
+            "needed; drawing goes on when there is room"
+        )
+        return False
+
+    def _patiently(self, write: Callable[[], Any], size: int = 0) -> None:
+        """Write, and while the disk is full wait for room and write again."""
+        while True:
+            try:
+                write()
+            except (OSError, WriteError) as error:
+                cause = error.__cause__ if isinstance(error, WriteError) else error
+                if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+                    raise
+                self._say_disk(
+                    f"the disk of the data folder is full ({cause}): {max(size, 2**20) / 2**20:.0f} MiB are needed; "
+                    "the picture is kept and written when there is room"
+                )
+                if self._stopping.wait(POLL):
+                    raise StopJob from None
+            else:
+                self._say_disk("")
+                return
+
+    def _say_disk(self, sentence: str) -> None:
+        if sentence != self.waits_for_disk:
+            self.waits_for_disk = sentence
+            (log.warning if sentence else log.info)(sentence or "the disk has room again")
+            self.tell_queue()
+
+    def _publish_job(self, id: str) -> None:
+        self.events.publish("job", self.store.get(id).to_dict())
+
+
+def picture_id(job: str, place: int) -> str:
+    """Return the id of a picture, which follows from its job and its place."""
+    return hashlib.sha256(f"{job}:{place}".encode()).hexdigest()[:32]
+
+
+def make_thumbnail(folder: DataFolder, id: str) -> bytes:
+    """Return the thumbnail of a picture, made when it is first asked for."""
+    from mezzotint.images.io import read_picture
+
+    path = folder.file("thumbnails", id)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        data = thumbnail(read_picture(folder.file("pictures", id)))
+        try:
+            folder.write("thumbnails", id, data, durable=False)
+        except OSError:
+            log.warning("the thumbnail of %s cannot be kept", id)
+        return data
