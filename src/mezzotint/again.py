@@ -22,7 +22,7 @@ from PIL import Image
 
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.init_image import digest, read
-from mezzotint.images.io import CHUNKS, FORMATS, encode_file, read_metadata, read_picture
+from mezzotint.images.io import CHUNKS, FORMATS, encode_file, open_file, read_metadata, read_picture
 from mezzotint.prompt import plan
 from mezzotint.records import infotext, other_programs
 from mezzotint.records.record import Record, difference, pixels_digest
@@ -41,6 +41,7 @@ MAX_FILES = 10_000  # per folder, in the search for an input picture
 MAX_PIXELS = 2**24  # of a batch without --yes: 4096x4096, or 16 pictures of 1024x1024
 MAX_WORK = 2**30  # pixels x steps x pictures x parts of the prompt without --yes: 64 steps of those
 MAX_TEXT = 10_000  # characters of a prompt without --yes; each 75 tokens make the context longer
+PROGRAMS = {"invokeai_metadata": "InvokeAI", "prompt": "ComfyUI", "parameters": "AUTOMATIC1111"}  # by text chunk
 PICTURE_SUFFIXES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 # fields whose resolved values depend on another field; they are resolved again if that field is overridden
 DEPENDENT_FIELDS = {
@@ -113,6 +114,48 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     return Source(
         Path(path), None, request, [*dict.fromkeys(notes)], fields.get("Model", ""), fields.get("Model hash", "")
     )
+
+
+def describe_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe a picture's file and its record, or the metadata of another program, as JSON values.
+
+    Raises:
+        RequestError: If it is no picture, or carries neither.
+    """
+    texts = read_metadata(path, (*CHUNKS, *other_programs.READERS))
+    with open_file(path) as image:
+        found: dict[str, Any] = {"format": image.format, "width": image.width, "height": image.height}
+    source, reason = None, ""
+    try:
+        source = read_source(path)
+    except RequestError as error:
+        if not any(texts.values()):
+            raise
+        reason = str(error)
+    record = source.record if source else None
+    return found | {
+        "program": _program(texts, record),
+        "model": source.model_name if source else None,
+        "model_hash": source.model_hash if source else None,
+        "request": source.request.model_dump(mode="json") if source else None,
+        "facts": record.facts() if record else {},
+        "seed": record.seed if record else source.request.seed if source else None,
+        "flagged": record.flagged if record else None,
+        "not_supported": source.notes if source else [],
+        "notices": record.notices if record else (),
+        "unreadable": reason or None,
+        "texts": texts,
+    }
+
+
+def _program(texts: Mapping[str, str], record: Record | None) -> str:
+    """Return the program that wrote the metadata, with its version if it says so."""
+    if "mezzotint" in texts:
+        return f"mezzotint {record.versions.get('mezzotint', '')}".strip() if record else "mezzotint"
+    if "parameters" in texts:
+        version = infotext.parse(texts["parameters"]).fields.get("Version", "")
+        return f"{PROGRAMS['parameters']} {version}".strip()
+    return next((program for chunk, program in PROGRAMS.items() if chunk in texts), "unknown")
 
 
 def find_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,6 @@ from mezzotint.cli.options import (
     take_model_options,
 )
 from mezzotint.cli.terminal import print_json, show
-
-if TYPE_CHECKING:
-    from mezzotint.models.tokenizer import Tokenizer
-    from mezzotint.prompt import Clause
-    from mezzotint.weights.embeddings import Library
 
 
 @add_options_of(model_options)
@@ -53,75 +48,20 @@ def tokens(
         embeddings=tuple(embedding) if embedding else None,
     )
 
-    from mezzotint.conditioning.encode import parse_prompt
-    from mezzotint.prompt import lint
     from mezzotint.run.resolve import STEPS
+    from mezzotint.run.tokens import describe_tokens
     from mezzotint.weights.checkpoint import read_tokenizers
     from mezzotint.weights.embeddings import Library
     from mezzotint.weights.hub import BUNDLED
 
     tokenizers, widths, settings = read_tokenizers(model or BUNDLED, **model_given)
     steps = steps or int(settings.get("steps", STEPS))
-    plan = parse_prompt(request, request.prompt, steps, negative=negative)
     library = Library(request.embeddings or (), widths)
-    record: dict[str, Any] = {
-        "syntax": plan.syntax,
-        "window": tokenizers[0].max_length - 2,
-        "remarks": [
-            {"start": remark.start, "end": remark.end, "remark": remark.sentence}
-            for remark in lint(request.prompt, plan.syntax, plan, negative=negative, embeddings=library)
-        ],
-        "networks": [request.prompt[network.start : network.end] for network in plan.networks],
-        "parts": [
-            {
-                "weight": part.weight,
-                "variants": [
-                    {
-                        "steps": _stretches([at == text for at in spoken]),
-                        "text": text,
-                        "join": variant.join,
-                        "clauses": [_clause(clause, plan.syntax, tokenizers, library) for clause in variant.clauses],
-                    }
-                    for text, variant in {variant.text: variant for variant in part.variants}.items()
-                ],
-            }
-            for part in plan.parts
-            for spoken in [[part.at(step).text for step in range(steps)]]
-        ],
-    }
+    record = describe_tokens(request, tokenizers, library, steps, negative=negative)
     if as_json:
         print_json(record)
     else:
         show(*_lines(record, request.prompt))
-
-
-def _stretches(spoken: list[bool]) -> list[list[int]]:
-    """Return (first, last) of each range of consecutive steps, from 0, in which a text is used."""
-    stretches: list[list[int]] = []
-    for step in (step for step, is_it in enumerate(spoken) if is_it):
-        if stretches and stretches[-1][1] == step - 1:
-            stretches[-1][1] = step
-        else:
-            stretches.append([step, step])
-    return stretches
-
-
-def _clause(clause: Clause, syntax: str, tokenizers: list[Tokenizer], library: Library) -> dict[str, Any]:
-    """Describe one text to encode: its weight, and the chunks for each text encoder."""
-    from mezzotint.conditioning.chunks import split_into_chunks
-
-    encoders = []
-    for k, tokenizer in enumerate(tokenizers):
-        chunks = []
-        for chunk in split_into_chunks(clause.spans, syntax, tokenizer, library, k):
-            rows = []
-            for token in chunk:
-                word = f"<{token.vector[0]}>[{token.vector[1]}]" if token.vector else tokenizer.token(token.id)
-                place = {"start": token.start, "end": token.end}
-                rows.append({"token": word, "id": token.id, "weight": token.weight, **place})
-            chunks.append(rows)
-        encoders.append(chunks)
-    return {"weight": clause.weight, "encoders": encoders}
 
 
 def _lines(record: dict[str, Any], source: str) -> Iterator[str]:

@@ -17,16 +17,17 @@ from starlette.responses import Response
 
 from mezzotint import __version__
 from mezzotint.errors import MezzotintError, WriteError
-from mezzotint.server import api, health
+from mezzotint.server import api, health, history_api, words_api
 from mezzotint.server.bodies import error_reply, reply_to
 from mezzotint.server.errors import ServerError
 from mezzotint.server.middleware import Guard
 from mezzotint.server.openapi import describe
 from mezzotint.server.service import Service
 from mezzotint.server.settings import Settings
+from mezzotint.server.static import add_page
 
 log = logging.getLogger("mezzotint.server")
-ROUTERS = [health.router, api.router]
+ROUTERS = [health.router, api.router, history_api.router, words_api.router]
 
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
@@ -53,6 +54,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     app.state.service = core
     for router in ROUTERS:
         app.include_router(router)
+    add_page(app)
     app.add_exception_handler(ServerError, _on_server_error)
     app.add_exception_handler(MezzotintError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

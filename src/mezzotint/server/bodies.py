@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse as _JSONResponse
 from starlette.responses import Response
 
@@ -89,3 +90,33 @@ def reply_to(error: ServerError) -> Response:
     """Return the reply to an error."""
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
     return error_reply(str(error), error.status, type=error.type, code=error.code, param=error.param, headers=headers)
+
+
+async def read_upload(request: Request) -> bytes:
+    """Return the file in a body: the body itself, or the one file of a form.
+
+    Raises:
+        InvalidError: If there is none, or several.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        data = await request.body()
+    else:
+        try:
+            async with request.form(max_files=1, max_fields=10) as form:
+                files = [value for value in form.values() if not isinstance(value, str)]
+                data = await files[0].read() if files else b""
+        except HTTPException as error:
+            raise InvalidError(f"the form cannot be read: {error.detail}") from None
+    if not data:
+        raise InvalidError("the body must be a file, or a form with one file", "file")
+    return data
+
+
+def upload_schema() -> dict[str, Any]:
+    """Return the OpenAPI description of a body with a file."""
+    file = {"type": "string", "format": "binary"}
+    form = {"type": "object", "properties": {"file": file}, "required": ["file"]}
+    kinds = ("image/png", "image/jpeg", "image/webp")
+    content = {"multipart/form-data": {"schema": form}, **{kind: {"schema": file} for kind in kinds}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -1,0 +1,192 @@
+"""Our API, continued: names, the fields of a request, the tokens of words, plans, the records of files, the login."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from mezzotint.errors import BudgetError, MezzotintError, RequestError
+from mezzotint.placement import format_size
+from mezzotint.prompt import lint
+from mezzotint.request import Request as Drawing
+from mezzotint.samplers import SPACINGS, TABLE
+from mezzotint.server.api import Core, facts
+from mezzotint.server.bodies import JSONResponse, body_schema, error_reply, read_json, read_upload, upload_schema
+from mezzotint.server.errors import InvalidError
+from mezzotint.server.middleware import COOKIE, cookie_value
+from mezzotint.server.schema import JobBody, describe_fields
+from mezzotint.server.service import Service
+
+router = APIRouter(prefix="/api", tags=["words"])
+WAIT = 0.5  # seconds that a wrong token takes to be refused
+MONTH = 30 * 24 * 3600
+
+
+class Words(BaseModel):
+    """A prompt, and how it is read."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a (lemon:1.3)"}]})
+
+    prompt: str = Field(max_length=32_000)
+    model: str | None = Field(default=None, max_length=4096)
+    syntax: Literal["a1111", "comfy", "compel", "plain"] | None = None
+    negative: bool = False
+    steps: int | None = Field(default=None, ge=1, le=150)
+
+
+class Planned(BaseModel):
+    """A request whose memory is planned."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"request": {"prompt": "", "width": 512, "height": 512}}]}
+    )
+
+    request: JobBody  # type: ignore[valid-type]
+    model: str | None = Field(default=None, max_length=4096)
+    vae: str | None = Field(default=None, max_length=4096)
+
+
+class Login(BaseModel):
+    """The token, to be exchanged for a cookie."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"token": "a token of the server"}]})
+
+    token: str = Field(max_length=1000)
+
+
+@router.get("/models")
+def models(core: Core) -> JSONResponse:
+    """List the models and VAEs."""
+    return JSONResponse({"models": core.models.describe(), "vaes": [*core.models.names("vaes")], **facts(core)})
+
+
+@router.get("/samplers")
+def samplers() -> JSONResponse:
+    """List the samplers, with what they are, and the spacings."""
+    return JSONResponse({"samplers": [row._asdict() for row in TABLE], "spacings": [*SPACINGS]})
+
+
+@router.get("/loras")
+def loras(core: Core) -> JSONResponse:
+    """List the LoRAs."""
+    return JSONResponse({"loras": [*core.models.names("loras")]})
+
+
+@router.get("/embeddings")
+def embeddings(core: Core) -> JSONResponse:
+    """List the textual inversions."""
+    return JSONResponse({"embeddings": [*core.models.names("embeddings")]})
+
+
+@router.get("/wildcards")
+def wildcards(core: Core) -> JSONResponse:
+    """List the wildcards of prompts in the comfy syntax."""
+    return JSONResponse({"wildcards": [*core.models.names("wildcards")]})
+
+
+@router.get("/schema")
+def schema() -> JSONResponse:
+    """Describe the fields of a request, for a form."""
+    return JSONResponse({"fields": describe_fields()})
+
+
+@router.post("/tokens", openapi_extra=body_schema(Words))
+async def tokens(request: Request, core: Core) -> JSONResponse:
+    """Show how a prompt is read: tokens, weights and chunks, words that are unknown, and what may not be meant."""
+    body = await read_json(request, Words)
+    return JSONResponse(await run_in_threadpool(_tokens, core, body))
+
+
+def _tokens(core: Service, body: Words) -> dict[str, Any]:
+    from mezzotint.run.resolve import STEPS
+    from mezzotint.run.tokens import describe_tokens
+    from mezzotint.weights.embeddings import Library
+
+    tokenizers, widths, settings = _tokenizers(core.models.paths[core.models.find_model(body.model)])
+    syntax = body.syntax or "a1111"
+    remarks = [{"start": one.start, "end": one.end, "message": one.sentence} for one in lint(body.prompt, syntax)]
+    steps = body.steps or min(int(settings.get("steps", STEPS)), 150)
+    try:
+        asked = Drawing(prompt=body.prompt, prompt_syntax=body.syntax)
+        found = describe_tokens(asked, tokenizers, Library((), widths), steps, negative=body.negative)
+    except RequestError as error:
+        raise InvalidError(core.translator.message(error), "prompt") from None
+    words = dict.fromkeys(re.findall(r"[^\W\d_]{3,}", body.prompt))
+    unknown = [word for word in words if len(tokenizers[0].encode(word)) >= len(word)]  # it is spelled letter by letter
+    return {**found, "lint": remarks, "unknown": unknown}
+
+
+@lru_cache(maxsize=8)
+def _tokenizers(model: str | None) -> Any:
+    from mezzotint.weights.checkpoint import read_tokenizers
+    from mezzotint.weights.hub import BUNDLED
+
+    return read_tokenizers(model or BUNDLED)
+
+
+@router.post("/plan", openapi_extra=body_schema(Planned))
+async def plan(request: Request, core: Core) -> Response:
+    """Say what memory a request takes, and how it would be made to fit, without drawing it."""
+    body = await read_json(request, Planned)
+    given: BaseModel = body.request
+    return await run_in_threadpool(_plan, core, given.model_dump(exclude_unset=True), body.model, body.vae)
+
+
+def _plan(core: Service, fields: dict[str, Any], model: str | None, vae: str | None) -> Response:
+    stored = core.translator.store(fields)
+    name = core.models.find_model(model or core.store.option("model"))
+    try:
+        made = core.models.plan(name, vae, core.translator.request(stored))
+    except BudgetError as error:
+        return JSONResponse({"fits": False, "sentence": str(error)})
+    except MezzotintError as error:
+        raise InvalidError(core.translator.message(error)) from None
+    sentence = f"needs {format_size(made.estimate.peak)} of {format_size(made.limit)}"
+    if made.costs:
+        sentence += f", with measures that take {made.slowdown:+.0%} time"
+    return JSONResponse({"fits": True, "sentence": sentence, **made.to_dict()})
+
+
+@router.post("/info", openapi_extra=upload_schema())
+async def info(request: Request, core: Core) -> JSONResponse:
+    """Read the settings in a picture's file: ours, AUTOMATIC1111's, ComfyUI's or InvokeAI's."""
+    data = await read_upload(request)
+    return JSONResponse(await run_in_threadpool(_info, core, data))
+
+
+def _info(core: Service, data: bytes) -> dict[str, Any]:
+    from mezzotint.again import describe_file
+
+    with tempfile.NamedTemporaryFile(dir=core.settings.data, prefix=".mezzotint-", suffix=".part") as file:
+        file.write(data)
+        file.flush()
+        try:
+            return describe_file(Path(file.name))
+        except RequestError as error:
+            raise InvalidError(core.translator.message(error).replace(Path(file.name).name, "the file")) from None
+
+
+@router.post("/login", openapi_extra=body_schema(Login), tags=["login"])
+async def login(request: Request, core: Core) -> Response:
+    """Exchange the token for a cookie, for the page, whose pictures and events cannot send a header."""
+    body = await read_json(request, Login)
+    token = core.settings.token
+    if token is not None and not hmac.compare_digest(body.token.encode("utf-8", "replace"), token.encode()):
+        await run_in_threadpool(time.sleep, WAIT)
+        return error_reply("the token is wrong", 401, type="authentication_error", code="invalid_api_key")
+    reply = Response(status_code=204)
+    if token is not None:
+        secure = request.url.scheme == "https"
+        value = cookie_value(token)
+        reply.set_cookie(COOKIE, value, max_age=MONTH, httponly=True, samesite="strict", secure=secure)
+    return reply
