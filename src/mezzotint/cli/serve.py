@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from mezzotint.cli.options import MEMORY, MODEL, OUTPUT, SERVER, Device, Dtype, Memory, option
+from mezzotint.cli.options import MODEL, OUTPUT, SERVER, Device, Dtype, Memory, option
 from mezzotint.cli.terminal import check_memory, show
 from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.placement import parse_size
@@ -56,15 +56,6 @@ def serve(
         int, option("Steps between two previews; 0 is none.", "N", OUTPUT, default="1", name="--preview-every")
     ] = 1,
     memory: Memory = None,
-    share_batches: Annotated[
-        bool,
-        option(
-            "On a GPU, draw jobs that differ in prompt and seed alone in one batch.",
-            None,
-            MEMORY,
-            name="--share-batches",
-        ),
-    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -94,7 +85,6 @@ def serve(
         keep=parse_size(keep, "keep") if keep else None,
         allow_hosts=tuple(allow_host or ()),
         cors=tuple(cors or ()),
-        share_batches=share_batches,
         preview_every=preview_every,
     )
     run(settings, lambda url: show(url))

@@ -58,7 +58,6 @@ class Service:
             self.events,
             self.history,
             preview_every=settings.preview_every,
-            share_batches=settings.share_batches,
         )
         self.worker.tell_queue = self._publish_queue
 

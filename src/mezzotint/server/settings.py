@@ -62,7 +62,6 @@ class Settings:
         keep: Bytes of pictures and uploads that are kept, or None for all.
         allow_hosts: Names, besides the address, under which a browser may reach the server.
         cors: Origins of other pages that may read the replies.
-        share_batches: Whether jobs that differ in prompt and seed alone are drawn in one batch, on a GPU.
         preview_every: Steps between two previews; 0 is none.
         limits: What one request may ask for.
     """
@@ -82,7 +81,6 @@ class Settings:
     keep: int | None = None
     allow_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
-    share_batches: bool = False
     preview_every: int = 1
     limits: Limits = Limits()
 

@@ -89,7 +89,6 @@ class Worker:
         events: Is told what happens.
         history: Records verdicts, and deletes what is above the bound.
         preview_every: Steps between two previews; 0 is none.
-        share_batches: Whether jobs that fit are drawn in one batch.
     """
 
     def __init__(
@@ -102,11 +101,10 @@ class Worker:
         history: History,
         *,
         preview_every: int = 1,
-        share_batches: bool = False,
     ) -> None:
         self.store, self.folder, self.models, self.translator = store, folder, models, translator
         self.events, self.history = events, history
-        self.preview_every, self.share_batches = preview_every, share_batches
+        self.preview_every = preview_every
         self.progress: Progress | None = None
         self.waits_for_disk = ""  # the sentence, while it does
         self.paused = bool(store.option("paused", False))
