@@ -14,6 +14,9 @@ test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[scale]'
 	$(BIN)/python -m pytest -m slow
 
+serve: .venv/installed-serve  ## the server with the bundled model; prints its URL
+	$(BIN)/mezzotint serve
+
 docs: .venv/installed-all  ## the documentation, in build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -34,9 +37,13 @@ bench: .venv/installed-all  ## the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
+.venv/installed-serve: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve]'
+	touch $@
+
 .venv/installed-all: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,report,test,docs,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,report,serve,test,docs,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion  # an oracle; only one file of it is read
 	touch $@
 
-.PHONY: demo docs test test-slow check bench
+.PHONY: demo serve docs test test-slow check bench
