@@ -185,12 +185,12 @@ def _write(image: Image.Image, path: Path, format: str, overwrite: bool) -> None
         raise kind(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike[str] | bytes, chunks: Sequence[str] | None = CHUNKS) -> dict[str, str]:
     """Read the texts of a PNG, JPEG or WebP file without decoding its pixels. The texts are untrusted.
 
     Args:
-        path: The file.
-        chunks: The text chunks to read from a PNG file.
+        path: The file, or its contents.
+        chunks: The text chunks to read from a PNG file; None for all.
 
     Returns:
         The texts that the file has, by chunk.
@@ -200,6 +200,8 @@ def read_metadata(path: str | os.PathLike[str], chunks: Sequence[str] = CHUNKS) 
     """
     with open_file(path) as image:
         if image.format == "PNG":
+            if chunks is None:
+                return {str(chunk): text for chunk, text in image.info.items() if isinstance(text, str)}
             return {chunk: str(image.info[chunk]) for chunk in chunks if chunk in image.info}
         fields = image.getexif().get_ifd(IFD.Exif)
         texts = {"mezzotint": _text(fields.get(Base.MakerNote)), "parameters": _text(fields.get(Base.UserComment))}
@@ -218,28 +220,30 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
 
 
 @contextmanager
-def open_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open a PNG, JPEG or WebP file without decoding it.
+def open_file(path: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
+    """Open a PNG, JPEG or WebP file, or its contents, without decoding it.
 
     Raises:
         RequestError: If it cannot be opened, or for any error while it is open.
     """
     kinds = "a PNG, JPEG or WebP file"
+    name = f"the picture of {len(path):,} bytes" if isinstance(path, bytes) else repr(str(path))
     try:
-        if not Path(path).is_file() and Path(path).exists():
-            raise RequestError(f"{str(path)!r} is not a regular file; it must be {kinds}")
+        if not isinstance(path, bytes) and not Path(path).is_file() and Path(path).exists():
+            raise RequestError(f"{name} is not a regular file; it must be {kinds}")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            source = io.BytesIO(path) if isinstance(path, bytes) else path
+            with Image.open(source, formats=["PNG", "JPEG", "WEBP"]) as image:
                 yield image
     except UnidentifiedImageError:
-        raise RequestError(f"{str(path)!r} is not {kinds}") from None
+        raise RequestError(f"{name} is not {kinds}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise RequestError(f"{str(path)!r} is too large a picture: {error}") from None
+        raise RequestError(f"{name} is too large a picture: {error}") from None
     except MezzotintError:
         raise
     except Exception as error:  # decoders raise errors of many types on broken files
-        raise RequestError(f"{str(path)!r} cannot be read as {kinds}: {error}") from None
+        raise RequestError(f"{name} cannot be read as {kinds}: {error}") from None
 
 
 def _text(value: Any) -> str:
