@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from mezzotint import __version__
 from mezzotint.errors import MezzotintError, WriteError
-from mezzotint.server import api, health, history_api, words_api
+from mezzotint.server import a1111, api, health, history_api, openai, words_api
 from mezzotint.server.bodies import error_reply, reply_to
 from mezzotint.server.errors import ServerError
 from mezzotint.server.middleware import Guard
@@ -27,7 +27,7 @@ from mezzotint.server.settings import Settings
 from mezzotint.server.static import add_page
 
 log = logging.getLogger("mezzotint.server")
-ROUTERS = [health.router, api.router, history_api.router, words_api.router]
+ROUTERS = [health.router, a1111.router, openai.router, api.router, history_api.router, words_api.router]
 
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:

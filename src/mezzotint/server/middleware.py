@@ -23,6 +23,7 @@ from mezzotint.server.settings import Settings, is_loopback
 
 OPEN = ("/healthz", "/login", "/api/login")  # these are answered without a token
 STATIC = ("/", "/static/")  # the page itself, which holds no data, shows the login form
+LINKS = "/v1/images/files/"  # each link is a secret of its own
 COOKIE = "mezzotint"
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -177,7 +178,7 @@ class Guard:
     def _is_open(self, path: str, method: str) -> bool:
         if path in OPEN:
             return True
-        return method in ("GET", "HEAD") and (path == "/" or path.startswith("/static/"))
+        return method in ("GET", "HEAD") and (path == "/" or path.startswith(("/static/", LINKS)))
 
     def _knows_token(self, headers: Headers) -> bool:
         """Return whether the token is in the request, in constant time."""
