@@ -106,9 +106,10 @@ def test_a_link_serves_its_picture_without_the_token_for_an_hour(
     assert found.headers["x-content-type-options"] == "nosniff"
     assert httpx.get(url[:-1] + "x").status_code == 404
     assert httpx.get(url.replace("/files/", "/other/")).status_code == 401
-    now = images.time.monotonic()
-    monkeypatch.setattr(images.time, "monotonic", lambda: now + 3601)
-    assert httpx.get(url).status_code == 404
+    assert images.LINKED == 3600.0
+    monkeypatch.setattr(images, "LINKED", -0.001)  # the hour is over
+    ended = client.images.generate(model="dall-e-2", prompt=PROMPT, extra_body=EXTRA)
+    assert httpx.get((ended.data or [])[0].url or "").status_code == 404
 
 
 def test_formats_keep_the_record(client: openai.OpenAI) -> None:
