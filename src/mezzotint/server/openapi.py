@@ -25,6 +25,11 @@ ERROR = {
     },
     "required": ["error"],
 }
+A1111_ERROR = {
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("error", "detail", "body", "errors")},
+    "required": ["error", "detail", "body", "errors"],
+}
 METHODS = ("get", "post", "put", "patch", "delete")
 
 
@@ -35,17 +40,19 @@ def describe(app: FastAPI) -> dict[str, Any]:
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        schemas["Error"] = ERROR
+        schemas["Error"], schemas["A1111Error"] = ERROR, A1111_ERROR
         for name, model in bodies.items():
             schema = model.model_json_schema(ref_template=REFERENCE)
             schemas.update(schema.pop("$defs", {}))
             schemas[name] = schema
-        error = {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}}
-        for path in document["paths"].values():
+        error = {"$ref": REFERENCE.format(model="Error")}
+        either = {"anyOf": [{"$ref": REFERENCE.format(model="A1111Error")}, error]}
+        for name, path in document["paths"].items():
+            content = {"application/json": {"schema": either if name.startswith("/sdapi/") else error}}
             for method in METHODS:
                 if method in path:
                     path[method]["responses"].pop("422", None)
-                    path[method]["responses"]["default"] = {"description": "What is wrong.", "content": error}
+                    path[method]["responses"]["default"] = {"description": "What is wrong.", "content": content}
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "basic": {"type": "http", "scheme": "basic"},

@@ -39,6 +39,11 @@ FILES = "/v1/images/files/"
 IMAGES = ("image", "image[]")  # the names of the form's field
 WAITING = (QUEUED, RUNNING)
 
+_FILE = {"type": "string", "format": "binary"}
+_FIELDS = {"image": _FILE, "mask": _FILE, "prompt": {"type": "string"}, "size": {"type": "string"}}
+_SCHEMA = {"type": "object", "properties": _FIELDS, "required": ["image", "prompt"]}
+FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
+
 
 class Route(APIRoute):
     """A route whose errors have that API's status: 400 where a field is wrong."""
@@ -82,7 +87,7 @@ async def generate(request: Request, core: Core) -> Response:
     return await _answer(request, core, body, body.fields(), "image_generation")
 
 
-@router.post("/images/edits", openapi_extra={"requestBody": {"content": {"multipart/form-data": {}}}})
+@router.post("/images/edits", openapi_extra=FORM)
 async def edit(request: Request, core: Core) -> Response:
     """Draw a picture anew, or its part where the mask is transparent."""
     if media_type(request) != "multipart/form-data":
@@ -187,7 +192,7 @@ async def _follow(
     """Yield partial images while a job runs, and then its pictures."""
     sent, due = 0, False
     try:
-        event: Event | None = await first
+        event = await first
         while True:
             if event is None:
                 yield b": beat\n\n"
@@ -196,14 +201,15 @@ async def _follow(
             elif event.name == "step" and event.data["job"] == job.id:
                 due = event.data["step"] >= _partial_step(sent, body.partial_images, event.data["steps"])
             elif event.name == "preview" and event.data["job"] == job.id and due and sent < body.partial_images:
-                facts = _facts(body, job) | {"output_format": "jpeg"}
-                yield _event(f"{kind}.partial_image", event.data["jpeg"], facts | {"partial_image_index": sent})
+                facts = _facts(body, job) | {"output_format": "jpeg", "partial_image_index": sent}
+                yield _event(f"{kind}.partial_image", event.data["jpeg"], facts)
                 sent, due = sent + 1, False
             elif event.name == "job" and event.data["id"] == job.id and event.data["state"] not in WAITING:
                 break
             event = await anext(events)
-    except StopAsyncIteration:  # the server stops
-        pass
+    except StopAsyncIteration:
+        if not core.stopping:  # the reader was slow, and gets no more partial images
+            await core.wait([job.id])
     finally:
         with CancelScope(shield=True):  # whose reader goes away is cancelled at each await
             await events.aclose()  # type: ignore[attr-defined]  # it is an asynchronous generator
