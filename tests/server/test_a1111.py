@@ -7,7 +7,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mezzotint.server import Settings, create_app
 from mezzotint.server.a1111.body import Image2Image, Text2Image, find_sampler, translate
 from mezzotint.server.a1111.options import Options
 from mezzotint.server.errors import InvalidError
-from stub_server import HOST
+from stub_server import HOST, submit, wait_for
 
 PROMPT = "a lemon on a blue background"
 DEFAULTS = Options().model_dump()
@@ -173,7 +173,7 @@ def test_webuiapi_interrupts_and_skips(api: webuiapi.WebUIApi) -> None:
     api.util_wait_for_ready(0.01)
     assert api.interrupt() == {} and api.skip() is None  # nothing runs
     results: list[Any] = []
-    body = {"prompt": PROMPT, "seed": 1, "width": 32, "height": 32, "n_iter": 2, "steps": 20}
+    body = {"prompt": PROMPT, "seed": 1, "width": 32, "height": 32, "n_iter": 3, "steps": 12}
 
     def draw_and(act: Any, picture: int) -> Any:
         thread = threading.Thread(target=lambda: results.append(api.txt2img(**body)))
@@ -182,20 +182,31 @@ def test_webuiapi_interrupts_and_skips(api: webuiapi.WebUIApi) -> None:
             state = api.get_progress()["state"]
             if state["job_no"] >= picture and state["sampling_step"] > 0:
                 break
-            time.sleep(0.005)
+            time.sleep(0.01)
         found = api.get_progress()
         act()
         thread.join()
         return found
 
     found = draw_and(api.skip, 0)
-    assert 0 < found["progress"] <= 1 and found["state"]["job_count"] == 2 and found["state"]["sampling_steps"] == 20
-    assert found["state"]["job"] == "Batch 1 out of 2"
+    assert 0 < found["progress"] <= 1 and found["state"]["job_count"] == 3 and found["state"]["sampling_steps"] == 12
+    assert found["state"]["job"] == "Batch 1 out of 3"
     assert image_of(found["current_image"]).format == "JPEG"
-    assert results[0].info["all_seeds"] == [2]
+    assert results[0].info["all_seeds"] == [2, 3]
     draw_and(api.interrupt, 1)
     assert results[1].info["all_seeds"] == [1]
     api.util_wait_for_ready(0.01)
+
+
+def test_interrupt_leaves_jobs_of_another_api_alone(make_stub: Callable[..., TestClient]) -> None:
+    client = make_stub(delay=0.02)
+    id = submit(client, prompt="a", steps=10)
+    while not client.get("/sdapi/v1/progress").json()["progress"]:
+        time.sleep(0.005)
+    assert client.post("/sdapi/v1/interrupt").json() == {}
+    assert client.post("/sdapi/v1/skip").json() is None
+    assert client.get("/sdapi/v1/progress").json()["state"]["job_count"] == 1
+    assert wait_for(client, id)["state"] == "done"
 
 
 # ---- bodies of other clients -----------------------------------------------------------------------------------------
@@ -206,7 +217,7 @@ def client(port: int) -> Iterator[TestClient]:
     import httpx
 
     with httpx.Client(base_url=f"http://127.0.0.1:{port}/sdapi/v1", timeout=30) as client:
-        yield client  # type: ignore[misc]
+        yield client
 
 
 def test_open_webui_posts_the_whole_options_back(client: TestClient) -> None:
@@ -368,7 +379,7 @@ def test_what_is_not_supported_is_said() -> None:
     ):
         assert word in said, word
     with pytest.raises(InvalidError, match="Script 'X/Y/Z plot' not found"):
-        translate(Text2Image(script_name="X/Y/Z plot"), DEFAULTS, loads_networks=False)  # type: ignore[call-arg]
+        translate(Text2Image(script_name="X/Y/Z plot"), DEFAULTS, loads_networks=False)
 
 
 # ---- hostile values --------------------------------------------------------------------------------------------------
@@ -449,3 +460,29 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     app = create_app(settings, Service(settings, StubModels(settings)))
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
         yield client
+
+
+def test_files_are_named_in_the_prompt_and_the_options(tmp_path: Path) -> None:
+    from mezzotint.server.service import Service
+    from stub_server import StubModels
+
+    folders = {name: tmp_path / name for name in ("loras", "embeddings", "vaes")}
+    for folder, name in zip(folders.values(), ("style", "cat-toy", "fine"), strict=True):
+        folder.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(b"")
+    settings = Settings(data=tmp_path / "data", **folders)
+    service = Service(settings, StubModels(settings))
+    with TestClient(create_app(settings, service), base_url=f"{HOST}/sdapi/v1/") as client:
+        assert client.get("loras").json() == [{"name": "style", "alias": "style", "path": "style", "metadata": {}}]
+        assert [*client.get("embeddings").json()["loaded"]] == ["cat-toy"]
+        assert client.get("sd-vae").json() == [{"model_name": "fine", "filename": "fine"}]
+        options = {"sd_vae": "fine.safetensors", "sd_model_checkpoint": "emoji.safetensors [0123456789]"}
+        body = {"prompt": "a Cat-Toy, <lora:style:0.5>", "width": 64, "height": 64, "override_settings": options}
+        reply = client.post("txt2img", json=body)
+        assert json.loads(reply.json()["info"])["unsupported"] == []
+        [job] = service.store.jobs()
+        assert (job.request["embeddings"], job.vae, job.model) == (["cat-toy"], "fine.safetensors", "emoji")
+        client.post("txt2img", json=body | {"prompt": "a cat-toyshop", "override_settings": {"sd_vae": "Automatic"}})
+        assert "embeddings" not in service.store.jobs()[0].request and service.store.jobs()[0].vae is None
+        said = client.post("txt2img", json=body | {"override_settings": {"img2img_color_correction": True}}).json()
+        assert json.loads(said["info"])["unsupported"] == ["override_settings: img2img_color_correction"]

@@ -89,7 +89,7 @@ def test_the_sdk_draws_the_bits_of_generate(client: openai.OpenAI, sd1: mezzotin
 
 def test_other_servers_names_of_fields_are_known(client: openai.OpenAI, sd1: mezzotint.Pipeline) -> None:
     extra = {"num_inference_steps": 2, "seed": 4, "negative_prompt": "blurry", "guidance_scale": 2}
-    reply = client.images.generate(prompt=PROMPT, model="tiny", size="40x32", extra_body=extra)  # type: ignore[call-overload]
+    reply = client.images.generate(prompt=PROMPT, model="tiny", size="40x32", extra_body=extra)
     request = Request(prompt=PROMPT, negative_prompt="blurry", seed=4, steps=2, guidance_scale=2.0, width=40, height=32)
     assert pixels_digest(decode(reply.data[0].b64_json)) == pixels_digest(sd1.generate(request).images[0])
 
@@ -117,7 +117,7 @@ def test_formats_keep_the_record(client: openai.OpenAI) -> None:
         reply = client.images.generate(
             model="gpt-image-1",
             prompt=PROMPT,
-            output_format=format,  # type: ignore[arg-type]
+            output_format=format,
             output_compression=compression,
             extra_body=EXTRA,
         )
@@ -146,7 +146,7 @@ def test_the_sdk_streams_partial_images(client: openai.OpenAI, sd1: mezzotint.Pi
     )
     events = list(stream)
     assert [event.type for event in events] == [*["image_generation.partial_image"] * 3, "image_generation.completed"]
-    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]  # type: ignore[union-attr]
+    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
     assert all(decode(event.b64_json).format == "JPEG" and event.output_format == "jpeg" for event in events[:3])
     expected = sd1.generate(Request(prompt=PROMPT, seed=7, steps=12)).images[0]
     assert pixels_digest(decode(events[3].b64_json)) == pixels_digest(expected)
@@ -180,7 +180,7 @@ def test_the_sdk_lists_models(client: openai.OpenAI) -> None:
 
 def test_the_sdk_understands_errors(client: openai.OpenAI, port: int) -> None:
     with pytest.raises(openai.BadRequestError, match="size") as error:
-        client.images.generate(prompt=PROMPT, size="513x512")  # type: ignore[call-overload]
+        client.images.generate(prompt=PROMPT, size="513x512")
     assert (error.value.param, error.value.type) == ("size", "invalid_request_error")
     with pytest.raises(openai.BadRequestError, match="no transparent parts") as failed:
         client.images.edit(image=("a.png", png(source())), mask=("m.png", png(source())), prompt=PROMPT)
