@@ -80,14 +80,7 @@ NAMES = {
 Side = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Pixels = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
-
-
-def _spellings() -> Spellings:
-    """Return every name of a sampler: its label, and its aliases (k_ and the solver's name)."""
-    return Spellings([*((name, name) for name in ALIASES), *((alias, name) for name, alias in ALIASES.items()), *MORE])
-
-
-_SAMPLERS = _spellings()
+_SAMPLERS = Spellings([*((name, name) for name in ALIASES), *((alias, name) for name, alias in ALIASES.items()), *MORE])
 _SCHEDULES = Spellings((name, name) for name in (AUTOMATIC, *A1111_SCHEDULES))
 
 
