@@ -1,0 +1,140 @@
+// What can be done with a picture of the history.
+
+import { download, post, requestOf, upload } from "./api.js";
+import { announce, complain, toast } from "./dom.js";
+import { draw, form, set, take } from "./form.js";
+import { deletePicture, ended, restorePicture, select, state, submit } from "./store.js";
+
+const VARIATIONS = 4;
+const VARIATION_STRENGTH = 0.15;
+
+/** Return a listener whose errors become notices. */
+const guarded = (work) => async (...values) => {
+  try {
+    return await work(...values);
+  } catch (error) {
+    complain(error);
+    return null;
+  }
+};
+
+const random = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+async function queue(requests, model, text) {
+  await submit(requests, model);
+  select(null);
+  announce(text);
+}
+
+export const anotherSeed = guarded(async (picture) => {
+  const { request, model } = await requestOf(picture);
+  delete request.seed;
+  await queue([request], model, "Another seed was added to the queue.");
+});
+
+export const variations = guarded(async (picture) => {
+  const { request, model } = await requestOf(picture);
+  const requests = Array.from({ length: VARIATIONS }, () =>
+    ({ ...request, variation_seed: random(), variation_strength: VARIATION_STRENGTH }));
+  await queue(requests, model, `${VARIATIONS} variations were added to the queue.`);
+});
+
+export const hires = guarded(async (picture) => {
+  const { request, model } = await requestOf(picture);
+  await queue([{ ...request, hires: 2 }], model, "A larger version was added to the queue.");
+});
+
+export const useSettings = guarded(async (picture) => {
+  take(await requestOf(picture));
+  toast("The settings are in the form.");
+});
+
+/** Take a file as the picture to start from. */
+export const useFile = guarded(async (blob) => {
+  const { id, width, height } = await upload(blob);
+  set({ image: id, mask: null, outpaint: null, strength: form.request.strength ?? 0.6, ...sizeFor(width, height) });
+  document.getElementById("source").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  return { id, width, height };
+});
+
+/** Return the size of the next picture: the image's own, where it is a size that can be drawn. */
+function sizeFor(width, height) {
+  const round = (value) => Math.max(64, Math.round(value / 8) * 8);
+  return Math.max(width, height) <= 1536 ? { width: round(width), height: round(height) } : {};
+}
+
+export const useAsImage = guarded(async (picture) => {
+  await useFile(await download(picture));
+  toast("The next picture starts from this one.");
+});
+
+/** Open the canvas over a picture, with its prompt and settings in the form. */
+export const inpaint = guarded(async (picture) => {
+  const blob = await download(picture);
+  const settings = await requestOf(picture).catch(() => null);
+  if (settings) {
+    const { image: _, mask: __, outpaint: ___, seed: ____, hires: _____, ...request } = settings.request;
+    take({ request, model: settings.model });
+  }
+  const source = await useFile(blob);
+  if (!source) return;
+  const { openCanvas } = await import("./canvas.js");
+  await openCanvas({ onDraw: draw });
+});
+
+/** Open the canvas over a file. */
+export const inpaintFile = guarded(async (file) => {
+  if (!(await useFile(file))) return;
+  const { openCanvas } = await import("./canvas.js");
+  await openCanvas({ onDraw: draw });
+});
+
+export const verify = guarded(async (picture) => {
+  const job = await post(`/api/pictures/${picture.id}/verify`);
+  announce("It is drawn again behind the other jobs, and compared.");
+  await ended((job.job ?? job).id);
+});
+
+export const remove = guarded(async (picture) => {
+  const place = state.pictures.findIndex((known) => known.id === picture.id);
+  await deletePicture(picture);
+  if (state.selected?.id === picture.id) select(state.pictures[Math.min(place, state.pictures.length - 1)] ?? null);
+  toast("Deleted.", { action: "Undo", run: guarded(async () => {
+    await restorePicture(picture);
+    select(state.pictures.find((known) => known.id === picture.id) ?? null);
+  }) });
+});
+
+export const showMaps = guarded(async (picture) => (await import("./maps.js")).openMaps(picture));
+
+export const openGrid = guarded(async (picture) => {
+  if (picture) take(await requestOf(picture));
+  (await import("./grid.js")).openGrid();
+});
+
+/** Draw the picture of an example. */
+export const tryExample = guarded(async () => {
+  set({ prompt: "a lemon on a blue background" });
+  await draw();
+});
+
+let armed = null;
+
+/** Compare a picture with the next one that is chosen in the gallery. */
+export function armCompare(picture) {
+  armed = picture;
+  document.body.classList.add("comparing");
+  toast("Now choose the other picture in the gallery.", { action: "Stop", run: disarm });
+}
+
+function disarm() {
+  armed = null;
+  document.body.classList.remove("comparing");
+}
+
+/** Return the picture to compare with, once. */
+export function takeArmed() {
+  const found = armed;
+  disarm();
+  return found;
+}

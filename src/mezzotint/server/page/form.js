@@ -1,0 +1,187 @@
+// The form. Its state is the request itself: the fields of mezzotint's Request, kept in localStorage.
+
+import { $, announce, complain, debounce, el, icon, iconButton } from "./dom.js";
+import { emit, on, state, submit } from "./store.js";
+import { buildSettings } from "./settings.js";
+
+const KEY = "mezzotint.form";
+const saved = JSON.parse(localStorage.getItem(KEY) ?? "{}");
+
+export const form = { request: saved.request ?? {}, model: saved.model ?? "", locked: saved.locked ?? false };
+const inputs = new Map(); // by field: those who show it, as {show(value), input}
+
+const save = debounce(() => localStorage.setItem(KEY, JSON.stringify(form)), 150);
+addEventListener("pagehide", () => localStorage.setItem(KEY, JSON.stringify(form)));
+
+/** Set fields of the request; an absent value is the model's own. */
+export function set(fields) {
+  for (const [name, value] of Object.entries(fields)) {
+    if (value === undefined || value === null || value === "") delete form.request[name];
+    else form.request[name] = value;
+    for (const { show } of inputs.get(name) ?? []) show(form.request[name]);
+  }
+  save();
+  emit("form", fields);
+}
+
+/** Connect an input to a field: `parse` turns its text into a value. */
+export function bind(input, name, parse = (text) => text) {
+  const show = (value) => {
+    if (document.activeElement !== input || String(parse(input.value) ?? "") !== String(value ?? "")) {
+      input.value = value ?? "";
+    }
+    input.removeAttribute("aria-invalid");
+  };
+  watch(name, show, input);
+  input.addEventListener("input", () => set({ [name]: parse(input.value.trim() === "" ? "" : input.value) }));
+  return input;
+}
+
+/** Connect something else to a field: `show` is called with each value. */
+export function watch(name, show, input = null) {
+  inputs.set(name, [...(inputs.get(name) ?? []), { show, input }]);
+  show(form.request[name]);
+}
+
+export const number = (text) => (text === "" || Number.isNaN(Number(text)) ? "" : Number(text));
+
+/** Take all the settings of a request; fields that it does not have become the model's own. */
+export function take({ request, model }, { keepSource = true } = {}) {
+  const absent = Object.fromEntries(Object.keys(form.request).map((name) => [name, null]));
+  const fields = { ...absent, ...request };
+  if (!keepSource) for (const name of ["image", "mask", "outpaint"]) fields[name] = null;
+  form.locked = request.seed !== undefined && request.seed !== null;
+  set(fields);
+  if (model) setModel(model);
+  $("negative-part").open ||= Boolean(request.negative_prompt);
+  emit("taken");
+  announce("The settings are in the form.");
+}
+
+export function setModel(name) {
+  if (!state.models.some((model) => model.name === name)) return;
+  form.model = name;
+  $("model").value = name;
+  save();
+  emit("form", { model: name });
+}
+
+const OF_IMAGE = ["mask", "outpaint", "strength", "resize_mode", "fix_steps", "mask_blur", "masked_content", "invert_mask", "only_masked"];
+
+/** Return the request as it is sent: without the seed when it is not locked, and without what has no effect. */
+export function current() {
+  const request = { prompt: "", ...form.request };
+  const drop = (...names) => names.forEach((name) => delete request[name]);
+  if (!form.locked) drop("seed");
+  if (!request.image) drop("image", ...OF_IMAGE);
+  else drop("hires", "hires_upscale", "hires_steps", "hires_strength");
+  if (!request.mask) drop("invert_mask", "only_masked");
+  if (!request.mask && !request.outpaint) drop("mask_blur", "masked_content");
+  if (request.outpaint) drop("only_masked");
+  return request;
+}
+
+/** The name of the model that is drawn with. */
+export const modelName = () => form.model || state.models.find((model) => model.default)?.name || state.models[0]?.name;
+
+/** Queue what the form says. */
+export async function draw() {
+  try {
+    const jobs = await submit([current()], form.model);
+    emit("drawn", jobs);
+    announce("Added to the queue.");
+  } catch (error) {
+    const input = inputs.get(error.param)?.find((entry) => entry.input?.isConnected)?.input;
+    if (input) {
+      input.setAttribute("aria-invalid", "true");
+      input.focus();
+    }
+    complain(error);
+  }
+}
+
+export function lockSeed(locked) {
+  form.locked = locked;
+  save();
+  emit("form", {});
+}
+
+/** Put text into the prompt, in the place of the selection. */
+export function insertWords(text) {
+  const prompt = $("prompt");
+  const { selectionStart: start, selectionEnd: end, value } = prompt;
+  const before = value.slice(0, start);
+  const space = before && !/\s$/.test(before) ? " " : "";
+  prompt.setRangeText(space + text, start, end, "end");
+  prompt.dispatchEvent(new Event("input"));
+  prompt.focus();
+}
+
+function growWithText(area) {
+  const grow = () => {
+    area.style.height = "auto";
+    area.style.height = `${Math.min(area.scrollHeight + 2, innerHeight * 0.4)}px`;
+  };
+  area.addEventListener("input", grow);
+  on("taken listings", grow);
+  grow();
+}
+
+function buildCount() {
+  const count = el("input", { id: "count", type: "number", min: 1, max: 100, placeholder: "1", inputMode: "numeric" });
+  bind(count, "count", number);
+  $("count-part").append(el("label", { for: "count", text: "Pictures" }), count);
+}
+
+function buildModel() {
+  const select = $("model");
+  select.addEventListener("change", () => setModel(select.value));
+  on("listings", () => {
+    select.replaceChildren(...state.models.map((model) => el("option", { value: model.name, text: model.name })));
+    if (!state.models.some((model) => model.name === form.model)) form.model = "";
+    select.value = modelName() ?? "";
+  });
+}
+
+/** Build the form. */
+export function build() {
+  bind($("prompt"), "prompt");
+  bind($("negative_prompt"), "negative_prompt");
+  if (form.request.negative_prompt) $("negative-part").open = true;
+  growWithText($("prompt"));
+  growWithText($("negative_prompt"));
+  buildModel();
+  buildSettings($("settings"));
+  buildCount();
+  $("draw").querySelector("kbd").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
+  $("form").addEventListener("submit", (event) => (event.preventDefault(), draw()));
+  addEventListener("storage", (event) => { // another tab has changed the form; the last change stays
+    if (event.key === KEY && event.newValue && document.hidden) Object.assign(form, JSON.parse(event.newValue));
+  });
+}
+
+/** Return the row of the seed: number, die, lock. */
+export function seedRow() {
+  const input = el("input", { id: "seed", inputMode: "numeric", placeholder: "random", maxLength: 20 });
+  bind(input, "seed", (text) => text.replace(/\D/g, ""));
+  const lock = el("button", { type: "button", class: "icon-button", id: "seed-lock" });
+  const show = () => {
+    lock.replaceChildren(icon(form.locked ? "lock" : "unlock"));
+    lock.title = form.locked ? "The seed stays; unlock for a new one each time" : "A new seed each time; lock to keep this one";
+    lock.setAttribute("aria-label", "Keep the seed");
+    lock.setAttribute("aria-pressed", String(form.locked));
+    input.classList.toggle("quiet", !form.locked);
+  };
+  lock.onclick = () => {
+    if (!form.locked && form.request.seed === undefined) set({ seed: String(state.pictures[0]?.seed ?? roll()) });
+    lockSeed(!form.locked);
+  };
+  input.addEventListener("input", () => lockSeed(input.value !== ""));
+  on("form taken", show);
+  on("pictures", (picture) => picture && !form.locked && set({ seed: String(picture.seed) }));
+  show();
+  const die = iconButton("die", "Another random seed", () => (set({ seed: roll() }), lockSeed(true)), { id: "seed-die" });
+  return el("div", { class: "joined" }, input, die, lock);
+}
+
+const roll = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);

@@ -1,0 +1,178 @@
+// The stage: the picture that is being drawn, with its preview and the time left, or the one that was chosen.
+
+import { fileUrl } from "./api.js";
+import { $, duration, el, icon, iconButton, textButton } from "./dom.js";
+import * as actions from "./actions.js";
+import { another, cancelJob, summary } from "./queue.js";
+import { on, rate, select, state } from "./store.js";
+import { openViewer } from "./viewer.js";
+
+const MAX_ZOOM = 4; // small pictures are enlarged this far
+let follow = true; // whether the stage shows what is drawn
+
+const running = () => state.queue.running && state.jobs.get(state.queue.running.job);
+
+/** Return the picture that the stage shows, if it shows a finished one. */
+export const shown = () => (state.selected ?? (!running() || running().kind !== "draw" ? state.pictures[0] : null) ?? null);
+
+const live = { box: null, image: null, bar: null, text: null, id: "" };
+
+function showLive(job) {
+  if (live.id === job.id && live.box?.isConnected) return updateLive();
+  live.id = job.id;
+  live.image = el("img", { class: "picture preview", alt: `Preview of ${job.request.prompt}`, hidden: true });
+  live.empty = el("div", { class: "empty-plate" }, el("div", { class: "shimmer" }));
+  live.bar = el("progress", { max: 1, value: 0, "aria-label": "Steps" });
+  live.text = el("span", { class: "progress-text" });
+  live.box = el("div", { class: "live", data: { job: job.id } },
+    el("div", { class: "plate" }, live.empty, live.image),
+    el("div", { class: "progress" }, live.bar, live.text),
+    el("p", { class: "caption", text: job.request.prompt }),
+    el("p", { class: "facts", text: [summary(job), `seed ${job.request.seed}`].filter(Boolean).join(" · ") }),
+    el("div", { class: "actions" },
+      textButton("close", "Cancel", () => cancelJob(job), { id: "cancel", title: "Cancel (Esc)" }),
+      textButton("again", "Another seed instead", () => another(job, true), { title: "Cancel, and draw it with another seed" })));
+  const { width, height } = job.request;
+  fit(live.empty, width ?? 512, height ?? width ?? 512, width ?? 512);
+  $("stage").replaceChildren(live.box);
+  updateLive();
+}
+
+function updateLive() {
+  const progress = state.queue.running;
+  if (!progress || !live.box) return;
+  const { step, steps, seconds_left: left } = progress;
+  live.bar.value = steps ? step / steps : 0;
+  live.text.textContent = steps
+    ? `${step} of ${steps}${left === null || left === undefined ? "" : ` · ${duration(left)} left`}`
+    : "loading the model";
+  if (state.preview?.job === live.id) {
+    if (live.image.hidden) live.image.onload = () => {
+      fit(live.image, live.image.naturalWidth, live.image.naturalHeight, 512);
+      live.image.hidden = false;
+      live.empty.remove();
+    };
+    live.image.src = state.preview.url;
+  }
+}
+
+/** Give an element the largest size of a picture that fits the stage, by CSS variables. */
+function fit(node, width, height, least = 0) {
+  const zoom = Math.max(MAX_ZOOM, least / Math.max(width, height));
+  node.style.setProperty("--ratio", String(width / height));
+  node.style.setProperty("--most", `${Math.round(width * zoom)}px`);
+}
+
+function stars(picture) {
+  const group = el("div", { class: "stars", role: "group", "aria-label": "Rating" });
+  for (let value = 1; value <= 5; value++) {
+    const button = iconButton("star", `${value} ${value === 1 ? "star" : "stars"}`, () => rate(picture, value));
+    button.setAttribute("aria-pressed", String(picture.rating === value));
+    button.classList.toggle("on", picture.rating >= value);
+    group.append(button);
+  }
+  return group;
+}
+
+/** Return the badge that says whether a picture was drawn again with the same bits. */
+export function badge(picture) {
+  const { verified } = picture;
+  const busy = [...state.jobs.values()].some((job) => job.kind === "verify" && job.target === picture.id &&
+    (job.state === "queued" || job.state === "running"));
+  const label = busy ? "Verifying…" : !verified ? "Verify" : verified.identical ? "Verified" : "Differs";
+  const kind = busy ? "busy" : !verified ? "" : verified.identical ? "good" : "bad";
+  const title = verified ? [verified.sentences].flat().join(" ") : "Draw it again, behind the other jobs, and compare the bits";
+  return textButton("verify", label, () => actions.verify(picture), { class: `badge ${kind}`, id: "badge", title, disabled: busy });
+}
+
+function showPicture(picture) {
+  const image = el("img", { class: "picture", src: fileUrl(picture), alt: picture.prompt || "picture without a prompt",
+    width: picture.width, height: picture.height, draggable: true });
+  fit(image, picture.width, picture.height);
+  const plate = el("div", { class: "plate", id: "plate" },
+    el("button", { type: "button", class: "plate-button", title: "Full screen (Enter)", "aria-label": `Full screen: ${image.alt}`,
+      onclick: () => openViewer(picture) }, image));
+  const job = state.jobs.get(picture.job);
+  const more = el("details", { class: "menu" }, el("summary", { class: "icon-button", "aria-label": "More", title: "More" }, icon("more")),
+    el("div", { class: "menu-items" },
+      textButton("settings", "X/Y grid", () => actions.openGrid(picture)),
+      textButton("compare", "Compare with…", () => actions.armCompare(picture)),
+      el("a", { class: "button", href: fileUrl(picture), download: `${picture.seed}.png` }, icon("save"), el("span", { text: "Save the file" })),
+      textButton("trash", "Delete", () => actions.remove(picture))));
+  more.addEventListener("click", (event) => event.target.closest(".menu-items") && (more.open = false));
+  more.addEventListener("focusout", (event) => more.contains(event.relatedTarget) || setTimeout(() => (more.open = false), 150));
+  $("stage").replaceChildren(el("div", { class: "still", data: { picture: picture.id } },
+    plate,
+    el("div", { class: "under" }, stars(picture), el("div", { class: "spacer" }), badge(picture),
+      iconButton("words", "Word maps: where each word took effect", () => actions.showMaps(picture), { id: "maps" }),
+      iconButton("full", "Full screen (Enter)", () => openViewer(picture)),
+      iconButton("trash", "Delete (Del)", () => actions.remove(picture), { id: "delete" }), more),
+    el("p", { class: "caption", text: picture.prompt }),
+    el("p", { class: "facts" }, facts(picture, job)),
+    el("div", { class: "actions" },
+      textButton("again", "Another seed", () => actions.anotherSeed(picture), { id: "another" }),
+      textButton("seeds", "Variations", () => actions.variations(picture), { id: "variations" }),
+      textButton("hires", "Hires ×2", () => actions.hires(picture), { id: "hires" }),
+      textButton("settings", "Use settings", () => actions.useSettings(picture), { id: "use-settings" }),
+      textButton("image", "Use as image", () => actions.useAsImage(picture), { id: "use-image" }),
+      textButton("brush", "Inpaint", () => actions.inpaint(picture), { id: "inpaint" }))));
+}
+
+function facts(picture, job) {
+  const request = job?.request ?? {};
+  const texts = [`${picture.width}×${picture.height}`, `seed ${picture.seed}`, request.steps && `${request.steps} steps`,
+    request.sampler, request.guidance_scale && `guidance ${request.guidance_scale}`, picture.model,
+    picture.flagged ? "flagged by the safety checker" : ""];
+  return texts.filter(Boolean).map((text) => el("span", { text }));
+}
+
+function showNothing() {
+  $("stage").replaceChildren(el("div", { class: "nothing" }, el("div", { class: "nothing-mark" }, icon("image")),
+    el("h2", { text: "Nothing drawn yet" }),
+    el("p", { text: "Write what you want to see, and press Draw. Or drop a PNG from any program to take its settings." }),
+    textButton("", "Try “a lemon on a blue background”", () => actions.tryExample(), { class: "button suggest" })));
+}
+
+function show() {
+  const job = running();
+  document.body.classList.toggle("drawing", Boolean(job));
+  document.title = job && state.queue.running.steps
+    ? `${Math.round((100 * state.queue.running.step) / state.queue.running.steps)} % · mezzotint` : "mezzotint";
+  if (state.selected) showPicture(state.selected);
+  else if (job?.kind === "draw") showLive(job);
+  else if (state.pictures.length) showPicture(state.pictures[0]);
+  else showNothing();
+}
+
+let shownKey = "";
+
+/** Show again only what has changed, so that buttons keep their focus. */
+function refresh() {
+  const job = running();
+  const picture = state.selected ?? (job?.kind === "draw" ? null : state.pictures[0]);
+  const key = picture ? JSON.stringify([picture, badgeState(picture)]) : job ? `live ${job.id}` : "nothing";
+  if (key === shownKey && $("stage").firstChild) {
+    if (!picture && job) updateLive();
+    return;
+  }
+  shownKey = key;
+  const focused = $("stage").contains(document.activeElement) ? document.activeElement : null;
+  const mark = focused && (focused.id || focused.getAttribute("aria-label"));
+  show();
+  if (mark) ($("stage").querySelector(`#${CSS.escape(mark)}`) ?? $("stage").querySelector(`[aria-label="${CSS.escape(mark)}"]`))?.focus();
+}
+
+function badgeState(picture) {
+  return [...state.jobs.values()].filter((job) => job.target === picture.id).map((job) => job.state).join();
+}
+
+/** Build the stage. */
+export function build() {
+  on("queue jobs pictures picture selected progress listings", refresh);
+  on("drawn", () => follow && select(null));
+  on("progress", () => {
+    const { step, steps } = state.queue.running ?? {};
+    if (steps) document.title = `${Math.round((100 * step) / steps)} % · mezzotint`;
+  });
+  refresh();
+}
