@@ -1,6 +1,6 @@
 // Elements, icons, notices. Text always enters through textContent, so that nothing in it becomes markup.
 
-const SVG = "http://www.w3.org/20/svg";
+const SVG = "http://www.w3.org/2000/svg";
 
 // Strokes on a grid of 16 units
 const ICONS = {

@@ -24,7 +24,7 @@ async function load(picture, say) {
 
 /** Lay a map over the picture: bright where the word took effect, dark elsewhere. */
 async function shade(canvas, word) {
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.clearRect(0, 0, canvas.width, canvas.height);
   if (!word) return;
   const image = new Image();

@@ -1,7 +1,7 @@
 // The queue: what waits, in its order; reorder by dragging or buttons, cancel, again with another seed, pause.
 
-import { $, announce, complain, el, icon, iconButton, textButton, toast } from "./dom.js";
-import { cancel, move, on, pause, state, submit } from "./store.js";
+import { $, announce, complain, duration, el, icon, iconButton, textButton, toast } from "./dom.js";
+import { cancel, move, on, pause, select, state, submit } from "./store.js";
 
 const SHOWN = 100; // rows at once
 const dismissed = new Set(JSON.parse(localStorage.getItem("mezzotint.dismissed") ?? "[]"));
@@ -120,6 +120,38 @@ function failure(job) {
       iconButton("close", "Dismiss", dismiss)));
 }
 
+const now = { id: "", box: null, image: null, bar: null, note: null };
+
+/** Return the row of the running job, which is kept from one step to the next. */
+function running() {
+  const job = state.queue.running && state.jobs.get(state.queue.running.job);
+  if (!job) return null;
+  if (now.id !== job.id) {
+    const text = job.request.prompt || "no prompt";
+    Object.assign(now, { id: job.id, image: el("img", { alt: "", hidden: true }), bar: el("progress", { max: 1, "aria-label": "Steps" }),
+      note: el("span", { class: "job-note" }) });
+    now.box = el("div", { class: "now", data: { running: job.id } },
+      el("button", { type: "button", class: "now-plate", title: "Follow it (L)", "aria-label": `Follow what is drawn: ${text}`, onclick: () => select(null) }, now.image),
+      el("div", { class: "job-text" }, el("span", { class: "job-prompt", text, title: text }), now.note, now.bar),
+      el("div", { class: "job-tools" }, iconButton("close", `Cancel: ${text}`, () => cancelJob(job), { id: "cancel-running" })));
+  }
+  showProgress();
+  return now.box;
+}
+
+function showProgress() {
+  const progress = state.queue.running;
+  if (!progress || progress.job !== now.id) return;
+  const { step, steps, seconds_left: left } = progress;
+  const job = state.jobs.get(now.id);
+  const doing = { verify: "verifying", maps: "recording word maps" }[job?.kind] ?? "drawing";
+  now.bar.value = steps ? step / steps : 0;
+  now.note.textContent = steps ? `${doing} · ${step} of ${steps}${left === null || left === undefined ? "" : ` · ${duration(left)} left`}` : "loading the model";
+  const url = state.preview?.job === now.id ? state.preview.url : "";
+  now.image.hidden = !url;
+  if (url) now.image.src = url;
+}
+
 let drawn = 0;
 
 function show() {
@@ -132,7 +164,8 @@ function render() {
   const jobs = waiting();
   const failed = failures();
   const { paused, waits_for_disk: disk } = state.queue;
-  root.hidden = !jobs.length && !failed.length && !paused && !disk;
+  const current = running();
+  root.hidden = !current && !jobs.length && !failed.length && !paused && !disk;
   if (root.querySelector(".dragged")) return; // not under the pointer
   const focused = document.activeElement?.closest?.("[data-job]")?.dataset.job;
   const label = root.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
@@ -141,6 +174,7 @@ function render() {
     el("div", { class: "part-head" }, el("h2", { text: title }),
       textButton(paused ? "play" : "pause", paused ? "Resume" : "Pause", () => pause(!paused).catch(complain), { id: "pause" }),
       jobs.length > 1 && textButton("close", "Clear", () => clearAll(jobs))),
+    current ?? "",
     disk ? el("p", { class: "warning", role: "alert", text: disk }) : "",
     el("ol", { class: "jobs" }, failed.map(failure), jobs.slice(0, SHOWN).map(row)),
     jobs.length > SHOWN ? el("p", { class: "note", text: `and ${jobs.length - SHOWN} more` }) : "");
@@ -160,5 +194,6 @@ async function clearAll(jobs) {
 /** Build the queue. */
 export function build() {
   on("queue jobs", show);
+  on("progress", showProgress);
   render();
 }

@@ -18,7 +18,8 @@ function samplerField() {
   const note = el("p", { class: "note", id: "sampler-note" });
   const show = () => {
     const sampler = state.samplers.find((known) => known.name === select.value);
-    note.textContent = sampler ? sampler.good_for : "the model's own sampler";
+    note.textContent = sampler ? sampler.good_for : "";
+    note.hidden = !sampler;
   };
   on("listings", () => {
     select.replaceChildren(el("option", { value: "", text: "Model's own" }),

@@ -7,8 +7,8 @@ import { another, cancelJob, summary } from "./queue.js";
 import { on, rate, select, state } from "./store.js";
 import { openViewer } from "./viewer.js";
 
-const MAX_ZOOM = 4; // small pictures are enlarged this far
-let follow = true; // whether the stage shows what is drawn
+const MAX_ZOOM = 4; // small pictures are enlarged this far,
+const LEAST = 640; // or to this side
 
 const running = () => state.queue.running && state.jobs.get(state.queue.running.job);
 
@@ -32,8 +32,8 @@ function showLive(job) {
     el("div", { class: "actions" },
       textButton("close", "Cancel", () => cancelJob(job), { id: "cancel", title: "Cancel (Esc)" }),
       textButton("again", "Another seed instead", () => another(job, true), { title: "Cancel, and draw it with another seed" })));
-  const { width, height } = job.request;
-  fit(live.empty, width ?? 512, height ?? width ?? 512, width ?? 512);
+  const { width = 512, height = width } = job.request;
+  fit(live.box, width, height);
   $("stage").replaceChildren(live.box);
   updateLive();
 }
@@ -48,7 +48,7 @@ function updateLive() {
     : "loading the model";
   if (state.preview?.job === live.id) {
     if (live.image.hidden) live.image.onload = () => {
-      fit(live.image, live.image.naturalWidth, live.image.naturalHeight, 512);
+      fit(live.box, live.image.naturalWidth, live.image.naturalHeight);
       live.image.hidden = false;
       live.empty.remove();
     };
@@ -57,8 +57,8 @@ function updateLive() {
 }
 
 /** Give an element the largest size of a picture that fits the stage, by CSS variables. */
-function fit(node, width, height, least = 0) {
-  const zoom = Math.max(MAX_ZOOM, least / Math.max(width, height));
+function fit(node, width, height) {
+  const zoom = Math.max(MAX_ZOOM, LEAST / Math.max(width, height));
   node.style.setProperty("--ratio", String(width / height));
   node.style.setProperty("--most", `${Math.round(width * zoom)}px`);
 }
@@ -82,13 +82,12 @@ export function badge(picture) {
   const label = busy ? "Verifying…" : !verified ? "Verify" : verified.identical ? "Verified" : "Differs";
   const kind = busy ? "busy" : !verified ? "" : verified.identical ? "good" : "bad";
   const title = verified ? [verified.sentences].flat().join(" ") : "Draw it again, behind the other jobs, and compare the bits";
-  return textButton("verify", label, () => actions.verify(picture), { class: `badge ${kind}`, id: "badge", title, disabled: busy });
+  return textButton("verify", label, () => actions.verify(picture), { class: `button badge ${kind}`, id: "badge", title, disabled: busy });
 }
 
 function showPicture(picture) {
   const image = el("img", { class: "picture", src: fileUrl(picture), alt: picture.prompt || "picture without a prompt",
     width: picture.width, height: picture.height, draggable: true });
-  fit(image, picture.width, picture.height);
   const plate = el("div", { class: "plate", id: "plate" },
     el("button", { type: "button", class: "plate-button", title: "Full screen (Enter)", "aria-label": `Full screen: ${image.alt}`,
       onclick: () => openViewer(picture) }, image));
@@ -101,7 +100,7 @@ function showPicture(picture) {
       textButton("trash", "Delete", () => actions.remove(picture))));
   more.addEventListener("click", (event) => event.target.closest(".menu-items") && (more.open = false));
   more.addEventListener("focusout", (event) => more.contains(event.relatedTarget) || setTimeout(() => (more.open = false), 150));
-  $("stage").replaceChildren(el("div", { class: "still", data: { picture: picture.id } },
+  const still = el("div", { class: "still", data: { picture: picture.id } },
     plate,
     el("div", { class: "under" }, stars(picture), el("div", { class: "spacer" }), badge(picture),
       iconButton("words", "Word maps: where each word took effect", () => actions.showMaps(picture), { id: "maps" }),
@@ -115,7 +114,9 @@ function showPicture(picture) {
       textButton("hires", "Hires ×2", () => actions.hires(picture), { id: "hires" }),
       textButton("settings", "Use settings", () => actions.useSettings(picture), { id: "use-settings" }),
       textButton("image", "Use as image", () => actions.useAsImage(picture), { id: "use-image" }),
-      textButton("brush", "Inpaint", () => actions.inpaint(picture), { id: "inpaint" }))));
+      textButton("brush", "Inpaint", () => actions.inpaint(picture), { id: "inpaint" })));
+  fit(still, picture.width, picture.height);
+  $("stage").replaceChildren(still);
 }
 
 function facts(picture, job) {
@@ -169,7 +170,7 @@ function badgeState(picture) {
 /** Build the stage. */
 export function build() {
   on("queue jobs pictures picture selected progress listings", refresh);
-  on("drawn", () => follow && select(null));
+  on("drawn", () => select(null));
   on("progress", () => {
     const { step, steps } = state.queue.running ?? {};
     if (steps) document.title = `${Math.round((100 * step) / steps)} % · mezzotint`;
