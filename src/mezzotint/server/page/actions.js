@@ -92,13 +92,14 @@ export const inpaintFile = guarded(async (file) => {
 export const verify = guarded(async (picture) => {
   const job = await post(`/api/pictures/${picture.id}/verify`);
   announce("It is drawn again behind the other jobs, and compared.");
-  await ended((job.job ?? job).id);
+  await ended(job.id);
 });
 
 export const remove = guarded(async (picture) => {
   const place = state.pictures.findIndex((known) => known.id === picture.id);
+  const chosen = state.selected?.id === picture.id;
   await deletePicture(picture);
-  if (state.selected?.id === picture.id) select(state.pictures[Math.min(place, state.pictures.length - 1)] ?? null);
+  if (chosen) select(state.pictures[Math.min(place, state.pictures.length - 1)] ?? null);
   toast("Deleted.", { action: "Undo", run: guarded(async () => {
     await restorePicture(picture);
     select(state.pictures.find((known) => known.id === picture.id) ?? null);

@@ -6,6 +6,8 @@ import { $, complain, el, openDialog, textButton, toast } from "./dom.js";
 import { take } from "./form.js";
 import { title } from "./settings.js";
 
+const LEFT_OUT = ["image", "mask", "batch", "count", "lora_folder", "wildcards"]; // a file's paths are another machine's
+const fileName = (path) => path.split(/[\\/]/).at(-1).replace(/\.\w+$/, "");
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
 /** Show a file's picture with what it was drawn with. */
@@ -44,7 +46,9 @@ function show(facts, buttons, reply, dialog) {
     el("dl", {}, given.map(([name, value]) => [el("dt", { text: title(name) }),
       el("dd", { text: typeof value === "object" ? JSON.stringify(value) : String(value) })])),
     ...notes.map((note) => el("p", { class: "lint", text: typeof note === "string" ? note : JSON.stringify(note) })));
-  const kept = Object.fromEntries(Object.entries(request).filter(([name, value]) => value !== null && !["image", "mask", "batch", "count"].includes(name)));
+  const kept = Object.fromEntries(Object.entries(request).filter(([name, value]) => value !== null && !LEFT_OUT.includes(name)));
+  kept.loras &&= kept.loras.map(([path, ...scales]) => [fileName(path), ...scales]);
+  kept.embeddings &&= kept.embeddings.map(fileName);
   buttons.prepend(textButton("settings", "Use settings", () => {
     dialog.close();
     take({ request: kept, model: reply.model });

@@ -1,25 +1,17 @@
 // Word maps: where in the picture each word took effect. Point at a word, or reach it with Tab, to see its map.
 
-import { ApiError, fileUrl, get, post } from "./api.js";
+import { fileUrl, get, post } from "./api.js";
 import { complain, el, iconButton, openDialog } from "./dom.js";
 import { ended } from "./store.js";
 
 /** Return the maps of a picture; they are recorded first where they are not known. */
 async function load(picture, say) {
-  const path = `/api/pictures/${picture.id}/maps`;
-  try {
-    const reply = await get(path);
-    if (reply.words) return reply;
-    if (!reply.id && !reply.job) throw new ApiError(404);
+  const path = `/api/pictures/${picture.id}`;
+  if (!(await get(path)).maps) {
     say("The picture is drawn again to record them…");
-    await ended((reply.job ?? reply).id);
-  } catch (error) {
-    if (error.status !== 404) throw error;
-    say("The picture is drawn again to record them…");
-    const reply = await post(path);
-    await ended((reply.job ?? reply).id);
+    await ended((await post(`${path}/maps`)).id);
   }
-  return get(path);
+  return get(`${path}/maps`);
 }
 
 /** Lay a map over the picture: bright where the word took effect, dark elsewhere. */

@@ -118,9 +118,9 @@ function sizeField() {
 }
 
 function slider(id, name, label, { min, max, step, placeholder }) {
-  const input = el("input", { id, type: "number", min, step, placeholder, inputMode: "decimal" });
+  const input = el("input", { id, placeholder, inputMode: "decimal" });
   const range = el("input", { type: "range", min, max, step, "aria-label": `${label}, slider`, tabIndex: -1 });
-  bind(input, name, (text) => (text.includes(",") ? text : number(text)));
+  bind(input, name, (text) => (text.includes(",") ? text.split(",").map(Number) : number(text)));
   range.addEventListener("input", () => set({ [name]: Number(range.value) }));
   const show = () => {
     const value = form.request[name];

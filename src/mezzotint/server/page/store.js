@@ -145,10 +145,18 @@ function passes(picture) {
 
 function addPicture(picture) {
   const place = state.pictures.findIndex((known) => known.id === picture.id);
+  if (picture.deleted) return place >= 0 && forget(picture);
   if (place >= 0) return replacePicture(picture);
-  if (picture.deleted || !passes(picture)) return;
-  state.pictures.unshift(picture);
+  if (!passes(picture)) return;
+  const older = state.pictures.findIndex((known) => known.created < picture.created);
+  state.pictures.splice(older < 0 ? state.pictures.length : older, 0, picture);
   emit("pictures", picture);
+}
+
+function forget(picture) {
+  state.pictures = state.pictures.filter((known) => known.id !== picture.id);
+  if (state.selected?.id === picture.id) state.selected = null;
+  emit("pictures");
 }
 
 function replacePicture(picture) {
@@ -185,14 +193,12 @@ export async function rate(picture, rating) {
 /** Delete a picture; it can be restored for an hour. */
 export async function deletePicture(picture) {
   await remove(`/api/pictures/${picture.id}`);
-  state.pictures = state.pictures.filter((known) => known.id !== picture.id);
-  emit("pictures");
+  forget(picture);
 }
 
 /** Restore a deleted picture. */
 export async function restorePicture(picture) {
-  await post(`/api/pictures/${picture.id}/restore`);
-  await loadPictures();
+  addPicture(await post(`/api/pictures/${picture.id}/restore`));
 }
 
 /** Resolve with a job when it has ended. */

@@ -88,8 +88,8 @@ async function plan() {
   planning = new AbortController();
   try {
     const reply = await post("/api/plan", { request: current(), model: modelName() }, { signal: planning.signal });
-    $("plan").textContent = reply.sentence ?? reply.message ?? "";
-    $("plan").classList.remove("bad");
+    $("plan").textContent = reply.sentence.replace(/^needs /, "Needs ");
+    $("plan").classList.toggle("bad", !reply.fits);
   } catch (error) {
     if (error.name === "AbortError") return;
     $("plan").textContent = error.message;
