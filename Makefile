@@ -17,6 +17,14 @@ test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for
 serve: .venv/installed-serve  ## the server with the bundled model; prints its URL
 	$(BIN)/mezzotint serve
 
+test-page: .venv/installed-all build/axe/axe.min.js  ## the page in a browser; needs chromium, chromium-driver and npm
+	$(BIN)/python -m pytest -m browser tests/server/test_page.py
+
+build/axe/axe.min.js:
+	mkdir -p build/axe
+	cd build/axe && npm pack --silent axe-core@4.10.3 && tar -xzf axe-core-4.10.3.tgz --strip-components=1 package/axe.min.js
+	touch $@
+
 docs: .venv/installed-all  ## the documentation, in build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -46,4 +54,4 @@ bench: .venv/installed-all  ## the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion  # an oracle; only one file of it is read
 	touch $@
 
-.PHONY: demo serve docs test test-slow check bench
+.PHONY: demo serve docs test test-slow check bench test-page

@@ -48,8 +48,9 @@ def pictures(
 
 @router.get("/pictures/{id}")
 def picture(core: Core, id: Id) -> JSONResponse:
-    """Return a picture's facts."""
-    return JSONResponse(core.history.get(id).to_dict())
+    """Return a picture's facts, and whether its word maps are recorded."""
+    found = core.history.get(id).to_dict()
+    return JSONResponse({**found, "maps": core.folder.file("maps", id).is_file()})
 
 
 @router.patch("/pictures/{id}", openapi_extra=body_schema(Change))
