@@ -8,7 +8,7 @@ import { on, rate, select, state } from "./store.js";
 import { openViewer } from "./viewer.js";
 
 const MAX_ZOOM = 4; // small pictures are enlarged this far,
-const LEAST = 640; // or to this side
+const LEAST = 700; // or to this side
 
 const running = () => state.queue.running && state.jobs.get(state.queue.running.job);
 
