@@ -42,12 +42,15 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
     r"^python tests/parity/table.py": "takes minutes; tests/parity/test_samplers.py runs its rows",
     r"^python examples/teach/show.py": "takes minutes; tests/test_teach.py runs it short",
     r"--engine ray": "starts a Ray cluster; tests/bulk/test_ray.py does",
+    r"^mezzotint serve": "serves until it is stopped; tests/server does",
     r"--safety blur": "the tiny model has no safety checker; tests/run/test_safety.py has one",
     r"--safety-checker": "downloads a safety checker",
 }  # those of mezzotint are parsed all the same: their options exist and their values are valid
 SKIPPED_PYTHON = {
     "from_pretrained": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
     "pipe.load_textual_inversion": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
+    "webuiapi": "needs a running server; tests/server/test_a1111.py has one",
+    "openai": "needs a running server; tests/server/test_openai.py has one",
 }
 REPLACED = {  # what a page names, and what stands for it here
     "sd-concepts-library/cat-toy": "badhands.pt",
