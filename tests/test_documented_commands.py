@@ -49,7 +49,6 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
 SKIPPED_PYTHON = {
     "from_pretrained": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
     "pipe.load_textual_inversion": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
-    "webuiapi": "needs a running server; tests/server/test_a1111.py has one",
     "openai": "needs a running server; tests/server/test_openai.py has one",
 }
 REPLACED = {  # what a page names, and what stands for it here
