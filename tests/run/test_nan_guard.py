@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from short_form import short_form
 from torch import Tensor, nn
 
 import mezzotint
@@ -41,6 +42,9 @@ POINTS = {
     "VAE middle": (VAE, "decoder.mid_block", -1),
     "VAE's last layer": (VAE, "decoder.conv_out", -1),
 }
+
+
+POISON = {"bfloat16": math.nan, "float16": math.inf}
 
 
 @contextmanager
@@ -80,12 +84,9 @@ def clean(sd1: Pipeline) -> Any:
     return pixels(sd1.generate(REQUEST).images)
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize(("dtype", "value"), [("bfloat16", math.nan), ("float16", math.inf)])
-def test_what_overflows_is_run_again_in_float32(
-    sd1_folder: Path, clean: Any, point: str, dtype: str, value: float
-) -> None:
-    part, name, at = POINTS[point]
+@pytest.mark.parametrize(("point", "dtype"), short_form([*POINTS], [*POISON]))
+def test_what_overflows_is_run_again_in_float32(sd1_folder: Path, clean: Any, point: str, dtype: str) -> None:
+    (part, name, at), value = POINTS[point], POISON[dtype]
     pipe = load(sd1_folder, dtype)
     with poisoned(pipe, part, name, at, value, only_low=True) as hit:
         result = pipe.generate(REQUEST)
@@ -99,8 +100,7 @@ def test_what_overflows_is_run_again_in_float32(
     assert "float32" not in json.loads(again.images[0].info["mezzotint"])
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("point", "dtype"), short_form([*POINTS], ["float32", "bfloat16"]))
 def test_what_is_no_number_in_float32_either_is_an_error(sd1_folder: Path, point: str, dtype: str) -> None:
     part, name, _ = POINTS[point]
     seen: list[Any] = []
