@@ -34,8 +34,10 @@ def test_diffusers_draws_the_same(
             peer.scheduler = others[sampler].from_config(own.config)
         generator = torch.Generator().manual_seed(seed)
         options = {"num_inference_steps": steps, "guidance_scale": guidance, "width": 128, "height": 128}
-        latents = peer(prompt, generator=generator, output_type="latent", **options).images
-        picture = peer(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil", **options).images[0]
+        final: list[torch.Tensor] = []
+        options["callback_on_step_end"] = lambda _, __, ___, tensors: final.append(tensors["latents"]) or {}
+        picture = peer(prompt, generator=generator, output_type="pil", **options).images[0]
+        latents = final[-1]
     finally:
         peer.scheduler = own
     request = mezzotint.Request(prompt=prompt, seed=seed, steps=steps, guidance_scale=guidance, sampler=sampler)
