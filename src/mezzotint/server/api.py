@@ -124,10 +124,10 @@ async def events(core: Core, last_event_id: Annotated[str, Header()] = "") -> St
         raise UnavailableError(f"{core.settings.limits.streams} streams of events are open already", retry_after=10)
 
     async def stream() -> AsyncIterator[bytes]:
-        yield Event("queue", await run_in_threadpool(core.queue)).encode()
         async with aclosing(core.events.subscribe(last_event_id, beat=BEAT)) as found:
+            yield await run_in_threadpool(Event("queue", core.queue).encode)
             async for event in found:
-                yield event.encode() if event else b": beat\n\n"
+                yield await run_in_threadpool(event.encode) if event else b": beat\n\n"
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -104,16 +105,24 @@ def _on_bug(request: Request, error: Any) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends the streams of events when it is told to stop."""
+    """uvicorn's server, which goes on answering, and refuses new work, until the running picture is finished."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._drain = drain
+        self._service, self._draining = service, False
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Stop after the open requests, of which streams are ended."""
-        self._drain()
-        super().handle_exit(sig, frame)
+        """Stop after the running picture; at a second signal after the current step."""
+        if self._draining:
+            self._service.worker.hurry()
+            super().handle_exit(sig, frame)
+        else:
+            self._draining = True
+            threading.Thread(target=self._drain, daemon=True).start()  # a handler must not wait for a lock
+
+    def _drain(self) -> None:
+        self._service.drain()
+        self.should_exit = True
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None) -> None:
@@ -144,7 +153,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None
     )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     on_ready(f"http://{shown}:{port}/")
-    _Server(config, service.drain).run(sockets=[listener])
+    _Server(config, service).run(sockets=[listener])
 
 
 def _listen(settings: Settings) -> socket.socket:

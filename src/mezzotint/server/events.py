@@ -8,15 +8,17 @@ import json
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 QUEUE_SIZE = 256  # events that a slow reader may lag behind before it is cut off
 KEPT = 1000  # events that a reader can catch up on when it connects again
-PASSING = ("step", "preview")  # what the next event of its kind replaces: neither kept nor worth waiting for
+PASSING = ("queue", "step", "preview")  # states, of which only the newest is worth reading: they are not kept
 BEAT = 15.0  # seconds between two comments that keep a silent connection open
+
+Data = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -25,97 +27,128 @@ class Event:
 
     Attributes:
         name: "queue", "job", "step", "preview" or "picture".
-        data: Its JSON values.
+        data: Its JSON values, or a function that makes them when somebody reads them.
         id: Its id, "" for a passing one.
+        job: The id of the job that it is about, "" if it is about none.
     """
 
     name: str
-    data: Mapping[str, Any]
+    data: Data
     id: str = ""
+    job: str = ""
+
+    def read(self) -> Mapping[str, Any]:
+        """Return its JSON values; this may take milliseconds."""
+        return self.data() if callable(self.data) else self.data
 
     def encode(self) -> bytes:
         """Return the event as a block of a text/event-stream."""
         lines = [f"id: {self.id}"] if self.id else []
-        lines += [f"event: {self.name}", f"data: {json.dumps(self.data, ensure_ascii=False)}"]
+        lines += [f"event: {self.name}", f"data: {json.dumps(self.read(), ensure_ascii=False)}"]
         return "\n".join((*lines, "", "")).encode("utf-8", "replace")
 
 
-@dataclass(eq=False)
-class Subscription:
-    """What one reader has still to read."""
+Wanted = Callable[[Event], bool]
 
-    loop: asyncio.AbstractEventLoop
-    events: deque[Event] = field(default_factory=deque)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    cut: bool = False
+
+class Subscription(AsyncIterator[Event | None]):
+    """What one reader has still to read: an iterator over the events since it was made.
+
+    It ends when the events are closed, or when its reader was too slow; None means that nothing happened for a while.
+    """
+
+    def __init__(
+        self, source: Events, events: Iterable[Event], *, wanted: Wanted | None, beat: float | None, cut: bool
+    ) -> None:
+        self.wanted, self.cut = wanted, cut
+        self._source, self._beat = source, beat
+        self._events = deque(events)
+        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Add an event; the caller holds the lock of the source."""
+        if self.wanted is not None and not self.wanted(event):
+            return
+        if event.name in PASSING:
+            self._events = deque(each for each in self._events if each.name != event.name)
+        if len(self._events) < QUEUE_SIZE:
+            self._events.append(event)
+        else:
+            self.cut = True  # its reader connects again, and catches up by its last id
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the reader look, from any thread."""
+        with suppress(RuntimeError):  # its loop is closed
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def __anext__(self) -> Event | None:
+        while True:
+            with self._source.lock:
+                if self._events:
+                    return self._events.popleft()
+                if self.cut:
+                    raise StopAsyncIteration
+                self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), self._beat)
+            except TimeoutError:
+                return None
+
+    async def aclose(self) -> None:
+        """Stop listening."""
+        self._source.discard(self)
 
 
 class Events:
     """Publishes events to subscribers. Publishing never waits."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._subscriptions: set[Subscription] = set()
         self._boot, self._numbers = secrets.token_hex(4), itertools.count(1)
         self._kept: deque[Event] = deque(maxlen=KEPT)
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._subscriptions)
+        """Return the number of those who read all events; a call that waits for its own job is none."""
+        with self.lock:
+            return sum(each.wanted is None for each in self._subscriptions)
 
-    def publish(self, name: str, data: Mapping[str, Any]) -> None:
-        """Publish an event; any thread may call this."""
-        with self._lock:
-            event = Event(name, data, "" if name in PASSING else f"{self._boot}-{next(self._numbers)}")
+    def publish(self, name: str, data: Data, job: str = "") -> None:
+        """Publish an event about a job, or about none; any thread may call this."""
+        with self.lock:
+            event = Event(name, data, "" if name in PASSING else f"{self._boot}-{next(self._numbers)}", job)
             if event.id:
                 self._kept.append(event)
             for subscription in self._subscriptions:
-                if len(subscription.events) >= QUEUE_SIZE:
-                    if name in PASSING:
-                        continue
-                    subscription.cut = True  # its reader connects again, and catches up by its last id
-                else:
-                    subscription.events.append(event)
-                with suppress(RuntimeError):  # its loop is closed
-                    subscription.loop.call_soon_threadsafe(subscription.arrived.set)
+                subscription.put(event)
 
     def close(self) -> None:
         """End all subscriptions."""
-        with self._lock:
+        with self.lock:
             self._closed = True
             for subscription in self._subscriptions:
                 subscription.cut = True
-                with suppress(RuntimeError):
-                    subscription.loop.call_soon_threadsafe(subscription.arrived.set)
+                subscription.wake()
 
-    async def subscribe(self, last_id: str = "", *, beat: float | None = None) -> AsyncGenerator[Event | None, None]:
-        """Yield events as they are published.
+    def subscribe(self, last_id: str = "", *, wanted: Wanted | None = None, beat: float | None = None) -> Subscription:
+        """Return the events from now on, for a reader in the running loop, which closes it in the end.
 
         Args:
             last_id: The id of the last event that the reader has seen; the later ones come first.
+            wanted: Which events the reader wants, or None for all.
             beat: Seconds of silence after which None is yielded.
         """
-        subscription = Subscription(asyncio.get_running_loop())
-        with self._lock:
-            subscription.events.extend(self._after(last_id))
-            subscription.cut = self._closed
-            self._subscriptions.add(subscription)
-        try:
-            while True:
-                while subscription.events:
-                    yield subscription.events.popleft()
-                if subscription.cut:
-                    return
-                subscription.arrived.clear()
-                if subscription.events or subscription.cut:
-                    continue
-                try:
-                    await asyncio.wait_for(subscription.arrived.wait(), beat)
-                except TimeoutError:
-                    yield None
-        finally:
-            with self._lock:
-                self._subscriptions.discard(subscription)
+        with self.lock:
+            found = Subscription(self, self._after(last_id), wanted=wanted, beat=beat, cut=self._closed)
+            self._subscriptions.add(found)
+        return found
+
+    def discard(self, subscription: Subscription) -> None:
+        """Forget a subscription."""
+        with self.lock:
+            self._subscriptions.discard(subscription)
 
     def _after(self, last_id: str) -> list[Event]:
         """Return the kept events after an id; all of them if it is older, none if it is of another process."""

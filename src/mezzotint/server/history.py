@@ -11,6 +11,7 @@ from mezzotint.server.errors import NotFoundError
 from mezzotint.server.files import DataFolder
 from mezzotint.server.store import Picture, Store, as_picture
 
+FRESH = 300.0  # seconds for which the call that drew a picture, or sent one, may still read it
 UNDO = 3600.0  # seconds for which a deleted picture can be restored
 
 
@@ -119,21 +120,22 @@ class History:
     def clean(self) -> None:
         """Delete the files of pictures that were deleted an hour ago, and the oldest ones above the bound.
 
-        Rated pictures, and uploads that a job still waits for, are deleted last, and never.
+        Uploads are deleted before pictures, unless a job waits for them, and pictures by their rating. What is a few
+        minutes old is kept whatever the bound.
         """
-        gone = self._store.rows("SELECT id FROM pictures WHERE deleted < ?", [time.time() - UNDO])
+        now = time.time()
+        gone = self._store.rows("SELECT id FROM pictures WHERE deleted < ?", [now - UNDO])
         ids = [row["id"] for row in gone]
         uploads: list[str] = []
-        if self._keep is not None:
-            query = "SELECT id, bytes, rating FROM pictures ORDER BY rating, number"
-            pictures = [row for row in self._store.rows(query) if row["id"] not in set(ids)]
+        if self._keep is not None and (excess := self._size() - self._keep) > 0:
+            query = "SELECT id, bytes FROM pictures WHERE created < ? ORDER BY rating, number"
+            pictures = [row for row in self._store.rows(query, [now - FRESH]) if row["id"] not in set(ids)]
             needed = {
                 str(json.loads(row["request"]).get(name))
                 for row in self._store.rows("SELECT request FROM jobs WHERE state IN ('queued', 'running')")
                 for name in ("image", "mask")
             }
-            kept = self._store.rows("SELECT id, bytes FROM uploads ORDER BY used")
-            excess = sum(row["bytes"] for row in (*pictures, *kept)) - self._keep
+            kept = self._store.rows("SELECT id, bytes FROM uploads WHERE used < ? ORDER BY used", [now - FRESH])
             for row in kept:
                 if excess > 0 and row["id"] not in needed:
                     uploads.append(row["id"])
@@ -152,3 +154,11 @@ class History:
                 self._folder.remove(name, id)
         for id in uploads:
             self._folder.remove("uploads", id)
+
+    def _size(self) -> int:
+        """Return the bytes of the pictures and uploads, without those that are deleted for good next."""
+        query = (
+            "SELECT (SELECT total(bytes) FROM pictures WHERE deleted IS NULL OR deleted >= ?) "
+            "+ (SELECT total(bytes) FROM uploads)"
+        )
+        return int(self._store.rows(query, [time.time() - UNDO])[0][0])

@@ -58,7 +58,7 @@ async def change(request: Request, core: Core, id: Id) -> JSONResponse:
     """Rate or tag a picture."""
     body = await read_json(request, Change)
     changed = await run_in_threadpool(core.history.change, id, rating=body.rating, tags=body.tags)
-    core.events.publish("picture", changed.to_dict())
+    core.events.publish("picture", changed.to_dict(), changed.job)
     return JSONResponse(changed.to_dict())
 
 
@@ -67,7 +67,7 @@ def delete(core: Core, id: Id) -> JSONResponse:
     """Delete a picture; it can be restored for an hour."""
     core.history.delete(id)
     deleted = core.history.get(id, deleted=True).to_dict()
-    core.events.publish("picture", deleted)
+    core.events.publish("picture", deleted, deleted["job"])
     return JSONResponse(deleted)
 
 
@@ -75,7 +75,7 @@ def delete(core: Core, id: Id) -> JSONResponse:
 def restore(core: Core, id: Id) -> JSONResponse:
     """Restore a deleted picture."""
     restored = core.history.restore(id).to_dict()
-    core.events.publish("picture", restored)
+    core.events.publish("picture", restored, restored["job"])
     return JSONResponse(restored)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from mezzotint.errors import MezzotintError, WriteError
-from mezzotint.request import Request
 from mezzotint.server.errors import ConflictError, InvalidError, NotFoundError, ServerError, UnavailableError
-from mezzotint.server.events import Events
+from mezzotint.server.events import Event, Events
 from mezzotint.server.files import SPARE_DISK, DataFolder
 from mezzotint.server.history import History
 from mezzotint.server.models import Models
@@ -21,7 +20,7 @@ from mezzotint.server.store import BULK, INTERACTIVE, QUEUED, RUNNING, Job, NewJ
 from mezzotint.server.worker import Progress, Worker
 
 PRIORITIES = {"interactive": INTERACTIVE, "bulk": BULK}
-DRAIN = 25.0  # seconds for the running picture when the server stops
+DRAIN = 20.0  # seconds for the running picture when the server stops; with the rest of it, under 30
 RECHECK = 5.0  # seconds after which a waiter looks into the store itself
 
 
@@ -38,6 +37,7 @@ class Service:
         self.models = models or Models(settings)
         self.events = Events()
         self.stopping = False
+        self._stop_by = 0.0
         self.started = time.time()
         self._cleanup = ExitStack()
         try:
@@ -65,15 +65,22 @@ class Service:
         """Start the worker."""
         self.worker.start()
 
-    def drain(self) -> None:
-        """Refuse new work, and end the streams of events."""
+    def drain(self) -> bool:
+        """Refuse new work, let the running picture finish, or queue its job again, and end the streams of events.
+
+        Returns:
+            Whether the worker has ended.
+        """
         self.stopping = True
+        self._stop_by = self._stop_by or time.monotonic() + DRAIN
+        self._publish_queue()
+        ended = self.worker.stop(self._stop_by - time.monotonic())
         self.events.close()
+        return ended
 
     def stop(self) -> None:
-        """Let the running picture finish, or queue its job again, and close the data folder."""
-        self.drain()
-        if self.worker.stop(DRAIN):
+        """Drain, and close the data folder."""
+        if self.drain():
             self._cleanup.close()
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
@@ -106,7 +113,7 @@ class Service:
         jobs = []
         for request in requests:
             stored = self.translator.store(request)
-            self._check_fits(name, vae, self.translator.request(stored))
+            self._check_fits(name, vae, stored)
             jobs.append(NewJob(stored, name, vae, PRIORITIES[priority], dialect))
         return self._enqueue(jobs)
 
@@ -136,7 +143,7 @@ class Service:
         except WriteError as error:
             raise UnavailableError(f"nothing can be accepted: {error}", retry_after=30) from None
         for job in added:
-            self.events.publish("job", job.to_dict())
+            self.events.publish("job", job.to_dict(), job.id)
         self._publish_queue()
         self.worker.wake()
         return added
@@ -145,7 +152,7 @@ class Service:
         """Cancel a job: one that waits at once, a running one after its current step. Raises NotFoundError."""
         job = self.store.cancel(id, running=True)
         self.worker.stop_job(id)
-        self.events.publish("job", job.to_dict())
+        self.events.publish("job", job.to_dict(), job.id)
         self._publish_queue()
         return job
 
@@ -176,23 +183,25 @@ class Service:
         return self.worker.progress
 
     async def wait(self, ids: Sequence[str]) -> list[Job]:
-        """Wait until these jobs have ended, and return them."""
-        waiting = set(ids)
-        events = self.events.subscribe(beat=RECHECK)
-        try:
-            waiting -= {job.id for job in await asyncio.to_thread(self._get_all, ids) if job.ended}
-            while waiting:
-                event = await anext(events, None)
-                if event is not None and event.name == "job" and event.data["id"] in waiting:
-                    if event.data["state"] not in (QUEUED, RUNNING):
-                        waiting.discard(event.data["id"])
-                elif event is None:
-                    if self.stopping:
-                        raise UnavailableError("the server is stopping; the job is drawn after the next start")
-                    waiting -= {job.id for job in await asyncio.to_thread(self._get_all, ids) if job.ended}
-        finally:
-            await events.aclose()
-        return await asyncio.to_thread(self._get_all, ids)
+        """Wait until these jobs have ended, and return them. Raises UnavailableError when the server stops first."""
+        left = set(ids)
+
+        def ends(event: Event) -> bool:
+            return event.name == "job" and event.job in left and event.read()["state"] not in (QUEUED, RUNNING)
+
+        async with aclosing(self.events.subscribe(wanted=ends, beat=RECHECK)) as events:
+            while True:
+                jobs = await asyncio.to_thread(self._get_all, ids)
+                left.intersection_update(job.id for job in jobs if not job.ended)
+                if not left:
+                    return jobs
+                async for event in events:
+                    if event is not None:
+                        left.discard(event.job)
+                    if event is None or not left:
+                        break
+                else:
+                    raise UnavailableError("the server is stopping; the job is drawn after the next start")
 
     def _get_all(self, ids: Sequence[str]) -> list[Job]:
         return [self.store.get(id) for id in ids]
@@ -204,16 +213,16 @@ class Service:
         if self.folder.free() < SPARE_DISK:
             raise UnavailableError("the disk of the data folder is full", retry_after=30)
 
-    def _check_fits(self, model: str, vae: str | None, request: Request) -> None:
+    def _check_fits(self, model: str, vae: str | None, stored: Mapping[str, Any]) -> None:
         """Check that a request fits the memory that the server was given."""
         if self.settings.memory is None:
             return
         try:
-            self.models.plan(model, vae, request)
+            self.models.plan(model, vae, self.translator.request(stored))
         except ServerError:
             raise
         except MezzotintError as error:
             raise InvalidError(self.translator.message(error)) from None
 
     def _publish_queue(self) -> None:
-        self.events.publish("queue", self.queue())
+        self.events.publish("queue", self.queue)

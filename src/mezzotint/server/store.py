@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS pictures (
     flagged INTEGER, rating INTEGER NOT NULL DEFAULT 0, tags TEXT NOT NULL DEFAULT '[]', prompt TEXT NOT NULL,
     model TEXT NOT NULL, created REAL NOT NULL, deleted REAL, verified TEXT, UNIQUE (job, place));
 CREATE INDEX IF NOT EXISTS pictures_by_job ON pictures (job);
+CREATE INDEX IF NOT EXISTS deleted_pictures ON pictures (deleted) WHERE deleted IS NOT NULL;
 CREATE TABLE IF NOT EXISTS uploads (
     id TEXT PRIMARY KEY, format TEXT NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, bytes INTEGER NOT NULL,
     used REAL NOT NULL);

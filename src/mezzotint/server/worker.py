@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.errors import MezzotintError, WriteError
@@ -34,12 +35,31 @@ if TYPE_CHECKING:
     from mezzotint.request import Request
 
 log = logging.getLogger("mezzotint.server")
+STEP = 3.0  # seconds that the process waits for the end of a step when it stops
 POLL = 1.0  # seconds between two looks at the disk while it is full
 PREVIEW_SIDE = 512  # pixels of the longer side
 
 
 class StopJob(BaseException):
     """Raised in a step to end a run: the job is cancelled, skipped or queued again."""
+
+
+class Preview:
+    """Latents, and the picture of them when somebody looks: the worker does not wait for it."""
+
+    def __init__(self, job: str, picture: Callable[[Tensor], Image], latents: Tensor) -> None:
+        self._job, self._picture, self._latents = job, picture, latents
+
+    @cached_property
+    def jpeg(self) -> bytes:
+        """A JPEG file."""
+        image = self._picture(self._latents)
+        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        return encode(image, "JPEG", quality=80)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"job": self._job, "jpeg": base64.b64encode(self.jpeg).decode()}
 
 
 @dataclass
@@ -52,7 +72,7 @@ class Progress:
         steps: Steps in all.
         picture: The index of the picture that is drawn.
         started: When the first step began, by time.monotonic.
-        preview: The last preview, a JPEG file.
+        estimate: The last preview.
     """
 
     job: str
@@ -60,7 +80,12 @@ class Progress:
     steps: int = 0
     picture: int = 0
     started: float = 0.0
-    preview: bytes = b""
+    estimate: Preview | None = None
+
+    @property
+    def preview(self) -> bytes:
+        """The last preview, a JPEG file; b"" before the first."""
+        return self.estimate.jpeg if self.estimate else b""
 
     @property
     def seconds_left(self) -> float | None:
@@ -71,9 +96,8 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values, without the preview."""
-        facts = asdict(self)
         left = self.seconds_left
-        return {name: facts[name] for name in ("job", "step", "steps", "picture")} | {
+        return {name: getattr(self, name) for name in ("job", "step", "steps", "picture")} | {
             "seconds_left": None if left is None else round(left, 2)
         }
 
@@ -134,6 +158,11 @@ class Worker:
         """End the run of a job after its current step, if it runs."""
         self._stop_job = id
 
+    def hurry(self) -> None:
+        """End the running job after its current step. It takes no lock, so that a signal's handler may call it."""
+        if (progress := self.progress) is not None:
+            self._stop_job = progress.job
+
     def stop(self, timeout: float) -> bool:
         """Let the running job finish its picture, or queue it again; return whether the thread has ended.
 
@@ -145,10 +174,10 @@ class Worker:
         thread = self._thread
         if thread is None:
             return True
-        thread.join(timeout)
-        if thread.is_alive() and self.progress is not None:
-            self._stop_job = self.progress.job
-            thread.join(timeout)
+        thread.join(max(timeout, 0))
+        if thread.is_alive():
+            self.hurry()
+            thread.join(STEP)  # of a longer one the process ends in the middle: the next start queues the job again
         return not thread.is_alive()
 
     @property
@@ -257,7 +286,7 @@ class Worker:
             self.store.add_picture(picture, last=last)
 
         self._patiently(write, len(data))
-        self.events.publish("picture", picture.to_dict())
+        self.events.publish("picture", picture.to_dict(), job.id)
 
     def _on_step(self, job: Job) -> Callable[[int, int], None]:
         def on_step(done: int, total: int) -> None:
@@ -265,7 +294,7 @@ class Worker:
             self.steps_done += 1
             if self.progress:
                 self.progress.step, self.progress.steps = done, total
-                self.events.publish("step", self.progress.to_dict())
+                self.events.publish("step", self.progress.to_dict(), job.id)
 
         return on_step
 
@@ -277,11 +306,8 @@ class Worker:
         def on_estimate(latents: Tensor) -> None:
             if not self.progress or self.progress.step % self.preview_every:
                 return
-            image = preview.picture(latents)
-            image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-            self.progress.preview = encode(image, "JPEG", quality=80)
-            text = base64.b64encode(self.progress.preview).decode()
-            self.events.publish("preview", {"job": job.id, "jpeg": text})
+            self.progress.estimate = Preview(job.id, preview.picture, latents)
+            self.events.publish("preview", self.progress.estimate.to_dict, job.id)
 
         return on_estimate
 
@@ -308,7 +334,8 @@ class Worker:
         result = {"identical": verdict.identical, "sentences": verdict.sentences, "at": time.time()}
         self._patiently(lambda: self.history.set_verified(str(job.target), result))
         self._patiently(lambda: self.store.finish(job.id, result))
-        self.events.publish("picture", self.history.get(str(job.target), deleted=True).to_dict())
+        found = self.history.get(str(job.target), deleted=True)
+        self.events.publish("picture", found.to_dict(), found.job)
 
     def _explain(self, job: Job) -> None:
         """Draw a picture again and record where the network attended to each word."""
@@ -362,7 +389,7 @@ class Worker:
             self.tell_queue()
 
     def _publish_job(self, id: str) -> None:
-        self.events.publish("job", self.store.get(id).to_dict())
+        self.events.publish("job", self.store.get(id).to_dict(), id)
 
 
 def picture_id(job: str, place: int) -> str:

@@ -5,7 +5,6 @@ A stream whose reader goes away cancels its job: nobody would get the picture.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -13,6 +12,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.server.api import Core
 from mezzotint.server.bodies import JSONResponse, UnsupportedError, body_schema, error_reply
 from mezzotint.server.dialects import failure, media_type, read_body, validate
-from mezzotint.server.errors import InvalidError, NotFoundError, ServerError
-from mezzotint.server.events import BEAT, Event
+from mezzotint.server.errors import InvalidError, NotFoundError, ServerError, UnavailableError
+from mezzotint.server.events import BEAT, Subscription
 from mezzotint.server.openai.body import Edit, Generation, edit_fields, find_model, rename
 from mezzotint.server.service import Service
 from mezzotint.server.store import CANCELLED, FAILED, QUEUED, RUNNING, Job, Picture
@@ -168,15 +168,15 @@ def _describe_error(core: Service, error: MezzotintError) -> dict[str, Any]:
 
 
 async def _stream(core: Service, body: Generation, fields: dict[str, Any], kind: str) -> Response:
-    events = core.events.subscribe(beat=BEAT)
-    first = asyncio.ensure_future(anext(events))
-    await asyncio.sleep(0)  # now it is subscribed, and misses nothing of the job
-    try:
+    job_id = ""
+    events = core.events.subscribe(wanted=lambda event: job_id in ("", event.job), beat=BEAT)
+    try:  # subscribed before, it misses nothing of the job
         job = await run_in_threadpool(_submit, core, body, fields)
     except BaseException:
-        first.cancel()
+        await events.aclose()
         raise
-    stream = _follow(core, body, job, kind, events, first)
+    job_id = job.id
+    stream = _follow(core, body, job, kind, events)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
@@ -186,33 +186,34 @@ async def _follow(
     body: Generation,
     job: Job,
     kind: str,
-    events: AsyncIterator[Event | None],
-    first: asyncio.Future[Event | None],
+    events: Subscription,
 ) -> AsyncIterator[bytes]:
     """Yield partial images while a job runs, and then its pictures."""
     sent, due = 0, False
     try:
-        event = await first
-        while True:
+        async for event in events:
             if event is None:
                 yield b": beat\n\n"
                 if (await run_in_threadpool(core.store.get, job.id)).ended:
                     break
-            elif event.name == "step" and event.data["job"] == job.id:
-                due = event.data["step"] >= _partial_step(sent, body.partial_images, event.data["steps"])
-            elif event.name == "preview" and event.data["job"] == job.id and due and sent < body.partial_images:
+            elif event.job != job.id:
+                continue
+            elif event.name == "step":
+                facts = event.read()
+                due = facts["step"] >= _partial_step(sent, body.partial_images, facts["steps"])
+            elif event.name == "preview" and due and sent < body.partial_images:
                 facts = _facts(body, job) | {"output_format": "jpeg", "partial_image_index": sent}
-                yield _event(f"{kind}.partial_image", event.data["jpeg"], facts)
+                preview = await run_in_threadpool(event.read)
+                yield _event(f"{kind}.partial_image", preview["jpeg"], facts)
                 sent, due = sent + 1, False
-            elif event.name == "job" and event.data["id"] == job.id and event.data["state"] not in WAITING:
+            elif event.name == "job" and event.read()["state"] not in WAITING:
                 break
-            event = await anext(events)
-    except StopAsyncIteration:
-        if not core.stopping:  # the reader was slow, and gets no more partial images
-            await core.wait([job.id])
+        else:  # the reader was slow, and gets no more partial images; or the server stops
+            with suppress(UnavailableError):
+                await core.wait([job.id])
     finally:
         with CancelScope(shield=True):  # whose reader goes away is cancelled at each await
-            await events.aclose()  # type: ignore[attr-defined]  # it is an asynchronous generator
+            await events.aclose()
             job = await run_in_threadpool(core.store.get, job.id)
             if not job.ended and not core.stopping:
                 await run_in_threadpool(core.cancel, job.id)

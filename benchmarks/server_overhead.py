@@ -1,0 +1,185 @@
+"""Measure what the server adds to `Pipeline.generate`, and how often a job waits for the disk.
+
+    python benchmarks/server_overhead.py [--repeats 30] [--sampler lcm] [--steps 4] [--data FOLDER]
+
+A server of the bundled model, in a process of its own, answers on loopback; this process calls `generate` with the same
+requests. The ways take turns, and the medians are compared: our own API (submit, wait for the event, fetch the file)
+and OpenAI's dialect, whose reply holds the picture. Then strace counts the flushes of further jobs, if it is installed.
+The time of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import mezzotint
+
+Fields = dict[str, Any]
+
+
+@contextmanager
+def server(data: Path, *options: str) -> Iterator[tuple[int, int]]:
+    """Run a server; yield its port and its process id."""
+    command = [sys.executable, "-m", "mezzotint", "serve", "--port", "0", "--data", str(data), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        url = re.search(r"http://[^:]+:(\d+)/", process.stdout.readline())
+        assert url
+        yield int(url[1]), process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+class Client:
+    """Calls the server over connections that stay open, as clients do."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        self._events = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        self._events.request("GET", "/api/events")
+        self._stream = self._events.getresponse()
+
+    def call(self, method: str, path: str, body: Fields | None = None) -> bytes:
+        """Return the body of a reply."""
+        self._connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+        reply = self._connection.getresponse()
+        data = reply.read()
+        assert reply.status in (200, 202), data
+        return data
+
+    def api(self, fields: Fields) -> bytes:
+        """Draw by our own API."""
+        id = json.loads(self.call("POST", "/api/jobs", {"request": fields}))["jobs"][0]["id"]
+        while True:
+            line = self._stream.readline()
+            if line.startswith(b"data: ") and id.encode() in line:
+                job = json.loads(line[6:])
+                if job.get("id") == id and job["state"] == "done":
+                    return self.call("GET", f"/api/pictures/{job['pictures'][0]['id']}/file")
+
+    def a1111(self, fields: Fields) -> bytes:
+        """Draw by AUTOMATIC1111's dialect, whose sampler of that name is another one: its time is told, not its bits."""
+        body = fields | {"sampler_name": fields["sampler"].upper(), "width": 256, "height": 256, "cfg_scale": 1.0}
+        return base64.b64decode(json.loads(self.call("POST", "/sdapi/v1/txt2img", body))["images"][0])
+
+
+def time_flush(folder: Path, repeats: int) -> float:
+    """Return the median milliseconds of one flush."""
+    times = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(repeats):
+            file.write(os.urandom(65536))
+            file.flush()
+            begin = time.perf_counter()
+            os.fsync(file.fileno())
+            times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def count_flushes(pid: int, jobs: int, draw: Callable[[int], object], folder: Path) -> dict[str, float] | None:
+    """Return the flushes a job, and the median milliseconds of one; None without strace."""
+    if shutil.which("strace") is None:
+        return None
+    log = folder / "strace"
+    command = [
+        "strace",
+        "-f",
+        "-T",
+        "-p",
+        str(pid),
+        "-e",
+        "trace=fsync,fdatasync,sync_file_range,msync",
+        "-o",
+        str(log),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    process.stderr.readline()  # it is attached
+    for k in range(jobs):
+        draw(k)
+    process.terminate()
+    process.wait(30)
+    times = [1000 * float(found) for found in re.findall(r"= 0 <([\d.]+)>", log.read_text())]
+    return {"jobs": jobs, "flushes_a_job": len(times) / jobs, "flush_ms": round(statistics.median(times or [0]), 2)}
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30, help="runs of each way [default: 30]")
+    parser.add_argument("--sampler", default="lcm")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--data", type=Path, help="where the data folder is made [default: the temporary folder]")
+    parser.add_argument("--preview-every", default="1", help="as of mezzotint serve [default: 1]")
+    options = parser.parse_args()
+    pipe = mezzotint.load(device="cpu")
+
+    def fields(seed: int) -> Fields:
+        prompt = "a lemon on a blue background"
+        return {"prompt": prompt, "seed": seed, "steps": options.steps, "sampler": options.sampler}
+
+    def generate(seed: int) -> Image.Image:
+        return pipe.generate(mezzotint.Request(**fields(seed))).images[0]
+
+    with tempfile.TemporaryDirectory(dir=options.data) as name:
+        folder = Path(name)
+        arguments = ("--device", "cpu", "--preview-every", options.preview_every)
+        with server(folder / "data", *arguments) as (port, pid):
+            client = Client(port)
+            ways: dict[str, Callable[[int], Any]] = {
+                "generate": generate,
+                "api": lambda seed: client.api(fields(seed)),
+                "a1111": lambda seed: client.a1111(fields(seed)),
+            }
+            with Image.open(io.BytesIO(client.api(fields(0)))) as drawn:
+                identical = drawn.tobytes() == generate(0).tobytes()
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for seed in range(options.repeats + 3):
+                for way in list(ways)[:: -1 if seed % 2 else 1]:
+                    begin = time.perf_counter()
+                    ways[way](seed)
+                    if seed >= 3:  # the first ones warm up
+                        times[way].append(1000 * (time.perf_counter() - begin))
+            flush = time_flush(folder, options.repeats)
+            flushes = count_flushes(pid, 20, lambda seed: client.api(fields(seed)), folder)
+    medians = {way: round(statistics.median(found), 1) for way, found in times.items()}
+    beyond = {way: round(medians[way] - medians["generate"], 1) for way in ("api", "a1111")}
+    print(
+        json.dumps(
+            {
+                "runs": options.repeats,
+                "median_ms": medians,
+                "least_ms": {way: round(min(found), 1) for way, found in times.items()},
+                "beyond_generate_ms": beyond,
+                "flush_ms": round(flush, 2),
+                "strace": flushes,
+                "identical": identical,
+                "load": os.getloadavg()[0],
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
