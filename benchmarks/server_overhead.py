@@ -2,16 +2,16 @@
 
     python benchmarks/server_overhead.py [--repeats 30] [--sampler lcm] [--steps 4] [--data FOLDER]
 
-A server of the bundled model, in a process of its own, answers on loopback; this process calls `generate` with the same
-requests. The ways take turns, and the medians are compared: our own API (submit, wait for the event, fetch the file)
-and OpenAI's dialect, whose reply holds the picture. Then strace counts the flushes of further jobs, if it is installed.
-The time of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
+A server of the bundled model, in a process of its own, answers on loopback; this process calls `generate` with the
+same requests. The two take turns, and their medians are compared: a request by our own API is submitted, the event of
+its end awaited, and the file fetched. The processor's time of either process is told too: other programs hardly change
+it. Then strace counts the flushes of further jobs, if it is installed. The time of one flush is the median of writing
+64 KiB to a file of that disk and syncing it.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import http.client
 import io
 import json
@@ -33,6 +33,7 @@ from PIL import Image
 import mezzotint
 
 Fields = dict[str, Any]
+WARMUPS = 3  # runs of each way that are not counted
 
 
 @contextmanager
@@ -77,10 +78,16 @@ class Client:
                 if job.get("id") == id and job["state"] == "done":
                     return self.call("GET", f"/api/pictures/{job['pictures'][0]['id']}/file")
 
-    def a1111(self, fields: Fields) -> bytes:
-        """Draw by AUTOMATIC1111's dialect, whose sampler of that name is another one: its time is told, not its bits."""
-        body = fields | {"sampler_name": fields["sampler"].upper(), "width": 256, "height": 256, "cfg_scale": 1.0}
-        return base64.b64decode(json.loads(self.call("POST", "/sdapi/v1/txt2img", body))["images"][0])
+
+def cpu_ms(pid: int) -> float:
+    """Return the processor's milliseconds of a process's threads so far."""
+    found = 0.0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found += int((task / "schedstat").read_text().split()[0]) / 1e6
+        except OSError:  # it has just ended
+            continue
+    return found
 
 
 def time_flush(folder: Path, repeats: int) -> float:
@@ -146,39 +153,31 @@ def main() -> None:
         arguments = ("--device", "cpu", "--preview-every", options.preview_every)
         with server(folder / "data", *arguments) as (port, pid):
             client = Client(port)
-            ways: dict[str, Callable[[int], Any]] = {
-                "generate": generate,
-                "api": lambda seed: client.api(fields(seed)),
-                "a1111": lambda seed: client.a1111(fields(seed)),
+            ways: dict[str, tuple[Callable[[int], Any], int]] = {
+                "generate": (generate, os.getpid()),
+                "api": (lambda seed: client.api(fields(seed)), pid),
             }
             with Image.open(io.BytesIO(client.api(fields(0)))) as drawn:
                 identical = drawn.tobytes() == generate(0).tobytes()
             times: dict[str, list[float]] = {way: [] for way in ways}
-            for seed in range(options.repeats + 3):
+            cpu: dict[str, list[float]] = {way: [] for way in ways}
+            for seed in range(options.repeats + WARMUPS):
                 for way in list(ways)[:: -1 if seed % 2 else 1]:
-                    begin = time.perf_counter()
-                    ways[way](seed)
-                    if seed >= 3:  # the first ones warm up
+                    draw, process = ways[way]
+                    begin, before = time.perf_counter(), cpu_ms(process)
+                    draw(seed)
+                    if seed >= WARMUPS:
                         times[way].append(1000 * (time.perf_counter() - begin))
+                        cpu[way].append(cpu_ms(process) - before)
             flush = time_flush(folder, options.repeats)
             flushes = count_flushes(pid, 20, lambda seed: client.api(fields(seed)), folder)
-    medians = {way: round(statistics.median(found), 1) for way, found in times.items()}
-    beyond = {way: round(medians[way] - medians["generate"], 1) for way in ("api", "a1111")}
-    print(
-        json.dumps(
-            {
-                "runs": options.repeats,
-                "median_ms": medians,
-                "least_ms": {way: round(min(found), 1) for way, found in times.items()},
-                "beyond_generate_ms": beyond,
-                "flush_ms": round(flush, 2),
-                "strace": flushes,
-                "identical": identical,
-                "load": os.getloadavg()[0],
-            },
-            indent=1,
-        )
-    )
+    report: dict[str, Any] = {"runs": options.repeats}
+    for name, found in (("wall_ms", times), ("cpu_ms", cpu)):
+        medians = {way: round(statistics.median(each), 1) for way, each in found.items()}
+        report[name] = medians | {"beyond": round(medians["api"] - medians["generate"], 1)}
+    report["least_wall_ms"] = {way: round(min(each), 1) for way, each in times.items()}
+    more = {"flush_ms": round(flush, 2), "strace": flushes, "identical": identical, "load": os.getloadavg()[0]}
+    print(json.dumps(report | more, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ MOMENTS = ("submitting", "submitted", "claimed", "step", "written", "synced", "n
 def parent() -> Iterator[subprocess.Popen[str]]:
     with start_parent() as process:
         yield process
-        process.stdin.close()
+        process.kill()
 
 
 @pytest.fixture

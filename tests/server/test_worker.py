@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mezzotint.server import Limits, worker
+from mezzotint.server import worker
 from stub_server import submit, wait_for
 
 
@@ -44,21 +43,3 @@ def test_a_stopped_server_goes_on_with_its_queue(make_stub, tmp_path) -> None:
     again = make_stub()
     jobs = [wait_for(again, id) for id in ids]
     assert [(job["state"], len(job["pictures"])) for job in jobs] == [("done", 5)] * 3
-
-
-@pytest.mark.parametrize("clients,each", [(16, 100)])
-def test_accepted_and_refused_are_what_was_sent(make_stub, clients: int, each: int) -> None:
-    client = make_stub(limits=Limits(queue=128))
-
-    def send(number: int) -> list[int]:
-        return [client.post("/api/jobs", json={"request": {"prompt": "a", "seed": k}}).status_code for k in range(each)]
-
-    with ThreadPoolExecutor(clients) as pool:
-        codes = [code for found in pool.map(send, range(clients)) for code in found]
-    accepted, refused = codes.count(202), codes.count(429)
-    assert accepted + refused == clients * each
-    core = client.app.state.service
-    end = time.monotonic() + 60
-    while core.store.counts()["done"] < accepted and time.monotonic() < end:
-        time.sleep(0.05)
-    assert core.store.counts() == {"queued": 0, "running": 0, "done": accepted, "failed": 0, "cancelled": 0}
