@@ -1,10 +1,10 @@
-"""Two applications: one over the tiny model of tests/conftest.py, one over a stub that draws in no time."""
+"""Two applications: one over the tiny model of tests/conftest.py, one over a stub that draws in no time; the page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,6 +12,11 @@ from fastapi.testclient import TestClient
 from mezzotint.server import Settings, create_app
 from mezzotint.server.service import Service
 from stub_server import HOST, StubModels
+
+if TYPE_CHECKING:
+    from selenium import webdriver
+
+    from browser import Page
 
 MakeStub = Callable[..., TestClient]
 
@@ -46,3 +51,43 @@ def tiny(tmp_path: Path, sd1_folder: Path) -> Iterator[TestClient]:
     settings = Settings(data=tmp_path / "data", models=(str(sd1_folder),), device="cpu")
     with TestClient(create_app(settings), base_url=HOST, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server with the bundled model."""
+    from browser import serving
+
+    with serving(tmp_path_factory.mktemp("server") / "data") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[webdriver.Chrome]:
+    """A headless Chromium."""
+    from browser import start_browser
+
+    driver = start_browser()
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome, url: str) -> Iterator[Page]:
+    """The page with an empty form. Afterwards: no errors in the console, no request to another host."""
+    from browser import Page, watch_network
+
+    page = Page(driver, url)
+    page.clear()
+    driver.get("about:blank")  # so that the page of the test before does not keep its form once more
+    driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": url.rstrip("/"), "storageTypes": "local_storage"})
+    asked_since = watch_network(driver)
+    page.open()
+    yield page
+    errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert not errors, "\n".join(errors)
+    asked = asked_since()
+    assert asked
+    assert not [each for each in asked if not each.startswith((url, "data:", f"blob:{url}"))]

@@ -6,6 +6,7 @@ A request never names a path. Its names are looked up in listings of the folders
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.errors import BudgetError
+from mezzotint.errors import BudgetError, MezzotintError
 from mezzotint.server.errors import InvalidError
 from mezzotint.server.settings import Settings
 from mezzotint.weights.hub import BUNDLED
@@ -91,6 +92,15 @@ class Models:
                 return str(path)
         raise InvalidError(f"{param} names {name[:100]!r}, which the server does not list", param)
 
+    def embeddings_in(self, text: str) -> list[str]:
+        """Return the names of the listed textual inversions that occur as words in a text."""
+        found, lower = [], text.lower()
+        for name in self.names("embeddings"):
+            word = name.rpartition("/")[2].lower()
+            if word in lower and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", lower):
+                found.append(name)
+        return found
+
     def find_model(self, name: str | None) -> str:
         """Return the listed name of a model; None is the default.
 
@@ -107,10 +117,23 @@ class Models:
         return found
 
     def describe(self) -> list[dict[str, Any]]:
-        """Describe the models: their names, which is the default, and which are loaded."""
+        """Describe the models: their names, which is the default, which are loaded, and their own settings."""
         with self._lock:
             loaded = {name for name, _ in self._loaded}
-        return [{"name": name, "default": name == self.default, "loaded": name in loaded} for name in self.paths]
+        return [
+            {"name": name, "default": name == self.default, "loaded": name in loaded, "settings": self._own(name)}
+            for name in self.paths
+        ]
+
+    def _own(self, name: str) -> dict[str, Any] | None:
+        """Return what a model draws with where a request says nothing, or None where its files are not here."""
+        path = self.paths[name]
+        if path is not None and not Path(path).exists():
+            return None
+        try:
+            return _own_settings(path, self._settings.device, self._settings.dtype)
+        except MezzotintError:
+            return None
 
     # ---- loading -----------------------------------------------------------------------------------------------------
 
@@ -208,6 +231,15 @@ def _headers(model: str | None, device: str | None, dtype: str | None, options: 
     from mezzotint.memory.footprint import ModelHeaders
 
     return ModelHeaders.of(model, device=device, dtype=dtype, **dict(options))
+
+
+@lru_cache(maxsize=64)
+def _own_settings(model: str | None, device: str | None, dtype: str | None) -> dict[str, Any]:
+    from mezzotint.request import Request
+
+    resolved = _headers(model, device, dtype, ()).plan(Request(prompt="")).request
+    names = ("width", "height", "steps", "guidance_scale", "sampler", "spacing")
+    return {name: getattr(resolved, name) for name in names}
 
 
 def _name_models(given: Sequence[str]) -> dict[str, str | None]:

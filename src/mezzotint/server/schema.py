@@ -104,6 +104,10 @@ class Translator:
         stored = {name: value for name, value in fields.items() if value is not None}
         for name in FOLDERS:
             stored.pop(name, None)
+        if "embeddings" not in stored:
+            prompts = "\n".join(str(stored.get(name, "")) for name in ("prompt", "negative_prompt"))
+            if named := self._models.embeddings_in(prompts):
+                stored["embeddings"] = named
         check_limits(stored, self._settings.limits)
         for name in PICTURES:
             if name in stored:

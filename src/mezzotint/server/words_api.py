@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from mezzotint.errors import BudgetError, MezzotintError, RequestError
+from mezzotint.errors import BudgetError, CheckpointError, MezzotintError, RequestError
 from mezzotint.placement import format_size
 from mezzotint.prompt import lint
 from mezzotint.request import Request as Drawing
@@ -42,6 +42,7 @@ class Words(BaseModel):
     syntax: Literal["a1111", "comfy", "compel", "plain"] | None = None
     negative: bool = False
     steps: int | None = Field(default=None, ge=1, le=150)
+    seed: int | None = Field(default=None, ge=0, lt=2**64, description="draws the choices of the comfy syntax")
 
 
 class Planned(BaseModel):
@@ -108,7 +109,7 @@ async def tokens(request: Request, core: Core) -> JSONResponse:
 
 
 def _tokens(core: Service, body: Words) -> dict[str, Any]:
-    from mezzotint.run.resolve import STEPS
+    from mezzotint.run.resolve import STEPS, expand_choices
     from mezzotint.run.tokens import describe_tokens
     from mezzotint.weights.embeddings import Library
 
@@ -117,13 +118,22 @@ def _tokens(core: Service, body: Words) -> dict[str, Any]:
     remarks = [{"start": one.start, "end": one.end, "message": one.sentence} for one in lint(body.prompt, syntax)]
     steps = body.steps or min(int(settings.get("steps", STEPS)), 150)
     try:
-        asked = Drawing(prompt=body.prompt, prompt_syntax=body.syntax)
-        found = describe_tokens(asked, tokenizers, Library((), widths), steps, negative=body.negative)
-    except RequestError as error:
+        folder = core.settings.wildcards if syntax == "comfy" else None
+        wildcards = str(folder) if folder else None
+        asked = Drawing(prompt=body.prompt, prompt_syntax=body.syntax, seed=body.seed, wildcards=wildcards)
+        asked = expand_choices(asked)
+        listed = core.models.names("embeddings")
+        library = Library([str(listed[name]) for name in core.models.embeddings_in(asked.prompt)], widths)
+        found = describe_tokens(asked, tokenizers, library, steps, negative=body.negative)
+    except (CheckpointError, RequestError) as error:
         raise InvalidError(core.translator.message(error), "prompt") from None
     words = dict.fromkeys(re.findall(r"[^\W\d_]{3,}", body.prompt))
-    unknown = [word for word in words if len(tokenizers[0].encode(word)) >= len(word)]  # it is spelled letter by letter
-    return {**found, "lint": remarks, "unknown": unknown}
+    triggers = {name.lower() for name in library}
+    unknown = [  # what is spelled letter by letter
+        word for word in words if word.lower() not in triggers and len(tokenizers[0].encode(word)) >= len(word)
+    ]
+    drawn = asked.prompt if asked.prompt != body.prompt else None
+    return {**found, "choice": drawn, "lint": remarks, "unknown": unknown}
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,25 +91,13 @@ def _submit(core: Service, body: Text2Image) -> tuple[Task, list[Job]]:
     try:
         task = translate(body, in_force, loads_networks=core.settings.loras is not None)
         task.notes += options.ignored(body.override_settings)
-        named = find_embeddings(core, f"{body.prompt}\n{body.negative_prompt}")
-        requests = [one | {"embeddings": named} for one in task.requests] if named else task.requests
         model, vae = in_force["sd_model_checkpoint"], in_force["sd_vae"]
-        return task, core.submit(requests, model=model, vae=vae, dialect="a1111")
+        return task, core.submit(task.requests, model=model, vae=vae, dialect="a1111")
     except InvalidError as error:
         raise rename(error) from None
     except RequestError as error:
         word = str(error).split(" ", 1)[0]
         raise rename(InvalidError(str(error), word if word in Drawing.model_fields else None)) from None
-
-
-def find_embeddings(core: Service, text: str) -> list[str]:
-    """Return the listed textual inversions whose names occur in a text."""
-    found, lower = [], text.lower()
-    for name in core.models.names("embeddings"):
-        word = name.rpartition("/")[2].lower()
-        if word in lower and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", lower):
-            found.append(name)
-    return found
 
 
 def _read(core: Service, jobs: list[Job]) -> tuple[list[str], list[str]]:

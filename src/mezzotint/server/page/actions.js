@@ -20,28 +20,28 @@ const guarded = (work) => async (...values) => {
 
 const random = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
-async function queue(requests, model, text) {
-  await submit(requests, model);
+async function queue(requests, place, text) {
+  await submit(requests, place);
   select(null);
   announce(text);
 }
 
 export const anotherSeed = guarded(async (picture) => {
-  const { request, model } = await requestOf(picture);
+  const { request, ...place } = await requestOf(picture);
   delete request.seed;
-  await queue([request], model, "Another seed was added to the queue.");
+  await queue([request], place, "Another seed was added to the queue.");
 });
 
 export const variations = guarded(async (picture) => {
-  const { request, model } = await requestOf(picture);
+  const { request, ...place } = await requestOf(picture);
   const requests = Array.from({ length: VARIATIONS }, () =>
     ({ ...request, variation_seed: random(), variation_strength: VARIATION_STRENGTH }));
-  await queue(requests, model, `${VARIATIONS} variations were added to the queue.`);
+  await queue(requests, place, `${VARIATIONS} variations were added to the queue.`);
 });
 
 export const hires = guarded(async (picture) => {
-  const { request, model } = await requestOf(picture);
-  await queue([{ ...request, hires: 2 }], model, "A larger version was added to the queue.");
+  const { request, ...place } = await requestOf(picture);
+  await queue([{ ...request, hires: 2 }], place, "A larger version was added to the queue.");
 });
 
 export const useSettings = guarded(async (picture) => {
@@ -74,7 +74,7 @@ export const inpaint = guarded(async (picture) => {
   const settings = await requestOf(picture).catch(() => null);
   if (settings) {
     const { image: _, mask: __, outpaint: ___, seed: ____, hires: _____, ...request } = settings.request;
-    take({ request, model: settings.model });
+    take({ ...settings, request });
   }
   const source = await useFile(blob);
   if (!source) return;

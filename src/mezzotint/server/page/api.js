@@ -79,5 +79,5 @@ export async function download(picture) {
 /** Return the request that draws a picture of the history: its job's, with its own seed. */
 export async function requestOf(picture) {
   const job = await get(`/api/jobs/${picture.job}`);
-  return { request: { ...job.request, seed: picture.seed, count: 1 }, model: job.model };
+  return { request: { ...job.request, seed: picture.seed, count: 1 }, model: job.model, vae: job.vae };
 }

@@ -1,13 +1,14 @@
-// The canvas of inpainting and outpainting: brush, eraser, size, undo, zoom, pan, invert, blur, and sides to drag.
-// What is painted is a list of strokes, drawn again on every change; undo drops the last one.
+// The canvas of inpainting and outpainting: the picture with its mask, zoom and pan, and sides to drag.
 
 import { upload, uploadUrl } from "./api.js";
 import { complain, el, openDialog, textButton } from "./dom.js";
 import { form, set } from "./form.js";
 import { buildOptions, buildTools } from "./inpaint.js";
+import { blank, Mask } from "./mask.js";
 
 const SIDES = ["left", "top", "right", "bottom"];
-const MAX_SIZE = 512;
+const MAX_SIZE = 512; // of the brush
+const STRIPE = 7; // pixels of the screen: stripes of two tones are seen on any picture
 
 /** Load the picture of an upload. */
 async function load(id) {
@@ -17,106 +18,42 @@ async function load(id) {
   return image;
 }
 
-/** Return a canvas of a size. */
-function blank(width, height) {
-  return Object.assign(document.createElement("canvas"), { width, height });
-}
-
 class Editor {
   constructor(image, mask) {
     this.image = image;
-    this.base = mask; // a mask that was painted before
-    this.strokes = [];
-    this.undone = [];
     this.tool = "brush";
     this.size = Math.max(8, Math.round(Math.max(image.naturalWidth, image.naturalHeight) / 10));
     this.sides = [...(form.request.outpaint ?? [0, 0, 0, 0])];
     this.view = { scale: 1, x: 0, y: 0 };
     this.width = image.naturalWidth;
     this.height = image.naturalHeight;
-    this.mask = blank(this.width, this.height);
-    this.tint = blank(this.width, this.height);
+    this.mask = new Mask(this.width, this.height, mask);
+    this.tint = blank(1, 1);
     this.canvas = el("canvas", { class: "canvas", id: "canvas", tabIndex: 0, role: "img",
       "aria-label": "Canvas: paint over what is to be drawn again" });
     this.pointers = new Map();
     this.listen();
   }
 
-  // ---- the mask ----
-
-  paint(context, stroke) {
-    if (stroke.tool === "invert") return this.invert(context);
-    if (stroke.tool === "clear") return context.clearRect(0, 0, this.width, this.height);
-    context.globalCompositeOperation = stroke.tool === "eraser" ? "destination-out" : "source-over";
-    context.strokeStyle = context.fillStyle = "#fff";
-    context.lineWidth = stroke.size;
-    context.lineCap = context.lineJoin = "round";
-    const [[x, y], ...rest] = stroke.points;
-    context.beginPath();
-    if (!rest.length) {
-      context.arc(x, y, stroke.size / 2, 0, 2 * Math.PI);
-      context.fill();
-    } else {
-      context.moveTo(x, y);
-      for (const point of rest) context.lineTo(...point);
-      context.stroke();
-    }
-    context.globalCompositeOperation = "source-over";
-    return undefined;
-  }
-
-  invert(context) {
-    context.globalCompositeOperation = "xor";
-    context.fillStyle = "#fff";
-    context.fillRect(0, 0, this.width, this.height);
-    context.globalCompositeOperation = "source-over";
-  }
-
-  remake() {
-    const context = this.mask.getContext("2d");
-    context.clearRect(0, 0, this.width, this.height);
-    if (this.base) context.drawImage(this.base, 0, 0);
-    for (const stroke of this.strokes) this.paint(context, stroke);
-    this.draw();
-  }
-
   add(stroke) {
-    this.strokes.push(stroke);
-    this.undone = [];
-    this.paint(this.mask.getContext("2d"), stroke);
+    this.mask.add(stroke);
     this.draw();
   }
 
   undo() {
-    if (this.strokes.length) this.undone.push(this.strokes.pop());
-    this.remake();
+    this.mask.undo();
+    this.draw();
   }
 
   redo() {
-    if (this.undone.length) this.strokes.push(this.undone.pop());
-    this.remake();
+    this.mask.redo();
+    this.draw();
   }
 
   resizeBrush(factor) {
     this.size = Math.round(Math.min(MAX_SIZE, Math.max(2, this.size * factor + (factor > 1 ? 1 : -1))));
     this.onchange?.();
     this.draw();
-  }
-
-  isEmpty() {
-    const { data } = this.mask.getContext("2d").getImageData(0, 0, this.width, this.height);
-    for (let place = 3; place < data.length; place += 4) if (data[place] > 127) return false;
-    return true;
-  }
-
-  /** Return the mask as a PNG: white is drawn again, black is kept. */
-  blob() {
-    const out = blank(this.width, this.height);
-    const context = out.getContext("2d");
-    context.fillStyle = "#000";
-    context.fillRect(0, 0, this.width, this.height);
-    context.drawImage(this.mask, 0, 0);
-    return new Promise((resolve) => out.toBlob(resolve, "image/png"));
   }
 
   // ---- the view ----
@@ -155,6 +92,7 @@ class Editor {
     const ratio = devicePixelRatio || 1;
     const [across, down] = [Math.round(canvas.clientWidth * ratio), Math.round(canvas.clientHeight * ratio)];
     if (canvas.width !== across || canvas.height !== down) Object.assign(canvas, { width: across, height: down });
+    if (!across || !down) return; // the dialog is closed
     const context = canvas.getContext("2d");
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, across, down);
@@ -167,18 +105,7 @@ class Editor {
     context.globalAlpha = 1;
     context.imageSmoothingEnabled = view.scale < 6;
     context.drawImage(this.image, 0, 0);
-    const tint = this.tint.getContext("2d");
-    tint.globalCompositeOperation = "copy";
-    tint.drawImage(this.mask, 0, 0);
-    tint.globalCompositeOperation = "source-in";
-    tint.fillStyle = accent;
-    tint.fillRect(0, 0, this.width, this.height);
-    context.globalAlpha = 0.62;
-    const blur = form.request.mask_blur ?? 0;
-    if (blur) context.filter = `blur(${blur * view.scale * ratio}px)`;
-    context.drawImage(this.tint, 0, 0);
-    context.filter = "none";
-    context.globalAlpha = 1;
+    this.drawMask(context, ratio);
     this.drawHandles(context, left, top, right, bottom, accent);
     if (this.cursor && (this.tool === "brush" || this.tool === "eraser")) {
       for (const [style, extra] of [["#000", 1.5], ["#fff", 0]]) {
@@ -189,6 +116,28 @@ class Editor {
         context.stroke();
       }
     }
+  }
+
+  /** Draw the mask in stripes, with the blur that it will have. */
+  drawMask(context, ratio) {
+    const { width, height } = context.canvas;
+    if (this.tint.width !== width || this.tint.height !== height) this.tint = blank(width, height);
+    const tint = this.tint.getContext("2d");
+    tint.globalCompositeOperation = "copy";
+    tint.setTransform(context.getTransform());
+    const blur = form.request.mask_blur ?? 0;
+    tint.filter = blur ? `blur(${blur * this.view.scale * ratio}px)` : "none";
+    tint.drawImage(this.mask.canvas, 0, 0);
+    tint.filter = "none";
+    tint.setTransform(1, 0, 0, 1, 0, 0);
+    tint.globalCompositeOperation = "source-in";
+    tint.fillStyle = tint.createPattern(stripes(Math.round(STRIPE * ratio)), "repeat");
+    tint.fillRect(0, 0, width, height);
+    context.save();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.globalAlpha = 0.66;
+    context.drawImage(this.tint, 0, 0);
+    context.restore();
   }
 
   drawHandles(context, left, top, right, bottom, accent) {
@@ -268,10 +217,8 @@ class Editor {
     } else if (this.action?.kind === "side") {
       this.drag(this.action.side, this.cursor);
     } else if (this.action?.kind === "paint") {
-      const stroke = this.strokes.at(-1);
-      for (const each of event.getCoalescedEvents?.() ?? [event]) stroke.points.push(this.at(each));
-      if (stroke.points.at(-1) !== this.cursor) stroke.points.push(this.cursor);
-      this.paint(this.mask.getContext("2d"), stroke);
+      const between = event.getCoalescedEvents?.() ?? [];
+      this.mask.extend([...between.map((each) => this.at(each)), this.cursor]);
     }
     if (before) this.pointers.set(event.pointerId, event);
     else this.canvas.style.cursor = this.tool === "hand" || this.space ? "grab" : this.handleAt(this.cursor) >= 0 ? "move" : "none";
@@ -300,25 +247,28 @@ class Editor {
   }
 }
 
-/** Return a mask without its black. */
-function withoutBlack(image) {
-  const canvas = blank(image.naturalWidth, image.naturalHeight);
-  const context = canvas.getContext("2d");
-  context.drawImage(image, 0, 0);
-  const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
-  for (let place = 0; place < pixels.data.length; place += 4) pixels.data[place + 3] = pixels.data[place];
-  context.putImageData(pixels, 0, 0);
-  return canvas;
+/** Return a tile of diagonal stripes in two tones, which repeats. */
+function stripes(side) {
+  const tile = blank(2 * side, 2 * side);
+  const context = tile.getContext("2d");
+  context.fillStyle = "#4a1fd6";
+  context.fillRect(0, 0, 2 * side, 2 * side);
+  context.fillStyle = "#b9a5ff";
+  for (const shift of [-2 * side, 0, 2 * side]) {
+    context.beginPath();
+    for (const [x, y] of [[0, 0], [side, 0], [-side, 2 * side], [-2 * side, 2 * side]]) context.lineTo(x + shift + side, y);
+    context.fill();
+  }
+  return tile;
 }
 
 /** Open the canvas over the form's picture; `onDraw` queues the form. */
 export async function openCanvas({ onDraw }) {
   const image = await load(form.request.image);
-  const mask = form.request.mask ? withoutBlack(await load(form.request.mask)) : null;
+  const mask = form.request.mask ? await load(form.request.mask) : null;
   const editor = new Editor(image, mask);
   const keep = async () => {
-    const empty = editor.isEmpty();
-    const id = empty ? null : (await upload(await editor.blob())).id;
+    const id = editor.mask.isEmpty() ? null : (await upload(await editor.mask.blob())).id;
     const extended = editor.sides.some((side) => side > 0);
     const [left, top, right, bottom] = editor.frame();
     const size = extended ? { width: Math.round((right - left) / 8) * 8, height: Math.round((bottom - top) / 8) * 8 } : {};
@@ -335,7 +285,6 @@ export async function openCanvas({ onDraw }) {
   buildTools(tools, editor, () => dialog.close());
   const observer = new ResizeObserver(() => editor.fit());
   observer.observe(editor.canvas);
-  editor.remake();
   editor.canvas.focus();
   dialog.addEventListener("keydown", (event) => canvasKey(event, editor, () => finish(onDraw)));
   dialog.addEventListener("keyup", (event) => event.key === " " && (editor.space = false));

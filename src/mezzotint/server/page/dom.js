@@ -32,13 +32,17 @@ const ICONS = {
   left: "M10 3L5 8l5 5",
   right: "M6 3l5 5-5 5",
   plus: "M8 3v10 M3 8h10",
+  minus: "M3 8h10",
   undo: "M3 6.5h6.5a3.5 3.5 0 0 1 0 7H6 M5.5 4L3 6.5 5.5 9",
+  redo: "M13 6.5H6.5a3.5 3.5 0 0 0 0 7H10 M10.5 4L13 6.5 10.5 9",
   invert: "M8 2.5a5.5 5.5 0 1 0 0 11z M8 2.5a5.5 5.5 0 0 1 0 11",
   hand: "M8 2v12 M2 8h12 M6.5 3.5L8 2l1.5 1.5 M6.5 12.5L8 14l1.5-1.5 M3.5 6.5L2 8l1.5 1.5 M12.5 6.5L14 8l-1.5 1.5",
   fit: "M2.5 4.5h11v7h-11z M5.5 7v2 M10.5 7v2",
   grid: "M2.5 2.5h11v11h-11z M6.2 2.5v11 M9.8 2.5v11 M2.5 6.2h11 M2.5 9.8h11",
   keys: "M2 4.5h12v7H2z M4.5 7h.01 M7 7h.01 M9.5 7h.01 M12 7h.01 M5 9.2h6",
   more: "M4 8h.01 M8 8h.01 M12 8h.01",
+  tag: "M2.5 3v4.5l6 6 5-5-6-6H3z M5.3 5.3h.01",
+  eye: "M1.5 8c3.5-5.5 9.5-5.5 13 0-3.5 5.5-9.5 5.5-13 0z M8 6.2a1.8 1.8 0 1 0 .01 0z",
   warn: "M8 2.5l6 10.5H2z M8 6.5v3 M8 11.3h.01",
   alarm: "M8 5v3.5l2 1.2 M8 2.5a5.5 5.5 0 1 1 0 11 5.5 5.5 0 0 1 0-11z",
 };
@@ -47,7 +51,7 @@ const ICONS = {
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 16 16");
-  svg.setAttribute("class", "icon");
+  svg.setAttribute("class", `icon icon-${name}`);
   svg.setAttribute("aria-hidden", "true");
   const path = document.createElementNS(SVG, "path");
   path.setAttribute("d", ICONS[name]);

@@ -7,7 +7,7 @@ import { buildSettings } from "./settings.js";
 const KEY = "mezzotint.form";
 const saved = JSON.parse(localStorage.getItem(KEY) ?? "{}");
 
-export const form = { request: saved.request ?? {}, model: saved.model ?? "", locked: saved.locked ?? false };
+export const form = { request: saved.request ?? {}, model: saved.model ?? "", vae: saved.vae ?? "", locked: saved.locked ?? false };
 const inputs = new Map(); // by field: those who show it, as {show(value), input}
 
 const save = debounce(() => localStorage.setItem(KEY, JSON.stringify(form)), 150);
@@ -46,13 +46,14 @@ export function watch(name, show, input = null) {
 export const number = (text) => (text === "" || Number.isNaN(Number(text)) ? "" : Number(text));
 
 /** Take all the settings of a request; fields that it does not have become the model's own. */
-export function take({ request, model }, { keepSource = true } = {}) {
+export function take({ request, model, vae }, { keepSource = true } = {}) {
   const absent = Object.fromEntries(Object.keys(form.request).map((name) => [name, null]));
   const fields = { ...absent, ...request };
   if (!keepSource) for (const name of ["image", "mask", "outpaint"]) fields[name] = null;
   form.locked = request.seed !== undefined && request.seed !== null;
   set(fields);
   if (model) setModel(model);
+  setVae(vae ?? "");
   $("negative-part").open ||= Boolean(request.negative_prompt);
   emit("taken");
   announce("The settings are in the form.");
@@ -64,6 +65,13 @@ export function setModel(name) {
   $("model").value = name;
   save();
   emit("form", { model: name });
+}
+
+export function setVae(name) {
+  form.vae = state.vaes.includes(name) ? name : "";
+  $("vae").value = form.vae;
+  save();
+  emit("form", { vae: form.vae });
 }
 
 const OF_IMAGE = ["mask", "outpaint", "strength", "resize_mode", "fix_steps", "mask_blur", "masked_content", "invert_mask", "only_masked"];
@@ -84,10 +92,16 @@ export function current() {
 /** The name of the model that is drawn with. */
 export const modelName = () => form.model || state.models.find((model) => model.default)?.name || state.models[0]?.name;
 
+/** The name of the VAE that is drawn with, or null for the model's own. */
+export const vaeName = () => (state.vaes.includes(form.vae) ? form.vae : null);
+
+/** What the model draws with where the form says nothing. */
+export const ownSettings = () => state.models.find((model) => model.name === modelName())?.settings ?? {};
+
 /** Queue what the form says. */
 export async function draw() {
   try {
-    const jobs = await submit([current()], form.model);
+    const jobs = await submit([current()], { model: form.model, vae: vaeName() });
     emit("drawn", jobs);
     announce("Added to the queue.");
   } catch (error) {
@@ -103,7 +117,7 @@ export async function draw() {
 export function lockSeed(locked) {
   form.locked = locked;
   save();
-  emit("form", {});
+  emit("form", { locked });
 }
 
 /** Put text into the prompt, in the place of the selection. */
@@ -140,7 +154,12 @@ function buildModel() {
     select.replaceChildren(...state.models.map((model) => el("option", { value: model.name, text: model.name })));
     if (!state.models.some((model) => model.name === form.model)) form.model = "";
     select.value = modelName() ?? "";
+    $("vae").replaceChildren(el("option", { value: "", text: "Model's own VAE" }),
+      ...state.vaes.map((name) => el("option", { value: name, text: `VAE: ${name}` })));
+    $("vae").value = vaeName() ?? "";
+    $("vae").parentElement.hidden = !state.vaes.length;
   });
+  $("vae").addEventListener("change", () => setVae($("vae").value));
 }
 
 /** Build the form. */
@@ -160,16 +179,18 @@ export function build() {
   });
 }
 
-/** Return the row of the seed: number, die, lock. */
+/** Return the label of the seed, and its row: number, die, lock. */
 export function seedRow() {
   const input = el("input", { id: "seed", inputMode: "numeric", placeholder: "random", maxLength: 20 });
   bind(input, "seed", (text) => text.replace(/\D/g, ""));
+  const note = el("span", { class: "seed-note" });
   const lock = el("button", { type: "button", class: "icon-button", id: "seed-lock" });
   const show = () => {
     lock.replaceChildren(icon(form.locked ? "lock" : "unlock"));
     lock.title = form.locked ? "The seed stays; unlock for a new one each time" : "A new seed each time; lock to keep this one";
     lock.setAttribute("aria-label", "Keep the seed");
     lock.setAttribute("aria-pressed", String(form.locked));
+    note.textContent = form.locked ? "kept" : "a new one each time";
     input.classList.toggle("quiet", !form.locked);
   };
   lock.onclick = () => {
@@ -181,7 +202,7 @@ export function seedRow() {
   on("pictures", (picture) => picture && !form.locked && set({ seed: String(picture.seed) }));
   show();
   const die = iconButton("die", "Another random seed", () => (set({ seed: roll() }), lockSeed(true)), { id: "seed-die" });
-  return el("div", { class: "joined" }, input, die, lock);
+  return { label: el("label", { for: "seed" }, "Seed ", note), row: el("div", { class: "joined" }, input, die, lock) };
 }
 
 const roll = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);

@@ -3,7 +3,9 @@
 import { thumbnailUrl } from "./api.js";
 import { takeArmed } from "./actions.js";
 import { $, complain, debounce, el, icon } from "./dom.js";
+import { veil } from "./flagged.js";
 import { loadMore, loadPictures, on, select, state } from "./store.js";
+import { tagFilter } from "./tags.js";
 import { openCompare, openViewer } from "./viewer.js";
 
 const tiles = new Map(); // by id
@@ -11,16 +13,16 @@ const tiles = new Map(); // by id
 function tile(picture) {
   const known = tiles.get(picture.id);
   if (known?.picture === picture) return known.item;
-  const image = el("img", { src: thumbnailUrl(picture), alt: "", loading: "lazy", decoding: "async", width: picture.width,
+  const image = known?.image ?? el("img", { src: thumbnailUrl(picture), alt: "", loading: "lazy", decoding: "async", width: picture.width,
     height: picture.height });
   const button = el("button", { type: "button", class: "tile", title: picture.prompt, data: { picture: picture.id },
     "aria-label": describe(picture),
     onclick: (event) => choose(picture, event),
     ondblclick: () => openViewer(picture) },
-  image, mark(picture));
+  veil(image, picture), mark(picture));
   image.onload = () => image.classList.add("loaded");
   const item = el("li", {}, button);
-  tiles.set(picture.id, { picture, item });
+  tiles.set(picture.id, { picture, item, image });
   return item;
 }
 
@@ -55,7 +57,7 @@ function show() {
   const known = new Set(state.pictures.map((picture) => picture.id));
   for (const id of tiles.keys()) if (!known.has(id)) tiles.delete(id);
   markSelected();
-  const filtered = state.filter.search || state.filter.rating;
+  const filtered = state.filter.search || state.filter.rating || state.filter.tag;
   $("gallery-end").textContent = items.length ? "" : filtered ? "No picture matches." : "Your pictures will be kept here.";
 }
 
@@ -92,13 +94,13 @@ function head() {
     state.filter.search = search.value.trim();
     load();
   });
-  const rating = el("select", { id: "rating", "aria-label": "Lowest rating" }, el("option", { value: "0", text: "All" }),
+  const rating = el("select", { id: "rating", "aria-label": "Lowest rating" }, el("option", { value: "0", text: "Any rating" }),
     [1, 2, 3, 4, 5].map((value) => el("option", { value: String(value), text: value === 5 ? "★ 5" : `★ ${value}+` })));
   rating.addEventListener("change", () => {
     state.filter.rating = Number(rating.value);
     load();
   });
-  $("gallery-head").append(el("h2", { class: "hidden", text: "Gallery" }), el("span", { class: "search" }, icon("search"), search), rating);
+  $("gallery-head").append(el("h2", { class: "hidden", text: "Gallery" }), el("span", { class: "search" }, icon("search"), search), rating, tagFilter());
 }
 
 /** Build the gallery. */

@@ -2,7 +2,8 @@
 
 import { fileUrl, get, thumbnailUrl } from "./api.js";
 import { complain, debounce, el, openDialog, textButton } from "./dom.js";
-import { current, form } from "./form.js";
+import { veil } from "./flagged.js";
+import { current, form, vaeName } from "./form.js";
 import { read, title } from "./settings.js";
 import { cancel, on, select, state, submit } from "./store.js";
 
@@ -55,6 +56,7 @@ export function openGrid() {
   const saved = JSON.parse(localStorage.getItem(KEY) ?? "null");
   const [x, y] = [axisRow("x", saved?.x), axisRow("y", saved?.y)];
   const note = el("p", { class: "note", id: "grid-note" });
+  const base = el("p", { class: "note grid-base", text: `of “${form.request.prompt ?? ""}”, with the settings of the form` });
   const sheet = el("div", { class: "grid-sheet", tabIndex: 0, role: "region", "aria-label": "Grid" });
   const count = () => axis(x.get().name, x.get().text).cells.length * axis(y.get().name, y.get().text).cells.length;
   const say = () => {
@@ -65,7 +67,7 @@ export function openGrid() {
   const drawButton = el("button", { type: "button", class: "primary", id: "grid-draw", text: "Draw the grid", onclick: () => queue(x.get(), y.get(), sheet).catch(complain) });
   for (const part of [x.field, x.text, y.field, y.text]) part.addEventListener("input", say);
   openDialog("X/Y grid", el("div", { class: "grid-page" },
-    el("div", { class: "grid-form" }, x.row, y.row, el("div", { class: "grid-go" }, note, drawButton)), sheet), { wide: true });
+    el("div", { class: "grid-form" }, x.row, y.row, el("div", { class: "grid-go" }, base, note, drawButton)), sheet), { wide: true });
   say();
   if (saved?.jobs) showSheet(sheet, saved);
 }
@@ -75,7 +77,7 @@ async function queue(x, y, sheet) {
   base.seed ??= form.request.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]; // the same for all
   const [across, down] = [axis(x.name, x.text), axis(y.name, y.text)];
   const requests = down.cells.flatMap((row) => across.cells.map((column) => row.apply(column.apply(base))));
-  const jobs = await submit(requests, form.model, "bulk");
+  const jobs = await submit(requests, { model: form.model, vae: vaeName(), priority: "bulk" });
   const saved = { x, y, columns: across.cells.map((cell) => cell.label), rows: down.cells.map((cell) => cell.label), jobs: jobs.map((job) => job.id) };
   localStorage.setItem(KEY, JSON.stringify(saved));
   showSheet(sheet, saved);
@@ -87,7 +89,7 @@ function cell(job) {
     return el("button", { type: "button", class: "tile", "aria-label": `${picture.prompt}, seed ${picture.seed}`, onclick: (event) => {
       event.target.closest("dialog").close();
       select(picture);
-    } }, el("img", { src: picture.width > 320 ? thumbnailUrl(picture) : fileUrl(picture), alt: "", class: "loaded" }));
+    } }, veil(el("img", { src: picture.width > 320 ? thumbnailUrl(picture) : fileUrl(picture), alt: "", class: "loaded" }), picture));
   }
   const text = job?.state === "failed" ? job.error?.message : job?.state;
   return el("span", { class: `grid-empty ${job?.state ?? ""}`, text: text ?? "…", title: text ?? "" });

@@ -28,9 +28,11 @@ export function buildTools(root, editor, close) {
   show();
   root.append(buttons.brush, buttons.eraser, buttons.hand, el("span", { class: "tool-gap" }), size, text, el("span", { class: "tool-gap" }),
     iconButton("undo", "Undo (Ctrl-Z)", () => editor.undo(), { id: "tool-undo" }),
+    iconButton("redo", "Redo (Ctrl-Shift-Z)", () => editor.redo(), { id: "tool-redo" }),
     iconButton("invert", "Invert the mask", () => editor.add({ tool: "invert" }), { id: "tool-invert" }),
     iconButton("trash", "Clear the mask", () => editor.add({ tool: "clear" }), { id: "tool-clear" }),
     el("span", { class: "tool-gap" }),
+    iconButton("minus", "Zoom out (-)", () => editor.zoom(0.8)),
     iconButton("plus", "Zoom in (+)", () => editor.zoom(1.25)), iconButton("fit", "Fit (0)", () => editor.fit()),
     el("span", { class: "spacer" }), iconButton("close", "Close (Esc)", close));
   editor.choose("brush");
@@ -56,13 +58,14 @@ function choice(id, name, label, options) {
 
 /** Return the settings beside the canvas. */
 export function buildOptions(editor, sides, end) {
-  const prompt = el("textarea", { id: "canvas-prompt", rows: 3, value: form.request.prompt ?? "", spellcheck: false });
+  const prompt = el("textarea", { id: "canvas-prompt", rows: 3, value: form.request.prompt ?? "", spellcheck: false,
+    placeholder: "what the whole picture shows" });
   prompt.addEventListener("input", () => set({ prompt: prompt.value }));
   const blur = el("input", { type: "number", id: "mask-blur", min: 0, max: 64, step: 1, placeholder: "0" });
   bind(blur, "mask_blur", number);
   blur.addEventListener("input", () => editor.draw());
   const padding = el("input", { type: "number", id: "only-masked", min: 0, max: 1024, step: 8, placeholder: "off",
-    title: "Draw the masked area alone at the full size, with this padding around it" });
+    title: "Draw the painted area alone at the full size, with this many pixels around it" });
   bind(padding, "only_masked", number);
   const inputs = sides.map((side, place) => {
     const input = el("input", { type: "number", id: `side-${side}`, min: 0, max: 1024, step: 8, value: editor.sides[place] });

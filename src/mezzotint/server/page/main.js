@@ -1,7 +1,7 @@
 // The page: builds its parts, then reads everything from the server.
 
 import * as actions from "./actions.js";
-import { $, complain, iconButton } from "./dom.js";
+import { $, complain, textButton } from "./dom.js";
 import * as drop from "./drop.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
@@ -14,11 +14,16 @@ import * as stage from "./stage.js";
 import { on, start, state } from "./store.js";
 import * as words from "./words.js";
 
+/** Return a button of the header: a narrow window shows its icon alone. */
+function tool(name, label, title, onclick, id) {
+  return textButton(name, label, onclick, { class: "button tool", title, id });
+}
+
 const input = drop.fileInput();
 $("tools").append(input,
-  iconButton("image", "Open a picture: its settings, or to start from it", () => input.click(), { id: "open-file" }),
-  iconButton("grid", "X/Y grid", () => actions.openGrid(null), { id: "open-grid" }),
-  iconButton("keys", "Keys (?)", () => keys.openHelp(), { id: "open-help" }));
+  tool("image", "Open a picture", "Open a picture: take its settings, or start from it", () => input.click(), "open-file"),
+  tool("grid", "X/Y grid", "Draw every combination of the values of two settings", () => actions.openGrid(null), "open-grid"),
+  tool("keys", "Keys", "The keys of the page (?)", () => keys.openHelp(), "open-help"));
 on("connected", () => {
   $("connection").textContent = state.connected ? "" : "Not connected; trying again…";
 });

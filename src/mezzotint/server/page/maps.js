@@ -2,6 +2,7 @@
 
 import { fileUrl, get, post } from "./api.js";
 import { complain, el, iconButton, openDialog } from "./dom.js";
+import { veil } from "./flagged.js";
 import { ended } from "./store.js";
 
 /** Return the maps of a picture; they are recorded first where they are not known. */
@@ -35,6 +36,7 @@ async function shade(canvas, word) {
 /** Open the word maps of a picture. */
 export async function openMaps(picture) {
   const image = el("img", { class: "compare-image", src: fileUrl(picture), alt: picture.prompt });
+  veil(image, picture);
   const canvas = el("canvas", { class: "map-canvas", width: 384, height: Math.round((384 * picture.height) / picture.width), "aria-hidden": "true" });
   const frame = el("div", { class: "compare-frame" }, image, canvas);
   frame.style.setProperty("--ratio", String(picture.width / picture.height));

@@ -22,7 +22,8 @@ export async function cancelJob(job) {
   try {
     await cancel(job.id);
     announce("Cancelled.");
-    toast("Cancelled.", { action: "Undo", run: () => submit([job.request], job.model).catch(complain) });
+    if (job.kind !== "draw") return;
+    toast("Cancelled.", { action: "Undo", run: () => submit([job.request], { model: job.model, vae: job.vae }).catch(complain) });
   } catch (error) {
     complain(error);
   }
@@ -32,7 +33,7 @@ export async function cancelJob(job) {
 export async function another(job, instead = false) {
   const { seed: _, ...request } = job.request;
   try {
-    const [added] = await submit([request], job.model);
+    const [added] = await submit([request], { model: job.model, vae: job.vae });
     if (instead) {
       await cancel(job.id);
       await move(added.id, "first");
@@ -65,7 +66,7 @@ function row(job, place, jobs) {
     el("div", { class: "job-tools" },
       iconButton("up", `Earlier: ${text}`, () => shift(-1), { class: "icon-button up", disabled: place === 0 }),
       iconButton("down", `Later: ${text}`, () => shift(1), { class: "icon-button down", disabled: place === jobs.length - 1 }),
-      iconButton("seeds", `Again with another seed: ${text}`, () => another(job)),
+      job.kind === "draw" && iconButton("seeds", `Again with another seed: ${text}`, () => another(job)),
       iconButton("close", `Cancel: ${text}`, () => cancelJob(job), { class: "icon-button cancel" })));
   item.addEventListener("dragstart", (event) => {
     event.dataTransfer.setData("application/x-mezzotint-job", job.id);
@@ -116,7 +117,7 @@ function failure(job) {
     el("div", { class: "job-text" }, el("span", { class: "job-prompt", text: job.request.prompt }),
       el("span", { class: "job-error", text: job.error?.message ?? "It failed." })),
     el("div", { class: "job-tools" },
-      iconButton("again", "Try again", () => (dismiss(), submit([job.request], job.model).catch(complain))),
+      iconButton("again", "Try again", () => (dismiss(), submit([job.request], { model: job.model, vae: job.vae }).catch(complain))),
       iconButton("close", "Dismiss", dismiss)));
 }
 
@@ -187,7 +188,7 @@ function render() {
 async function clearAll(jobs) {
   await Promise.allSettled(jobs.map((job) => cancel(job.id)));
   toast(`${jobs.length} jobs cancelled.`, { action: "Undo", run: () => {
-    for (const job of jobs) submit([job.request], job.model).catch(complain);
+    for (const job of jobs.filter((one) => one.kind === "draw")) submit([job.request], { model: job.model, vae: job.vae }).catch(complain);
   } });
 }
 

@@ -1,7 +1,7 @@
 // The settings under the prompt: sampler, schedule, size, steps, guidance, seed, and any other field by its name.
 
 import { el, iconButton } from "./dom.js";
-import { bind, form, modelName, number, seedRow, set, watch } from "./form.js";
+import { bind, form, number, ownSettings, seedRow, set, watch } from "./form.js";
 import { on, state } from "./store.js";
 
 const SHAPES = [["1:1", 1, 1], ["4:3", 4, 3], ["3:4", 3, 4], ["3:2", 3, 2], ["2:3", 2, 3], ["16:9", 16, 9], ["9:16", 9, 16]];
@@ -9,8 +9,8 @@ const SHAPES = [["1:1", 1, 1], ["4:3", 4, 3], ["3:4", 3, 4], ["3:2", 3, 2], ["2:
 const PLACED = new Set(["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "spacing", "seed",
   "count", "image", "mask", "strength", "outpaint", "mask_blur", "invert_mask", "masked_content", "only_masked"]);
 
-function field(label, input, { note, wide = false } = {}) {
-  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id, text: label }), input, note);
+function field(label, input) {
+  return el("div", { class: "field" }, el("label", { for: input.id, text: label }), input);
 }
 
 function samplerField() {
@@ -20,7 +20,10 @@ function samplerField() {
     const sampler = state.samplers.find((known) => known.name === select.value);
     note.textContent = sampler ? sampler.good_for : "";
     note.hidden = !sampler;
+    const { sampler: own } = ownSettings();
+    if (select.options.length) select.options[0].textContent = own ? `${own} · model's own` : "Model's own";
   };
+  on("form", show);
   on("listings", () => {
     select.replaceChildren(el("option", { value: "", text: "Model's own" }),
       ...state.samplers.map((known) => el("option", { value: known.name, text: label(known), title: known.good_for })));
@@ -35,7 +38,7 @@ function samplerField() {
   watchAnd("sampler", select, show);
   select.addEventListener("input", show);
   select.setAttribute("aria-describedby", note.id);
-  return field("Sampler", select, { note, wide: true });
+  return [field("Sampler", select), spacingField(), note];
 }
 
 /** Return a sampler's name, with the one that people know it by. */
@@ -61,25 +64,28 @@ function spacingField() {
     select.replaceChildren(el("option", { value: "", text: "Sampler's own" }),
       ...state.spacings.map((name) => el("option", { value: name, text: name })));
     select.value = form.request.spacing ?? "";
+    show();
   });
+  const show = () => {
+    const { spacing } = form.request.sampler ? {} : ownSettings();
+    if (select.options.length) select.options[0].textContent = spacing ? `${spacing} · model's own` : "Sampler's own";
+  };
+  on("form", show);
   bind(select, "spacing");
   watchAnd("spacing", select, () => {});
   return field("Schedule", select);
 }
 
-/** Return the side of the model's native square. */
-function nativeSide() {
-  const model = state.models.find((known) => known.name === modelName());
-  if (model?.width) return Math.sqrt(model.width * (model.height ?? model.width));
-  const latest = state.pictures.find((picture) => picture.model === modelName());
-  if (model?.name === "emoji") return 128;
-  if (/xl/i.test(model?.name ?? "")) return 1024;
-  return latest && latest.width <= 256 ? latest.width : 512;
+/** Return the model's own size; 512 where its files are not on the server yet. */
+function ownSize() {
+  const { width = 512, height = width } = ownSettings();
+  return [width, height];
 }
 
-/** Return the size of a shape with the area of the model's native square. */
+/** Return the size of a shape with the area of the model's own size. */
 function sizeOf(across, down) {
-  const side = nativeSide();
+  const [width, height] = ownSize();
+  const side = Math.sqrt(width * height);
   const unit = side >= 512 ? 64 : 8;
   const round = (value) => Math.max(unit, Math.round(value / unit) * unit);
   return [round(side * Math.sqrt(across / down)), round(side * Math.sqrt(down / across))];
@@ -103,31 +109,33 @@ function sizeField() {
     el("span", { class: "frame" }, outline), el("span", { text: name })));
   }
   const show = () => {
-    const side = nativeSide();
-    width.placeholder = height.placeholder = String(side);
-    const [w, h] = [form.request.width ?? side, form.request.height ?? side];
+    const own = ownSize();
+    [width.placeholder, height.placeholder] = own.map(String);
+    const [w, h] = [form.request.width ?? own[0], form.request.height ?? own[1]];
     for (const button of shapes.children) {
       const [, across, down] = SHAPES.find(([name]) => name === button.dataset.shape);
       const [x, y] = sizeOf(across, down);
       button.setAttribute("aria-pressed", String(x === w && y === h));
     }
   };
-  on("form listings taken pictures", show);
+  on("form listings taken", show);
   return el("div", { class: "field wide" }, el("label", { for: "width", text: "Size" }),
     el("div", { class: "size" }, width, el("span", { class: "times", text: "×", "aria-hidden": "true" }), height, swap), shapes);
 }
 
-function slider(id, name, label, { min, max, step, placeholder }) {
-  const input = el("input", { id, placeholder, inputMode: "decimal" });
+function slider(id, name, label, { min, max, step, usual }) {
+  const input = el("input", { id, inputMode: "decimal" });
   const range = el("input", { type: "range", min, max, step, "aria-label": `${label}, slider`, tabIndex: -1 });
   bind(input, name, (text) => (text.includes(",") ? text.split(",").map(Number) : number(text)));
   range.addEventListener("input", () => set({ [name]: Number(range.value) }));
   const show = () => {
     const value = form.request[name];
-    range.value = typeof value === "number" ? value : placeholder;
+    const own = ownSettings()[name] ?? usual;
+    input.placeholder = String(own);
+    range.value = typeof value === "number" ? value : Number(own);
     range.classList.toggle("unset", typeof value !== "number");
   };
-  on("form taken", show);
+  on("form taken listings", show);
   show();
   return el("div", { class: "field" }, el("label", { for: id, text: label }), el("div", { class: "slider" }, range, input));
 }
@@ -199,11 +207,10 @@ export function read(text) {
 export function buildSettings(root) {
   const seed = seedRow();
   root.append(
-    samplerField(),
-    spacingField(),
-    slider("steps", "steps", "Steps", { min: 1, max: 60, step: 1, placeholder: 20 }),
-    slider("guidance_scale", "guidance_scale", "Guidance", { min: 1, max: 15, step: 0.5, placeholder: 3 }),
-    el("div", { class: "field" }, el("label", { for: "seed", text: "Seed" }), seed),
+    ...samplerField(),
+    slider("steps", "steps", "Steps", { min: 1, max: 60, step: 1, usual: 20 }),
+    slider("guidance_scale", "guidance_scale", "Guidance", { min: 1, max: 15, step: 0.5, usual: 7.5 }),
+    el("div", { class: "field wide" }, seed.label, seed.row),
     sizeField(),
     moreFields(),
   );

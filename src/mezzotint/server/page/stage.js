@@ -3,8 +3,10 @@
 import { fileUrl } from "./api.js";
 import { $, duration, el, icon, iconButton, textButton } from "./dom.js";
 import * as actions from "./actions.js";
+import { isVeiled, revealButton, veil } from "./flagged.js";
 import { another, cancelJob, summary } from "./queue.js";
-import { on, rate, select, state } from "./store.js";
+import { jobOf, on, rate, select, state } from "./store.js";
+import { tagRow } from "./tags.js";
 import { openViewer } from "./viewer.js";
 
 const MAX_ZOOM = 4; // small pictures are enlarged this far,
@@ -74,15 +76,28 @@ function stars(picture) {
   return group;
 }
 
+/** Return the job that verifies a picture, if it waits or runs. */
+const verifying = (picture) => [...state.jobs.values()].find((job) => job.kind === "verify" && job.target === picture.id &&
+  (job.state === "queued" || job.state === "running"));
+
+/** Return what the badge says while a picture is drawn again. */
+function progressOf(job) {
+  const { job: id, step, steps } = state.queue.running ?? {};
+  if (job.state === "queued") return "Waits to be verified";
+  return id === job.id && steps ? `Drawing it again: ${Math.round((100 * step) / steps)} %` : "Drawing it again";
+}
+
 /** Return the badge that says whether a picture was drawn again with the same bits. */
-export function badge(picture) {
+function badge(picture) {
   const { verified } = picture;
-  const busy = [...state.jobs.values()].some((job) => job.kind === "verify" && job.target === picture.id &&
-    (job.state === "queued" || job.state === "running"));
-  const label = busy ? "Verifying…" : !verified ? "Verify" : verified.identical ? "Verified" : "Differs";
-  const kind = busy ? "busy" : !verified ? "" : verified.identical ? "good" : "bad";
-  const title = verified ? [verified.sentences].flat().join(" ") : "Draw it again, behind the other jobs, and compare the bits";
-  return textButton("verify", label, () => actions.verify(picture), { class: `button badge ${kind}`, id: "badge", title, disabled: busy });
+  const job = verifying(picture);
+  const label = job ? progressOf(job) : !verified ? "Verify" : verified.identical ? "Verified" : "Differs";
+  const kind = job ? "busy" : !verified ? "" : verified.identical ? "good" : "bad";
+  const title = job || !verified ? "Draws it again, behind the other jobs, and compares every bit" : "Verify once more";
+  const name = kind === "bad" ? "warn" : job ? "alarm" : verified ? "verify" : "again";
+  const button = textButton(name, label, () => actions.verify(picture), { class: `button badge ${kind}`, id: "badge", title, disabled: Boolean(job) });
+  if (kind === "good") button.lastChild.append(el("span", { class: "detail", text: ": same bits" }));
+  return button;
 }
 
 function showPicture(picture) {
@@ -90,7 +105,7 @@ function showPicture(picture) {
     width: picture.width, height: picture.height, draggable: true });
   const plate = el("div", { class: "plate", id: "plate" },
     el("button", { type: "button", class: "plate-button", title: "Full screen (Enter)", "aria-label": `Full screen: ${image.alt}`,
-      onclick: () => openViewer(picture) }, image));
+      onclick: () => openViewer(picture) }, veil(image, picture)), revealButton(picture));
   const job = state.jobs.get(picture.job);
   const more = el("details", { class: "menu" }, el("summary", { class: "icon-button", "aria-label": "More", title: "More" }, icon("more")),
     el("div", { class: "menu-items" },
@@ -106,8 +121,11 @@ function showPicture(picture) {
       iconButton("words", "Word maps: where each word took effect", () => actions.showMaps(picture), { id: "maps" }),
       iconButton("full", "Full screen (Enter)", () => openViewer(picture)),
       iconButton("trash", "Delete (Del)", () => actions.remove(picture), { id: "delete" }), more),
-    el("p", { class: "caption", text: picture.prompt }),
+    el("p", { class: "caption", text: picture.prompt || "No prompt" }),
     el("p", { class: "facts" }, facts(picture, job)),
+    picture.verified && !picture.verified.identical && !verifying(picture)
+      ? el("p", { class: "warning differs", text: [picture.verified.sentences].flat().join(" ") }) : null,
+    tagRow(picture),
     el("div", { class: "actions" },
       textButton("again", "Another seed", () => actions.anotherSeed(picture), { id: "another" }),
       textButton("seeds", "Variations", () => actions.variations(picture), { id: "variations" }),
@@ -117,13 +135,15 @@ function showPicture(picture) {
       textButton("brush", "Inpaint", () => actions.inpaint(picture), { id: "inpaint" })));
   fit(still, picture.width, picture.height);
   $("stage").replaceChildren(still);
+  if (!job) jobOf(picture).then((found) => found && still.querySelector(".facts").replaceChildren(...facts(picture, found)));
 }
 
 function facts(picture, job) {
-  const request = job?.request ?? {};
+  const own = state.models.find((model) => model.name === picture.model)?.settings;
+  const request = { ...(job && !job.request.sampler && own), ...job?.request };
   const texts = [`${picture.width}×${picture.height}`, `seed ${picture.seed}`, request.steps && `${request.steps} steps`,
     request.sampler, request.guidance_scale && `guidance ${request.guidance_scale}`, picture.model,
-    picture.flagged ? "flagged by the safety checker" : ""];
+    job?.vae && `VAE ${job.vae}`, picture.flagged ? "flagged by the safety checker" : ""];
   return texts.filter(Boolean).map((text) => el("span", { text }));
 }
 
@@ -151,7 +171,7 @@ let shownKey = "";
 function refresh() {
   const job = running();
   const picture = state.selected ?? (job?.kind === "draw" ? null : state.pictures[0]);
-  const key = picture ? JSON.stringify([picture, badgeState(picture)]) : job ? `live ${job.id}` : "nothing";
+  const key = picture ? JSON.stringify([picture, isVeiled(picture), verifying(picture)?.state]) : job ? `live ${job.id}` : "nothing";
   if (key === shownKey && $("stage").firstChild) {
     if (!picture && job) updateLive();
     return;
@@ -163,16 +183,14 @@ function refresh() {
   if (mark) ($("stage").querySelector(`#${CSS.escape(mark)}`) ?? $("stage").querySelector(`[aria-label="${CSS.escape(mark)}"]`))?.focus();
 }
 
-function badgeState(picture) {
-  return [...state.jobs.values()].filter((job) => job.target === picture.id).map((job) => job.state).join();
-}
-
 /** Build the stage. */
 export function build() {
   on("queue jobs pictures picture selected progress listings", refresh);
   on("drawn", () => select(null));
   on("progress", () => {
     const { step, steps } = state.queue.running ?? {};
+    const job = running();
+    if (job?.kind === "verify" && $("badge") && shown()?.id === job.target) $("badge").lastChild.textContent = progressOf(job);
     if (steps) document.title = `${Math.round((100 * step) / steps)} % · mezzotint`;
   });
   refresh();

@@ -10,9 +10,10 @@ export const state = {
   preview: null, // {job, url} of the running job
   pictures: [], // the newest first
   selected: null, // a picture, or null to follow what is drawn
-  filter: { search: "", rating: 0 },
+  filter: { search: "", rating: 0, tag: "" },
   more: true, // whether there are older pictures
   models: [],
+  vaes: [],
   samplers: [],
   spacings: [],
   fields: [],
@@ -38,10 +39,11 @@ export async function start() {
 
 async function loadListings() {
   const [models, samplers, schema] = await Promise.all(["models", "samplers", "schema"].map((name) => get(`/api/${name}`)));
-  state.models = models.models ?? models;
-  state.samplers = samplers.samplers ?? samplers;
-  state.spacings = samplers.spacings ?? [];
-  state.fields = schema.fields ?? schema;
+  state.models = models.models;
+  state.vaes = models.vaes;
+  state.samplers = samplers.samplers;
+  state.spacings = samplers.spacings;
+  state.fields = schema.fields;
   emit("listings");
 }
 
@@ -62,6 +64,7 @@ function query(before) {
   const values = new URLSearchParams({ limit: PAGE });
   if (state.filter.search) values.set("search", state.filter.search);
   if (state.filter.rating) values.set("rating", state.filter.rating);
+  if (state.filter.tag) values.set("tag", state.filter.tag);
   if (before) values.set("before", before);
   return `/api/pictures?${values}`;
 }
@@ -140,7 +143,7 @@ function setPreview(data) {
 function passes(picture) {
   const text = picture.prompt.toLowerCase();
   const words = state.filter.search.toLowerCase().split(/\s+/);
-  return picture.rating >= state.filter.rating && words.every((word) => text.includes(word));
+  return picture.rating >= state.filter.rating && (!state.filter.tag || picture.tags.includes(state.filter.tag)) && words.every((word) => text.includes(word));
 }
 
 function addPicture(picture) {
@@ -172,9 +175,9 @@ export function select(picture) {
   emit("selected");
 }
 
-/** Queue requests; each becomes a job. */
-export async function submit(requests, model, priority) {
-  const { jobs } = await post("/api/jobs", { requests, ...(model && { model }), ...(priority && { priority }) });
+/** Queue requests; each becomes a job. `model`, `vae` and `priority` may be given. */
+export async function submit(requests, { model, vae, priority } = {}) {
+  const { jobs } = await post("/api/jobs", { requests, ...(model && { model }), ...(vae && { vae }), ...(priority && { priority }) });
   for (const job of jobs) if (!state.jobs.has(job.id)) state.jobs.set(job.id, job);
   state.queue.order.push(...jobs.map((job) => job.id).filter((id) => !state.queue.order.includes(id)));
   emit("queue");
@@ -188,6 +191,20 @@ export const pause = (paused) => post(`/api/queue/${paused ? "pause" : "resume"}
 /** Rate a picture; the same rating again takes it away. */
 export async function rate(picture, rating) {
   replacePicture(await patch(`/api/pictures/${picture.id}`, { rating: picture.rating === rating ? 0 : rating }));
+}
+
+/** Set the tags of a picture. */
+export async function tag(picture, tags) {
+  replacePicture(await patch(`/api/pictures/${picture.id}`, { tags }));
+}
+
+/** Return the job of a picture, from the server if it is not known here; null if it is not known there either. */
+export async function jobOf(picture) {
+  if (!state.jobs.has(picture.job)) {
+    const job = await get(`/api/jobs/${picture.job}`).catch(() => null);
+    if (job) state.jobs.set(job.id, job);
+  }
+  return state.jobs.get(picture.job) ?? null;
 }
 
 /** Delete a picture; it can be restored for an hour. */

@@ -2,6 +2,7 @@
 
 import { fileUrl } from "./api.js";
 import { el, icon, iconButton, openDialog } from "./dom.js";
+import { revealButton, veil } from "./flagged.js";
 import { step } from "./gallery.js";
 import { on, rate, select, state } from "./store.js";
 
@@ -12,6 +13,7 @@ let shown = null; // its picture
 export function openViewer(picture) {
   const image = el("img", { class: "viewer-image", draggable: false });
   const caption = el("p", { class: "viewer-caption" });
+  const cover = el("div", { class: "viewer-cover" });
   const zoom = { scale: 1, x: 0, y: 0 };
   const place = () => {
     image.style.transform = `translate(${zoom.x}px, ${zoom.y}px) scale(${zoom.scale})`;
@@ -22,6 +24,8 @@ export function openViewer(picture) {
     Object.assign(zoom, { scale: 1, x: 0, y: 0 });
     image.src = fileUrl(next);
     image.alt = next.prompt || "picture";
+    veil(image, next);
+    cover.replaceChildren(revealButton(next) ?? "");
     image.style.setProperty("--ratio", String(next.width / next.height));
     image.style.setProperty("--most", `${Math.max(next.width * 6, 512)}px`);
     caption.textContent = [next.prompt, `${next.width}×${next.height}`, `seed ${next.seed}`, "★".repeat(next.rating)].filter(Boolean).join("  ·  ");
@@ -29,7 +33,7 @@ export function openViewer(picture) {
   };
   const go = (by) => (state.selected ?? select(shown), step(by));
   const content = el("div", { class: "viewer" },
-    el("div", { class: "viewer-plate" }, image),
+    el("div", { class: "viewer-plate" }, image, cover),
     el("div", { class: "viewer-bar" }, iconButton("left", "Newer (←)", () => go(-1)), caption,
       iconButton("compare", "Compare with the next older picture", () => {
         const other = state.pictures[state.pictures.findIndex((one) => one.id === shown.id) + 1];
@@ -80,6 +84,8 @@ export function openCompare(left, right) {
   const line = el("div", { class: "compare-line" }, icon("swap"));
   const range = el("input", { type: "range", min: 0, max: 100, step: 0.1, value: 50, class: "compare-range", id: "compare",
     "aria-label": "How much of the left picture is shown" });
+  veil(top, left);
+  veil(below, right);
   const frame = el("div", { class: "compare-frame" }, below, top, line, range);
   frame.style.setProperty("--ratio", String(left.width / left.height));
   frame.style.setProperty("--most", `${Math.max(left.width, right.width) * 6}px`);
