@@ -17,8 +17,11 @@ test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for
 serve: .venv/installed-serve  ## the server with the bundled model; prints its URL
 	$(BIN)/mezzotint serve
 
-test-page: .venv/installed-all build/axe/axe.min.js  ## the page in a browser; needs chromium, chromium-driver and npm
-	$(BIN)/python -m pytest -m browser tests/server/test_page.py
+test-page: .venv/installed-all build/axe/axe.min.js  ## the page in a browser (about three minutes); needs chromium, chromium-driver and npm
+	$(BIN)/python -m pytest -m browser -n 2 --dist loadfile tests/server
+
+screenshots: .venv/installed-all  ## take the screenshots of the page in docs/images again; needs chromium and chromium-driver
+	PYTHONPATH=tests/server $(BIN)/python tests/server/screenshots.py
 
 build/axe/axe.min.js:
 	mkdir -p build/axe
@@ -54,4 +57,4 @@ bench: .venv/installed-all  ## the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion  # an oracle; only one file of it is read
 	touch $@
 
-.PHONY: demo serve docs test test-slow check bench test-page
+.PHONY: demo serve docs test test-slow check bench test-page screenshots

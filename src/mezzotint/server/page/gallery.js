@@ -12,7 +12,7 @@ const tiles = new Map(); // by id
 
 function tile(picture) {
   const known = tiles.get(picture.id);
-  if (known?.picture === picture) return known.item;
+  if (known?.picture === picture) return (veil(known.image, picture), known.item);
   const image = known?.image ?? el("img", { src: thumbnailUrl(picture), alt: "", loading: "lazy", decoding: "async", width: picture.width,
     height: picture.height });
   const button = el("button", { type: "button", class: "tile", title: picture.prompt, data: { picture: picture.id },
