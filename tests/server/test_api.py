@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import mezzotint
+from mezzotint.prompt import expand
 from mezzotint.request import Request
 from stub_server import HOST, submit, wait_for
 
@@ -238,3 +240,39 @@ def test_events(make_stub, last: str) -> None:
     names = asyncio.run(collect())
     assert ("picture" in names) == (not last)
     assert HOST.startswith("http://127.0.0.1")
+
+
+def test_models_say_what_they_draw_with(tiny: TestClient) -> None:
+    (model,) = tiny.get("/api/models").json()["models"]
+    id = submit(tiny, prompt="a", seed=1)
+    wait_for(tiny, id)
+    (picture,) = tiny.get("/api/pictures").json()["pictures"]
+    record = tiny.get(f"/api/pictures/{picture['id']}/record").json()["request"]
+    assert model["settings"] == {name: record[name] for name in model["settings"]}
+    assert {"width", "height", "steps", "guidance_scale", "sampler", "spacing"} <= set(model["settings"])
+
+
+def test_tokens_are_those_of_the_choice_that_a_seed_draws(tiny: TestClient) -> None:
+    for seed in range(4):
+        prompt = "a {red|blue} cat"
+        reply = tiny.post("/api/tokens", json={"prompt": prompt, "syntax": "comfy", "seed": seed}).json()
+        assert reply["choice"] == expand(prompt, seed, None)
+        assert reply["parts"][0]["variants"][0]["text"] == reply["choice"]
+    assert tiny.post("/api/tokens", json={"prompt": "a cat", "syntax": "comfy"}).json()["choice"] is None
+
+
+def test_embeddings_that_a_prompt_names_are_those_of_its_request(
+    make_stub: Callable[..., TestClient], tmp_path: Path
+) -> None:
+    (tmp_path / "embeddings" / "styles").mkdir(parents=True)
+    for name in ("dotted", "styles/inky", "unused"):
+        (tmp_path / "embeddings" / f"{name}.safetensors").write_bytes(b"")
+    client = make_stub(embeddings=tmp_path / "embeddings")
+    for fields, expected in (
+        ({"prompt": "a Dotted cat", "negative_prompt": "(inky:1.2)"}, ["dotted", "styles/inky"]),
+        ({"prompt": "a dottedly cat"}, None),
+        ({"prompt": "dotted", "embeddings": []}, []),
+    ):
+        job = client.get(f"/api/jobs/{submit(client, **fields)}").json()
+        found = job["request"].get("embeddings")
+        assert (sorted(found) if found else found) == expected
