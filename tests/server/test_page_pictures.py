@@ -215,7 +215,10 @@ def test_word_maps_lie_over_the_picture(page: Page) -> None:
     page.finished("a crab on a teal background")
     page.click("#maps")
     page.wait(lambda: page.texts(".map-word")[:2] == ["a", "crab"])
-    shaded = "return document.querySelector('.map-canvas').getContext('2d', {willReadFrequently: true}).getImageData(0, 0, 384, 384).data.some(Boolean)"
+    shaded = (
+        "const context = document.querySelector('.map-canvas').getContext('2d', {willReadFrequently: true});"
+        "return context.getImageData(0, 0, 384, 384).data.some(Boolean)"
+    )
     assert not page.script(shaded)
     ActionChains(page.driver).move_to_element(page.one(".map-word:nth-child(2)")).perform()
     page.wait(lambda: page.script(shaded))
