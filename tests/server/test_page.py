@@ -25,11 +25,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     bundled = Path(mezzotint.__file__).parent / "data" / "emoji"
     root = tmp_path_factory.mktemp("server")
     options: list[str] = []
-    for kind in ("vaes", "loras", "embeddings", "wildcards"):
+    for kind in ("loras", "embeddings", "wildcards"):
         (root / kind).mkdir()
         options += [f"--{kind}", str(root / kind)]
     (root / "loras" / "fast.safetensors").symlink_to(bundled / "lcm_lora.safetensors")
-    (root / "vaes" / "other.safetensors").symlink_to(bundled / "vae" / "diffusion_pytorch_model.safetensors")
     save_file({"emb_params": torch.zeros(2, 192)}, root / "embeddings" / "dotted.safetensors")
     (root / "wildcards" / "fruit.txt").write_text("lemon\ncherry\n")
     with serving(root / "data", *options) as found:
@@ -162,14 +161,11 @@ def test_pickers_write_into_the_prompt(page: Page) -> None:
     page.click(".picker-item")
     assert page.value("#prompt") == "a whale <lora:fast:0.5> dotted"
     page.wait(lambda: page.texts(".word") == ["a", "whale", "dotted2"])  # two vectors, one word
-    Select(page.one("#vae")).select_by_value("other")
     page.write("#steps", "2")
     page.click("#draw")
     picture = page.finished("a whale <lora:fast:0.5> dotted")
     job = page.job(picture)
-    assert job["vae"] == "other"
     assert job["request"]["embeddings"] == ["dotted"]
-    assert "VAE other" in page.texts(".still .facts span")
     record = page.api("GET", f"/api/pictures/{picture['id']}/record")["request"]
     assert [Path(name).stem for name, *_ in record["loras"]] == ["fast"]
 
