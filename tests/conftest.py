@@ -100,6 +100,14 @@ def tiny_clip(seed: int, tokenizer: Tokenizer, architecture: str = "CLIPTextMode
     return encoder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the session's own, also in processes that the tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The SD1-shaped model as save_folder writes it, float32; its settings: 4 steps, guidance 3."""

@@ -43,6 +43,7 @@ from mezzotint.run.batches import Batch, picture_seeds
 from mezzotint.run.model import LoadedModel
 from mezzotint.run.networks import adopt
 from mezzotint.run.plan import RunPlan, plan_run
+from mezzotint.run.preview import LatentPreview, matrix_path
 from mezzotint.run.runner import OnEstimate, OnImage, OnStep, Runner
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
@@ -433,6 +434,15 @@ class Pipeline:
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be (B, {channels}, h, w)")
         return self._runner.decode(latents, [])
+
+    def preview(self) -> LatentPreview:
+        """Return what shows latents at once: `pipe.preview().picture(latents)` in `on_estimate` of `generate`.
+
+        It multiplies them by a matrix, fitted to the VAE when it is first asked for, and then kept in the user's cache.
+        """
+        config, parts = self.vae.config, self._model.parts
+        path = None if "vae" in self.edited else matrix_path(parts.hashes, parts.given_hashes.get("vae"))
+        return LatentPreview(self.decode, config.latent_channels, config.downscale, path)
 
     def check(self, images: Image.Image | Sequence[Image.Image]) -> list[bool]:
         """Return whether the model's safety checker flags each picture, or the one that is given.

@@ -28,10 +28,8 @@ class Preview:
     """
 
     def __init__(self, pipe: Pipeline, path: Path) -> None:
-        from mezzotint.run.preview import LatentPreview
-
         self._path: Path | None = path
-        self._latents = LatentPreview(pipe.decode, pipe.vae.config.latent_channels, pipe.vae.config.downscale)
+        self._latents = pipe.preview()
 
     def show_latents(self, latents: Tensor) -> None:
         """Write an estimate of the final latents, (B, C, h, w), as one picture, side by side."""

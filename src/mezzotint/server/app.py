@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from mezzotint import __version__
 from mezzotint.errors import MezzotintError, WriteError
@@ -28,7 +29,10 @@ from mezzotint.server.settings import Settings
 from mezzotint.server.static import add_page
 
 log = logging.getLogger("mezzotint.server")
-ROUTERS = [health.router, a1111.router, openai.router, api.router, history_api.router, words_api.router]
+ROUTERS = [health.router, a1111.router, openai.router]
+ROUTERS_WITH_STATE = [api.router, history_api.router, words_api.router]
+# what a stateless server does not have: another replica may get the next request
+ABSENT = ("/metrics", "/v1/images/files/{token}", *(f"/sdapi/v1/{name}" for name in ("progress", "interrupt", "skip")))
 
 
 def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
@@ -53,9 +57,13 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
 
     app = FastAPI(title="mezzotint", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = core
-    for router in ROUTERS:
+    app.state.absent = ABSENT if settings.stateless else ()
+    for path in app.state.absent:
+        app.router.routes.append(Route(path, _absent))  # before the one that would answer
+    for router in ROUTERS if settings.stateless else (*ROUTERS, *ROUTERS_WITH_STATE):
         app.include_router(router)
-    add_page(app)
+    if not settings.stateless:
+        add_page(app)
     app.add_exception_handler(ServerError, _on_server_error)
     app.add_exception_handler(MezzotintError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -64,6 +72,10 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=settings)
     return app
+
+
+async def _absent(request: Request) -> Response:
+    return error_reply("a server without state has no such route", 404, code="not_found")
 
 
 def _on_server_error(request: Request, error: Any) -> Response:

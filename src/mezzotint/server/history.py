@@ -115,6 +115,15 @@ class History:
             raise NotFoundError("there is no such upload")
         return dict(rows[0])
 
+    def forget_uploads(self, before: float) -> None:
+        """Delete the uploads that were last used before a time."""
+        ids = [row["id"] for row in self._store.rows("SELECT id FROM uploads WHERE used < ?", [before])]
+        if ids:
+            with self._store.transaction() as db:
+                db.executemany("DELETE FROM uploads WHERE id = ?", [(id,) for id in ids])
+        for id in ids:
+            self._folder.remove("uploads", id)
+
     # ---- what is kept ------------------------------------------------------------------------------------------------
 
     def clean(self) -> None:

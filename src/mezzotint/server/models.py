@@ -193,11 +193,7 @@ class Models:
         return LoadedModel(pipe, self._preview(pipe))
 
     def _preview(self, pipe: Pipeline) -> LatentPreview | None:
-        from mezzotint.run.preview import LatentPreview
-
-        if not self._settings.preview_every:
-            return None
-        return LatentPreview(pipe.decode, pipe.vae.config.latent_channels, pipe.vae.config.downscale)
+        return pipe.preview() if self._settings.preview_every else None
 
     def _fits(self, pipe: Pipeline, request: Request) -> bool:
         """Return whether a request fits the budget that a pipeline was loaded with."""

@@ -47,6 +47,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
             schemas[name] = schema
         error = {"$ref": REFERENCE.format(model="Error")}
         either = {"anyOf": [{"$ref": REFERENCE.format(model="A1111Error")}, error]}
+        for name in app.state.absent:
+            document["paths"].pop(name, None)
         for name, path in document["paths"].items():
             content = {"application/json": {"schema": either if name.startswith("/sdapi/") else error}}
             for method in METHODS:

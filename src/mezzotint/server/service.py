@@ -21,6 +21,7 @@ from mezzotint.server.worker import Progress, Worker
 
 PRIORITIES = {"interactive": INTERACTIVE, "bulk": BULK}
 DRAIN = 20.0  # seconds for the running picture when the server stops; with the rest of it, under 30
+FORGET = 3600.0  # seconds after which a stateless server deletes uploads, and calls whose clients went away
 RECHECK = 5.0  # seconds after which a waiter looks into the store itself
 
 
@@ -43,7 +44,8 @@ class Service:
         try:
             self.folder = DataFolder(settings.data)
             self._cleanup.enter_context(self.folder.lock())
-            self.store = Store(settings.data / "mezzotint.db", settings.limits.queue)
+            path = None if settings.stateless else settings.data / "mezzotint.db"
+            self.store = Store(path, settings.limits.queue)
             self._cleanup.callback(self.store.close)
         except BaseException:
             self._cleanup.close()
@@ -205,6 +207,18 @@ class Service:
 
     def _get_all(self, ids: Sequence[str]) -> list[Job]:
         return [self.store.get(id) for id in ids]
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Delete what a stateless server has of a call that has been answered, or whose client has gone away."""
+        if not self.settings.stateless:
+            return
+        for job in self._get_all(ids):
+            if not job.ended:
+                self.cancel(job.id)
+            for picture in job.pictures:
+                self.folder.remove("pictures", picture.id)
+        self.store.forget(ids, time.time() - FORGET)
+        self.history.forget_uploads(time.time() - FORGET)
 
     def check_accepting(self) -> None:
         """Check that the server takes new work. Raises UnavailableError."""

@@ -63,6 +63,7 @@ class Settings:
         allow_hosts: Names, besides the address, under which a browser may reach the server.
         cors: Origins of other pages that may read the replies.
         preview_every: Steps between two previews; 0 is none.
+        stateless: Whether nothing is kept after a reply: no history, links or options, and jobs in memory alone.
         limits: What one request may ask for.
     """
 
@@ -82,6 +83,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     preview_every: int = 1
+    stateless: bool = False
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

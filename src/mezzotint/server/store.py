@@ -137,11 +137,11 @@ class Store:
     """The database.
 
     Args:
-        path: Its file, which is made if it is missing.
+        path: Its file, which is made if it is missing; None keeps it in memory.
         limit: The number of jobs that may wait.
     """
 
-    def __init__(self, path: Path, limit: int = 1000) -> None:
+    def __init__(self, path: Path | None, limit: int = 1000) -> None:
         self._limit = limit
         self._lock, self._read_lock = threading.RLock(), threading.RLock()
         self._pending: list[_Submission] = []
@@ -152,6 +152,9 @@ class Store:
             if version not in (0, VERSION):
                 raise WriteError(f"{str(path)!r} was made by a newer version of mezzotint; choose another data folder")
             self._write.executescript(SCHEMA + f"PRAGMA user_version = {VERSION};")
+            if path is None:  # which one connection alone can see
+                self._read, self._read_lock = self._write, self._lock
+                return
             self._read = self._connect(path)
         except sqlite3.Error as error:
             raise WriteError(f"the database {str(path)!r} cannot be used: {error}") from None
@@ -164,8 +167,8 @@ class Store:
                 connection.close()
 
     @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    def _connect(path: Path | None) -> sqlite3.Connection:
+        connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False, timeout=10)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -390,6 +393,14 @@ class Store:
                         db.execute("UPDATE jobs SET position = ? WHERE id = ?", (float(k), row["id"]))
                     position = place - 0.5
             db.execute("UPDATE jobs SET priority = ?, position = ? WHERE id = ?", (priority, position, id))
+
+    def forget(self, ids: Sequence[str], before: float) -> None:
+        """Delete these jobs and their pictures' rows, as far as they have ended, and all that ended before a time."""
+        marks = ",".join("?" * len(ids))
+        ended = f"state IN ('done', 'failed', 'cancelled') AND (id IN ({marks}) OR finished < ?)"
+        with self.transaction() as db:
+            db.execute(f"DELETE FROM pictures WHERE job IN (SELECT id FROM jobs WHERE {ended})", [*ids, before])
+            db.execute(f"DELETE FROM jobs WHERE {ended}", [*ids, before])
 
     # ---- options -----------------------------------------------------------------------------------------------------
 

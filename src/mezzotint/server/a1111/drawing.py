@@ -68,12 +68,13 @@ async def _draw(request: Request, core: Service, body: Text2Image) -> JSONRespon
     waiting.append(call)
     try:
         jobs = await core.wait(call.jobs)
+        failed = next((job for job in jobs if job.state == FAILED), None)
+        if failed is not None:
+            raise failure(failed)
+        images, texts = await run_in_threadpool(_read, core, jobs)
     finally:
         waiting.remove(call)
-    failed = next((job for job in jobs if job.state == FAILED), None)
-    if failed is not None:
-        raise failure(failed)
-    images, texts = await run_in_threadpool(_read, core, jobs)
+        core.forget(call.jobs)
     known = {*type(body).model_fields, *IDLE}
     parameters = {name: value for name, value in body.model_dump().items() if name in known}
     if isinstance(body, Image2Image) and not body.include_init_images:

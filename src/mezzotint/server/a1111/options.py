@@ -17,7 +17,7 @@ from mezzotint.server.a1111.route import Route
 from mezzotint.server.api import Core
 from mezzotint.server.bodies import JSONResponse, body_schema
 from mezzotint.server.dialects import LooseBody, read_body, validate
-from mezzotint.server.errors import InvalidError
+from mezzotint.server.errors import ConflictError, InvalidError
 from mezzotint.server.models import Models
 from mezzotint.server.service import Service
 
@@ -117,6 +117,8 @@ def _set(core: Service, changes: Mapping[str, Any]) -> None:
     known = {name: value for name, value in changes.items() if name in Options.model_fields and value is not None}
     old = core.store.option(STORED) or {}
     new = validate(Options, {**old, **known}).model_dump(exclude_defaults=True)
+    if core.settings.stateless and (new != old or model != current_model(core)):
+        raise ConflictError("this server keeps no options; each request may have its own, as override_settings")
     if new != old:
         core.store.set_option(STORED, new)
     if model != current_model(core):

@@ -104,13 +104,19 @@ async def edit(request: Request, core: Core) -> Response:
 
 
 async def _answer(request: Request, core: Service, body: Generation, fields: dict[str, Any], kind: str) -> Response:
+    if core.settings.stateless and body.response_format == "url":
+        sentence = "response_format is 'url', but this server keeps no pictures; it must be b64_json"
+        raise InvalidError(sentence, "response_format")
     if body.stream:
         return await _stream(core, body, fields, kind)
     job = await run_in_threadpool(_submit, core, body, fields)
-    [job] = await core.wait([job.id])
-    if job.state in (FAILED, CANCELLED):
-        raise failure(job)
-    data = [await run_in_threadpool(_describe_picture, request, core, body, picture) for picture in job.pictures]
+    try:
+        [job] = await core.wait([job.id])
+        if job.state in (FAILED, CANCELLED):
+            raise failure(job)
+        data = [await run_in_threadpool(_describe_picture, request, core, body, picture) for picture in job.pictures]
+    finally:
+        core.forget([job.id])
     return JSONResponse({"created": int(time.time()), "data": data, "model": job.model, **_facts(body, job)})
 
 
@@ -129,7 +135,7 @@ def _facts(body: Generation, job: Job) -> dict[str, Any]:
 
 
 def _describe_picture(request: Request, core: Service, body: Generation, picture: Picture) -> dict[str, str]:
-    if not body.links:
+    if not body.links or core.settings.stateless:
         data = _encode(core, picture.id, body.output_format, body.output_compression)
         return {"b64_json": base64.b64encode(data).decode()}
     links, token = _links(request), secrets.token_hex(16)
@@ -217,15 +223,20 @@ async def _follow(
             job = await run_in_threadpool(core.store.get, job.id)
             if not job.ended and not core.stopping:
                 await run_in_threadpool(core.cancel, job.id)
-    if job.pictures and job.state not in (FAILED, CANCELLED):
-        for picture in job.pictures:
-            data = await run_in_threadpool(_encode, core, picture.id, body.output_format, body.output_compression)
-            usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}  # nothing is billed
-            usage_of = usage | {"input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
-            yield _event(f"{kind}.completed", base64.b64encode(data).decode(), _facts(body, job) | {"usage": usage_of})
-    else:
-        error = {"param": None, **_describe_error(core, failure(job))}
-        yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n".encode()
+    try:
+        if job.pictures and job.state not in (FAILED, CANCELLED):
+            for picture in job.pictures:
+                data = await run_in_threadpool(_encode, core, picture.id, body.output_format, body.output_compression)
+                usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}  # nothing is billed
+                usage_of = usage | {"input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
+                yield _event(
+                    f"{kind}.completed", base64.b64encode(data).decode(), _facts(body, job) | {"usage": usage_of}
+                )
+        else:
+            error = {"param": None, **_describe_error(core, failure(job))}
+            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n".encode()
+    finally:
+        core.forget([job.id])
 
 
 def _partial_step(index: int, count: int, steps: int) -> int:
