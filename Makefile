@@ -10,9 +10,9 @@ demo: .venv/installed  ## draw a picture with the bundled model
 test: .venv/installed-all  ## the tests (about eight minutes on two cores)
 	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/installed-all  ## the long tests; Ray, 150 MB, is installed for them alone
+test-slow: .venv/installed-all build/schemathesis/bin/schemathesis  ## the long tests; Ray, 150 MB, is installed for them alone
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[scale]'
-	$(BIN)/python -m pytest -m slow
+	SCHEMATHESIS=$(CURDIR)/build/schemathesis/bin/schemathesis $(BIN)/python -m pytest -m slow
 
 serve: .venv/installed-serve  ## the server with the bundled model; prints its URL
 	$(BIN)/mezzotint serve
@@ -22,6 +22,10 @@ test-page: .venv/installed-all build/axe/axe.min.js  ## the page in a browser (a
 
 screenshots: .venv/installed-all  ## take the screenshots of the page in docs/images again; needs chromium and chromium-driver
 	PYTHONPATH=tests/server $(BIN)/python tests/server/screenshots.py
+
+build/schemathesis/bin/schemathesis:  # in an environment of its own: its pins are not ours
+	$(PYTHON) -m venv build/schemathesis
+	build/schemathesis/bin/python -m pip install --quiet schemathesis==4.32.5
 
 build/axe/axe.min.js:
 	mkdir -p build/axe

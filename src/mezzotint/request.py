@@ -377,12 +377,12 @@ def _sentence(error: ValidationError, data: Any) -> str:
     for name, kinds in list(findings.items())[:5]:
         field = Request.model_fields.get(str(name))
         if name is None:
-            sentences.append(f"the request is {_brief(data)}; it must be an object with the fields of a Request")
+            sentences.append(f"the request is {brief(data)}; it must be an object with the fields of a Request")
         elif field is None:
             hint = suggest(str(name), REQUEST_ALIASES, Request.model_fields)
-            sentences.append(f"a request has no field {_brief(name)}; {hint}")
+            sentences.append(f"a request has no field {brief(name)}; {hint}")
         else:
-            state = f"is {_brief(given[name])}" if name in given else "is missing"
+            state = f"is {brief(given[name])}" if name in given else "is missing"
             state += ", which is not Unicode" if "string_unicode" in kinds else ""  # as a file's name need not be
             sentences.append(f"{name} {state}; it must be {field.description}")
     return ". ".join(sentences)
@@ -413,7 +413,7 @@ def _from_uri(text: str) -> bytes:
         raise PydanticCustomError("uri", "no base64") from None
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """Return a value as an error message quotes it, shortened."""
     if isinstance(value, str) and len(value) > 60:
         return f"{len(value):,} characters long"

@@ -137,4 +137,5 @@ def facts(core: Service) -> dict[str, Any]:
     """Return what the page shows of the server itself."""
     from mezzotint import __version__
 
-    return {"version": __version__, "model": core.models.default, "limits": vars(core.settings.limits)}
+    limits = vars(core.settings.limits)
+    return {"version": __version__, "model": core.default_model, "notice": core.notice, "limits": limits}

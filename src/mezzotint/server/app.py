@@ -19,11 +19,13 @@ from starlette.routing import Route
 
 from mezzotint import __version__
 from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.request import brief
 from mezzotint.server import a1111, api, health, history_api, openai, words_api
 from mezzotint.server.bodies import error_reply, reply_to
 from mezzotint.server.errors import ServerError
 from mezzotint.server.middleware import Guard
 from mezzotint.server.openapi import describe
+from mezzotint.server.sentences import demand
 from mezzotint.server.service import Service
 from mezzotint.server.settings import Settings
 from mezzotint.server.static import add_page
@@ -97,7 +99,8 @@ def _on_invalid(request: Request, error: Any) -> Response:
     missing = place[:1] == ["path"]  # an id of another form: the same answer as for one that is not there
     if missing:
         return error_reply("there is no such thing here", 404, code="not_found")
-    return error_reply(f"{'.'.join(place[1:])}: {finding['msg']}", 422, code="invalid_value", param=place[-1])
+    sentence = f"{'.'.join(place[1:])} is {brief(finding.get('input'))}; {demand(finding)}"
+    return error_reply(sentence, 422, code="invalid_value", param=place[-1])
 
 
 def _on_http_error(request: Request, error: Any) -> Response:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse as _JSONResponse
 from starlette.responses import Response
 
 from mezzotint.server.errors import InvalidError, ServerError
+from mezzotint.server.sentences import explain, parse_json
 
 Body = TypeVar("Body", bound=BaseModel)
 REFERENCE = "#/components/schemas/{model}"
@@ -53,23 +56,11 @@ async def read_json(request: Request, model: type[Body]) -> Body:
     if kind != "application/json":
         raise UnsupportedError("the body must be JSON, with the Content-Type application/json")
     data = await request.body()
+    value = parse_json(data)
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _invalid(error: ValidationError) -> InvalidError:
-    """Return the first of pydantic's findings as a sentence."""
-    finding = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    places = [
-        str(place) for place in finding["loc"] if not str(place).startswith(("function-", "tuple[", "constrained"))
-    ]
-    param = next((place for place in reversed(places) if place.isidentifier() and place.islower()), None)
-    if finding["type"] == "json_invalid":
-        return InvalidError(f"the body is not valid JSON: {finding['msg']}")
-    where = ".".join(places[:4])[:200] or "the body"
-    return InvalidError(f"{where}: {finding['msg']}", param)
+        raise explain(error, model, value) from None
 
 
 def error_reply(
@@ -92,6 +83,30 @@ def reply_to(error: ServerError) -> Response:
     return error_reply(str(error), error.status, type=error.type, code=error.code, param=error.param, headers=headers)
 
 
+@asynccontextmanager
+async def open_form(request: Request, *, files: int, fields: int) -> AsyncIterator[FormData]:
+    """Parse a form, and close its files at the end.
+
+    Args:
+        request: The request.
+        files: How many files it may have.
+        fields: How many other fields it may have.
+
+    Raises:
+        InvalidError: If it cannot be parsed.
+    """
+    try:
+        form = await request.form(max_files=files, max_fields=fields)
+    except HTTPException as error:
+        raise InvalidError(f"the form cannot be read: {error.detail}") from None
+    except UnicodeError:  # of a charset in the Content-Type
+        raise InvalidError("the form cannot be read: it must be UTF-8") from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
 async def read_upload(request: Request) -> bytes:
     """Return the file in a body: the body itself, or the one file of a form.
 
@@ -102,12 +117,9 @@ async def read_upload(request: Request) -> bytes:
     if kind != "multipart/form-data":
         data = await request.body()
     else:
-        try:
-            async with request.form(max_files=1, max_fields=10) as form:
-                files = [value for value in form.values() if not isinstance(value, str)]
-                data = await files[0].read() if files else b""
-        except HTTPException as error:
-            raise InvalidError(f"the form cannot be read: {error.detail}") from None
+        async with open_form(request, files=1, fields=10) as form:
+            given = [value for value in form.values() if not isinstance(value, str)]
+            data = await given[0].read() if given else b""
     if not data:
         raise InvalidError("the body must be a file, or a form with one file", "file")
     return data

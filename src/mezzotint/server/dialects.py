@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -12,6 +11,7 @@ from mezzotint.server.bodies import UnsupportedError
 from mezzotint.server.errors import InvalidError, ServerError
 from mezzotint.server.files import inspect_picture
 from mezzotint.server.schema import decode_base64
+from mezzotint.server.sentences import explain, parse_json
 from mezzotint.server.store import Job
 
 
@@ -38,11 +38,7 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     """
     if media_type(request) != "application/json":  # a page of another origin can send other types without asking
         raise UnsupportedError("the body must be JSON, with the Content-Type application/json")
-    try:
-        data = json.loads(await request.body() or b"{}", parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidError(f"the body is not valid JSON: {str(error)[:200]}") from None
-    return validate(model, data)
+    return validate(model, parse_json(await request.body() or b"{}"))
 
 
 def validate(model: type[Body], data: Any) -> Body:
@@ -50,10 +46,7 @@ def validate(model: type[Body], data: Any) -> Body:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        finding = error.errors(include_url=False, include_input=False)[0]
-        place = [str(part) for part in finding["loc"]]
-        where = ".".join(place)[:200] or "the body"
-        raise InvalidError(f"{where}: {finding['msg']}", place[0][:100] if place else None) from None
+        raise explain(error, model, data) from None
 
 
 def media_type(request: Request) -> str:
@@ -83,7 +76,3 @@ def failure(job: Job) -> ServerError:
     if error.code in ("internal", "bad_file"):  # nothing that the client could mend
         error.status, error.type = 500, "server_error"
     return error
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")

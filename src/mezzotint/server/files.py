@@ -16,6 +16,7 @@ import io
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 FOLDERS = {"pictures": ".png", "thumbnails": ".webp", "maps": ".json", "uploads": ""}
 ID = re.compile("[0-9a-f]{32}|[0-9a-f]{64}")
 THUMBNAIL = 320  # pixels of the longer side
+_DECODING = threading.Lock()  # one at a time: a small file may hold 80 million pixels
 SPARE_DISK = 64 * 2**20  # bytes that must be free to draw on
 
 
@@ -109,8 +111,12 @@ class DataFolder:
         """Return the free bytes of the disk."""
         return shutil.disk_usage(self.path).free
 
-    def store_upload(self, data: bytes) -> tuple[str, str, int, int]:
+    def store_upload(self, data: bytes, param: str) -> tuple[str, str, int, int]:
         """Check a picture by its content and keep it under its SHA-256.
+
+        Args:
+            data: The file.
+            param: The field that it came in, for the error.
 
         Returns:
             Its id, its format, width and height.
@@ -118,7 +124,7 @@ class DataFolder:
         Raises:
             InvalidError: If it is not a PNG, JPEG or WebP file, or too large.
         """
-        format, width, height = inspect_picture(data)
+        format, width, height = inspect_picture(data, param)
         id = hashlib.sha256(data).hexdigest()
         if not self.file("uploads", id).exists():
             self.write("uploads", id, data)
@@ -136,7 +142,8 @@ def inspect_picture(data: bytes, param: str = "image") -> tuple[str, int, int]:
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")):
         raise InvalidError(f"{param} is not a PNG, JPEG or WebP file", param)
     try:
-        image = open_picture(data, param)
+        with _DECODING:
+            image = open_picture(data, param)
     except RequestError as error:
         raise InvalidError(str(error), param) from None
     format = "PNG" if data[0] == 0x89 else "JPEG" if data[0] == 0xFF else "WEBP"

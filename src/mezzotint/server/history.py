@@ -98,9 +98,9 @@ class History:
 
     # ---- uploads -----------------------------------------------------------------------------------------------------
 
-    def upload(self, data: bytes) -> dict[str, Any]:
-        """Keep an uploaded picture, named by its content, and describe it. Raises InvalidError."""
-        id, format, width, height = self._folder.store_upload(data)
+    def upload(self, data: bytes, param: str = "file") -> dict[str, Any]:
+        """Keep an uploaded picture, named by its content, and describe it. Raises InvalidError about the field."""
+        id, format, width, height = self._folder.store_upload(data, param)
         with self._store.transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?, ?)",

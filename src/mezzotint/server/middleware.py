@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mezzotint.server.bodies import error_reply
 from mezzotint.server.settings import Settings, is_loopback
 
-OPEN = ("/healthz", "/login", "/api/login")  # these are answered without a token
+OPEN = ("/healthz", "/api/login")  # these are answered without a token
 STATIC = ("/", "/static/")  # the page itself, which holds no data, shows the login form
 LINKS = "/v1/images/files/"  # each link is a secret of its own
 COOKIE = "mezzotint"

@@ -101,14 +101,12 @@ class Models:
                 found.append(name)
         return found
 
-    def find_model(self, name: str | None) -> str:
-        """Return the listed name of a model; None is the default.
+    def find_model(self, name: str) -> str:
+        """Return the listed name of a model, in any case.
 
         Raises:
             InvalidError: If it is not listed.
         """
-        if name is None:
-            return self.default
         found = next((known for known in self.paths if known.lower() == name.lower()), None)
         if found is None:
             raise InvalidError(
@@ -201,9 +199,14 @@ class Models:
         return spare is None or spare >= 0
 
     def _options(self, vae: str | None) -> dict[str, Any]:
-        return {"vae": self.find("vaes", vae, "vae")} if vae else {}
+        return {"vae": self.find("vaes", vae, "vae")} if vae is not None else {}
 
     # ---- planning ----------------------------------------------------------------------------------------------------
+
+    def own_size(self, model: str) -> tuple[int, int]:
+        """Return the width and height that a model draws when none is given; its files' headers are read once."""
+        info = _headers(self.paths[model], self._settings.device, self._settings.dtype, ()).info
+        return info.settings.get("width", info.native_size), info.settings.get("height", info.native_size)
 
     def plan(self, model: str, vae: str | None, request: Request, memory: str | None = None) -> MemoryPlan:
         """Plan the memory of a request, without loading the model.

@@ -95,8 +95,12 @@ class Translator:
     def __init__(self, settings: Settings, models: Models, folder: DataFolder, history: History) -> None:
         self._settings, self._models, self._folder, self._history = settings, models, folder, history
 
-    def store(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def store(self, fields: Mapping[str, Any], model: str) -> dict[str, Any]:
         """Return the fields of a body as a job keeps them: checked, pictures as upload ids, with a seed.
+
+        Args:
+            fields: The fields of a body.
+            model: The listed name of the model, whose size is that of a body without one.
 
         Raises:
             InvalidError: If a field is wrong, names what is not listed, or asks for more than the limits.
@@ -112,6 +116,7 @@ class Translator:
         for name in PICTURES:
             if name in stored:
                 stored[name] = self._upload(stored[name], name)
+        self._check_size(stored, model)
         if stored.get("seed") is None:
             stored["seed"] = secrets.randbelow(2**32)  # drawn now, so that a restart gives the same bits
         self.request(stored)
@@ -158,13 +163,47 @@ class Translator:
     def _upload(self, value: Any, param: str) -> str:
         """Return the id of the upload of a picture that is given by value or id."""
         if isinstance(value, bytes):
-            return str(self._history.upload(value)["id"])
+            return str(self._history.upload(value, param)["id"])
         if not isinstance(value, str):
             raise InvalidError(f"{param} must be {_PICTURE}", param)
         if ID.fullmatch(value):
             self._read_upload(value, param)
             return value
-        return str(self._history.upload(decode_base64(value, param))["id"])
+        return str(self._history.upload(decode_base64(value, param), param)["id"])
+
+    def _check_size(self, stored: Mapping[str, Any], model: str) -> None:
+        """Check the sizes that a body does not say: that of its picture, or of the model.
+
+        Raises:
+            InvalidError: If they are above the limits.
+        """
+        limits = self._settings.limits
+        image, inner = stored.get("image"), stored.get("only_masked") is not None
+        size = (0, 0)
+        if image is not None:
+            from mezzotint.images.init_image import picture_size
+
+            left, top, right, bottom = stored.get("outpaint") or (0, 0, 0, 0)
+            width, height = picture_size(self._read_upload(str(image), "image"))
+            size = width + left + right, height + top + bottom
+            if inner and size[0] * size[1] > limits.batch_pixels:  # the result is pasted into the whole of it
+                raise InvalidError(
+                    f"image gives a picture of {size[0]}x{size[1]} pixels; at most {limits.batch_pixels:,} pixels are "
+                    "allowed",
+                    "image",
+                )
+        if stored.get("width") and stored.get("height"):
+            return
+        if image is None or inner:
+            if not stored.get("hires") and (stored.get("batch") or 1) == 1:
+                return  # no model's own size is above the limits
+            size = self._models.own_size(model)
+        width, height = stored.get("width") or size[0], stored.get("height") or size[1]
+        try:
+            check_limits({**stored, "width": width, "height": height}, limits)
+        except InvalidError as error:
+            given = "the image's size" if image is not None and not inner else "the model's own size"
+            raise InvalidError(f"{error}. Without width and height, {given} is drawn", error.param) from None
 
     def _read_upload(self, id: str, param: str) -> bytes:
         try:

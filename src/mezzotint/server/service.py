@@ -85,6 +85,24 @@ class Service:
         if self.drain():
             self._cleanup.close()
 
+    @property
+    def default_model(self) -> str:
+        """The listed name of the model that a request without one gets: the chosen one, as long as it is listed."""
+        chosen = self.store.option("model")
+        return chosen if chosen in self.models.paths else self.models.default
+
+    def find_model(self, name: str | None) -> str:
+        """Return the listed name of a model; None is the default one. Raises InvalidError if it is not listed."""
+        return self.default_model if name is None else self.models.find_model(name)
+
+    @property
+    def notice(self) -> str | None:
+        """What a person should know of the options."""
+        chosen = self.store.option("model")
+        if chosen is None or chosen in self.models.paths:
+            return None
+        return f"the chosen model {chosen[:100]!r} is not listed any more; {self.models.default} is used in its place"
+
     # ---- jobs --------------------------------------------------------------------------------------------------------
 
     def submit(
@@ -109,12 +127,12 @@ class Service:
             ServerError: If one of them is wrong, the queue is full, or the server is stopping.
         """
         self.check_accepting()
-        name = self.models.find_model(model or self.store.option("model"))
+        name = self.find_model(model)
         if vae is not None:
             self.models.find("vaes", vae, "vae")
         jobs = []
         for request in requests:
-            stored = self.translator.store(request)
+            stored = self.translator.store(request, name)
             self._check_fits(name, vae, stored)
             jobs.append(NewJob(stored, name, vae, PRIORITIES[priority], dialect))
         return self._enqueue(jobs)

@@ -113,7 +113,7 @@ def _tokens(core: Service, body: Words) -> dict[str, Any]:
     from mezzotint.run.tokens import describe_tokens
     from mezzotint.weights.embeddings import Library
 
-    tokenizers, widths, settings = _tokenizers(core.models.paths[core.models.find_model(body.model)])
+    tokenizers, widths, settings = _tokenizers(core.models.paths[core.find_model(body.model)])
     syntax = body.syntax or "a1111"
     remarks = [{"start": one.start, "end": one.end, "message": one.sentence} for one in lint(body.prompt, syntax)]
     steps = body.steps or min(int(settings.get("steps", STEPS)), 150)
@@ -153,8 +153,8 @@ async def plan(request: Request, core: Core) -> Response:
 
 
 def _plan(core: Service, fields: dict[str, Any], model: str | None, vae: str | None) -> Response:
-    stored = core.translator.store(fields)
-    name = core.models.find_model(model or core.store.option("model"))
+    name = core.find_model(model)
+    stored = core.translator.store(fields, name)
     try:
         made = core.models.plan(name, vae, core.translator.request(stored))
     except BudgetError as error:
@@ -183,7 +183,8 @@ def _info(core: Service, data: bytes) -> dict[str, Any]:
         try:
             return describe_file(Path(file.name))
         except RequestError as error:
-            raise InvalidError(core.translator.message(error).replace(Path(file.name).name, "the file")) from None
+            sentence = core.translator.message(error).replace(Path(file.name).name, "the file")
+            raise InvalidError(sentence.removeprefix("'the file': ")) from None
 
 
 @router.post("/login", openapi_extra=body_schema(Login), tags=["login"])

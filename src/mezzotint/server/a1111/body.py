@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from mezzotint.records.infotext import Infotext, to_request
-from mezzotint.request import MAX_SIDE
+from mezzotint.request import MAX_SIDE, brief
 from mezzotint.samplers import Spellings
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE
 from mezzotint.server.dialects import LooseBody, decode_picture
@@ -45,6 +45,8 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "s_tmax": (0,),
     "s_noise": (1,),
     "s_min_uncond": (0,),
+    "image_cfg_scale": (1.5, 0),
+    "disable_extra_networks": (False,),
     "refiner_checkpoint": ("", "None"),
     "refiner_switch_at": (0, 1),
     "hr_checkpoint_name": ("", "Use same checkpoint"),
@@ -59,6 +61,11 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "alwayson_scripts": ({},),
     "script_name": ("", "None"),
 }
+# where the pictures are kept, and what clients and extensions note for themselves: these ask for nothing to be drawn
+NO_EFFECT = (
+    *("do_not_save_samples", "do_not_save_grid", "save_images", "script_args", "force_task_id", "comments"),
+    *("override_settings_restore_afterwards", "firstpass_image", "use_async", "id_task"),
+)
 ONLY_HIRES = ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt")
 # the client's name of a field of Request, for sentences
 NAMES = {
@@ -246,7 +253,7 @@ def translate(body: Text2Image, options: Mapping[str, Any], *, loads_networks: b
     notes = [*unsupported(body)]
     sampler, schedule = find_sampler(body.sampler_name or body.sampler_index, body.scheduler)
     if body.seed < -1:
-        raise InvalidError(f"seed is {body.seed}; it must be -1 (random) or a whole number from 0", "seed")
+        raise InvalidError(f"seed is {brief(body.seed)}; it must be -1 (random) or a whole number from 0", "seed")
     seed = secrets.randbelow(SUBSEEDS) if body.seed == -1 else body.seed
     subseed = secrets.randbelow(SUBSEEDS) if body.subseed < 0 else body.subseed
     eta = body.eta
@@ -341,6 +348,12 @@ def unsupported(body: Text2Image) -> Iterator[str]:
                 yield f"alwayson_scripts: {script[:100]}"
         else:
             yield f"{name}: {str(value)[:100]}"
+
+
+def unknown(body: Text2Image) -> list[str]:
+    """Return the names of the keys that mean nothing here: at most 50. Their values may be secrets."""
+    names = [name for name in body.model_extra or {} if name not in IDLE and name not in NO_EFFECT]
+    return [name[:100] for name in names[:50]]
 
 
 def rename(error: InvalidError) -> InvalidError:

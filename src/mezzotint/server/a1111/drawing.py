@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from mezzotint.errors import RequestError
 from mezzotint.request import Request as Drawing
 from mezzotint.server.a1111 import options
-from mezzotint.server.a1111.body import IDLE, Image2Image, Task, Text2Image, rename, translate
+from mezzotint.server.a1111.body import IDLE, Image2Image, Task, Text2Image, rename, translate, unknown
 from mezzotint.server.a1111.route import Route
 from mezzotint.server.api import Core
 from mezzotint.server.bodies import JSONResponse, body_schema
@@ -155,6 +155,7 @@ def _info(body: Text2Image, task: Task, jobs: list[Job], texts: list[str], call:
         "is_using_inpainting_conditioning": False,
         "version": _version(),
         "unsupported": task.notes,
+        "unknown": unknown(body),
     }
 
 

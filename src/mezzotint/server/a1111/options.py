@@ -57,7 +57,7 @@ def in_force(core: Service, changes: Mapping[str, Any] | None = None) -> dict[st
     elif "sd_vae" in given:
         core.models.find("vaes", found["sd_vae"], "sd_vae")
     model = given.get("sd_model_checkpoint")
-    found["sd_model_checkpoint"] = find_model(core.models, model) if model else current_model(core)
+    found["sd_model_checkpoint"] = find_model(core.models, model) if model else core.default_model
     return found
 
 
@@ -65,12 +65,6 @@ def ignored(changes: Mapping[str, Any]) -> list[str]:
     """Return a phrase for each option of a request that is not supported."""
     known = {*Options.model_fields, *FIXED, "sd_model_checkpoint"}
     return [f"override_settings: {str(name)[:100]}" for name in list(changes)[:100] if name not in known]
-
-
-def current_model(core: Service) -> str:
-    """Return the listed name of the default model."""
-    chosen = core.store.option("model")
-    return chosen if chosen in core.models.paths else core.models.default
 
 
 def find_model(models: Models, title: Any) -> str:
@@ -95,7 +89,8 @@ def find_model(models: Models, title: Any) -> str:
 def get_options(core: Core) -> JSONResponse:
     """Return the options."""
     stored = validate(Options, core.store.option(STORED) or {}).model_dump()
-    return JSONResponse({"sd_model_checkpoint": current_model(core), **FIXED, **stored})
+    notice = {"mezzotint_notice": core.notice} if core.notice else {}
+    return JSONResponse({"sd_model_checkpoint": core.default_model, **FIXED, **stored, **notice})
 
 
 class Changes(LooseBody):
@@ -117,9 +112,9 @@ def _set(core: Service, changes: Mapping[str, Any]) -> None:
     known = {name: value for name, value in changes.items() if name in Options.model_fields and value is not None}
     old = core.store.option(STORED) or {}
     new = validate(Options, {**old, **known}).model_dump(exclude_defaults=True)
-    if core.settings.stateless and (new != old or model != current_model(core)):
+    if core.settings.stateless and (new != old or model != core.default_model):
         raise ConflictError("this server keeps no options; each request may have its own, as override_settings")
     if new != old:
         core.store.set_option(STORED, new)
-    if model != current_model(core):
+    if model != core.default_model:
         core.store.set_option("model", model)

@@ -11,8 +11,10 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.request import brief
 from mezzotint.server.bodies import JSONResponse
 from mezzotint.server.errors import ServerError
+from mezzotint.server.sentences import demand
 from mezzotint.server.service import Service
 
 
@@ -32,7 +34,8 @@ class Route(APIRoute):
                 return _error(type(error).__name__, str(error), error.status, retry)
             except RequestValidationError as error:
                 finding = error.errors()[0]
-                return _error("InvalidError", f"{finding['loc'][-1]}: {finding['msg']}", 422)
+                sentence = f"{finding['loc'][-1]} is {brief(finding.get('input'))}; {demand(finding)}"
+                return _error("InvalidError", sentence, 422)
             except WriteError:
                 return _error("WriteError", "the disk of the data folder is full or broken", 503)
             except MezzotintError as error:

@@ -121,8 +121,7 @@ def _transparent_parts(data: bytes) -> bytes | None:
 def find_model(core: Service, name: str) -> str:
     """Return the listed model of a name; the default for any other, since clients send that API's own names."""
     listed = next((known for known in core.models.paths if known.lower() == name.lower()), None)
-    chosen = core.store.option("model")
-    return listed or (chosen if chosen in core.models.paths else core.models.default)
+    return listed or core.default_model
 
 
 def rename(error: InvalidError) -> InvalidError:

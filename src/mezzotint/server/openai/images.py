@@ -25,7 +25,7 @@ from starlette.responses import Response, StreamingResponse
 
 from mezzotint.errors import MezzotintError, RequestError, WriteError
 from mezzotint.server.api import Core
-from mezzotint.server.bodies import JSONResponse, UnsupportedError, body_schema, error_reply
+from mezzotint.server.bodies import JSONResponse, UnsupportedError, body_schema, error_reply, open_form
 from mezzotint.server.dialects import failure, media_type, read_body, validate
 from mezzotint.server.errors import InvalidError, NotFoundError, ServerError, UnavailableError
 from mezzotint.server.events import BEAT, Subscription
@@ -92,7 +92,7 @@ async def edit(request: Request, core: Core) -> Response:
     """Draw a picture anew, or its part where the mask is transparent."""
     if media_type(request) != "multipart/form-data":
         raise UnsupportedError("the body must be a form, with the Content-Type multipart/form-data")
-    async with request.form(max_files=20, max_fields=100) as form:
+    async with open_form(request, files=20, fields=100) as form:
         files = [value for name, value in form.multi_items() if name in IMAGES and isinstance(value, UploadFile)]
         if len(files) != 1:
             raise InvalidError(f"image is {len(files)} files; it must be one picture", "image")
@@ -258,7 +258,7 @@ def _links(request: Request) -> dict[str, Link]:
     if not hasattr(state, "links"):
         state.links = {}
     found: dict[str, Link] = state.links
-    for token in [token for token, link in found.items() if link.until < time.monotonic()]:
+    for token in [token for token, link in list(found.items()) if link.until < time.monotonic()]:
         found.pop(token, None)
     return found
 
