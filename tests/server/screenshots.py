@@ -101,21 +101,10 @@ def open_compare(page: Page) -> None:
     page.click("#compare-next")
 
 
-def open_grid(page: Page) -> None:
-    page.write("#prompt", "a lemon on a blue background")
-    page.write("#seed", "7")
-    page.click("#open-grid")
-    page.write("#grid-x-values", "1, 3, 6, 9")
-    page.write("#grid-y-values", "3, 6, 20")
-    page.click("#grid-draw")
-    page.wait(lambda: len(page.all(".grid-table .tile")) == 12)
-
-
 DIALOGS: dict[str, tuple[str, Callable[[Page], None]]] = {
     "page-inpaint": ("light", open_canvas),
     "page-maps": ("dark", open_maps),
     "page-compare": ("light", open_compare),
-    "page-grid": ("light", open_grid),
 }
 
 
