@@ -90,7 +90,7 @@ class Picture:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return asdict(self)
+        return vars(self) | {"tags": list(self.tags)}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return asdict(self)
+        return vars(self) | {"pictures": [picture.to_dict() for picture in self.pictures]}
 
 
 class _Submission:
