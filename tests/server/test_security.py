@@ -265,6 +265,7 @@ def test_names_are_never_paths(make_stub, tmp_path: Path, opened: list[str]) -> 
     strange = [
         one for one in strange if not re.search(r"open \d+$|/site-packages/|\.pyc?$|/dev/|/proc/self|None$", one)
     ]
+    strange = [one for one in strange if one not in {f"os.listdir {place}" for place in (*sys.path, Path.cwd())}]
     assert not strange, strange[:5]
     assert not any("secret" in one for one in opened)
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
