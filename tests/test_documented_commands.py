@@ -45,10 +45,12 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
     r"^mezzotint serve": "serves until it is stopped; tests/server does",
     r"--safety blur": "the tiny model has no safety checker; tests/run/test_safety.py has one",
     r"--safety-checker": "downloads a safety checker",
+    r"--control ": "the tiny model has no ControlNet; tests/run/test_controls.py has one",
 }  # those of mezzotint are parsed all the same: their options exist and their values are valid
 SKIPPED_PYTHON = {
     "from_pretrained": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
     "pipe.load_textual_inversion": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
+    "control=": "the tiny model has no ControlNet; tests/run/test_controls.py has one",
     "openai": "needs a running server; tests/server/test_openai.py has one",
 }
 REPLACED = {  # what a page names, and what stands for it here

@@ -33,6 +33,7 @@ PUBLIC = {
     "TrainingError",
     "WriteError",
     "attention",
+    "control",
     "diffusion",
     "image",
     "load",

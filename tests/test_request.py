@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mezzotint.entries.control import Control
 from mezzotint.errors import RequestError
 from mezzotint.images import io
 from mezzotint.request import MAX_PROMPT, MAX_SEED, Request
@@ -65,6 +66,17 @@ FULL: dict[str, Any] = {
     "masked_content": "fill",
     "only_masked": 32,
     "outpaint": (0, 8, 64, 0),
+    "control": (
+        {
+            "file": "canny.pth",
+            "image": "edge.png",
+            "scale": 0.8,
+            "start": 0.1,
+            "end": 0.6,
+            "mode": "prompt",
+            "resize_mode": "crop",
+        },
+    ),
     "hires": 2.0,
     "hires_upscale": "pixels",
     "hires_steps": 12,
@@ -107,7 +119,7 @@ def test_a_repr_shows_the_fields_that_are_set() -> None:
     request = Request("", image=b"x" * 12_345, loras=["a.safetensors"])
     assert repr(request) == "Request(prompt='', loras=(('a.safetensors', 1.0),), image=<12,345 bytes>)"
     full = Request(**{**FULL, "mask": "mask.png"})
-    assert eval(repr(full)) == full
+    assert eval(repr(full), {"Request": Request, "Control": Control}) == full
 
 
 # ---- Result ----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         TrainingError,
         WriteError,
     )
+    from mezzotint.images import control
     from mezzotint.memory.planner import plan
     from mezzotint.models import attention
     from mezzotint.pipeline import Pipeline, load
@@ -46,6 +47,7 @@ __all__ = [
     "TrainingError",
     "WriteError",
     "attention",
+    "control",
     "diffusion",
     "image",
     "load",
@@ -71,6 +73,7 @@ _SOURCES = {  # the module that defines each name
 }
 _MODULES = {
     "attention": "models.attention",
+    "control": "images.control",
     "diffusion": "diffusion",
     "image": "image",
     "prompt": "prompt",

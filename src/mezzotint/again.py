@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mezzotint.entries.control import Control
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.init_image import digest, read
 from mezzotint.images.io import CHUNKS, FORMATS, encode_file, open_file, read_metadata, read_picture
@@ -63,7 +64,7 @@ DEPENDENT_FIELDS = {
 }
 UNKNOWN_SIDE, UNKNOWN_STEPS = 1024, 50  # of another program's picture whose text has none
 # fields of a Request that name files; their values in a record are never used
-FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder")
+FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder", "control")
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,15 @@ def find_inputs(
                 warnings.append(f"{name} is {path!r}, whose SHA-256 is not the one in the record")
             paths[name] = path
             continue
+        option = "--control FILE:image=PICTURE" if name.startswith("control") else f"--{name}"
         if input is None:
-            raise RequestError(f"the record does not identify the input picture ({name}); give it with --{name}")
+            raise RequestError(f"the record does not identify the input picture ({name}); give it with {option}")
         found = _find_by_sha256(input.sha256, [Path(path)] if path else folders)
         if found is None:
             recorded_path = f" {input.path!r}" if input.path else ""
             raise RequestError(
                 f"the input picture ({name}){recorded_path} was changed or is missing: no picture with the SHA-256 "
-                f"{input.sha256[:10]}... was found; give the picture or its folder with --{name}, since a path in a "
+                f"{input.sha256[:10]}... was found; give the picture or its folder with {option}, since a path in a "
                 "record is never opened"
             )
         paths[name] = str(found)
@@ -290,6 +292,7 @@ def again(
     inputs: Mapping[str, str] | None = None,
     embeddings: tuple[str, ...] | None = None,
     loras: Sequence[Any] | None = None,
+    controls: Sequence[Mapping[str, Any]] = (),
     on_step: OnStep | None = None,
     cache: dict[Any, list[Image.Image]] | None = None,
 ) -> list[Image.Image]:
@@ -305,6 +308,7 @@ def again(
         inputs: The paths of the input pictures, from `find_inputs`.
         embeddings: Files, folders or hub ids of the embeddings.
         loras: The LoRAs, as a Request takes them.
+        controls: The `file` of each ControlNet, in the order of the request, and other fields of it to override.
         on_step: Called with (steps done, steps in total) after each step.
         cache: Holds the last batch, for files that share it.
 
@@ -315,7 +319,10 @@ def again(
         RequestError: If the picture cannot be generated from its record.
     """
     record = source.record
-    files: dict[str, Any] = {**dict.fromkeys(FILE_FIELDS), **(inputs or {}), "embeddings": embeddings, "loras": loras}
+    pictures = {name: path for name, path in (inputs or {}).items() if name in FILE_FIELDS}
+    files: dict[str, Any] = {**dict.fromkeys(FILE_FIELDS), **pictures, "embeddings": embeddings, "loras": loras}
+    if "control" not in (changes or {}):
+        files["control"] = _controls(source, controls, inputs or {})
     if record and record.model.embeddings and not embeddings:
         names = ", ".join(sorted(record.model.embeddings))
         raise RequestError(f"it was generated with the embeddings {names[:200]}; give their files with --embedding")
@@ -339,6 +346,22 @@ def again(
             cache.clear()
             cache[key] = pipe.draw(jobs, on_step=on_step)
         return [cache[key][record.place]]
+
+
+def _controls(
+    source: Source, given: Sequence[Mapping[str, Any]], inputs: Mapping[str, str]
+) -> tuple[Control, ...] | None:
+    """Return the ControlNets of a record, with these files and the input pictures in place of the names in it."""
+    entries = source.request.control or ()
+    if len(entries) != len(given):
+        names = ", ".join(entry.file for entry in entries)
+        what = f"it was generated with the ControlNets {names[:200]}" if entries else "it has no ControlNet"
+        raise RequestError(f"{what}, and {len(given)} were given; give the file of each, in this order, with --control")
+    found = [
+        entry.replace(**{**own, "image": inputs.get(f"control[{k}].image")})
+        for k, (entry, own) in enumerate(zip(entries, given, strict=True))
+    ]
+    return tuple(found) or None
 
 
 def _draws_another(changes: Mapping[str, Any] | None) -> bool:

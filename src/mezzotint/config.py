@@ -260,6 +260,26 @@ class UNetConfig(_Config):
         return self
 
 
+class ControlNetConfig(UNetConfig):
+    """A ControlNet (`config.json` of diffusers' ControlNetModel): the way down of a UNet, and what it adds to it."""
+
+    conditioning_channels: Size = 3
+    controlnet_conditioning_channel_order: Literal["rgb", "bgr"] = "rgb"
+    conditioning_embedding_out_channels: Annotated[Sizes, Field(min_length=2)] = (16, 32, 96, 256)
+    global_pool_conditions: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_way_up(cls, fields: Any) -> Any:
+        levels = len(fields.get("block_out_channels", (None,) * 4)) if isinstance(fields, dict) else 0
+        return {**fields, "up_block_types": ("UpBlock2D",) * levels} if levels else fields
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of the conditioning picture per latent along one side."""
+        return 1 << (len(self.conditioning_embedding_out_channels) - 1)
+
+
 def _layer_depths(depths: Depths, layers: tuple[int, ...], kinds: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """Return the depth of each layer of each block; `depths`, `layers` (their numbers) and `kinds` are by block."""
     return tuple(

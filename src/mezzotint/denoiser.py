@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mezzotint.diffusion.guidance import step_index
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
+from mezzotint.models.controlnet import ControlRun, add_residuals
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.samplers.sampler import TimestepKind
 
@@ -42,6 +43,8 @@ class Denoiser:
             latents of the masked picture.
         split: Whether the network is given one condition at a time.
         guidance_scale: Returns the guidance scale at a noise level, for a network that takes it as an input.
+        controls: The ControlNets.
+        prompts: How many of the conditions, the first ones, are parts of the prompt.
     """
 
     def __init__(
@@ -55,10 +58,13 @@ class Denoiser:
         inpaint_channels: Tensor | None = None,
         split: bool = False,
         guidance_scale: Callable[[float], float] | None = None,
+        controls: Sequence[ControlRun] = (),
+        prompts: int = 1,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
         self.levels, self.split, self.guidance_scale = levels, split, guidance_scale
+        self.controls, self.prompts = controls, prompts
         self.inpaint_channels = (
             None if inpaint_channels is None else inpaint_channels.to(parameter.device, parameter.dtype)
         )
@@ -80,7 +86,7 @@ class Denoiser:
         """
         conditions = self.conditions(sigma)[:count]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
-        sample = sample if self.inpaint_channels is None else torch.cat([sample, self.inpaint_channels], dim=1)
+        whole = sample if self.inpaint_channels is None else torch.cat([sample, self.inpaint_channels], dim=1)
         embedding = None if self.guidance_scale is None else self.unet.guidance_embedding(self.guidance_scale(sigma))
         state = _keys_values_state(self.unet)
         if state != self._weights:
@@ -90,12 +96,32 @@ class Denoiser:
         for call in dict.fromkeys(calls):
             same = [k for k, own in enumerate(calls) if own == call]
             condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
-            samples = torch.cat([sample] * len(same))  # (len(same) * B, C, h, w)
+            samples = torch.cat([whole] * len(same))  # (len(same) * B, C, h, w)
             output: Tensor = self.unet(
-                samples, self.timestep(sigma), condition, keys_values=keys_values or None, timestep_cond=embedding
+                samples,
+                self.timestep(sigma),
+                condition,
+                keys_values=keys_values or None,
+                timestep_cond=embedding,
+                **self._residuals(sigma, sample, conditions, same),
             )
             outputs |= zip(same, output.to(x.dtype).chunk(len(same)), strict=True)
         return tuple(outputs[k] for k in range(len(conditions)))
+
+    def _residuals(
+        self, sigma: float, sample: Tensor, conditions: Sequence[Condition], same: Sequence[int]
+    ) -> dict[str, list[Tensor] | Tensor]:
+        """Return what the ControlNets add for the conditions `same`, as arguments of the UNet; none if none acts."""
+        if not self.controls:
+            return {}
+        total, step = None, step_index(sigma, self.levels or ())
+        own, acts = [conditions[k] for k in same], [k < self.prompts for k in same]
+        for control in self.controls:
+            total = add_residuals(total, control.residuals(step, sample, self.timestep(sigma), own, acts))
+        if total is None:
+            return {}
+        down, mid = total
+        return {"down_residuals": [residual.to(self.dtype) for residual in down], "mid_residual": mid.to(self.dtype)}
 
     def conditions(self, sigma: float) -> list[Condition]:
         """Return the conditions of the step that a call at this noise level belongs to."""

@@ -79,6 +79,7 @@ REQUEST_ALIASES = {
     **dict.fromkeys(("denoising_strength", "denoise", "image_strength"), "strength"),
     **dict.fromkeys(("size", "resolution"), "width and height"),
     **dict.fromkeys(("lora", "lora_weights", "cross_attention_kwargs"), "loras, a list of (file, scale)"),
+    **dict.fromkeys(("controlnet", "controlnets", "control_image"), 'control, a list of {"file": ..., "image": ...}'),
     **dict.fromkeys(("embedding", "textual_inversion"), "embeddings, a list of files"),
     **dict.fromkeys(("tiling",), 'seamless, "x", "y" or "xy"'),
     **dict.fromkeys(("enable_hr", "hr_scale"), "hires, the factor of the second pass"),

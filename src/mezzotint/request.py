@@ -8,8 +8,6 @@ is the one of the field below.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import reprlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -30,6 +28,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mezzotint import samplers
+from mezzotint.entries.control import Control
+from mezzotint.entries.fields import Bytes, Name, Picture, Share, picture_source, to_uri
 from mezzotint.errors import REQUEST_ALIASES, RequestError, suggest
 
 MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
@@ -41,21 +41,17 @@ _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
 _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
 FLAGS = ("invert_mask", "fix_steps", "discard_penultimate_sigma")
-DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
 _EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
-Name = Annotated[str, Field(min_length=1, max_length=4096)]  # of a file, folder or hub repository
 Side = Annotated[int, Field(multiple_of=8, ge=8, le=MAX_SIDE)]
 Extent = Annotated[int, Field(ge=1, le=1_000_000)]
 Offset = Annotated[int, Field(ge=0, le=1_000_000)]
 Sigma = Annotated[float, Field(ge=0.0, le=1e6)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Scale = Annotated[float, Field(ge=0.0, le=1000.0)]
 Timestep = Annotated[float, Field(ge=0.0, le=1e6)]
 Padding = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 Extension = Annotated[int, Field(multiple_of=8, ge=0, le=MAX_SIDE)]
-Picture = Annotated[str, Field(min_length=1, max_length=4096)] | Annotated[bytes, Field(min_length=1, strict=True)]
 Amount = Annotated[float, Field(ge=-100.0, le=100.0)]
 Blocks = Annotated[tuple[tuple[Name, Amount], ...], Field(max_length=1000)]  # given as a dictionary too
 Lora = tuple[Name, Amount] | tuple[Name, Amount, Amount] | tuple[Name, Amount, Amount, Blocks]
@@ -71,6 +67,9 @@ def _choice(*names: str, meaning: str = "") -> Any:
     """Return a field that takes one of a few words."""
     description = f"{', '.join(names[:-1])} or {names[-1]}{meaning and f' ({meaning})'}"
     return _optional(description, pattern=f"^({'|'.join(names)})$")
+
+
+ENTRIES = {("control",): Control}  # by the field whose entries they are, as pydantic locates it
 
 
 class Request(BaseModel):
@@ -207,6 +206,11 @@ class Request(BaseModel):
     seed_size: tuple[Side, Side] | None = _optional(
         f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"
     )
+    control: tuple[Control, ...] | None = _optional(
+        "a list of at most 16 ControlNets: each a file, or an object with file, image, scale, start, end, mode and "
+        "resize_mode",
+        max_length=16,
+    )
     safety: str | None = _choice(
         "off", "flag", "blur", "black", meaning="what is done with a picture that the model's safety checker flags"
     )
@@ -228,7 +232,7 @@ class Request(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if field.is_required() or value != field.default:
-                yield name, _Bytes(value) if isinstance(value, bytes) else value
+                yield name, Bytes(value) if isinstance(value, bytes) else value
 
     def __str__(self) -> str:
         return repr(self)
@@ -256,6 +260,11 @@ class Request(BaseModel):
             value = [value]  # one alone
         return tuple(map(_lora, value)) if isinstance(value, list | tuple) else value
 
+    @field_validator("control", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | PathLike | Mapping | Control) else value
+
     @field_validator("sampler", mode="before")
     @classmethod
     def _functions_have_names(cls, value: Any) -> Any:
@@ -264,17 +273,11 @@ class Request(BaseModel):
     @field_validator("image", "mask", mode="before")
     @classmethod
     def _pictures_are_files(cls, value: Any) -> Any:
-        if value is None or isinstance(value, bytes):
-            return value
-        if isinstance(value, str):
-            return _from_uri(value) if value.startswith(DATA_URI) else value
-        from mezzotint.images.init_image import to_source  # it brings Pillow
-
-        return to_source(value)
+        return picture_source(value)
 
     @field_serializer("image", "mask", when_used="json-unless-none")
     def _to_uri(self, value: str | bytes) -> str:
-        return value if isinstance(value, str) else f"{DATA_URI};base64,{base64.b64encode(value).decode()}"
+        return to_uri(value)
 
     @field_validator("sampler", "spacing")
     @classmethod
@@ -356,24 +359,18 @@ class Request(BaseModel):
 Job = tuple[Request, int]  # one picture: its request and its own seed
 
 
-class _Bytes:
-    """Stand in for bytes in a repr."""
-
-    def __init__(self, data: bytes) -> None:
-        self.size = len(data)
-
-    def __repr__(self) -> str:
-        return f"<{self.size:,} bytes>"
-
-
 def _sentence(error: ValidationError, data: Any) -> str:
     """Return pydantic's errors as sentences: which field, what it is, what it must be."""
     given: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
     # one sentence a field, and at most five: pydantic reports both halves of a pair, and every item of a list
     findings: dict[Any, set[str]] = {}
-    for finding in error.errors():
-        findings.setdefault(finding["loc"][0] if finding["loc"] else None, set()).add(finding["type"])
     sentences = []
+    for finding in error.errors():
+        if finding["loc"][:1] in ENTRIES and len(finding["loc"]) > 1:
+            sentences.append(_entry_sentence(finding))
+        else:
+            findings.setdefault(finding["loc"][0] if finding["loc"] else None, set()).add(finding["type"])
+    sentences = [*dict.fromkeys(sentences)][:5]
     for name, kinds in list(findings.items())[:5]:
         field = Request.model_fields.get(str(name))
         if name is None:
@@ -388,6 +385,18 @@ def _sentence(error: ValidationError, data: Any) -> str:
     return ". ".join(sentences)
 
 
+def _entry_sentence(finding: Mapping[str, Any]) -> str:
+    """Return a finding in an entry of a list as a sentence that names the field and the entry."""
+    name, index, *inner = finding["loc"]
+    entry, fields = f"{name}[{index}]", ENTRIES[name,].model_fields
+    if not inner:
+        return f"{entry} is {brief(finding['input'])}; it must be an object with {', '.join(fields)}"
+    if inner[0] not in fields:
+        return f"{entry} has no field {brief(inner[0])}; {suggest(str(inner[0]), {}, fields)}"
+    state = "is missing" if finding["type"] == "missing" else f"is {brief(finding['input'])}"
+    return f"{entry}.{inner[0]} {state}; it must be {fields[inner[0]].description}"
+
+
 def _lora(entry: Any) -> Any:
     """Return an entry of `loras` as a tuple: a path alone has the scale 1, and factors by block become pairs."""
     if isinstance(entry, str | PathLike):
@@ -400,17 +409,6 @@ def _lora(entry: Any) -> Any:
 
 _quoter = reprlib.Repr()
 _quoter.maxstring = _quoter.maxother = _quoter.maxlong = 60
-
-
-def _from_uri(text: str) -> bytes:
-    """Decode a data: URI to bytes."""
-    head, _, data = text.partition(",")
-    try:
-        if not head.endswith(";base64"):
-            raise ValueError
-        return base64.b64decode(data, validate=True)
-    except (ValueError, binascii.Error):
-        raise PydanticCustomError("uri", "no base64") from None
 
 
 def brief(value: Any) -> str:

@@ -126,7 +126,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--resize-mode crop --mask-blur 4 --invert-mask --masked-content fill --only-masked 32 "
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
         "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
-        "--discard-penultimate-sigma"
+        "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -186,6 +186,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             variation_strength=0.2,
             seed_size=(64, 72),
             safety="blur",
+            control=({"file": "f.pth", "image": "g.png", "scale": 0.8, "end": 0.6}, "owner/net"),
         )
     ]
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}

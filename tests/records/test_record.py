@@ -38,7 +38,18 @@ def record(**changes: Any) -> dict[str, str]:
 # ---- what it holds ---------------------------------------------------------------------------------------------------
 
 
-OPTIONAL = ("family", "vae", "safety_checker", "options", "lora", "loras", "merged", "embeddings", "placement")
+OPTIONAL = (
+    "family",
+    "vae",
+    "safety_checker",
+    "options",
+    "lora",
+    "loras",
+    "controls",
+    "merged",
+    "embeddings",
+    "placement",
+)
 OPTIONAL += ("edited", "solver")
 
 

@@ -193,7 +193,14 @@ def opened() -> Iterator[list[str]]:
 
 def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
     """Yield a route and a body with this text in each field of a name, and whether it has to be refused."""
-    for field in ({"loras": [[text, 1.0]]}, {"embeddings": [text]}, {"image": text}, {"mask": text}, {"sampler": text}):
+    for field in (
+        {"loras": [[text, 1.0]]},
+        {"embeddings": [text]},
+        {"image": text},
+        {"mask": text},
+        {"sampler": text},
+        {"control": [text]},
+    ):
         yield "/api/jobs", {"request": {"prompt": "a", "seed": 1, **field}}, True
     for field in ("lora_folder", "wildcards"):
         yield "/api/jobs", {"request": {"prompt": "a", field: text}}, True

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import generate, wrote
-from mezzotint.cli.fields import fields_of, lora_of, read_prompt
+from mezzotint.cli.fields import control_of, fields_of, lora_of, read_prompt
 from mezzotint.cli.naming import SUFFIXES, check_out, names_several, save_one
 from mezzotint.cli.options import (
     FROM_PICTURE,
@@ -91,6 +91,7 @@ def again(
     from mezzotint.records.record import read as read_record
 
     given_options = take_model_options(options)
+    controls = [control_of(text) for text in options.pop("control") or ()]
     changes = fields_of(options)
     if options.get("prompt") is not None:
         changes["prompt"] = read_prompt(options["prompt"])
@@ -103,6 +104,7 @@ def again(
         raise RequestError(f"out is {out!r} and there are {len(files)} files; it must be a folder, or a pattern")
 
     places = {"image": image, "mask": mask}
+    places |= {f"control[{k}].image": entry["image"] for k, entry in enumerate(controls) if "image" in entry}
     pipelines = PipelineCache(model, device, dtype)
     cache: dict[Any, Any] = {}
     reports: list[dict[str, Any]] = []
@@ -129,6 +131,7 @@ def again(
                     inputs=inputs,
                     embeddings=tuple(embedding) if embedding else None,
                     loras=tuple(map(lora_of, lora)) if lora else None,
+                    controls=controls,
                     on_step=on_step,
                     cache=cache,
                 )

@@ -21,6 +21,7 @@ from mezzotint.cli.options import (
     SDXL,
     Batch,
     ClipSkip,
+    Controls,
     Count,
     Device,
     Dtype,
@@ -226,6 +227,7 @@ def generate(
         str | None,
         option("Pixels to add on each side, such as right=64 or left=32,top=32.", "SIDE=PIXELS,...", FROM_PICTURE),
     ] = None,
+    control: Controls = None,
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_syntax": get("syntax"),
         "embeddings": tuple(get("embedding") or ()) or None,
         "loras": tuple(map(lora_of, get("lora") or ())) or None,
+        "control": tuple(map(control_of, get("control") or ())) or None,
         "width": width,
         "height": height,
         "guidance_scale": _scales(get("guidance")),
@@ -113,6 +115,22 @@ def lora_of(text: str) -> tuple[str | float, ...]:
             break
         text = head
     return (text, *(scales or [1.0]))
+
+
+def control_of(text: str) -> dict[str, str]:
+    """Parse "a.safetensors:image=edge.png,scale=0.8" to the fields of a ControlNet.
+
+    Raises:
+        RequestError: If a part is not FIELD=VALUE.
+    """
+    from mezzotint.entries.control import Control
+
+    names = "|".join(Control.model_fields)
+    begin = re.search(rf":(?=({names})=)", text)  # a file's name may have a colon, and a value a comma
+    if begin is None:
+        return {"file": text}
+    parts = re.split(r",(?=[a-z_]+=)", text[begin.end() :])
+    return {"file": text[: begin.start()]} | {name: value for name, _, value in (part.partition("=") for part in parts)}
 
 
 def _scales(text: str | None) -> float | tuple[float, ...] | None:

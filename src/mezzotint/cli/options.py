@@ -21,13 +21,28 @@ PROMPT = "Prompt"
 SAMPLING = "Sampling"
 GUIDANCE = "Guidance"
 FROM_PICTURE = "Picture to picture"
+CONTROL = "Control"
 HIRES = "Hires"
 SDXL = "SDXL"
 MEMORY = "Memory"
 SAFETY = "Safety checker"
 OUTPUT = "Output"
 SERVER = "Server"
-GROUPS = (PROMPT, MODEL, SAMPLING, GUIDANCE, FROM_PICTURE, HIRES, SDXL, MEMORY, SAFETY, SERVER, OUTPUT, "Options")
+GROUPS = (
+    PROMPT,
+    MODEL,
+    SAMPLING,
+    GUIDANCE,
+    FROM_PICTURE,
+    CONTROL,
+    HIRES,
+    SDXL,
+    MEMORY,
+    SAFETY,
+    SERVER,
+    OUTPUT,
+    "Options",
+)
 
 # names that other programs have for an option, which --help leaves out
 OTHER_NAMES = {
@@ -151,6 +166,17 @@ Lora = Annotated[
         "PATH[:SCALE[:TEXT]]",
         MODEL,
         default="scale 1",
+    ),
+]
+Controls = Annotated[
+    list[str] | None,
+    option(
+        "ControlNet: file, folder or hub id, and its picture; also start and end (shares of the steps), mode "
+        "(balanced, prompt, control or guess) and resize_mode. May be repeated.",
+        "FILE[:image=FILE,scale=X,...]",
+        CONTROL,
+        default="image: the one of --image; scale 1",
+        name="--control",
     ),
 ]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")]

@@ -9,6 +9,7 @@ from mezzotint.cli.options import (
     FROM_PICTURE,
     HIRES,
     Batch,
+    Controls,
     Count,
     Device,
     Dtype,
@@ -38,6 +39,7 @@ def plan(
     guidance: Guidance = None,
     sampler: Sampler = None,
     image: Annotated[str | None, option("Picture to start from.", "FILE", FROM_PICTURE)] = None,
+    control: Controls = None,
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,

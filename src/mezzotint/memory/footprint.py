@@ -35,6 +35,7 @@ from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig, VAECon
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.memory import system, walk
 from mezzotint.memory.walk import Workspace
+from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.tiles import Half
 from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.request import Request
@@ -42,6 +43,7 @@ from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunPlan, plan_run
 from mezzotint.run.safety import checker_dtype, checker_placement
 from mezzotint.weights.checkpoint import scan_model
+from mezzotint.weights.control_files import ControlFiles, scan_control
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_files import CheckerFiles, ModelFiles, NetworkFiles
@@ -183,6 +185,20 @@ class ModelHeaders:
         """What a run plan needs to know of the model."""
         return ModelInfo.of(self.found, self.unet, self.vae, self.device.type)
 
+    def control(self, name: str) -> ControlFiles:
+        """Describe a ControlNet; each is read once.
+
+        Raises:
+            CheckpointError: If it is missing, damaged, or for another model.
+        """
+        if name not in self._controls:
+            self._controls[name] = scan_control(name, self.unet)
+        return self._controls[name]
+
+    @cached_property
+    def _controls(self) -> dict[str, ControlFiles]:
+        return {}
+
     def plan(self, request: Request) -> RunPlan:
         """Plan the run of a request, from configurations alone.
 
@@ -259,6 +275,7 @@ class _Run:
             buffer=READ_BUFFER_BYTES if placement.weights == "stream" else 0,
             attention=placement.attention,
         )
+        self.controls = [model.control(entry.file) for entry in plan.request.control or ()]
         self.constant = self.base
         if self.cpu:
             self.constant += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in model.encoders)
@@ -267,6 +284,7 @@ class _Run:
             self.constant += sum(self.weight_bytes(name) for name in model.weights)
         self.loaded = self.constant
         libraries = LIBRARY_MEMORY.get(model.device.type, 0)
+        self.constant += sum(self.control_bytes(files) for files in set(self.controls))
         self.constant += int(libraries * (system.mapped() or DEFAULT_MAPPED_BYTES)) if self.cpu else int(libraries)
         self.macs = self.bytes_moved = self.workspace_peak = 0
 
@@ -302,6 +320,46 @@ class _Run:
                 if any(word in key for key in entries for word in FULL_SIZE_KEYS):
                     made = 3 * 4 * max(w.largest for w in self.model.weights.values())
         return total + made
+
+    def control_bytes(self, files: ControlFiles) -> int:
+        """Return the bytes of a ControlNet that stay in memory: all, or those that cannot be offloaded."""
+        weights = Weights.of(files.network)
+        resident = self.placement.weights == "resident" or files.depends_on_unet
+        large = weights.stored_bytes(None if files.depends_on_unet else self.storage, self.itemsize) if resident else 0
+        return weights.small * self.itemsize + large
+
+    def control(self, plan: RunPlan, rows: int, calls: int, tokens: int) -> tuple[int, int, int]:
+        """Return what the ControlNets add to a step.
+
+        Args:
+            plan: The plan of the pass.
+            rows: Latents of one call.
+            calls: Number of calls of the UNet.
+            tokens: Length of the context.
+
+        Returns:
+            The bytes that stay for the whole run or step, the bytes of the residuals, and the largest peak of a call.
+        """
+        stays = residuals = peak = 0
+        _, height, width = plan.latent_shape
+        size = plan.request.height or 0, plan.request.width or 0
+        for files in self.controls:
+            one = walk.walk_control(files.config, height, width, tokens, self.itemsize)
+            hint = walk.walk_hint(files.config, *size, self.itemsize).peak(self.workspace)
+            peak = max(peak, residuals + one.peak(self.workspace, rows), hint)
+            residuals += one.result * rows * (1 if files is self.controls[0] else 2)  # and their sum
+            stays += (3 * 4 * size[0] * size[1]) + files.config.block_out_channels[0] * height * width * self.itemsize
+            kept = walk.keys_values_numel(files.config, tokens, ControlNet) * rows * self.itemsize
+            stays += kept * self.count_variants()
+            weights = Weights.of(files.network)
+            if self.placement.weights == "offload" and not files.depends_on_unet:
+                stays += weights.stored_bytes(self.storage, self.itemsize)
+                self.bytes_moved += weights.stored
+            self.macs += calls * rows * one.macs
+            if self.workspace.materializes_weights:
+                read = weights.stored if self.placement.weights == "stream" else 0
+                self.bytes_moved += calls * (weights.large * self.itemsize + read)
+        return stays, residuals, peak
 
     def weight_bytes(self, name: str) -> int:
         """Return the bytes of a network's large weights as they are stored."""
@@ -354,9 +412,11 @@ class _Run:
         self.count_calls("unet", calls)
         if split:
             self.bytes_moved += self.model.weights["unet"].large * self.itemsize * (calls - calls // conditions)
+        stays, residuals, controlling = self.control(plan, batch, calls, tokens)
+        peak = max(peak + residuals, controlling)
         self.workspace_peak = max(self.workspace_peak, peak)
         run = walk.keys_values_numel(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize
-        run *= self.count_variants()
+        run = run * self.count_variants() + stays
         run += 16 * pictures * channels * height * width * 4
         merged = self.weight_bytes("unet") if plan.few_step and self.placement.weights == "resident" else 0
         return self.constant + self.onload_bytes("unet") + merged + run + peak

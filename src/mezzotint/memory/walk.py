@@ -27,17 +27,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
+from mezzotint.config import CLIPConfig, ControlNetConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
 from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.offload import WeightSource, can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.strips import Strips
 from mezzotint.models.tiles import Half
-from mezzotint.models.unet import Condition, UNet
+from mezzotint.models.unet import Condition, DownPath, UNet
 from mezzotint.models.vae import VAE
 from mezzotint.models.vae_modes import VAEMode
 from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
@@ -301,9 +302,48 @@ def walk_unet(config: UNetConfig, height: int, width: int, tokens: int, itemsize
     return _walk(network, lambda: network(x, 0.0, condition, keys_values=keys_values, time_projections=times))
 
 
-def keys_values_numel(config: UNetConfig, tokens: int) -> int:
+@lru_cache(maxsize=64)
+def walk_control(config: ControlNetConfig, height: int, width: int, tokens: int, itemsize: int = 4) -> Footprint:
+    """Walk one call of a ControlNet on latents of this size; its picture's features and keys and values are inputs.
+
+    The result is all residuals.
+    """
+    dtype = _dtype(itemsize)
+    network: ControlNet = _build(ControlNet, config, dtype)
+    with torch.inference_mode():
+        keys_values = [
+            2 * (_empty(1, attn.heads, tokens, attn.to_k.out_features // attn.heads, dtype=dtype),)
+            for attn in network.cross_attentions()
+        ]
+        x, pooled = _empty(1, config.in_channels, height, width, dtype=dtype), None
+        if config.addition_embed_type:
+            numbers = config.projection_class_embeddings_input_dim or 0
+            pooled = _empty(1, numbers - 6 * (config.addition_time_embed_dim or 0), dtype=dtype)
+        condition = Condition(_empty(1, dtype=dtype), pooled, _empty(1, 6, dtype=dtype))
+        features = _empty(1, config.block_out_channels[0], height, width, dtype=dtype)
+    sizes: list[int] = []
+
+    def call() -> Tensor:
+        down, mid = network.forward(x, 0.0, condition, features, keys_values=keys_values)
+        sizes.extend(residual.nbytes for residual in (*down, mid))
+        return mid
+
+    footprint = _walk(network, call)
+    footprint.result = sum(sizes)
+    return footprint
+
+
+@lru_cache(maxsize=64)
+def walk_hint(config: ControlNetConfig, height: int, width: int, itemsize: int = 4) -> Footprint:
+    """Walk the part of a ControlNet that reads its picture, of this size in pixels."""
+    dtype = _dtype(itemsize)
+    network: ControlNet = _build(ControlNet, config, dtype)
+    return _walk(network, lambda: network.embed(_empty(1, config.conditioning_channels, height, width, dtype=dtype)))
+
+
+def keys_values_numel(config: UNetConfig, tokens: int, kind: Callable[[Any], DownPath] = UNet) -> int:
     """Return how many numbers the keys and values of one condition have, over all layers."""
-    network: UNet = _build(UNet, config, torch.float32)
+    network: DownPath = _build(kind, config, torch.float32)
     return sum(2 * tokens * attn.to_k.out_features for attn in network.cross_attentions())
 
 

@@ -161,14 +161,11 @@ class UpBlock(nn.Module):
         return x
 
 
-class UNet(nn.Module):
-    """The UNet of Stable Diffusion; see the module's docstring.
-
-    It runs in the memory format of its weights; `.to(memory_format=torch.channels_last)` is the fastest.
-    """
+class DownPath(nn.Module):
+    """What a UNet and a ControlNet both begin with: the first convolution, the embeddings, the way down, the middle."""
 
     def __init__(self, config: UNetConfig) -> None:
-        """Build the network.
+        """Build the layers.
 
         Raises:
             CheckpointError: If the configuration needs something that this network does not have; the message names the
@@ -177,24 +174,8 @@ class UNet(nn.Module):
         super().__init__()
         _check_config(config)
         self.config = config
-        channels, heads = config.block_out_channels, config.heads
-        layers = config.per_level(config.layers_per_block)
-        groups, time_dim, levels = config.norm_num_groups, 4 * channels[0], len(channels)
-
-        def resnet(inputs: int, outputs: int) -> ResnetBlock:
-            return ResnetBlock(inputs, outputs, time_dim, groups, config.norm_eps)
-
-        def transformer(level: int, depth: int) -> Transformer:
-            return Transformer(
-                channels[level],
-                heads[level],
-                depth,
-                config.cross_attention_dim,
-                groups,
-                linear=config.use_linear_projection,
-                upcast=config.upcast_attention,
-            )
-
+        channels, layers = config.block_out_channels, config.per_level(config.layers_per_block)
+        time_dim, levels = 4 * channels[0], len(channels)
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim, config.time_cond_proj_dim)
         self.add_embedding = (
@@ -203,86 +184,49 @@ class UNet(nn.Module):
             else None
         )
 
-        width, skips = channels[0], [channels[0]]  # channels of the feature map, and of each skip so far
+        width = channels[0]  # of the feature map
+        self.skip_channels = [width]  # of each skip connection
         self.down_blocks = nn.ModuleList()
         for level, depths in enumerate(config.down_depths):
             resnets = []
             for _ in range(layers[level]):
-                resnets.append(resnet(width, channels[level]))
+                resnets.append(self._resnet(width, channels[level]))
                 width = channels[level]
-                skips.append(width)
-            attentions = [transformer(level, depth) for depth in depths if depth]
+                self.skip_channels.append(width)
+            attentions = [self._transformer(level, depth) for depth in depths if depth]
             below = level + 1 < levels
             self.down_blocks.append(DownBlock(resnets, attentions, width if below else None))
-            skips += [width] if below else []
+            self.skip_channels += [width] if below else []
 
         depth = config.mid_depth
-        middle = [transformer(levels - 1, depth)] if depth else []
-        self.mid_block = None if depth is None else MidBlock([resnet(width, width) for _ in (*middle, None)], middle)
+        middle = [self._transformer(levels - 1, depth)] if depth else []
+        resnets = [] if depth is None else [self._resnet(width, width) for _ in (*middle, None)]
+        self.mid_block = None if depth is None else MidBlock(resnets, middle)
 
-        self.up_blocks = nn.ModuleList()
-        for level, depths in zip(reversed(range(levels)), config.up_depths, strict=True):
-            resnets = []
-            for _ in range(layers[level] + 1):
-                resnets.append(resnet(width + skips.pop(), channels[level]))
-                width = channels[level]
-            attentions = [transformer(level, depth) for depth in depths if depth]
-            self.up_blocks.append(UpBlock(resnets, attentions, width if level > 0 else None))
+    def _resnet(self, inputs: int, outputs: int) -> ResnetBlock:
+        config = self.config
+        return ResnetBlock(inputs, outputs, 4 * config.block_out_channels[0], config.norm_num_groups, config.norm_eps)
 
-        self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
-        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
+    def _transformer(self, level: int, depth: int) -> Transformer:
+        config = self.config
+        return Transformer(
+            config.block_out_channels[level],
+            config.heads[level],
+            depth,
+            config.cross_attention_dim,
+            config.norm_num_groups,
+            linear=config.use_linear_projection,
+            upcast=config.upcast_attention,
+        )
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        condition: Condition,
-        *,
-        keys_values: Iterable[KeysValues] | None = None,
-        time_projections: Iterable[Tensor] | None = None,
-        timestep_cond: Tensor | None = None,
-        down_residuals: Sequence[Tensor] | None = None,
-        mid_residual: Tensor | None = None,
-    ) -> Tensor:
-        """Return the network's output, (B, C_out, h, w).
-
-        Args:
-            sample: Latents (B, C, h, w), scaled.
-            timestep: One timestep for each, (B,), or one number for all.
-            condition: The prompts.
-            keys_values: The result of `keys_values`, which saves computing it at each step.
-            time_projections: The result of `time_projections`, likewise.
-            timestep_cond: Guidance embedding of LCM models, (B, time_cond_proj_dim).
-            down_residuals: Residuals that ControlNet adds to the skip connections, one for each.
-            mid_residual: Residual that ControlNet adds to the output of the middle block.
-
-        Raises:
-            RequestError: If the inputs do not fit the network.
-        """
-        if time_projections is None:
-            time_projections = self.time_projections(timestep, condition, timestep_cond)
-        times = iter(time_projections)
-        contexts = iter(self.keys_values(condition) if keys_values is None else keys_values)
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
-
-        x = self.conv_in(sample)  # (B, channels[0], h, w)
+    def descend(
+        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the skip connections, of which x (B, channels[0], h, w) is the first, and the output of the middle."""
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], times, contexts)  # the last: (B, channels[-1], h / 2^(levels-1), w / ...)
-        x = skips[-1]
-        if down_residuals is not None:
-            if len(down_residuals) != len(skips):
-                raise RequestError(f"{len(down_residuals)} down_residuals were given; this UNet takes {len(skips)}.")
-            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
-        if self.mid_block is not None:
-            x = self.mid_block(x, times, contexts)
-        if mid_residual is not None:
-            x = x + mid_residual
-        for block in self.up_blocks:
-            x = block(x, skips, times, contexts)
-        output: Tensor = self.conv_out(activation(self.conv_norm_out(x)))  # (B, out_channels, h, w)
-        return output
+        return skips, skips[-1] if self.mid_block is None else self.mid_block(skips[-1], times, contexts)
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:
         """Return the keys and values of every cross-attention, in module order; they are the same at every step."""
@@ -332,8 +276,96 @@ class UNet(nn.Module):
         return tuple(states)
 
     def _blocks(self) -> list[nn.Module]:
-        middle = [] if self.mid_block is None else [self.mid_block]
-        return [*self.down_blocks, *middle, *self.up_blocks]
+        return [*self.down_blocks, *([] if self.mid_block is None else [self.mid_block])]
+
+    def fuse_projections(self) -> None:
+        """Fuse the attention projections (Attention.fuse); call it once the weights are on their final device."""
+        for attn in _find(self, Attention):
+            attn.fuse()
+
+    def _sinusoid(self, numbers: Tensor, dim: int) -> Tensor:
+        """Return the sinusoidal embedding (Vaswani et al. 2017, section 3.5), computed in float32: (N,) -> (N, dim)."""
+        half = dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=numbers.device)
+        frequencies = torch.exp(-math.log(10000) * steps / (half - self.config.freq_shift))
+        angles = numbers.float()[:, None] * frequencies  # (N, half)
+        waves = [angles.cos(), angles.sin()] if self.config.flip_sin_to_cos else [angles.sin(), angles.cos()]
+        return torch.cat(waves, dim=1).to(self.conv_in.weight.dtype)
+
+
+class UNet(DownPath):
+    """The UNet of Stable Diffusion; see the module's docstring.
+
+    It runs in the memory format of its weights; `.to(memory_format=torch.channels_last)` is the fastest.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        """Build the network.
+
+        Raises:
+            CheckpointError: If the configuration needs something that this network does not have; the message names the
+                field.
+        """
+        super().__init__(config)
+        channels, layers = config.block_out_channels, config.per_level(config.layers_per_block)
+        width, skips = channels[-1], [*self.skip_channels]
+        self.up_blocks = nn.ModuleList()
+        for level, depths in zip(reversed(range(len(channels))), config.up_depths, strict=True):
+            resnets = []
+            for _ in range(layers[level] + 1):
+                resnets.append(self._resnet(width + skips.pop(), channels[level]))
+                width = channels[level]
+            attentions = [self._transformer(level, depth) for depth in depths if depth]
+            self.up_blocks.append(UpBlock(resnets, attentions, width if level > 0 else None))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        condition: Condition,
+        *,
+        keys_values: Iterable[KeysValues] | None = None,
+        time_projections: Iterable[Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return the network's output, (B, C_out, h, w).
+
+        Args:
+            sample: Latents (B, C, h, w), scaled.
+            timestep: One timestep for each, (B,), or one number for all.
+            condition: The prompts.
+            keys_values: The result of `keys_values`, which saves computing it at each step.
+            time_projections: The result of `time_projections`, likewise.
+            timestep_cond: Guidance embedding of LCM models, (B, time_cond_proj_dim).
+            down_residuals: Residuals that ControlNet adds to the skip connections, one for each.
+            mid_residual: Residual that ControlNet adds to the output of the middle block.
+
+        Raises:
+            RequestError: If the inputs do not fit the network.
+        """
+        if time_projections is None:
+            time_projections = self.time_projections(timestep, condition, timestep_cond)
+        times = iter(time_projections)
+        contexts = iter(self.keys_values(condition) if keys_values is None else keys_values)
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
+
+        skips, x = self.descend(self.conv_in(sample), times, contexts)
+        if down_residuals is not None:
+            if len(down_residuals) != len(skips):
+                raise RequestError(f"{len(down_residuals)} down_residuals were given; this UNet takes {len(skips)}.")
+            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        if mid_residual is not None:
+            x = x + mid_residual
+        for block in self.up_blocks:
+            x = block(x, skips, times, contexts)
+        output: Tensor = self.conv_out(activation(self.conv_norm_out(x)))  # (B, out_channels, h, w)
+        return output
 
     def guidance_embedding(self, scale: float) -> Tensor:
         """Return the `timestep_cond` for a guidance scale, (1, time_cond_proj_dim).
@@ -352,19 +384,8 @@ class UNet(nn.Module):
         waves = F.pad(torch.cat([angles.sin(), angles.cos()]), (0, self.config.time_cond_proj_dim % 2))
         return waves[None].to(self.conv_in.weight.dtype)
 
-    def fuse_projections(self) -> None:
-        """Fuse the attention projections (Attention.fuse); call it once the weights are on their final device."""
-        for attn in _find(self, Attention):
-            attn.fuse()
-
-    def _sinusoid(self, numbers: Tensor, dim: int) -> Tensor:
-        """Return the sinusoidal embedding (Vaswani et al. 2017, section 3.5), computed in float32: (N,) -> (N, dim)."""
-        half = dim // 2
-        steps = torch.arange(half, dtype=torch.float32, device=numbers.device)
-        frequencies = torch.exp(-math.log(10000) * steps / (half - self.config.freq_shift))
-        angles = numbers.float()[:, None] * frequencies  # (N, half)
-        waves = [angles.cos(), angles.sin()] if self.config.flip_sin_to_cos else [angles.sin(), angles.cos()]
-        return torch.cat(waves, dim=1).to(self.conv_in.weight.dtype)
+    def _blocks(self) -> list[nn.Module]:
+        return [*super()._blocks(), *self.up_blocks]
 
 
 def _find(module: nn.Module, kind: type[Kind]) -> Iterator[Kind]:

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import PureWindowsPath
 from typing import Any
 
+from mezzotint.entries.control import Control
 from mezzotint.errors import RequestError
 from mezzotint.request import Request
 from mezzotint.samplers import SOLVERS, TABLE, Spellings
@@ -75,6 +77,7 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         "Variation seed strength": request.variation_strength,
         "Seed resize from": request.seed_size and "{}x{}".format(*request.seed_size),
         "Discard penultimate sigma": request.discard_penultimate_sigma or None,
+        **{f"ControlNet {k}": _control(entry) for k, entry in enumerate(request.control or ())},
         "Tiling": True if request.seamless == "xy" else None,
         "RNG": "NV" if request.noise == "philox" else "CPU",  # A1111's default is the GPU's
         "Version": f"mezzotint {version}",
@@ -84,6 +87,22 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         lines.append(f"{NEGATIVE} {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None))
     return "\n".join(lines).replace("\0", "\ufffd")  # a PNG text chunk ends at NUL
+
+
+def _control(entry: Control) -> str:
+    """Return a ControlNet as A1111's extension writes it."""
+    resize = {"resize": "Just Resize", "crop": "Crop and Resize", "fill": "Resize and Fill"}
+    modes = {"prompt": "My prompt is more important", "control": "ControlNet is more important"}
+    fields = {
+        "Module": "none",
+        "Model": PureWindowsPath(entry.file).stem,
+        "Weight": entry.scale,
+        "Resize Mode": resize[entry.resize_mode],
+        "Guidance Start": entry.start,
+        "Guidance End": entry.end,
+        "Control Mode": modes.get(entry.mode, "Balanced"),
+    }
+    return ", ".join(f"{name}: {value}" for name, value in fields.items())
 
 
 def _sampler_names(request: Request) -> tuple[str | None, str | None]:

@@ -28,6 +28,7 @@ from mezzotint.records import infotext
 from mezzotint.request import MAX_SEED, Job, Request
 
 FOLDER_INDEX = "model_index.json"  # among a model's files if it is a folder, which A1111's text has no hash for
+NAMED_FILES = ("loras", "controls", "merged")  # tables of a Model whose names are paths
 MAX_NOTICE = 4096  # characters of one
 MAX_DEPTH = 20  # nesting of the JSON; our own records have 5 levels
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -56,11 +57,11 @@ class Options(_Part):
 class Model(_Part):
     """The model and the machine that a picture was generated with.
 
-    `files`, `vae` (given in place of the model's own), `loras` and `merged` (LoRAs merged into the weights) map a name
-    to the SHA-256 of a file, and `embeddings` to that of the vectors. `safety_checker` does so where flagged pictures
-    are blurred or black. `options` are those that overruled the files. `edited` names the networks that were not as in
-    the files: another network, edited weights or modules, hooks. `solver` is the module and name of the function that a
-    program registered as the sampler.
+    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets) and `merged` (LoRAs merged
+    into the weights) map a name to the SHA-256 of a file, and `embeddings` to that of the vectors. `safety_checker`
+    does so where flagged pictures are blurred or black. `options` are those that overruled the files. `edited` names
+    the networks that were not as in the files: another network, edited weights or modules, hooks. `solver` is the
+    module and name of the function that a program registered as the sampler.
     """
 
     name: Word = ""
@@ -72,6 +73,7 @@ class Model(_Part):
     lora: Word | None = None
     embeddings: dict[Word, Sha256] = {}
     loras: dict[Word, Sha256] = {}
+    controls: dict[Word, Sha256] = {}
     merged: dict[Word, Sha256] = {}
     edited: tuple[Word, ...] = ()
     solver: Word | None = None
@@ -149,6 +151,7 @@ class Record(_Part):
             **{f"the option {name}": json.dumps(value) for name, value in model.options.values().items()},
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
+            **{f"the ControlNet {name}": digest for name, digest in model.controls.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},
             "the solver function": model.solver or "",
@@ -198,14 +201,17 @@ def describe(
         "latents": None
         if latents is None
         else hashlib.sha256(latents.detach().cpu().float().numpy().tobytes()).hexdigest(),
-        "notices": [_with_base_names(notice, model.get("loras", ()))[:MAX_NOTICE] for notice in notices],
+        "notices": [
+            _with_base_names(notice, [*model.get("loras", ()), *model.get("controls", ())])[:MAX_NOTICE]
+            for notice in notices
+        ],
     }
     record = {
         "request": own,
         "seed": seed,
         "group": [s for _, s in group],
         "place": place,
-        "model": {**model, **{name: _by_base_name(model[name]) for name in ("loras", "merged") if name in model}},
+        "model": {**model, **{name: _by_base_name(model[name]) for name in NAMED_FILES if name in model}},
         "versions": versions,
         **{name: value for name, value in optional.items() if value},
         **({} if flagged is None else {"flagged": flagged}),
@@ -226,6 +232,9 @@ def _fields(request: Request) -> dict[str, Any]:
             fields[name] = _base_name(fields[name])
     if request.embeddings:
         fields["embeddings"] = [*map(_base_name, request.embeddings)]
+    for entry, own in zip(fields.get("control") or (), request.control or (), strict=True):
+        entry["file"] = _base_name(own.file)
+        entry["image"] = _base_name(own.image) if isinstance(own.image, str) else None
     if request.loras:
         fields["loras"] = [[_base_name(path), *scales] for path, *scales in fields["loras"]]
     return fields

@@ -18,6 +18,7 @@ from mezzotint.models.edits import Snapshot, is_customized
 from mezzotint.models.unet import UNet
 from mezzotint.placement import Placement
 from mezzotint.request import Request
+from mezzotint.run.controls import ControlNets
 from mezzotint.run.execute import Executor
 from mezzotint.run.few_step import FewStepUNets
 from mezzotint.run.loras import named_loras
@@ -41,6 +42,7 @@ class LoadedModel:
         schedule: The training schedule as the model's own sampler reads it.
         adapters: The LoRA files that were read.
         prompts: Encodes prompts.
+        controls: The ControlNets that runs use.
         files: Reads the files that requests name.
         checker: The safety checker, or None.
     """
@@ -48,6 +50,7 @@ class LoadedModel:
     info: ModelInfo
     adapters: Adapters
     prompts: PromptEncoder
+    controls: ControlNets
     files: RunFiles
 
     def __init__(self, parts: Parts, placement: Placement, exclusive: bool) -> None:
@@ -106,6 +109,7 @@ class LoadedModel:
             "lora": plan.few_step and plan.few_step.lora,
             "embeddings": plan.embedding_digests,
             "loras": plan.lora_digests,
+            "controls": plan.control_digests,
             "merged": self.adapters.merged_digests(),
             "edited": self.edited(),
             "solver": samplers.origin(plan.sampler.solver),
@@ -216,8 +220,10 @@ class LoadedModel:
         self.schedule = plan_run(self.info, Request(prompt="")).schedule
         self.adapters = Adapters(unwrap(parts.unet), encoders)
         self.prompts = PromptEncoder(parts.tokenizers, encoders, self.adapters)
-        self.files = RunFiles(self.adapters, [encoder.config.hidden_size for encoder in encoders])
-        self._few_step = FewStepUNets(cast(UNet, unwrap(parts.unet)), parts.source)
+        unet = cast(UNet, unwrap(parts.unet))
+        self.controls = ControlNets(unet, self.device, self.dtype, self.executor.placement)
+        self.files = RunFiles(self.adapters, [encoder.config.hidden_size for encoder in encoders], self.controls)
+        self._few_step = FewStepUNets(unet, parts.source)
         if self.info.vae_dtype(self.dtype) != self.dtype:
             parts.vae.float()
         if parts.checker:

@@ -8,7 +8,7 @@ added to `upcast_parts` for the picture's record. What is not finite in float32 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import TypeVar
 
@@ -19,7 +19,8 @@ from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.guidance import Outputs
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import MezzotintError
-from mezzotint.models.unet import UNet
+from mezzotint.models.controlnet import ControlRun
+from mezzotint.models.unet import DownPath, UNet
 
 Network = TypeVar("Network", bound=nn.Module)
 Output = TypeVar("Output")
@@ -34,7 +35,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def copy_in_float32(network: Network) -> Network:
     """Return a copy of the network in float32."""
     copy = deepcopy(network).float()
-    if isinstance(copy, UNet):
+    if isinstance(copy, DownPath):
         copy.fuse_projections()  # the fused weight was copied as three
     return copy
 
@@ -70,19 +71,25 @@ def with_fp32_fallback(
     return output
 
 
-def guard_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], upcast_parts: list[str]) -> Outputs:
+def guard_outputs(
+    unet: UNet,
+    controls: Sequence[ControlRun],
+    denoiser: Callable[[UNet, Sequence[ControlRun]], Denoiser],
+    upcast_parts: list[str],
+) -> Outputs:
     """Return a denoiser's outputs, checked at each call; from the first one that is not finite on, in float32.
 
     Args:
         unet: The network.
-        denoiser: Makes a denoiser of a UNet.
+        controls: The ControlNets, which run in float32 with the UNet.
+        denoiser: Makes a denoiser of a UNet and ControlNets.
         upcast_parts: Receives "unet" if it ran in float32.
 
     Returns:
         A function like `Denoiser.outputs`. It raises MezzotintError if its input is not finite, or its output is not in
         float32 either.
     """
-    current = denoiser(unet)
+    current = denoiser(unet, controls)
 
     def outputs(x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
         nonlocal current
@@ -95,7 +102,8 @@ def guard_outputs(unet: UNet, denoiser: Callable[[UNet], Denoiser], upcast_parts
                 "from the sampler, or from the latents that were given"
             )
         if current.unet is unet and not _is_float32(unet):
-            current = denoiser(copy_in_float32(unet))
+            copies = [control.of(copy_in_float32(control.network)) for control in controls]
+            current = denoiser(copy_in_float32(unet), copies)
             found = current.outputs(x, sigma, count)
             if all_finite(found):
                 upcast_parts.append("unet")

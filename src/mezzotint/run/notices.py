@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from mezzotint import prompt
-from mezzotint.images.init_image import HALF
+from mezzotint.images.init_image import HALF, picture_size
+from mezzotint.run.controls import control_scales
 from mezzotint.run.loras import KINDS
 from mezzotint.weights.model_files import join_names
 
@@ -39,6 +40,7 @@ LOWEST_START = 1.0  # of a run from noise: at this level half of the variance is
 MOST_FROM_NOISE, MOST_FROM_PICTURE = 4, 16
 LATENT_STRENGTH = 0.5  # lower, the blur of enlarged latents remains
 FEW_CELLS, SHARE_OF_CELLS = 4, 0.25  # of a mask: fewer cells, or a smaller share of those that it touches, are few
+STRETCHED = 0.02  # of a side: less is the rounding to multiples of 8
 SCALES = ("te", "unet")  # the options of <lora:...> that have an effect
 
 
@@ -49,6 +51,7 @@ def find_notices(plan: RunPlan) -> Iterator[str]:
     yield from _on_sizes(plan)
     yield from _on_ignored_fields(plan)
     yield from _on_loras(plan)
+    yield from _on_controls(plan)
     yield from _on_prompts(plan)
 
 
@@ -170,6 +173,25 @@ def _on_loras(plan: RunPlan) -> Iterator[str]:
                 )
         elif network.name.lower() not in loaded:
             yield f"{written} is ignored: give lora_folder (--lora-folder) to load it"
+
+
+def _on_controls(plan: RunPlan) -> Iterator[str]:
+    """Yield sentences on ControlNets that never act, and on conditioning pictures that are stretched."""
+    request, steps = plan.request, len(plan.sigmas) - 1
+    for k, entry in enumerate(request.control or ()):
+        if not any(control_scales(entry, 1, steps, second_pass=False)):
+            yield (
+                f"control[{k}] acts in none of {steps} steps: from {entry.start:g} to {entry.end:g} there is no whole "
+                "step, or its scale is 0"
+            )
+        if entry.image is None or entry.resize_mode != "resize" or not (plan.controls and request.width):
+            continue
+        width, height = picture_size(entry.image, f"control[{k}].image")
+        if abs(width * (request.height or 0) - height * request.width) > STRETCHED * height * request.width:
+            yield (
+                f"control[{k}].image is {width}x{height} and is stretched to {request.width}x{request.height}; give "
+                "resize_mode crop or fill to keep its shape"
+            )
 
 
 def _on_prompts(plan: RunPlan) -> Iterator[str]:

@@ -23,6 +23,7 @@ from mezzotint.errors import RequestError
 from mezzotint.images import init_image
 from mezzotint.prompt import PromptPlan
 from mezzotint.request import MAX_SIDE, Request
+from mezzotint.run.controls import ControlInput, ControlNets, check_controls
 from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
@@ -42,10 +43,12 @@ class RunFiles:
     Attributes:
         adapters: Reads and caches LoRA files.
         widths: Hidden size of each text encoder.
+        controls: Reads and caches ControlNets.
     """
 
     adapters: Adapters
     widths: Sequence[int]
+    controls: ControlNets
 
     def read_loras(self, loras: Sequence[tuple[str, Scale]]) -> tuple[Adapter, ...]:
         """Read LoRA files."""
@@ -78,6 +81,7 @@ class RunPlan:
         adapters: The same files, read; empty if the plan was made without reading files.
         embeddings: The textual inversions that the prompts may name; empty likewise.
         few_step: The model's few-step form, if this run uses it.
+        controls: The ControlNets of the request, described; empty if the plan was made without reading files.
         second_pass: Hires-fix's second pass, or None.
         base_steps: In a second pass, `schedule_steps` of the first pass.
     """
@@ -98,6 +102,7 @@ class RunPlan:
     adapters: tuple[Adapter, ...]
     embeddings: Library
     few_step: FewStep | None
+    controls: tuple[ControlInput, ...]
     second_pass: RunPlan | None
     base_steps: int | None = None
 
@@ -192,6 +197,11 @@ class RunPlan:
         return {name: adapter.digest for adapter, (name, _) in zip(self.adapters, self.loras, strict=True)}
 
     @property
+    def control_digests(self) -> dict[str, str]:
+        """SHA-256 of the weights of each ControlNet."""
+        return {one.entry.file: one.digest for one in self.controls}
+
+    @property
     def embedding_digests(self) -> dict[str, str]:
         """SHA-256 of the embeddings that occur in the prompts, by trigger word."""
         words = f"{self.request.prompt} {self.request.negative_prompt}".lower()
@@ -246,6 +256,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     )
     resolved = resolve_request(model, request, sampler)
     check_mode(model, resolved)
+    check_controls(resolved)
     schedule = Schedule.from_config(sampler.schedule)
     levels = all_sigmas(resolved, sampler, schedule)
     sigmas = run_sigmas(resolved, sampler, schedule, levels)  # raises RequestError
@@ -273,6 +284,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         adapters=adapters,
         embeddings=files.read_embeddings([*(resolved.embeddings or ()), *bundled]) if files else Library((), ()),
         few_step=few_step_of(model, sampler),
+        controls=files.controls.read(resolved.control or ()) if files else (),
         second_pass=None,
     )
     return replace(plan, second_pass=_plan_second(plan)) if resolved.hires else plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from mezzotint.models.adapters import active_adapters, install_adapters
 from mezzotint.models.offload import onload
 from mezzotint.result import Result
 from mezzotint.run.batches import Batch, finish_pictures, group_pictures, split_results, step_counter
+from mezzotint.run.controls import prepare_controls
 from mezzotint.run.execute import iterate_inside
 from mezzotint.run.initial import enlarge_batch, prepare_latents
 from mezzotint.run.model import LoadedModel
@@ -136,8 +137,12 @@ class Runner:
             encode_image = partial(executor.encode, model.parts.vae, upcast_parts=batch.upcast_parts)
             initial = prepare_latents(batch, model.parts.vae, encode_image, noise)
             split = executor.effective_placement.guidance == "split"
-            steps = solve(batch, unet, conditions, initial, noise, split)
-        with onload(unet):
+            networks = model.controls.load(plan.controls)
+            controls = prepare_controls(plan, networks)
+            steps = solve(batch, unet, conditions, initial, noise, split, controls)
+        with ExitStack() as onloaded:
+            for network in (unet, *networks):
+                onloaded.enter_context(onload(network))
             yield from iterate_inside(inference, steps)
 
     def _finish(self, batch: Batch, x: Tensor) -> list[Image.Image]:

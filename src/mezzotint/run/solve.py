@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from mezzotint.diffusion.guidance import METHODS, Guided, Outputs, interpolate_s
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
 from mezzotint.errors import RequestError
+from mezzotint.models.controlnet import ControlRun
 from mezzotint.models.unet import UNet
 from mezzotint.run.batches import Batch
 from mezzotint.run.initial import InitialLatents
@@ -22,7 +23,13 @@ from mezzotint.samplers import OWN
 
 
 def solve(
-    batch: Batch, unet: UNet, conditions: list[Timeline], initial: InitialLatents, noise: SeededNoise, split: bool
+    batch: Batch,
+    unet: UNet,
+    conditions: list[Timeline],
+    initial: InitialLatents,
+    noise: SeededNoise,
+    split: bool,
+    controls: Sequence[ControlRun] = (),
 ) -> Iterator[Step]:
     """Return an iterator of the steps of one pass, from the initial latents to the last noise level.
 
@@ -33,9 +40,10 @@ def solve(
         initial: What the run starts from.
         noise: The noise of the run.
         split: Whether the network is given one condition at a time.
+        controls: The ControlNets.
     """
     plan = batch.plan
-    denoise = initial.wrap(guide(plan, unet_outputs(batch, unet, conditions, initial, split)))
+    denoise = initial.wrap(guide(plan, unet_outputs(batch, unet, conditions, initial, split, controls)))
     name, own = plan.sampler.solver, OWN.get(plan.sampler.solver)
     solver = own.function if own else SOLVERS[name]
     steps = solver(denoise, initial.x, plan.sigmas, step_noise(batch, noise), **plan.solver_options)
@@ -44,11 +52,18 @@ def solve(
     return _check_steps(plan, initial, steps)
 
 
-def unet_outputs(batch: Batch, unet: UNet, conditions: list[Timeline], initial: InitialLatents, split: bool) -> Outputs:
+def unet_outputs(
+    batch: Batch,
+    unet: UNet,
+    conditions: list[Timeline],
+    initial: InitialLatents,
+    split: bool,
+    controls: Sequence[ControlRun] = (),
+) -> Outputs:
     """Return the UNet's outputs under these conditions, guarded against values that are not finite."""
     plan = batch.plan
 
-    def denoiser(unet: UNet) -> Denoiser:
+    def denoiser(unet: UNet, controls: Sequence[ControlRun]) -> Denoiser:
         return Denoiser(
             unet,
             plan.schedule,
@@ -59,9 +74,11 @@ def unet_outputs(batch: Batch, unet: UNet, conditions: list[Timeline], initial: 
             initial.inpaint_channels,
             split,
             partial(guidance_scale_at, plan) if plan.model.embeds_guidance else None,
+            controls,
+            len(plan.weights),
         )
 
-    return guard_outputs(unet, denoiser, batch.upcast_parts)
+    return guard_outputs(unet, controls, denoiser, batch.upcast_parts)
 
 
 def guidance_scale_at(plan: RunPlan, sigma: float) -> float:

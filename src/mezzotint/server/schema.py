@@ -1,7 +1,7 @@
 """The body of a job: the fields of Request, with pictures by value or upload id and files by listed name.
 
 `JobBody` is derived from Request, so that a new field of Request is a new field here. Folders are left out: those that
-the server was started with are used.
+the server was started with are used; and so are ControlNets.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mezzotint.server.models import Models
 from mezzotint.server.settings import Limits, Settings
 
 FOLDERS = ("lora_folder", "wildcards")
+LEFT_OUT = (*FOLDERS, "control")  # its entries name files of this machine, which a client may not
 PICTURES = ("image", "mask")
 FILES = {"loras": "loras", "embeddings": "embeddings"}  # fields of names, and the kinds of their listings
 _PICTURE = "the id of an upload, or a PNG, JPEG or WebP file in base64, also as a data: URI"
@@ -48,7 +49,7 @@ def _fields() -> dict[str, Any]:
     """Return the fields of a body for `create_model`."""
     fields: dict[str, Any] = {}
     for name, field in Request.model_fields.items():
-        if name in FOLDERS:
+        if name in LEFT_OUT:
             continue
         if name in PICTURES:
             text = Annotated[str, Field(min_length=1)]
@@ -106,7 +107,7 @@ class Translator:
             InvalidError: If a field is wrong, names what is not listed, or asks for more than the limits.
         """
         stored = {name: value for name, value in fields.items() if value is not None}
-        for name in FOLDERS:
+        for name in LEFT_OUT:
             stored.pop(name, None)
         if "embeddings" not in stored:
             prompts = "\n".join(str(stored.get(name, "")) for name in ("prompt", "negative_prompt"))

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from mezzotint.config import CLIPConfig, SafetyCheckerConfig
+from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.files import hash_file
 from mezzotint.model_options import FAMILIES, ModelOptions
@@ -28,12 +28,13 @@ from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
 from mezzotint.placement import Placement
 from mezzotint.weights.adapter_files import describe_adapter
+from mezzotint.weights.control_files import describe_control, is_control_folder, read_control
 from mezzotint.weights.embeddings import IMAGE, read_embeddings
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.kinds import describe_kind
+from mezzotint.weights.kinds import CONTROLNET, describe_kind
 from mezzotint.weights.model_files import ENCODERS, CheckerFiles, FewStep, ModelFiles, dtype_name
 from mezzotint.weights.safety import add_checker
 from mezzotint.weights.single import plan_file
@@ -298,12 +299,17 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
         read_embeddings(path)  # raises what is wrong with it
         return Report(str(path), str(describe_adapter(path, None)), bytes=path.stat().st_size)
     file = None if path.is_dir() else TensorFile(path)
+    with _report_read_errors(path):
+        if file is None and is_control_folder(path):
+            return _report_control(path, {f.path: f for f in read_control(path, UNetConfig()).network.files.values()})
     try:
         with _report_read_errors(path):
             found = _scan_own(path, given, file)
     except CheckpointError:
         if file is None:
             raise
+        if describe_kind(file.shapes) == CONTROLNET:
+            return _report_control(path, {path: file})
         dtypes: Counter[str] = Counter()
         for entry in file.entries.values():
             dtypes[dtype_name(entry.dtype)] += entry.count
@@ -315,6 +321,17 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
             replace_vae(found)
         add_checker(found)
     return _report(found)
+
+
+def _report_control(path: Path, files: Mapping[Path, TensorFile]) -> Report:
+    """Describe a ControlNet, whose files are open."""
+    dtypes: Counter[str] = Counter()
+    for entry in (entry for file in files.values() for entry in file.entries.values()):
+        dtypes[dtype_name(entry.dtype)] += entry.count
+    kind, problems = describe_control(path, {key: s for file in files.values() for key, s in file.shapes.items()})
+    part = PartReport("controlnet", dtypes.total(), sum(len(f.entries) for f in files.values()), dict(dtypes))
+    size, texts = sum(file.size for file in files.values()), next(iter(files.values())).metadata
+    return Report(str(path), kind, keys=part.keys, bytes=size, parts=[part], problems=problems, metadata=texts)
 
 
 def _report(found: ModelFiles) -> Report:

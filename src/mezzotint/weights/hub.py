@@ -19,7 +19,7 @@ from mezzotint.weights.model_files import NETWORKS
 
 BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
 Choose = Callable[[Iterable[str]], list[str]]  # chooses among the names of a repository's files
 DESCRIPTIONS = {
@@ -182,7 +182,7 @@ def needed(listing: Iterable[str], options: ModelOptions) -> list[str]:
     """Return the files of a repository that generation needs: configs, and each network's weights in one format."""
     listing = set(listing)
     files = ["model_index.json", "mezzotint.json", "lcm_lora.safetensors"]
-    spared = set[str]()
+    spared = {"controlnet"}  # a Request names those that it uses
     if options.vae is not None:
         spared.add("vae")
         files.append("vae/config.json")  # it says what the UNet's latents are

@@ -25,15 +25,17 @@ class Kind(NamedTuple):
     patterns: tuple[str, ...]
 
 
+CONTROLNET = "a ControlNet"
 ADAPTERS = [
     Kind("an IP-Adapter", (r"^image_proj\.", r"^ip_adapter\.")),
     Kind("a ControlNet-LLLite", (r"^lllite_",)),
+    Kind(CONTROLNET, (r"^lora_controlnet$",)),
     Kind(
         "a LoRA",
         (r"^(lora|lycoris)_|\.lora_?\w*\.|\.lora_[AB]$|_lora\.|\.(hada_w|lokr_w|oft_blocks|oft_diag|dora_scale)",),
     ),
     Kind(
-        "a ControlNet",
+        CONTROLNET,
         (r"^(control_model|control_add_embedding)\.|^controlnet_|^(control_model\.)?(input_hint_block|zero_convs)\.",),
     ),
     Kind("a T2I-Adapter", (r"^(adapter\.)?body\.\d+\.(resnets\.\d+\.)?(block1|in_conv)\.",)),

@@ -18,10 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from mezzotint import samplers
-from mezzotint.config import CLIPConfig, ImageProcessorConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
+from mezzotint.config import (
+    CLIPConfig,
+    ControlNetConfig,
+    ImageProcessorConfig,
+    SafetyCheckerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.tokenizer import Tokenizer
@@ -42,6 +50,7 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
     "text_encoder": (("CLIPTextModel", "CLIPTextModelWithProjection"), CLIPConfig, CLIPTextModel),
     "text_encoder_2": (("CLIPTextModelWithProjection", "CLIPTextModel"), CLIPConfig, CLIPTextModel),
     "safety_checker": (("StableDiffusionSafetyChecker",), SafetyCheckerConfig, SafetyChecker),
+    "controlnet": (("ControlNetModel",), ControlNetConfig, ControlNet),
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 

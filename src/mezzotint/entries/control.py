@@ -1,0 +1,95 @@
+"""ControlNets of a Request, and the one kind of conditioning picture that is arithmetic. Does not import torch.
+
+edges = mezzotint.control.canny("photo.png")
+mezzotint.Request("a house", control=[{"file": "control_v11p_sd15_canny.pth", "image": edges, "end": 0.6}])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike, fspath
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from mezzotint.entries.fields import Bytes, Name, Picture, Share, given_fields, picture_source, to_uri
+
+MODES = ("balanced", "prompt", "control", "guess")
+RESIZE_MODES = ("resize", "crop", "fill")
+
+
+class Control(BaseModel):
+    """A ControlNet of a Request.
+
+    Attributes:
+        file: A file, a folder or a hub id.
+        image: The conditioning picture; None is the picture that the run starts from, -1 where it is masked.
+        scale: Factor of what it adds to the UNet's features.
+        start: Share of the steps after which it begins to act.
+        end: Share of the steps after which it no longer acts.
+        mode: "balanced"; "prompt" and "control", A1111's "My prompt is more important" and "ControlNet is more
+            important"; or "guess", diffusers' guess mode.
+        resize_mode: How a picture of another shape is fitted, as an image to start from is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    file: Name = Field(description="a ControlNet: a file, a folder or a hub id (owner/name)")
+    image: Picture | None = Field(
+        default=None,
+        description="a picture: the path of a file, its bytes, or a PIL image (None: the image to start from)",
+    )
+    scale: Annotated[float, Field(ge=0.0, le=100.0)] = Field(default=1.0, description="a number from 0 to 100")
+    start: Share = Field(default=0.0, description="a share of the steps from 0 to 1, below end")
+    end: Share = Field(default=1.0, description="a share of the steps from 0 to 1, above start")
+    mode: str = Field(
+        default="balanced", pattern=f"^({'|'.join(MODES)})$", description=f"{', '.join(MODES[:-1])} or {MODES[-1]}"
+    )
+    resize_mode: str = Field(
+        default="resize",
+        pattern=f"^({'|'.join(RESIZE_MODES)})$",
+        description="resize (stretch), crop or fill (how a picture of another shape is fitted)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return given_fields({"file": value} if isinstance(value, str | PathLike) else value)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # Python's True would pass as 1
+            raise PydanticCustomError("boolean", "a boolean")
+        return value
+
+    @field_validator("file", mode="before")
+    @classmethod
+    def _paths_are_names(cls, value: Any) -> Any:
+        return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _pictures_are_files(cls, value: Any) -> Any:
+        return picture_source(value)
+
+    @field_serializer("image", when_used="json-unless-none")
+    def _to_uri(self, value: str | bytes) -> str:
+        return to_uri(value)
+
+    @field_validator("end")
+    @classmethod
+    def _end_follows_start(cls, value: float, info: Any) -> float:
+        if value <= info.data.get("start", 0.0):
+            raise PydanticCustomError("order", "not above start")
+        return value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the fields, without the bytes of a picture."""
+        for name, value in super().__repr_args__():
+            yield name, Bytes(value) if isinstance(value, bytes) else value
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})

@@ -1,0 +1,169 @@
+"""Pictures with ControlNets against diffusers' pipelines, live.
+
+    python tests/parity/test_controlled_pictures.py
+
+prints how far apart they are, in every case with every family.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, MultiControlNetModel
+from PIL import Image
+
+import mezzotint
+import pictures
+from mezzotint.samplers.diffusers_classes import CLASSES
+from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, pixels, same
+from test_controlnet import theirs as network
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning"),
+]
+
+SIZE = (72, 104)
+PIPELINES = {
+    (False, "text"): diffusers.StableDiffusionControlNetPipeline,
+    (False, "picture"): diffusers.StableDiffusionControlNetImg2ImgPipeline,
+    (False, "mask"): diffusers.StableDiffusionControlNetInpaintPipeline,
+    (True, "text"): diffusers.StableDiffusionXLControlNetPipeline,
+    (True, "picture"): diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+    (True, "mask"): diffusers.StableDiffusionXLControlNetInpaintPipeline,
+}
+
+
+def drawing(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (13, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def blot() -> Image.Image:
+    mask = Image.new("L", SIZE)
+    mask.paste(255, (14, 26, 57, 69))
+    return mask
+
+
+def masked_picture() -> torch.Tensor:
+    """The input of an inpainting ControlNet, as in the documentation of diffusers."""
+    picture, mask = (np.asarray(each, np.float32) / 255.0 for each in (drawing(5), blot()))
+    picture[mask > 0.5] = -1.0
+    return torch.from_numpy(picture).permute(2, 0, 1)[None]
+
+
+ONE: dict[str, Any] = {"image": drawing(1), "scale": 0.8}
+OTHER: dict[str, Any] = {"image": drawing(2, (60, 90)), "scale": 0.6}
+FROM_PICTURE = {"image": drawing(5), "strength": 0.6}
+MASKED = FROM_PICTURE | {"mask": blot(), "strength": 1.0}
+# what is drawn: the entries, and other fields of the request
+CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "one": ([ONE], {"sampler": "euler", "count": 2}),
+    "two, a part of the steps": ([ONE | {"end": 0.6}, OTHER | {"start": 0.3}], {"sampler": "ddim", "steps": 8}),
+    "guess": ([ONE | {"mode": "guess"}], {"sampler": "dpmpp_2m"}),
+    "two, guess": ([ONE | {"mode": "guess"}, OTHER | {"mode": "guess"}], {"sampler": "euler_a"}),
+    "image to image": ([ONE], FROM_PICTURE | {"sampler": "euler", "steps": 8}),
+    "two, image to image": ([ONE, OTHER | {"end": 0.5}], FROM_PICTURE | {"sampler": "ddim", "steps": 8}),
+    "inpainting": ([{"scale": 0.9}], MASKED | {"sampler": "euler"}),
+    "two, inpainting": ([{"scale": 0.9}, OTHER], MASKED | {"sampler": "ddim", "strength": 0.7, "steps": 8}),
+    "masked alone": ([ONE], MASKED | {"sampler": "euler", "strength": 0.7, "steps": 8, "only_masked": 8}),
+    "without guidance": ([ONE | {"mode": "guess"}], {"sampler": "euler", "guidance_scale": 1.0}),
+}
+
+
+def both(pair: Pair, family: str, case: str, place: Path) -> tuple[Drawn, Drawn]:
+    """The picture of a case, ours and theirs."""
+    entries, changes = CASES[case]
+    xl, kind = family == "sdxl", "mask" if "mask" in changes else "picture" if "image" in changes else "text"
+    nets = [network(family, seed=10 + k) for k in range(len(entries))]
+    for k, net in enumerate(nets):
+        net.save_pretrained(place / str(k))
+    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 5, "guidance_scale": 6.0, "seed": 7, "count": 1}
+    size = {} if kind == "picture" else {"width": SIZE[0], "height": SIZE[1]}
+    request = usual | size | changes
+    control = [{"file": place / str(k), **entry} for k, entry in enumerate(entries)]
+    result = pair.ours.generate(mezzotint.Request(**request, control=control, batch=2))
+    mine = Drawn(result.latents, pixels(result.images))
+
+    loaded = [ControlNetModel.from_pretrained(place / str(k)) for k in range(len(entries))]
+    many = len(loaded) > 1
+    components = {**pair.theirs.components, "controlnet": MultiControlNetModel(loaded) if many else loaded[0]}
+    pipe = PIPELINES[xl, kind](**components, **({} if xl else {"requires_safety_checker": False}))
+    pipe.set_progress_bar_config(disable=True)
+    row = CLASSES[request["sampler"]]
+    pipe.scheduler = getattr(diffusers, row.name).from_config(pair.scheduler.config, **row.flags)
+    shown = [entry.get("image", masked_picture() if kind == "mask" else None) for entry in entries]
+    if kind != "text" and many:  # their pipeline cannot mix tensors and pictures of other sizes
+        shown = [
+            each if isinstance(each, torch.Tensor) else each.resize(SIZE, Image.Resampling.LANCZOS) for each in shown
+        ]
+    names = {"steps": "num_inference_steps", "count": "num_images_per_prompt", "mask": "mask_image"}
+    names |= {"only_masked": "padding_mask_crop"}
+    options = {names.get(name, name): value for name, value in request.items() if name not in ("seed", "sampler")}
+    options["image" if kind == "text" else "control_image"] = shown if many else shown[0]
+
+    def of(field: str, default: float) -> Any:
+        values = [float(entry.get(field, default)) for entry in entries]
+        return values if many else values[0]
+
+    final: list[torch.Tensor] = []
+
+    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        final[:] = [tensors["latents"]]
+        return {}
+
+    images = pipe(
+        **options,
+        controlnet_conditioning_scale=of("scale", 1.0),
+        control_guidance_start=of("start", 0.0),
+        control_guidance_end=of("end", 1.0),
+        guess_mode=entries[0].get("mode") == "guess",
+        generator=[torch.Generator().manual_seed(7 + k) for k in range(request["count"])],
+        callback_on_step_end=keep,
+    ).images
+    return mine, Drawn(final[0], pixels(images))
+
+
+TESTED = [
+    *(("sd1", case) for case in CASES),
+    ("sd2", "two, a part of the steps"),
+    *(("sdxl", case) for case in ("one", "two, guess", "two, image to image", "two, inpainting")),
+]
+
+
+@pytest.mark.parametrize(("family", "case"), TESTED)
+def test_pictures_are_those_of_diffusers(pairs: dict[str, Pair], family: str, case: str, tmp_path: Path) -> None:
+    mine, expected = both(pairs[family], family, case, tmp_path)
+    if "mask" in CASES[case][1] and "only_masked" not in CASES[case][1]:
+        # diffusers keeps no pixels there
+        inside = np.asarray(blot()) > 127
+        mine.pixels[:, ~inside] = expected.pixels[:, ~inside] = 0
+    same(mine, expected)
+    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 5, "guidance_scale": 6.0, "seed": 7, "count": 1}
+    plain = usual | {"width": SIZE[0], "height": SIZE[1]} | CASES[case][1]
+    different(mine, pictures.ours(pairs[family], plain))
+
+
+def print_table() -> None:
+    """Print the distances, a row for each case."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = pictures.build(Path(folder))
+        print("| ControlNet | " + " | ".join(f"{family}: latents, pixels" for family in ("sd1", "sd2", "sdxl")) + " |")
+        for case in CASES:
+            cells = []
+            for family in ("sd1", "sd2", "sdxl"):
+                latents, greatest, _ = apart(*both(pairs[family], family, case, Path(folder, case, family)))
+                cells.append(f"{latents:.1e}, {greatest}")
+            print(f"| {case} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    print_table()
