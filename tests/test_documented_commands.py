@@ -27,7 +27,9 @@ from typer.core import TyperCommand
 
 import mezzotint
 from mezzotint import Pipeline, cli
+from mezzotint.config import TinyVAEConfig
 from mezzotint.model_options import ModelOptions
+from mezzotint.models.tiny_vae import TinyVAE
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.weights import save_folder
 from mezzotint.weights.save_lora import save_lora
@@ -57,6 +59,7 @@ REPLACED = {  # what a page names, and what stands for it here
     "sd-concepts-library/cat-toy": "badhands.pt",
     "~/loras": "loras",
     "vae-ft-mse-840000.safetensors": "tiny/vae",
+    "madebyollin/taesd": "taesd_decoder.pth",
     "/shared/pictures": "pictures-of-bulk",
     "layers=[6], steps=range(10, 20)": "layers=[0], steps=range(2)",
     "maps[picture][layer]": "maps[0][0]",
@@ -176,6 +179,7 @@ def workspace(tiny: Path, tiny_pipe: Pipeline, tmp_path: Path, monkeypatch: pyte
     lora = {"unet": {"conv_in": (torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1))}}
     for name in ("watercolour", "sharper", "loras/watercolour", "model"):
         save_lora(Path(f"{name}.safetensors"), lora)
+    torch.save(TinyVAE(TinyVAEConfig()).state_dict(), "taesd_decoder.pth")
     Path("folder").mkdir()
     torch.save({"string_to_param": {"*": torch.randn(2, WIDTH)}}, "badhands.pt")
     shutil.copy("badhands.pt", "folder/other.pt")

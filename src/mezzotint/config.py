@@ -323,6 +323,37 @@ class VAEConfig(_Config):
         return 1 << (len(self.block_out_channels) - 1)
 
 
+class TinyVAEConfig(VAEConfig):
+    """A TAESD autoencoder (`vae/config.json`, diffusers' AutoencoderTiny), whose levels all have one width."""
+
+    encoder_block_out_channels: Sizes = (64,) * 4
+    decoder_block_out_channels: Sizes = (64,) * 4
+    num_encoder_blocks: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=16)] = (1, 3, 3, 3)
+    num_decoder_blocks: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=16)] = (3, 3, 3, 1)
+    act_fn: Literal["relu"] = "relu"
+    upsample_fn: Literal["nearest"] = "nearest"
+    upsampling_scaling_factor: Literal[2] = 2
+    norm_num_groups: Size = 1  # it has no norms
+    scaling_factor: Positive = 1.0
+    force_upcast: bool = False
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        widths, blocks = zip(
+            (self.encoder_block_out_channels, self.num_encoder_blocks),
+            (self.decoder_block_out_channels, self.num_decoder_blocks),
+            strict=True,
+        )
+        if len({*map(len, widths), *map(len, blocks)}) > 1 or any(len({*each}) > 1 for each in widths):
+            raise ValueError("encoder and decoder must have as many levels, and each one width at all of them")
+        return self
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along one side (8 for Stable Diffusion)."""
+        return 1 << (len(self.num_decoder_blocks) - 1)
+
+
 class ScheduleConfig(_Config):
     """The training noise schedule in `scheduler/scheduler_config.json`. samplers/ reads the sampler."""
 

@@ -43,7 +43,7 @@ from mezzotint.run.batches import Batch, picture_seeds
 from mezzotint.run.model import LoadedModel
 from mezzotint.run.networks import adopt
 from mezzotint.run.plan import RunPlan, plan_run
-from mezzotint.run.preview import LatentPreview, matrix_path
+from mezzotint.run.preview import LatentPreview, TinyPreview, matrix_path
 from mezzotint.run.runner import OnEstimate, OnImage, OnStep, Runner
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
@@ -435,12 +435,24 @@ class Pipeline:
             raise RequestError(f"latents has the shape {tuple(latents.shape)}; it must be (B, {channels}, h, w)")
         return self._runner.decode(latents, [])
 
-    def preview(self) -> LatentPreview:
+    @overload
+    def preview(self, vae: None = ...) -> LatentPreview: ...
+    @overload
+    def preview(self, vae: str) -> TinyPreview: ...
+
+    def preview(self, vae: str | None = None) -> LatentPreview | TinyPreview:
         """Return what shows latents at once: `pipe.preview().picture(latents)` in `on_estimate` of `generate`.
 
-        It multiplies them by a matrix, fitted to the VAE when it is first asked for, and then kept in the user's cache.
+        Args:
+            vae: A TAESD that decodes them: a file, a folder or a hub id; its encoder may be missing. None multiplies them
+                by a matrix, fitted to the VAE when it is first asked for, and then kept in the user's cache.
+
+        Raises:
+            CheckpointError: If `vae` is missing or something else.
         """
         config, parts = self.vae.config, self._model.parts
+        if vae is not None:
+            return TinyPreview.open(vae, config.latent_channels, self.device)
         path = None if "vae" in self.edited else matrix_path(parts.hashes, parts.given_hashes.get("vae"))
         return LatentPreview(self.decode, config.latent_channels, config.downscale, path)
 

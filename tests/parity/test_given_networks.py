@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, ControlNetModel
+from diffusers import AsymmetricAutoencoderKL, ControlNetModel
 
 from mezzotint import Request, RequestError
 from pictures import FAMILIES, Pair, fields
@@ -36,8 +36,8 @@ def test_their_networks_in_place_of_ours(pairs: dict[str, Pair], family: str) ->
 
 def test_what_our_classes_cannot_express_is_a_sentence(pairs: dict[str, Pair]) -> None:
     pair = pairs["sd1"]
-    with pytest.raises(RequestError, match=r"vae is a diffusers\..*AutoencoderTiny; .* the AutoencoderKL"):
-        pair.ours.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    with pytest.raises(RequestError, match=r"vae is a diffusers\..*AsymmetricAutoencoderKL; .* the AutoencoderKL or"):
+        pair.ours.vae = AsymmetricAutoencoderKL(norm_num_groups=8)
     with pytest.raises(RequestError, match=r"unet is a diffusers\..*ControlNetModel; it must be"):
         pair.ours.unet = ControlNetModel(block_out_channels=(32,), down_block_types=("DownBlock2D",))
     other = copy.deepcopy(pair.theirs.unet)

@@ -144,8 +144,8 @@ def test_what_is_no_vae_for_this_model(checkpoint: tuple[Path, Model], tmp_path:
     assert "empty has no VAE" in refused(tmp_path / "empty")
     tiny.vae(latent_channels=16).save_pretrained(tmp_path / "wide")
     assert "a VAE of 16 latent channels" in refused(tmp_path / "wide")
-    (tmp_path / "wide/config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
-    assert "AutoencoderTiny" in refused(tmp_path / "wide")
+    (tmp_path / "wide/config.json").write_text(json.dumps({"_class_name": "AsymmetricAutoencoderKL"}))
+    assert "AsymmetricAutoencoderKL" in refused(tmp_path / "wide")
 
 
 def test_a_file_of_other_groups_is_refused_before_anything_is_built(sd1_folder: Path, tmp_path: Path) -> None:

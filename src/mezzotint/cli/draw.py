@@ -267,6 +267,15 @@ def generate(
         str | None,
         option("File for a preview of the picture, replaced after each step while it is drawn.", "FILE", OUTPUT),
     ] = None,
+    preview_vae: Annotated[
+        str | None,
+        option(
+            "TAESD that decodes the preview: a file, folder or hub id.",
+            "MODEL",
+            OUTPUT,
+            default="colours estimated from the latents",
+        ),
+    ] = None,
     open_it: Annotated[
         bool, option("Open the first finished picture with the system's viewer.", None, OUTPUT, name="--open")
     ] = False,
@@ -290,13 +299,15 @@ def generate(
         if names_several(preview):
             raise RequestError(f"preview is {preview!r}; it must be the name of a file, such as preview.png")
         check_out(preview, request.replace(count=1), SUFFIXES, option="preview")
+    elif preview_vae is not None:
+        raise RequestError("preview_vae is given without preview; give the file of the preview with --preview FILE")
     fit = fitted(model, memory, request, device, dtype, **model_given)
     pipe = load(model, device, dtype, **model_given, **({"memory": fit} if fit else {}))
     run = pipe.plan(fit.request if fit else request)
     request = run.request
     say_notices(pipe, run)
     written: list[Path] = []
-    shown = Preview(pipe, Path(preview)) if preview is not None else None
+    shown = Preview(pipe, Path(preview), preview_vae) if preview is not None else None
     estimates: dict[str, Any] = {"on_estimate": shown.show_latents} if shown else {}
 
     def on_image(k: int, image: Image.Image) -> None:

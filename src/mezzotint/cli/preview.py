@@ -25,11 +25,12 @@ class Preview:
     Args:
         pipe: The pipeline that draws.
         path: The file, which is replaced.
+        vae: A TAESD that decodes what is shown: a file, a folder or a hub id; None estimates the colours.
     """
 
-    def __init__(self, pipe: Pipeline, path: Path) -> None:
+    def __init__(self, pipe: Pipeline, path: Path, vae: str | None = None) -> None:
         self._path: Path | None = path
-        self._latents = pipe.preview()
+        self._latents = pipe.preview() if vae is None else pipe.preview(vae)
 
     def show_latents(self, latents: Tensor) -> None:
         """Write an estimate of the final latents, (B, C, h, w), as one picture, side by side."""

@@ -38,9 +38,10 @@ from mezzotint.models.offload import WeightSource, can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.strips import Strips
 from mezzotint.models.tiles import Half
+from mezzotint.models.tiny_vae import TinyVAE, make_vae
 from mezzotint.models.unet import Condition, DownPath, UNet
 from mezzotint.models.vae import VAE
-from mezzotint.models.vae_modes import VAEMode
+from mezzotint.models.vae_modes import VAEMode, decode, encode
 from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
 
 CONVOLUTION_WEIGHTS = {aten.conv2d: 1, aten.convolution: 1, aten.convolution_backward: 2}  # where in their arguments
@@ -373,7 +374,7 @@ def walk_vae(
 ) -> Footprint:
     """Walk one half of the VAE on one picture of this size in pixels."""
     dtype = _dtype(itemsize)
-    vae: VAE = _build(VAE, config, dtype)
+    vae: VAE = _build(make_vae, config, dtype)
     side = config.downscale
     encoding = half == "encode"
     with torch.inference_mode():
@@ -383,6 +384,8 @@ def walk_vae(
             else _empty(1, config.latent_channels, height // side, width // side, dtype=dtype)
         )
     few = _FewStrips()
+    if isinstance(vae, TinyVAE):
+        return _walk(vae, lambda: encode(vae, x, mode).mean if encoding else decode(vae, x, mode))
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {
         ("decode", "whole"): lambda: vae.decode(x),
         ("encode", "whole"): lambda: vae.quant_conv(vae.encoder(x)),

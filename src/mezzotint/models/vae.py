@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +224,13 @@ class Posterior:
 
 
 class VAE(nn.Module):
-    """A KL autoencoder."""
+    """A KL autoencoder.
+
+    Attributes:
+        draws_noise: Whether an encoded picture's latents are drawn, because their posterior has a variance.
+    """
+
+    draws_noise: ClassVar[bool] = True
 
     def __init__(self, config: VAEConfig):
         super().__init__()

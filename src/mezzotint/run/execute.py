@@ -124,7 +124,9 @@ class Executor:
             upcast_parts: Receives "vae" if it had to run in float32.
         """
         run = partial(self._run_vae, "encoder", encode, pixels)
-        return with_fp32_fallback("vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar], upcast_parts)
+        return with_fp32_fallback(
+            "vae", vae, run, lambda posterior: [posterior.mean, posterior.logvar.exp()], upcast_parts
+        )
 
     def _run_vae(self, half: str, run: Callable[[VAE, Tensor, VAEMode], Item], x: Tensor, vae: VAE) -> Item:
         """Run a half of the VAE in the placement's mode and the weights' dtype."""

@@ -102,7 +102,7 @@ def prepare_latents(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) 
         shown = [grey] if mask is None else [_pixels(image, hide_masked=True) for image in distinct_images(opened)]
         masked = _sample_latents(shown, () if mask is None else opened, vae, encode, noise)
         inpaint_channels = torch.cat([torch.ones_like(masked[:, :1]) if mask is None else mask, masked], dim=1)
-    elif mask is not None:
+    elif mask is not None and vae.draws_noise:
         noise.draw()
     sigma = plan.sigmas[0]
     if x0 is None or from_noise:
@@ -170,7 +170,7 @@ def _sample_latents(
     distinct = distinct_images(images)
     rows = [distinct.index(image) for image in images] or [0]
     mean, logvar = (torch.cat([getattr(posteriors[row], name).float() for row in rows]) for name in ("mean", "logvar"))
-    return vae.scale(mean + torch.exp(0.5 * logvar) * noise.draw())
+    return vae.scale(mean + torch.exp(0.5 * logvar) * noise.draw() if vae.draws_noise else mean)
 
 
 def _downsample_masks(masks: Sequence[Image.Image], side: int, noise: SeededNoise) -> Tensor | None:

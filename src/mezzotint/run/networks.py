@@ -12,7 +12,7 @@ from torch import nn
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.models.unet import UNet
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.model_files import NETWORKS, join_names
+from mezzotint.weights.model_files import NETWORKS, config_class, join_names, make_network
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -45,13 +45,13 @@ def adopt(name: str, given: object) -> Any:
 
 def _copy_foreign(name: str, given: nn.Module) -> Any:
     """Return a network of ours with the config and a copy of the weights of one of diffusers or transformers."""
-    _, config_class, ours = NETWORKS[name]
     config: Any = given.config
     fields: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     kind = f"the {type(given).__name__} that was given as {name}"
     try:
         with torch.device("meta"):
-            network: Any = ours(config_class.model_validate({**fields, "architectures": (type(given).__name__,)}))
+            ours = config_class(name, type(given).__name__)
+            network: Any = make_network(name, ours.model_validate({**fields, "architectures": (type(given).__name__,)}))
     except (ValidationError, CheckpointError) as error:
         raise RequestError(f"{kind} cannot be used: {error}") from None
     wanted = network.state_dict().keys()

@@ -1,4 +1,4 @@
-"""Previews: latents to small RGB pictures by a matrix that is fitted to the model's own VAE, without running it."""
+"""Previews: latents to RGB pictures by a matrix that is fitted to the model's own VAE, or by the decoder of a TAESD."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from mezzotint.errors import WriteError
 from mezzotint.files import read_text, write_atomically
 from mezzotint.images.io import from_pil, to_pil
+from mezzotint.models.tiny_vae import TinyDecoder
+from mezzotint.weights.vae_files import load_decoder
 
 log = logging.getLogger("mezzotint")
 
@@ -52,6 +54,39 @@ class LatentPreview:
         rgb = (_rows(latents.float().cpu()) @ self._matrix).reshape(count, height, width, 3).movedim(-1, 1)
         rgb = torch.cat(list(rgb.nan_to_num()), dim=-1)[None]
         (image,) = to_pil(F.interpolate(rgb, scale_factor=float(self._downscale), mode="bilinear"))
+        return image
+
+
+class TinyPreview:
+    """Shows latents as a TAESD decodes them.
+
+    Args:
+        decoder: Its decoder, in which no run computes.
+    """
+
+    def __init__(self, decoder: TinyDecoder) -> None:
+        self._decoder = decoder
+
+    @classmethod
+    def open(cls, source: str, channels: int, device: torch.device) -> TinyPreview:
+        """Load the decoder from a file, a folder or a hub id; its encoder may be missing.
+
+        Args:
+            source: The TAESD.
+            channels: The latent channels of the model.
+            device: Where it computes.
+
+        Raises:
+            CheckpointError: If it is missing or something else, or takes other latents.
+        """
+        return cls(load_decoder(source, channels, torch.float32 if device.type == "cpu" else torch.float16, device))
+
+    @torch.inference_mode()
+    def picture(self, latents: Tensor) -> Image.Image:
+        """Return latents (B, C, h, w) as one picture of h x 8 by B x w x 8 pixels, side by side."""
+        weight = self._decoder.conv_in.weight
+        pixels = [self._decoder.in_strips(one.to(weight.device, weight.dtype)) for one in torch.split(latents, 1)]
+        (image,) = to_pil(torch.cat(pixels, dim=-1).float().cpu().nan_to_num())
         return image
 
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig
+from mezzotint.config import CLIPConfig, SafetyCheckerConfig, TinyVAEConfig, UNetConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.files import hash_file
 from mezzotint.model_options import FAMILIES, ModelOptions
@@ -35,7 +35,7 @@ from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
 from mezzotint.weights.kinds import CONTROLNET, describe_kind
-from mezzotint.weights.model_files import ENCODERS, CheckerFiles, FewStep, ModelFiles, dtype_name
+from mezzotint.weights.model_files import ENCODERS, TINY_VAE, CheckerFiles, FewStep, ModelFiles, dtype_name
 from mezzotint.weights.safety import add_checker
 from mezzotint.weights.single import plan_file
 from mezzotint.weights.vae_files import replace_vae
@@ -229,12 +229,16 @@ def _scan_own(path: Path, options: ModelOptions, file: TensorFile | None = None)
 
 @dataclass
 class PartReport:
-    """One network in a Report: the numbers of parameters and of tensors, and of parameters by dtype."""
+    """One network in a Report: the numbers of parameters and of tensors, and of parameters by dtype.
+
+    `kind` names a network that is of another class than the one that the family usually has.
+    """
 
     name: str
     parameters: int
     keys: int
     dtypes: dict[str, int]
+    kind: str | None = None
 
 
 @dataclass
@@ -268,7 +272,8 @@ class Report:
             lines.append(f"  family {self.family}, {prediction}, sampler {self.sampler}")
         for part in self.parts:
             dtypes = ", ".join(part.dtypes)
-            lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors")
+            kind = f"  {part.kind}" if part.kind else ""
+            lines.append(f"  {part.name:<16}{part.parameters:>15,} parameters  {dtypes}  {part.keys} tensors{kind}")
         if self.safety_checker:
             lines.append(f"  safety checker  {self.safety_checker}")
         for what, found in (("passed over", self.passed_over), ("notice", self.notices), ("problem", self.problems)):
@@ -355,7 +360,8 @@ def _report(found: ModelFiles) -> Report:
     for part in parts:
         dtypes = {dtype_name(dtype): count for dtype, count in part.dtypes().most_common()}
         keys = len({source.key for source in part.sources.values()})
-        report.parts.append(PartReport(part.name, sum(dtypes.values()), keys, dtypes))
+        kind = f"TAESD ({TINY_VAE})" if isinstance(part.config, TinyVAEConfig) else None
+        report.parts.append(PartReport(part.name, sum(dtypes.values()), keys, dtypes, kind))
         try:
             network = part.network()
             report.problems += part.problems(network)

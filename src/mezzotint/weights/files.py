@@ -95,6 +95,11 @@ class TensorFile:
             raise CheckpointError(f"{self.path} contains a tensor twice, with and without a prefix such as module.")
         return unwrapped
 
+    def add_prefix(self, prefix: str) -> None:
+        """Put a prefix before every name, so that two files may have the same ones."""
+        self.entries = {prefix + name: entry for name, entry in self.entries.items()}
+        self._tensors = {prefix + name: tensor for name, tensor in self._tensors.items()}
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes by name."""

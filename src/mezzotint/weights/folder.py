@@ -26,6 +26,7 @@ from mezzotint.weights.model_files import (
     ENCODERS,
     NETWORKS,
     NO_PROJECTION,
+    TINY_VAE,
     FewStep,
     ModelFiles,
     NetworkFiles,
@@ -188,8 +189,9 @@ def read_part(folder: Path, name: str, class_name: str | None, options: ModelOpt
     if class_name not in classes:
         raise CheckpointError(f"{folder} is a {class_name}; it must be {' or '.join(classes)}")
     fields = read_json(folder / "config.json")
+    fields["_class_name"] = class_name  # model_index.json decides, as in diffusers
     if name in ENCODERS:
-        fields["architectures"] = [class_name]  # model_index.json decides, as in diffusers
+        fields["architectures"] = [class_name]
     files: dict[str, TensorFile] = {}
     for path in _weight_files(folder, name, options.variant):
         file = TensorFile(path)
@@ -208,6 +210,8 @@ def read_part(folder: Path, name: str, class_name: str | None, options: ModelOpt
 def _latent_fields(path: Path) -> dict[str, Any]:
     """Return the fields of a VAE's config.json that describe the latent space, if there is one."""
     fields = read_json(path) if path.exists() else {}
+    if fields.get("_class_name") == TINY_VAE:  # whose latents are already the UNet's
+        return {}
     return {name: fields[name] for name in LATENT_FIELDS if fields.get(name) is not None}
 
 

@@ -23,6 +23,7 @@ from mezzotint.config import (
     ControlNetConfig,
     ImageProcessorConfig,
     SafetyCheckerConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
@@ -32,6 +33,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
+from mezzotint.models.tiny_vae import make_vae
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
@@ -43,16 +45,29 @@ from mezzotint.weights.quantized import pair_scales
 
 Config = UNetConfig | VAEConfig | CLIPConfig | SafetyCheckerConfig
 
+TINY_VAE = "AutoencoderTiny"  # a VAE of diffusers with a config and a module of its own
+
 # By network: the classes that model_index.json may name, our config, our module.
 NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Module]]] = {
     "unet": (("UNet2DConditionModel",), UNetConfig, UNet),
-    "vae": (("AutoencoderKL",), VAEConfig, VAE),
+    "vae": (("AutoencoderKL", TINY_VAE), VAEConfig, VAE),
     "text_encoder": (("CLIPTextModel", "CLIPTextModelWithProjection"), CLIPConfig, CLIPTextModel),
     "text_encoder_2": (("CLIPTextModelWithProjection", "CLIPTextModel"), CLIPConfig, CLIPTextModel),
     "safety_checker": (("StableDiffusionSafetyChecker",), SafetyCheckerConfig, SafetyChecker),
     "controlnet": (("ControlNetModel",), ControlNetConfig, ControlNet),
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def config_class(name: str, class_name: object) -> type[Config]:
+    """Return our config of a network of this class of diffusers."""
+    return TinyVAEConfig if name == "vae" and class_name == TINY_VAE else NETWORKS[name][1]
+
+
+def make_network(name: str, config: Config) -> nn.Module:
+    """Build a network from its config."""
+    return make_vae(config) if isinstance(config, VAEConfig) else NETWORKS[name][2](config)
+
 
 NO_PROJECTION = (
     "has no text_projection of the second text encoder; its pooled vector is used as it is, so pictures follow the "
@@ -63,6 +78,8 @@ NATURAL = (torch.float16, torch.bfloat16, torch.float32)
 COUNTS = (
     "num_hidden_layers",
     "layers_per_block",
+    "num_encoder_blocks",
+    "num_decoder_blocks",
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
 )
@@ -96,7 +113,7 @@ class NetworkFiles:
             CheckpointError: If a field is wrong; it names the first.
         """
         try:
-            config = NETWORKS[name][1].model_validate(fields)
+            config = config_class(name, fields.get("_class_name")).model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "its fields"
@@ -111,7 +128,7 @@ class NetworkFiles:
                 raise CheckpointError(f"{self.path}: {name} is {count}, but there are {len(self.sources)} tensors")
         try:
             with torch.device("meta"):
-                return NETWORKS[self.name][2](self.config).eval()
+                return make_network(self.name, self.config).eval()
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
         except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as error:

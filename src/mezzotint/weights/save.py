@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mezzotint.config import TinyVAEConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.files import atomic_path, remove_leftovers, report_write_errors, write_atomically
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
+from mezzotint.weights.model_files import TINY_VAE
 from mezzotint.weights.save_tensors import own_copy, save_safetensors
 
 DIFFUSERS = "0.30.0"  # the release whose folder layout this is
@@ -61,15 +63,8 @@ def save_folder(
     if "_class_name" not in scheduler_config:
         raise CheckpointError("scheduler_config needs a _class_name, such as 'DDIMScheduler'")
     root = Path(folder)
-    levels = len(vae.config.block_out_channels)
     unet_config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": DIFFUSERS, **unet.config.model_dump()}
-    vae_config = {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": DIFFUSERS,
-        **vae.config.model_dump(),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
+    vae_config = {"_diffusers_version": DIFFUSERS, **_vae_fields(vae.config)}
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if second else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS,
@@ -77,7 +72,7 @@ def save_folder(
         "image_encoder": [None, None],
         "scheduler": ["diffusers", scheduler_config["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae_config["_class_name"]],
     }
     if not second:
         index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
@@ -110,6 +105,21 @@ def save_folder(
         if settings is not None:
             _write_json(root / "mezzotint.json", settings)
         _write_json(root / "model_index.json", index | dict(model_index or {}))
+
+
+def _vae_fields(config: VAEConfig) -> dict[str, Any]:
+    """Return the content of a VAE's config.json, without the version."""
+    if isinstance(config, TinyVAEConfig):
+        shared = {"in_channels", "out_channels", "latent_channels"}
+        own = TinyVAEConfig.__annotations__.keys() - {"norm_num_groups"}
+        return {"_class_name": TINY_VAE, **config.model_dump(include=shared | own)}
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        **config.model_dump(),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
 
 
 @contextmanager

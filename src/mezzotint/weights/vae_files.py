@@ -1,15 +1,19 @@
 """Find a VAE that is given in place of a model's own: a file, a folder or a hub id.
 
 A folder brings its config.json. A file has none, so what the UNet's latents are (their scaling factor, mean and
-standard deviation) stays the model's.
+standard deviation) stays the model's; a TAESD, in a folder or a file, takes them as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
+
+import torch
 
 from mezzotint.errors import CheckpointError
+from mezzotint.models.tiny_vae import TinyDecoder, TinyVAE
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import choose_weights, read_json, read_part
@@ -17,6 +21,7 @@ from mezzotint.weights.hub import network_files, resource
 from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import ModelFiles, NetworkFiles
 from mezzotint.weights.single import read_network
+from mezzotint.weights.tiny_vae_files import other_half, read_decoder, read_tiny
 
 CLASS = "AutoencoderKL"
 PREFIXES = (*keys.PREFIXES["vae"], "")
@@ -30,7 +35,7 @@ def replace_vae(plan: ModelFiles) -> None:
     """
     source = plan.options.vae
     assert source is not None
-    path = _find(Path(resource(str(source), "VAE", lambda names: _choose(str(source), names, plan.options.variant))))
+    path = find_vae(str(source), plan.options.variant)
     if path.is_dir():
         part = read_part(path, "vae", read_json(path / "config.json").get("_class_name", CLASS), plan.options)
     else:
@@ -43,9 +48,41 @@ def replace_vae(plan: ModelFiles) -> None:
     plan.given_files["vae"] = [*([path / "config.json"] if path.is_dir() else []), *paths]
 
 
+def load_decoder(source: str, channels: int, dtype: torch.dtype, device: torch.device) -> TinyDecoder:
+    """Load the decoder of a TAESD, for previews; its encoder may be missing.
+
+    Args:
+        source: A file, a folder or a hub id.
+        channels: The latent channels that it must take.
+        dtype: The dtype of its weights.
+        device: Where it computes.
+
+    Raises:
+        CheckpointError: If it is missing or something else, or takes other latents.
+    """
+    path = find_vae(source)
+    if path.is_dir():
+        path /= choose_weights((file.name for file in path.iterdir()), None) or ""
+    part = read_decoder(TensorFile(path))
+    network = cast(TinyVAE, part.network()).decoder
+    for problem in part.problems(network):
+        raise CheckpointError(problem)
+    if (found := network.conv_in.in_channels) != channels:
+        raise CheckpointError(f"{path} is a TAESD of {found} latent channels; the model has {channels}")
+    part.load(network, dtype, device)
+    return network.requires_grad_(False)
+
+
 def _read_file(path: Path, plan: ModelFiles) -> NetworkFiles:
     """Describe the VAE in a file: alone, or in a whole checkpoint; in the original layout, or diffusers'."""
     file = TensorFile(path)
+    if tiny := read_tiny(file, dict(plan.options.config_of("vae"))):
+        if ("xl" in path.stem.lower()) != (plan.family == "sdxl") and path.stem.lower().startswith("tae"):
+            plan.notices.append(
+                f"{path.name} is named as a TAESD of {'SD 1 and 2' if plan.family == 'sdxl' else 'SDXL'}, and the "
+                f"model is {plan.family}; if colours are wrong, give the other one"
+            )
+        return tiny
     first = ("encoder.conv_in.weight", keys.DIFFUSERS_VAE)
     prefix = next((known for known in PREFIXES if any(f"{known}{key}" in file.entries for key in first)), None)
     if prefix is None:
@@ -60,14 +97,20 @@ def _read_file(path: Path, plan: ModelFiles) -> NetworkFiles:
     return NetworkFiles.of("vae", path, fields, dict.fromkeys(file.entries, file), sources, unknown)
 
 
-def _find(path: Path) -> Path:
-    """Return a VAE's file, or its folder: the path itself, its folder vae, or its one file."""
+def find_vae(source: str, variant: str | None = None) -> Path:
+    """Return a VAE's file, or its folder: the path itself, its folder vae, its one file, or a TAESD's decoder.
+
+    Raises:
+        CheckpointError: If it is missing.
+    """
+    path = Path(resource(source, "VAE", lambda names: _choose(source, names, variant)))
     if not path.is_dir():
         return path
     for folder in (path, path / "vae"):
         if (folder / "config.json").is_file() and choose_weights((file.name for file in folder.iterdir()), None):
             return folder
-    return path / _one_file(str(path), [file.name for file in path.iterdir()])
+    halves = sorted(file for file in path.iterdir() if "decoder" in file.name and other_half(file))
+    return halves[0] if len(halves) == 1 else path / _one_file(str(path), [file.name for file in path.iterdir()])
 
 
 def _choose(name: str, listing: Iterable[str], variant: str | None) -> list[str]:
