@@ -357,6 +357,7 @@ def test_no_path_of_a_record_is_opened(run: Any, lemon: Path, scene: Path) -> No
         {"request": {"prompt_syntax": "comfy", "emphasis": None, "choices": None, "wildcards": str(trap)}},
         {"request": {"loras": [[str(trap / "trap.safetensors"), 1.0]]}},
         {"request": {"lora_folder": str(trap), "prompt": "<lora:trap:1>"}},
+        {"request": {"hires": 1.5, "hires_upscale": str(trap / "trap.safetensors")}},
         {"model": {"name": str(trap), "lora": str(trap / "trap.safetensors")}},
     ):
         (scene / "attack.png").write_bytes(lemon.read_bytes())

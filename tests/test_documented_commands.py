@@ -46,6 +46,7 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
     r"--engine ray": "starts a Ray cluster; tests/bulk/test_ray.py does",
     r"^mezzotint serve": "serves until it is stopped; tests/server does",
     r"--safety blur": "the tiny model has no safety checker; tests/run/test_safety.py has one",
+    r"^mezzotint upscale .*--model": "needs spandrel; tests/models/test_upscaler.py has it",
     r"--safety-checker": "downloads a safety checker",
     r"--control ": "the tiny model has no ControlNet; tests/run/test_controls.py has one",
 }  # those of mezzotint are parsed all the same: their options exist and their values are valid
@@ -66,6 +67,7 @@ REPLACED = {  # what a page names, and what stands for it here
     "steps=10,20,30": "steps=1,2",
     "steps=1,3,8": "steps=1",
     "steps=20 ": "steps=2 ",
+    "--strength 0.3": "--strength 0.5",
 }
 LONGEST = {"--steps": 2, "--count": 3, "--threads": 1, "--batch": 2}
 SHORT = {"--size": "64x64", "--model": "tiny"}
@@ -75,7 +77,7 @@ ADDED = {  # by command
     "dreambooth": ["--set", "class_count=1"],
     "textual-inversion": ["--set", "start=lemon"],  # which is one token of the tiny model
 }
-WITHOUT_MODEL = ("samplers", "models", "env", "info", "inspect")
+WITHOUT_MODEL = ("samplers", "models", "env", "info", "inspect", "upscale")
 WITHOUT_RECORD = "corner.png"  # the mask
 
 

@@ -40,6 +40,7 @@ PUBLIC = {
     "plan",
     "prompt",
     "samplers",
+    "upscale",
 }
 
 

@@ -78,6 +78,7 @@ OPEN = {  # None stays None: it means "not asked for"
     "masked_content",
     "only_masked",
     "outpaint",
+    "tile",
     "hires",
     "hires_upscale",
     "hires_steps",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mezzotint import diffusion, image, prompt, samplers
+    from mezzotint.enlarge import upscale
     from mezzotint.errors import (
         BudgetError,
         CheckpointError,
@@ -54,6 +55,7 @@ __all__ = [
     "plan",
     "prompt",
     "samplers",
+    "upscale",
 ]
 
 _SOURCES = {  # the module that defines each name
@@ -70,6 +72,7 @@ _SOURCES = {  # the module that defines each name
     "WriteError": "errors",
     "load": "pipeline",
     "plan": "memory.planner",
+    "upscale": "enlarge",
 }
 _MODULES = {
     "attention": "models.attention",

@@ -144,6 +144,7 @@ def describe_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         "flagged": record.flagged if record else None,
         "not_supported": source.notes if source else [],
         "notices": record.notices if record else (),
+        "enlarged": [str(each) for each in record.enlarged] if record else [],
         "unreadable": reason or None,
         "texts": texts,
     }
@@ -293,6 +294,7 @@ def again(
     embeddings: tuple[str, ...] | None = None,
     loras: Sequence[Any] | None = None,
     controls: Sequence[Mapping[str, Any]] = (),
+    upscaler: str | None = None,
     on_step: OnStep | None = None,
     cache: dict[Any, list[Image.Image]] | None = None,
 ) -> list[Image.Image]:
@@ -309,6 +311,7 @@ def again(
         embeddings: Files, folders or hub ids of the embeddings.
         loras: The LoRAs, as a Request takes them.
         controls: The `file` of each ControlNet, in the order of the request, and other fields of it to override.
+        upscaler: The file of the upscaler of hires-fix, if the picture was drawn with one.
         on_step: Called with (steps done, steps in total) after each step.
         cache: Holds the last batch, for files that share it.
 
@@ -329,6 +332,15 @@ def again(
     if record and record.model.loras and not loras and "lora_folder" not in (changes or {}):
         names = ", ".join(sorted(record.model.loras))
         raise RequestError(f"it was generated with the LoRAs {names[:200]}; give their files with --lora")
+    if source.request.upscaler and "hires_upscale" not in (changes or {}):
+        if upscaler is None:
+            digest = next(iter(record.model.upscaler.values()), "") if record else ""
+            known = f" (SHA-256 {digest[:10]}...)" if digest else ""
+            raise RequestError(
+                f"it was generated with the upscaler {source.request.upscaler[:100]!r}{known}; give its file with "
+                "--hires-upscale"
+            )
+        files["hires_upscale"] = upscaler
     with threads(record):
         if _draws_another(changes) or record is None:
             return pipe.generate(_override(source, changes or {}, files), on_step=on_step).images
@@ -420,6 +432,8 @@ def judge(source: Source, image: Image.Image) -> Verdict:
     now = read_record({"mezzotint": image.info["mezzotint"]})
     changed = list(record_changes(record, now)) if record and now else []
     digest = pixels_digest(image)
+    if record and record.enlarged:
+        return _judge_enlarged(record, pixels, digest, changed)
     try:
         largest, share = difference(pixels, new)
     except MezzotintError as error:
@@ -437,6 +451,21 @@ def judge(source: Source, image: Image.Image) -> Verdict:
             "picture was generated on a different processor"
         )
     return Verdict(False, sentences)
+
+
+def _judge_enlarged(record: Record, pixels: Image.Image, digest: str, changed: list[str]) -> Verdict:
+    """Compare the picture that was generated again with the hash of the one that was enlarged."""
+    how = "; ".join(map(str, record.enlarged))
+    if record.pixels != digest:
+        return Verdict(
+            False, ["differs: the picture before it was enlarged does not match the record's hash", *changed]
+        )
+    after = record.enlarged[-1].pixels
+    if after is not None and after != pixels_digest(pixels):
+        return Verdict(
+            False, [f"identical before it was enlarged ({how}), but the file's pixels were edited after that"]
+        )
+    return Verdict(True, [f"identical before it was enlarged ({how})"])
 
 
 def _percent(share: float) -> str:

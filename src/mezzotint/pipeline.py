@@ -444,8 +444,8 @@ class Pipeline:
         """Return what shows latents at once: `pipe.preview().picture(latents)` in `on_estimate` of `generate`.
 
         Args:
-            vae: A TAESD that decodes them: a file, a folder or a hub id; its encoder may be missing. None multiplies them
-                by a matrix, fitted to the VAE when it is first asked for, and then kept in the user's cache.
+            vae: A TAESD that decodes them: a file, a folder or a hub id; its encoder may be missing. None multiplies
+                them by a matrix, fitted to the VAE when it is first asked for, and then kept in the user's cache.
 
         Raises:
             CheckpointError: If `vae` is missing or something else.

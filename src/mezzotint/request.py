@@ -40,6 +40,7 @@ MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
 _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
 _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
+UPSCALER_FILES = ("safetensors", "pth", "pt", "ckpt", "bin")  # how an upscaler's file ends
 FLAGS = ("invert_mask", "fix_steps", "discard_penultimate_sigma")
 _EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
 
@@ -179,6 +180,12 @@ class Request(BaseModel):
     resize_mode: str | None = _optional(
         "resize (stretch), crop or fill (how an image of another shape is fitted)", pattern="^(resize|crop|fill)$"
     )
+    tile: int | None = _optional(
+        f"a multiple of 8 from 64 to {MAX_SIDE}: the largest side of the tiles in which a picture is drawn from image",
+        multiple_of=8,
+        ge=64,
+        le=MAX_SIDE,
+    )
     mask_blur: float | None = _optional("a number of pixels from 0 to 1000", ge=0.0, le=1000.0)
     invert_mask: bool | None = _optional("true or false", strict=True)
     masked_content: str | None = _optional(
@@ -195,7 +202,11 @@ class Request(BaseModel):
     hires: float | None = _optional(
         "a number above 1 and at most 8, the factor by which the second pass is larger", gt=1.0, le=8.0
     )
-    hires_upscale: str | None = _choice("latent", "pixels", meaning="what is enlarged for the second pass")
+    hires_upscale: str | None = _optional(
+        "latent or pixels (what is enlarged for the second pass), or the .safetensors or .pth file of an upscaler",
+        pattern=rf"^(latent|pixels|.+\.({'|'.join(UPSCALER_FILES)}))$",
+        max_length=4096,
+    )
     hires_steps: int | None = _optional("a whole number from 1 to 1000", ge=1, le=1000)
     hires_strength: float | None = _optional("a number above 0 and at most 1", gt=0.0, le=1.0)
     seamless: str | None = _optional("x, y or xy, the directions in which the picture tiles", pattern="^(x|y|xy)$")
@@ -244,7 +255,7 @@ class Request(BaseModel):
             raise PydanticCustomError("boolean", "a boolean")
         return value
 
-    @field_validator("embeddings", "wildcards", mode="before")
+    @field_validator("embeddings", "wildcards", "hires_upscale", mode="before")
     @classmethod
     def _paths_are_names(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name == "embeddings" and isinstance(value, str | PathLike):
@@ -350,6 +361,11 @@ class Request(BaseModel):
     def sources(self) -> dict[str, str | bytes]:
         """Return the pictures that the run starts from, by field name."""
         return {name: source for name in ("image", "mask") if (source := getattr(self, name)) is not None}
+
+    @property
+    def upscaler(self) -> str | None:
+        """The file of the upscaler of the second pass, or None."""
+        return None if self.hires_upscale in ("latent", "pixels") else self.hires_upscale
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, validated again."""

@@ -33,6 +33,7 @@ COMMANDS = [
     "shell",
     "plan",
     "again",
+    "upscale",
     "info",
     "explain",
     "tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,6 +95,9 @@ def again(
     changes = fields_of(options)
     if options.get("prompt") is not None:
         changes["prompt"] = read_prompt(options["prompt"])
+    upscaler = changes.pop("hires_upscale", None)  # of a picture that was drawn with a file, this is the file
+    if upscaler is not None and (upscaler in ("latent", "pixels") or not any(map(_has_upscaler, files))):
+        changes["hires_upscale"], upscaler = upscaler, None
     if verify and (changes or out is not None):
         given = ", ".join(changes) or "out"
         raise RequestError(
@@ -132,6 +135,7 @@ def again(
                     embeddings=tuple(embedding) if embedding else None,
                     loras=tuple(map(lora_of, lora)) if lora else None,
                     controls=controls,
+                    upscaler=upscaler,
                     on_step=on_step,
                     cache=cache,
                 )
@@ -196,6 +200,15 @@ class PipelineCache:
 def _progress(file: Path) -> Iterator[OnStep]:
     with long_work(f"drawing {file.name}", lambda: "the remaining pictures were not drawn") as on_step:
         yield on_step
+
+
+def _has_upscaler(file: Path) -> bool:
+    """Return whether a picture was drawn with an upscaler's file, as far as its record can be read."""
+    from mezzotint.again import read_source
+
+    with suppress(MezzotintError):
+        return read_source(file).request.upscaler is not None
+    return False
 
 
 def _named(source: Source, changes: Mapping[str, Any]) -> Any:

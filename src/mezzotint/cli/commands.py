@@ -50,6 +50,7 @@ from mezzotint.cli.terminal import (
     show,
 )
 from mezzotint.cli.train import train
+from mezzotint.cli.upscale import upscale
 from mezzotint.cli.words import tokens
 from mezzotint.errors import MezzotintError, TrainingError, WriteError, printable
 from mezzotint.files import DISK_ERRORS
@@ -73,6 +74,7 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     shell: "shell --model model.safetensors",
     plan: "plan --model MODEL --size 1024x1024 --count 4 --memory 6GiB",
     again: "again lemon.png --verify",
+    upscale: "upscale lemon.png --model 4x.safetensors -o large.png",
     info: "info lemon.png",
     explain: 'explain "a lemon left of a whale" --seed 7 --out page.png',
     tokens: 'tokens "a (lemon:1.3) left of a whale"',

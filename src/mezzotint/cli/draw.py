@@ -202,6 +202,10 @@ def generate(
             default="resize",
         ),
     ] = None,
+    tile: Annotated[
+        int | None,
+        option("Draw in overlapping tiles of at most this side, from an image at any size.", "PIXELS", FROM_PICTURE),
+    ] = None,
     mask_blur: Annotated[
         float | None,
         option("Radius of the blur of the mask's edge.", "PIXELS", FROM_PICTURE, default="0"),
@@ -232,7 +236,13 @@ def generate(
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,
     hires_upscale: Annotated[
-        str | None, option("What is enlarged between the passes: latent or pixels.", "MODE", HIRES, default="latent")
+        str | None,
+        option(
+            "What is enlarged between the passes: latent, pixels, or pixels by an upscaler's file.",
+            "latent|pixels|FILE",
+            HIRES,
+            default="latent",
+        ),
     ] = None,
     hires_steps: Annotated[
         int | None, option("Number of steps of the second pass.", "N", HIRES, default="as --steps")

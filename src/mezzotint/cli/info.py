@@ -52,6 +52,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for name, value in found["facts"].items():
         if value:
             yield f"{name.removeprefix('the ')}: {value[:10] + '...' if SHA256.fullmatch(value) else value}"
+    for text in found["enlarged"]:
+        yield f"enlarged: {text}"
     if found["flagged"] is not None:
         yield f"flagged by the safety checker: {'yes' if found['flagged'] else 'no'}"
     for note in found["not_supported"]:

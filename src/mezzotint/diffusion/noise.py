@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +75,24 @@ def box_muller(x: NDArray[np.uint32], y: NDArray[np.uint32]) -> NDArray[np.float
     return (np.sqrt(-2.0 * np.log(u)) * np.sin(v)).astype(np.float32)
 
 
+class Window(NamedTuple):
+    """A part of larger latents.
+
+    Attributes:
+        size: (h, w) of the larger ones.
+        rows: Where it lies in them.
+        columns: Likewise.
+    """
+
+    size: tuple[int, int]
+    rows: slice
+    columns: slice
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Return this part of the larger latents (B, C, h, w)."""
+        return x[:, :, self.rows, self.columns]
+
+
 class SeededNoise:
     """Standard normal noise for a batch, where each image has its own generator.
 
@@ -83,6 +102,7 @@ class SeededNoise:
         device: Where the draws are moved to.
         kind: "seeded" draws from CPU generators, like diffusers with a list of them; "philox" draws what CUDA
             generators would.
+        window: Where the latents lie in larger ones, whose noise is drawn; None if they are the whole.
     """
 
     def __init__(
@@ -91,14 +111,20 @@ class SeededNoise:
         shape: tuple[int, int, int],
         device: torch.device | str | None = None,
         kind: str = "seeded",
+        window: Window | None = None,
     ) -> None:
         self.generators: list[torch.Generator] | list[Philox] = (
             [Philox(seed) for seed in seeds]
             if kind == "philox"
             else [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         )
-        self.shape = shape
+        self.shape, self.window = shape, window
         self.device = device
+
+    @property
+    def whole_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what is drawn."""
+        return (self.shape[0], *self.window.size) if self.window else self.shape
 
     def sample(self, shape: Sequence[int]) -> Tensor:
         """Return the next noise, (B, *shape) float32; each image is drawn as (1, *shape)."""
@@ -110,7 +136,11 @@ class SeededNoise:
 
     def draw(self) -> Tensor:
         """Return the next noise of the shape of the latents, (B, C, h, w) float32."""
-        return self.sample(self.shape)
+        return self.crop(self.sample(self.whole_shape))
+
+    def crop(self, drawn: Tensor) -> Tensor:
+        """Return the window's part of noise for the whole."""
+        return self.window.crop(drawn) if self.window else drawn
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """Return the noise of one step, as solvers request it; the levels have no influence."""

@@ -34,19 +34,22 @@ import torch
 from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
 from mezzotint.devices import best_device, device_of, dtype_of
 from mezzotint.memory import system, walk
-from mezzotint.memory.walk import Workspace
+from mezzotint.memory.walk import Workspace, count_upscaler
 from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.tiles import Half
+from mezzotint.models.upscaler import TILE
 from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunPlan, plan_run
 from mezzotint.run.safety import checker_dtype, checker_placement
+from mezzotint.run.tiling import tile_plan, tiles_of
 from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.control_files import ControlFiles, scan_control
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_files import CheckerFiles, ModelFiles, NetworkFiles
+from mezzotint.weights.upscaler_files import load_upscaler
 
 # On the CPU a share of the bytes of libraries that are mapped after the import; on CUDA bytes, mostly cuBLAS's.
 LIBRARY_MEMORY = {"cpu": 0.42, "cuda": 40 * 2**20}
@@ -213,8 +216,9 @@ class MemoryEstimate:
     """The predicted memory of a run, in bytes.
 
     Attributes:
-        stages: The peak of each stage: load, encode (the prompts), image (of an initial image), step, decode, check (by
-            the safety checker), png.
+        stages: The peak of each stage: load, encode (the prompts), upscale (by hires-fix's upscaler), image (of an
+            initial image), step (of a tile, if the picture is drawn in tiles), decode, check (by the safety checker),
+            png.
         workspace: The part of it that a stage needs only while it runs, at most.
         macs: Multiply-accumulates of the run.
         bytes_moved: Bytes of weights that are read or converted again, which the default placement does not do.
@@ -291,18 +295,32 @@ class _Run:
     def estimate(self) -> MemoryEstimate:
         """Estimate all stages, with hires those of both passes."""
         first, stages = self.plan, {"load": self.load(), "encode": self.encode()}
+        if first.request.upscaler:
+            stages["upscale"] = self.upscaler()
         passes = [first, *([first.second_pass] if first.second_pass else [])]
         for plan in passes:
             one = plan.request
             pictures = min(one.count, one.batch or 1)
-            if one.image is not None or (plan is not first and first.request.hires_upscale == "pixels"):
+            if one.image is not None or (plan is not first and first.request.hires_upscale != "latent"):
                 stages["image"] = max(stages.get("image", 0), self.vae(one, 1, "encode"))
-            stages["step"] = max(stages.get("step", 0), self.step(plan, pictures))
+            parts = [tile_plan(plan, tile) for tile in tiles_of(plan)] if one.tile else [plan]
+            stages["step"] = max(stages.get("step", 0), *(self.step(part, pictures) for part in parts))
             stages["decode"] = max(stages.get("decode", 0), self.vae(one, pictures, "decode"))
         if first.safety != "off":
             stages["check"] = self.check(passes[-1].request)
         stages["png"] = self.constant + 4 * self.picture_bytes(passes[-1].request) * 3
         return MemoryEstimate(stages, self.workspace_peak, self.macs, self.bytes_moved)
+
+    def upscaler(self) -> int:
+        """Return the peak of hires-fix's upscaler, which stays in memory from its first picture on."""
+        path, request = Path(self.request.upscaler or ""), self.request
+        network = load_upscaler(path.expanduser(), torch.device("cpu"), torch.float32)
+        itemsize = 4 if self.cpu else 2
+        self.constant += sum(weight.numel() for weight in network.module.parameters()) * itemsize
+        height, width = request.height or 0, request.width or 0
+        side = TILE if network.tiled else max(height, width)
+        tensors = count_upscaler(network, min(side, height), min(side, width)) or 0
+        return self.constant + tensors * itemsize // 4 + 12 * height * width * (2 + 2 * network.scale**2)
 
     def lora_bytes(self) -> int:
         """Return the bytes of the request's LoRA files, as they are and in the dtype that they are added in.

@@ -15,6 +15,7 @@ attention backend are accounted for afterwards.
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from mezzotint.models.strips import Strips
 from mezzotint.models.tiles import Half
 from mezzotint.models.tiny_vae import TinyVAE, make_vae
 from mezzotint.models.unet import Condition, DownPath, UNet
+from mezzotint.models.upscaler import Upscaler
 from mezzotint.models.vae import VAE
 from mezzotint.models.vae_modes import VAEMode, decode, encode
 from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
@@ -408,6 +410,18 @@ def vae_peak(
     if mode == "whole":
         return walk.peak(workspace, batch)
     return walk.peak(workspace) + 2 * (batch - 1) * walk.result
+
+
+def count_upscaler(upscaler: Upscaler, height: int, width: int) -> int | None:
+    """Return the bytes of an upscaler's tensors for a picture of this size; None if it cannot run without data."""
+    try:
+        module = copy.deepcopy(upscaler.module).to("meta")
+        dtype = next(module.parameters()).dtype
+        with torch.inference_mode(), TensorCounter(module) as counter:
+            module(_empty(1, 3, height, width, dtype=dtype))
+        return int(counter.peak)
+    except Exception:  # a network of another package, which may do anything
+        return None
 
 
 def _contiguous(shape: torch.Size) -> list[int]:

@@ -72,7 +72,9 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         "Mask blur": request.mask_blur,
         "Hires upscale": request.hires,
         "Hires steps": request.hires_steps if request.hires else None,
-        "Hires upscaler": {"latent": "Latent", "pixels": "Lanczos"}.get(request.hires_upscale or ""),
+        "Hires upscaler": PureWindowsPath(request.upscaler).stem
+        if request.upscaler
+        else {"latent": "Latent", "pixels": "Lanczos"}.get(request.hires_upscale or ""),
         "Variation seed": request.variation_seed,
         "Variation seed strength": request.variation_strength,
         "Seed resize from": request.seed_size and "{}x{}".format(*request.seed_size),

@@ -57,11 +57,11 @@ class Options(_Part):
 class Model(_Part):
     """The model and the machine that a picture was generated with.
 
-    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets) and `merged` (LoRAs merged
-    into the weights) map a name to the SHA-256 of a file, and `embeddings` to that of the vectors. `safety_checker`
-    does so where flagged pictures are blurred or black. `options` are those that overruled the files. `edited` names
-    the networks that were not as in the files: another network, edited weights or modules, hooks. `solver` is the
-    module and name of the function that a program registered as the sampler.
+    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets), `upscaler` (of hires-fix) and
+    `merged` (LoRAs merged into the weights) map a name to the SHA-256 of a file, and `embeddings` to that of vectors.
+    `safety_checker` does so where flagged pictures are blurred or black. `options` are those that overruled the files.
+    `edited` names the networks that were not as in the files: another network, edited weights or modules, hooks.
+    `solver` is the module and name of the function that a program registered as the sampler.
     """
 
     name: Word = ""
@@ -74,6 +74,7 @@ class Model(_Part):
     embeddings: dict[Word, Sha256] = {}
     loras: dict[Word, Sha256] = {}
     controls: dict[Word, Sha256] = {}
+    upscaler: dict[Word, Sha256] = {}
     merged: dict[Word, Sha256] = {}
     edited: tuple[Word, ...] = ()
     solver: Word | None = None
@@ -88,6 +89,28 @@ class Input(_Part):
 
     path: Word | None = None
     sha256: Sha256
+
+
+class Enlargement(_Part):
+    """How a finished picture was enlarged.
+
+    Attributes:
+        method: "Lanczos", or the architecture of an upscaler.
+        scale: How much larger it became.
+        model: The SHA-256 of the upscaler's file, by its name.
+        tile: The largest side of the tiles that the upscaler saw; None if it saw the whole picture.
+        pixels: SHA-256 of the enlarged picture's pixels.
+    """
+
+    method: Word
+    scale: float = Field(gt=0.0, le=1000.0)
+    model: dict[Word, Sha256] = {}
+    tile: int | None = Field(default=None, ge=1, le=2**31)
+    pixels: Sha256 | None = None
+
+    def __str__(self) -> str:
+        file = "".join(f" by {name} (SHA-256 {digest[:10]}...)" for name, digest in self.model.items())
+        return f"{self.scale:g} times{file}, {self.method}{f', in tiles of {self.tile}' if self.tile else ''}"
 
 
 class Record(_Part):
@@ -107,6 +130,7 @@ class Record(_Part):
         latents: SHA-256 of the starting noise, if it was given.
         flagged: Whether the model's safety checker flagged the picture; None if it was not checked.
         notices: What `Result.notices` said of the request; not what it said of the model.
+        enlarged: How the picture was enlarged after it had been drawn, in order.
     """
 
     request: Request
@@ -122,6 +146,7 @@ class Record(_Part):
     latents: Sha256 | None = None
     flagged: bool | None = None
     notices: tuple[Word, ...] = Field(default=(), max_length=10_000)
+    enlarged: tuple[Enlargement, ...] = Field(default=(), max_length=100)
 
     def jobs(self, changes: Mapping[str, Any] | None = None) -> list[Job]:
         """Return the batch that the picture was generated in.
@@ -152,6 +177,7 @@ class Record(_Part):
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
             **{f"the ControlNet {name}": digest for name, digest in model.controls.items()},
+            **{f"the upscaler {name}": digest for name, digest in model.upscaler.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},
             "the solver function": model.solver or "",
@@ -224,12 +250,35 @@ def describe(
     return {chunk: text.encode("utf-8", "replace").decode() for chunk, text in texts.items()}
 
 
+def add_enlargement(texts: Mapping[str, str], image: Image.Image, **fields: Any) -> dict[str, str]:
+    """Return a picture's texts with a line in its record on how it was enlarged.
+
+    A picture without a record of ours keeps the texts that it has.
+
+    Args:
+        texts: The texts of the picture that was enlarged.
+        image: The enlarged picture.
+        fields: The fields of an `Enlargement`.
+
+    Raises:
+        RequestError: If the record is damaged.
+    """
+    if read(texts) is None:
+        return dict(texts)
+    record = json.loads(texts["mezzotint"])
+    made = Enlargement(**fields, pixels=pixels_digest(image)).model_dump(mode="json", exclude_none=True)
+    record["enlarged"] = [*record.get("enlarged", ()), made]
+    return {**texts, "mezzotint": json.dumps(record, ensure_ascii=False)}
+
+
 def _fields(request: Request) -> dict[str, Any]:
     """Return the request for JSON, of paths the last part, without pictures given as bytes."""
     fields = request.model_dump(mode="json", exclude={n for n, s in request.sources.items() if isinstance(s, bytes)})
     for name in ("image", "mask", "wildcards", "lora_folder"):
         if name in fields:
             fields[name] = _base_name(fields[name])
+    if request.upscaler:
+        fields["hires_upscale"] = _base_name(request.upscaler)
     if request.embeddings:
         fields["embeddings"] = [*map(_base_name, request.embeddings)]
     for entry, own in zip(fields.get("control") or (), request.control or (), strict=True):

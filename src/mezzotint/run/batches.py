@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mezzotint.diffusion.noise import Window
 from mezzotint.images.init_image import InitImage
 from mezzotint.images.io import Picture
 from mezzotint.records.record import describe
@@ -37,6 +38,8 @@ class Batch:
         init_images: What each picture starts from; empty for a run from noise. Tensors are latents (1, C, h, w).
         upcast_parts: Receives the names of networks that had to run in float32.
         flagged: Receives whether each picture was flagged; None for one that was not checked.
+        window: Where the latents lie in those of the whole pictures, of which they are tiles.
+        draws: How often the noise was drawn from before the steps, for the whole pictures.
     """
 
     plans: Sequence[RunPlan]
@@ -45,6 +48,8 @@ class Batch:
     init_images: Sequence[InitImage | Tensor] = ()
     upcast_parts: list[str] = field(default_factory=list)
     flagged: list[bool | None] = field(default_factory=list)
+    window: Window | None = None
+    draws: int = 0
 
     @classmethod
     def of(cls, pictures: Sequence[PlannedPicture], latents: Tensor | None = None) -> Batch:

@@ -116,6 +116,18 @@ def prepare_latents(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) 
     return InitialLatents(x, None, 1.0 - mask, x0, unit, skip_above)
 
 
+def encode_batch_image(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) -> tuple[Tensor, Tensor, int]:
+    """Return what `prepare_latents` would make of a batch's whole picture before its noise is added.
+
+    Returns:
+        The picture's latents and the run's first unit noise, each (B, C, h, w); and how often noise was drawn.
+    """
+    opened = batch.opened_images
+    x0 = _sample_latents([_pixels(image) for image in distinct_images(opened)], opened, vae, encode, noise)
+    unit = _unit_noise(batch, noise, vae.config.downscale)
+    return x0, unit, int(vae.draws_noise) + (batch.latents is None)
+
+
 def enlarge_batch(batch: Batch, x: Tensor, decode: Callable[[Tensor], list[Image.Image]]) -> Batch:
     """Return the batch of hires-fix's second pass, which starts from the first one's final latents, enlarged.
 
@@ -130,7 +142,8 @@ def enlarge_batch(batch: Batch, x: Tensor, decode: Callable[[Tensor], list[Image
         enlarged = [*F.interpolate(x.float(), plans[0].latent_shape[1:], mode="bilinear")[:, None]]
     else:
         size = plans[0].request.width or 0, plans[0].request.height or 0
-        enlarged = [InitImage(fit(image, size)) for image in decode(x)]
+        pictures, upscaler = decode(x), batch.plan.upscaler
+        enlarged = [InitImage(fit(upscaler(image) if upscaler else image, size)) for image in pictures]
     return Batch(plans, batch.seeds, init_images=enlarged, upcast_parts=batch.upcast_parts)
 
 

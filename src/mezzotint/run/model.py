@@ -110,6 +110,7 @@ class LoadedModel:
             "embeddings": plan.embedding_digests,
             "loras": plan.lora_digests,
             "controls": plan.control_digests,
+            "upscaler": dict([plan.upscaler.file]) if plan.upscaler else {},
             "merged": self.adapters.merged_digests(),
             "edited": self.edited(),
             "solver": samplers.origin(plan.sampler.solver),
@@ -222,7 +223,9 @@ class LoadedModel:
         self.prompts = PromptEncoder(parts.tokenizers, encoders, self.adapters)
         unet = cast(UNet, unwrap(parts.unet))
         self.controls = ControlNets(unet, self.device, self.dtype, self.executor.placement)
-        self.files = RunFiles(self.adapters, [encoder.config.hidden_size for encoder in encoders], self.controls)
+        self.files = RunFiles(
+            self.adapters, [encoder.config.hidden_size for encoder in encoders], self.controls, self.device
+        )
         self._few_step = FewStepUNets(unet, parts.source)
         if self.info.vae_dtype(self.dtype) != self.dtype:
             parts.vae.float()

@@ -12,7 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from mezzotint import samplers
 from mezzotint.conditioning.encode import parse_prompt
@@ -21,6 +24,8 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.images import init_image
+from mezzotint.models.tiles import spans
+from mezzotint.models.upscaler import Upscaler
 from mezzotint.prompt import PromptPlan
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.controls import ControlInput, ControlNets, check_controls
@@ -34,6 +39,7 @@ from mezzotint.samplers import SOLVERS, Sampler
 from mezzotint.weights.embeddings import Library
 from mezzotint.weights.lora import Adapter, Adapters, Scale
 from mezzotint.weights.model_files import FewStep
+from mezzotint.weights.upscaler_files import load_upscaler
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,22 @@ class RunFiles:
         adapters: Reads and caches LoRA files.
         widths: Hidden size of each text encoder.
         controls: Reads and caches ControlNets.
+        device: Where an upscaler computes.
     """
 
     adapters: Adapters
     widths: Sequence[int]
     controls: ControlNets
+    device: torch.device
 
     def read_loras(self, loras: Sequence[tuple[str, Scale]]) -> tuple[Adapter, ...]:
         """Read LoRA files."""
         return tuple(self.adapters.read(name) for name, _ in loras)
+
+    def read_upscaler(self, source: str) -> Upscaler:
+        """Read an upscaler's file, in float32 on the CPU and float16 elsewhere."""
+        dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+        return load_upscaler(Path(source).expanduser(), self.device, dtype)
 
     def read_embeddings(self, sources: Sequence[str]) -> Library:
         """Read textual inversions from files, folders or hub ids."""
@@ -83,6 +96,8 @@ class RunPlan:
         few_step: The model's few-step form, if this run uses it.
         controls: The ControlNets of the request, described; empty if the plan was made without reading files.
         second_pass: Hires-fix's second pass, or None.
+        upscaler: What enlarges the first pass's pictures, if it is a network; None if the plan was made without reading
+            files.
         base_steps: In a second pass, `schedule_steps` of the first pass.
     """
 
@@ -105,11 +120,18 @@ class RunPlan:
     controls: tuple[ControlInput, ...]
     second_pass: RunPlan | None
     base_steps: int | None = None
+    upscaler: Upscaler | None = None
 
     @property
     def steps(self) -> int:
-        """Number of solver steps, both passes."""
-        return len(self.sigmas) - 1 + (self.second_pass.steps if self.second_pass else 0)
+        """Number of solver steps, of both passes and of all tiles."""
+        return self.tiles * (len(self.sigmas) - 1) + (self.second_pass.steps if self.second_pass else 0)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles that the picture is drawn in."""
+        side = (self.request.tile or 0) // self.model.downscale
+        return math.prod(len(spans(length, side, side // 4)) for length in self.latent_shape[1:]) if side else 1
 
     @property
     def last_pass(self) -> RunPlan:
@@ -286,6 +308,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         few_step=few_step_of(model, sampler),
         controls=files.controls.read(resolved.control or ()) if files else (),
         second_pass=None,
+        upscaler=files.read_upscaler(resolved.upscaler) if files and resolved.upscaler else None,
     )
     return replace(plan, second_pass=_plan_second(plan)) if resolved.hires else plan
 

@@ -25,13 +25,17 @@ STRENGTH_HIRES = 0.7  # A1111's default
 # fields that are valid only with a certain model, prompt syntax or other field
 ONLY_SDXL = ("original_size", "crop", "target_size")
 ONLY_COMFY = ("choices", "wildcards")
-NEEDS_IMAGE = ("mask", "strength", "resize_mode", "outpaint")
+NEEDS_IMAGE = ("mask", "strength", "resize_mode", "outpaint", "tile")
 NEEDS_MASKED = ("mask_blur", "masked_content")
 NEEDS_MASK = ("invert_mask", "only_masked")
 NEEDS_HIRES = ("hires_upscale", "hires_steps", "hires_strength")
 EXCLUSIVE = (
     ("hires", "image"),
     ("only_masked", "outpaint"),
+    ("tile", "mask"),
+    ("tile", "outpaint"),
+    ("tile", "seamless"),
+    ("tile", "control"),
     ("discard_penultimate_sigma", "sigmas"),
     ("discard_penultimate_sigma", "timesteps"),
 )

@@ -22,11 +22,12 @@ from mezzotint.result import Result
 from mezzotint.run.batches import Batch, finish_pictures, group_pictures, split_results, step_counter
 from mezzotint.run.controls import prepare_controls
 from mezzotint.run.execute import iterate_inside
-from mezzotint.run.initial import enlarge_batch, prepare_latents
+from mezzotint.run.initial import encode_batch_image, enlarge_batch, prepare_latents
 from mezzotint.run.model import LoadedModel
 from mezzotint.run.networks import unwrap
 from mezzotint.run.plan import RunPlan
 from mezzotint.run.solve import solve
+from mezzotint.run.tiling import Canvas, tile_plan, tiles_of
 
 log = logging.getLogger("mezzotint")
 
@@ -86,7 +87,7 @@ class Runner:
 
     def steps(self, batch: Batch) -> Iterator[Step]:
         """Yield the steps of a batch, with hires those of both passes."""
-        for step in self._pass(batch):
+        for step in self._tiles(batch) if batch.request.tile else self._pass(batch):
             last = step
             yield step
         if batch.plan.second_pass:
@@ -125,7 +126,10 @@ class Runner:
         for layer, more in few_step.items():
             changes[layer] = [*changes.get(layer, ()), *more]
         install_adapters({"unet": unwrap(unet)}, changes)
-        noise = SeededNoise(batch.seeds, plan.latent_shape, model.device, plan.request.noise or "seeded")
+        kind = plan.request.noise or "seeded"
+        noise = SeededNoise(batch.seeds, plan.latent_shape, model.device, kind, batch.window)
+        for _ in range(batch.draws):
+            noise.draw()
 
         @contextmanager
         def inference() -> Iterator[None]:
@@ -144,6 +148,31 @@ class Runner:
             for network in (unet, *networks):
                 onloaded.enter_context(onload(network))
             yield from iterate_inside(inference, steps)
+
+    def _tiles(self, batch: Batch) -> Iterator[Step]:
+        """Run a batch tile by tile; each step shows the whole pictures, and the last one is their blend."""
+        plan, model, executor = batch.plan, self.model, self.model.executor
+        noise = SeededNoise(batch.seeds, plan.latent_shape, model.device, plan.request.noise or "seeded")
+        with executor.inference():
+            encode_image = partial(executor.encode, model.parts.vae, upcast_parts=batch.upcast_parts)
+            x0, unit, draws = encode_batch_image(batch, model.parts.vae, encode_image, noise)
+        canvas, index = Canvas(x0), 0
+        for tile in tiles_of(plan):
+            part = Batch(
+                [tile_plan(each, tile) for each in batch.plans],
+                batch.seeds,
+                tile.part(unit),
+                [*tile.part(x0)[:, None]],
+                batch.upcast_parts,
+                window=tile.window(plan),
+                draws=draws,
+            )
+            for step in self._pass(part):
+                last = step
+                x, denoised = canvas.with_tile(tile, step.x), canvas.with_tile(tile, step.denoised)
+                yield Step(index, step.sigma, x, denoised)
+                index += 1
+            canvas.add(tile, last.x)
 
     def _finish(self, batch: Batch, x: Tensor) -> list[Image.Image]:
         """Decode the final latents of a batch to finished pictures with their records."""

@@ -117,7 +117,8 @@ def step_noise(batch: Batch, noise: SeededNoise) -> Noise:
     if plan.sampler.noise == "seeded":
         return noise
     midpoints = plan.sampler.noise == "brownian midpoints"
-    return BrownianNoise(batch.seeds, noise.shape, plan.all_sigmas, noise.device, midpoints=midpoints)
+    path = BrownianNoise(batch.seeds, noise.whole_shape, plan.all_sigmas, noise.device, midpoints=midpoints)
+    return lambda sigma, sigma_next: noise.crop(path(sigma, sigma_next))
 
 
 def _check_own_steps(name: str, x: Tensor, steps: object) -> Iterator[Step]:

@@ -10,7 +10,7 @@ import base64
 import binascii
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -37,7 +37,8 @@ _GROUPS = {
     "noise seamless variation_seed variation_strength seed_size",
     "guidance": "guidance_scale guidance_method guidance_rescale guidance_interval guidance_steps apg_eta apg_momentum "
     "apg_norm_threshold cfg_zero_init_steps perp_neg_scale mimic_scale threshold_percentile",
-    "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask masked_content only_masked outpaint",
+    "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask masked_content only_masked outpaint "
+    "tile",
     "hires": "hires hires_upscale hires_steps hires_strength",
     "sdxl": "original_size crop target_size",
     "safety": "safety",
@@ -54,6 +55,9 @@ def _fields() -> dict[str, Any]:
         if name in PICTURES:
             text = Annotated[str, Field(min_length=1)]
             fields[name] = (text | None, Field(default=None, description=_PICTURE))
+        elif name == "hires_upscale":  # a client names no file of an upscaler
+            words = Literal["latent", "pixels"]
+            fields[name] = (words | None, Field(default=None, description="latent or pixels: what is enlarged"))
         else:
             changed = field._copy()
             changed.description = _NAMES.get(name, field.description)
