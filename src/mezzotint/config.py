@@ -239,6 +239,19 @@ class UNetConfig(_Config):
         return lowest if isinstance(lowest, int) else lowest[0]
 
     @property
+    def self_attentions(self) -> list[str]:
+        """Names of the self-attentions, as in diffusers."""
+        blocks: dict[str, tuple[int, ...]] = {"mid_block": (self.mid_depth or 0,)}
+        blocks |= {f"down_blocks.{k}": depths for k, depths in enumerate(self.down_depths)}
+        blocks |= {f"up_blocks.{k}": depths for k, depths in enumerate(self.up_depths)}
+        return [
+            f"{block}.attentions.{k}.transformer_blocks.{n}.attn1"
+            for block, depths in blocks.items()
+            for k, depth in enumerate(filter(None, depths))
+            for n in range(depth)
+        ]
+
+    @property
     def _level_depths(self) -> Depths:
         depths = self.transformer_layers_per_block
         return (depths,) * len(self.block_out_channels) if isinstance(depths, int) else depths

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from mezzotint.diffusion.guidance import step_index
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
+from mezzotint.models.attention import perturbing
 from mezzotint.models.controlnet import ControlRun, add_residuals
+from mezzotint.models.freeu import FreeU
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.samplers.sampler import TimestepKind
 
@@ -45,6 +48,8 @@ class Denoiser:
         guidance_scale: Returns the guidance scale at a noise level, for a network that takes it as an input.
         controls: The ControlNets.
         prompts: How many of the conditions, the first ones, are parts of the prompt.
+        perturbed_layers: Parts of the names of the self-attentions that are the identity in perturbed outputs.
+        freeu: b1, b2, s1 and s2 of FreeU.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class Denoiser:
         guidance_scale: Callable[[float], float] | None = None,
         controls: Sequence[ControlRun] = (),
         prompts: int = 1,
+        perturbed_layers: Sequence[str] = (),
+        freeu: FreeU | None = None,
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
@@ -69,6 +76,9 @@ class Denoiser:
             None if inpaint_channels is None else inpaint_channels.to(parameter.device, parameter.dtype)
         )
         self.dtype = parameter.dtype
+        own = getattr(unet, "_orig_mod", unet)
+        self.perturbed_layers = own.self_attentions(perturbed_layers) if perturbed_layers else ()
+        self._options = {"freeu_factors": freeu} if freeu else {}  # networks of a user's own need not take any
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
         self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # on the device
         self._batched: dict[tuple[object, ...], tuple[Condition, KeysValues]] = {}
@@ -78,13 +88,16 @@ class Denoiser:
         """Return denoised x (B, C, h, w) under the first condition."""
         return self.prediction.denoised(self.outputs(x, sigma, 1)[0], x, sigma)
 
-    def outputs(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
+    def outputs(self, x: Tensor, sigma: float, count: int | None = None, perturbed: int = 0) -> tuple[Tensor, ...]:
         """Return the network's outputs for x (B, C, h, w), in x's dtype, one per condition (or the first `count`).
 
+        The first `perturbed` conditions follow once more, with identity in place of attention in `perturbed_layers`.
         The UNet is called once, on a batch of count * B, for all conditions of the same length; once for each
         condition if they are split.
         """
-        conditions = self.conditions(sigma)[:count]
+        every = self.conditions(sigma)
+        plain = every[:count]
+        conditions = [*plain, *every[:perturbed]]
         sample = (x / math.sqrt(sigma * sigma + self.prediction.sigma_data**2)).to(self.dtype)
         whole = sample if self.inpaint_channels is None else torch.cat([sample, self.inpaint_channels], dim=1)
         embedding = None if self.guidance_scale is None else self.unet.guidance_embedding(self.guidance_scale(sigma))
@@ -97,25 +110,31 @@ class Denoiser:
             same = [k for k, own in enumerate(calls) if own == call]
             condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
             samples = torch.cat([whole] * len(same))  # (len(same) * B, C, h, w)
-            output: Tensor = self.unet(
-                samples,
-                self.timestep(sigma),
-                condition,
-                keys_values=keys_values or None,
-                timestep_cond=embedding,
-                **self._residuals(sigma, sample, conditions, same),
-            )
+            rows = len(x) * sum(k >= len(plain) for k in same)  # perturbed conditions are the last of their batch
+            with perturbing(self.perturbed_layers, rows) if rows else nullcontext():
+                output: Tensor = self.unet(
+                    samples,
+                    self.timestep(sigma),
+                    condition,
+                    keys_values=keys_values or None,
+                    timestep_cond=embedding,
+                    **self._options,
+                    **self._residuals(sigma, sample, conditions, same, len(plain)),
+                )
             outputs |= zip(same, output.to(x.dtype).chunk(len(same)), strict=True)
         return tuple(outputs[k] for k in range(len(conditions)))
 
     def _residuals(
-        self, sigma: float, sample: Tensor, conditions: Sequence[Condition], same: Sequence[int]
+        self, sigma: float, sample: Tensor, conditions: Sequence[Condition], same: Sequence[int], plain: int
     ) -> dict[str, list[Tensor] | Tensor]:
-        """Return what the ControlNets add for the conditions `same`, as arguments of the UNet; none if none acts."""
+        """Return what the ControlNets add for the conditions `same`, as arguments of the UNet; none if none acts.
+
+        From the number `plain` on, conditions are perturbed ones, which are parts of the prompt too.
+        """
         if not self.controls:
             return {}
         total, step = None, step_index(sigma, self.levels or ())
-        own, acts = [conditions[k] for k in same], [k < self.prompts for k in same]
+        own, acts = [conditions[k] for k in same], [k < self.prompts or k >= plain for k in same]
         for control in self.controls:
             total = add_residuals(total, control.residuals(step, sample, self.timestep(sigma), own, acts))
         if total is None:
@@ -130,20 +149,7 @@ class Denoiser:
 
     def timestep(self, sigma: float) -> float:
         """Return the timestep that the UNet is given."""
-        if self.kind == "edm":
-            return math.log(sigma) / 4
-        if self.kind == "log_alpha":
-            return self.schedule.timestep(sigma, "log_alpha")
-        if self.kind == "lcm":
-            return self.schedule.lcm_timestep(sigma)
-        own = self.levels is None or sigma in self.levels
-        timestep = self.schedule.timestep(sigma, "sigma" if self.kind == "linear" and own else "log_sigma")
-        if self.kind == "nearest" or (self.kind == "rounded" and own):
-            return float(round(timestep))
-        if self.kind == "truncated" and own:
-            # as in diffusers, where float32 rounds the level of a whole timestep down: 999 becomes 998
-            return float(max(math.floor(timestep - 1e-4), 0))
-        return timestep
+        return timestep_at(sigma, self.schedule, self.kind, self.levels)
 
     def _batch(self, batch: int, conditions: Sequence[Condition]) -> tuple[Condition, KeysValues]:
         """Concatenate the conditions, each `batch` times, with their keys and values; computed once."""
@@ -166,6 +172,24 @@ class Denoiser:
             placed = condition.to(next(self.unet.parameters()).device, self.dtype)
             self._projected[condition] = placed, [] if self._weights is None else self.unet.keys_values(placed)
         return self._projected[condition]
+
+
+def timestep_at(sigma: float, schedule: Schedule, kind: TimestepKind, levels: Sequence[float] | None) -> float:
+    """Return the timestep of a noise level; the arguments are those of `Denoiser`."""
+    if kind == "edm":
+        return math.log(sigma) / 4
+    if kind == "log_alpha":
+        return schedule.timestep(sigma, "log_alpha")
+    if kind == "lcm":
+        return schedule.lcm_timestep(sigma)
+    own = levels is None or sigma in levels
+    timestep = schedule.timestep(sigma, "sigma" if kind == "linear" and own else "log_sigma")
+    if kind == "nearest" or (kind == "rounded" and own):
+        return float(round(timestep))
+    if kind == "truncated" and own:
+        # as in diffusers, where float32 rounds the level of a whole timestep down: 999 becomes 998
+        return float(max(math.floor(timestep - 1e-4), 0))
+    return timestep
 
 
 def _keys_values_state(unet: nn.Module) -> Hashable:

@@ -41,7 +41,7 @@ _TEXT = f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters"
 _SIDE = f"a multiple of 8 from 8 to {MAX_SIDE}"
 _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
 UPSCALER_FILES = ("safetensors", "pth", "pt", "ckpt", "bin")  # how an upscaler's file ends
-FLAGS = ("invert_mask", "fix_steps", "discard_penultimate_sigma")
+FLAGS = ("invert_mask", "differential", "fix_steps", "discard_penultimate_sigma")
 _EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT)]
@@ -50,6 +50,7 @@ Extent = Annotated[int, Field(ge=1, le=1_000_000)]
 Offset = Annotated[int, Field(ge=0, le=1_000_000)]
 Sigma = Annotated[float, Field(ge=0.0, le=1e6)]
 Scale = Annotated[float, Field(ge=0.0, le=1000.0)]
+Factor = Annotated[float, Field(gt=0.0, le=10.0)]
 Timestep = Annotated[float, Field(ge=0.0, le=1e6)]
 Padding = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 Extension = Annotated[int, Field(multiple_of=8, ge=0, le=MAX_SIDE)]
@@ -158,6 +159,18 @@ class Request(BaseModel):
     threshold_percentile: float | None = _optional(
         "a fraction from 0 to 1 of a channel's values; larger values are clipped", ge=0.0, le=1.0
     )
+    pag_scale: Scale | None = _optional("a number from 0 (off) to 1000 (perturbed-attention guidance; usually 3)")
+    pag_layers: tuple[Name, ...] | None = _optional(
+        "a list of 1 to 100 parts of names of the UNet's self-attentions, such as mid or up_blocks.0.attentions.1",
+        min_length=1,
+        max_length=100,
+    )
+    pag_adaptive_scale: Scale | None = _optional(
+        "a number from 0 to 1000, by which pag_scale falls with each timestep below 1000"
+    )
+    freeu: tuple[Factor, Factor, Factor, Factor] | None = _optional(
+        "four numbers (b1, b2, s1, s2) above 0 and at most 10 (FreeU: factors of the UNet's features and skips)"
+    )
     noise: str | None = _optional(
         "seeded (CPU generators, as in diffusers) or philox (the noise of a CUDA GPU, as in A1111)",
         pattern="^(seeded|philox)$",
@@ -188,6 +201,10 @@ class Request(BaseModel):
     )
     mask_blur: float | None = _optional("a number of pixels from 0 to 1000", ge=0.0, le=1000.0)
     invert_mask: bool | None = _optional("true or false", strict=True)
+    differential: bool | None = _optional(
+        "true or false: whether the mask's grey is how much each place may change (differential diffusion)",
+        strict=True,
+    )
     masked_content: str | None = _optional(
         "original, fill (the surrounding colours) or noise (what the masked area starts from)",
         pattern="^(original|fill|noise)$",
@@ -255,10 +272,10 @@ class Request(BaseModel):
             raise PydanticCustomError("boolean", "a boolean")
         return value
 
-    @field_validator("embeddings", "wildcards", "hires_upscale", mode="before")
+    @field_validator("embeddings", "wildcards", "hires_upscale", "pag_layers", mode="before")
     @classmethod
     def _paths_are_names(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.field_name == "embeddings" and isinstance(value, str | PathLike):
+        if info.field_name in ("embeddings", "pag_layers") and isinstance(value, str | PathLike):
             value = [value]  # one alone
         if isinstance(value, list | tuple):
             return tuple(fspath(name) if isinstance(name, PathLike) else name for name in value)

@@ -124,10 +124,12 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--threshold-percentile 0.95 --syntax comfy --emphasis no_norm --embedding a.pt --embedding owner/b "
         "--lora c.safetensors:0.8 --lora d.safetensors --lora-folder e "
         "--wildcards cards --choices keep --noise philox --image a.png --mask b.png --strength 0.6 --fix-steps "
-        "--resize-mode crop --mask-blur 4 --invert-mask --masked-content fill --only-masked 32 "
+        "--resize-mode crop --mask-blur 4 --invert-mask --differential --masked-content fill --only-masked 32 "
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
         "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
-        "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net"
+        "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net "
+        "--pag-scale 3 --pag-layers mid,up_blocks.0 --pag-adaptive-scale 0.005 "
+        "--freeu 1.5,1.6,0.9,0.2"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -175,6 +177,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             resize_mode="crop",
             mask_blur=4.0,
             invert_mask=True,
+            differential=True,
             masked_content="fill",
             only_masked=32,
             outpaint=(0, 8, 64, 0),
@@ -188,6 +191,10 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             seed_size=(64, 72),
             safety="blur",
             control=({"file": "f.pth", "image": "g.png", "scale": 0.8, "end": 0.6}, "owner/net"),
+            pag_scale=3.0,
+            pag_layers=("mid", "up_blocks.0"),
+            pag_adaptive_scale=0.005,
+            freeu=(1.5, 1.6, 0.9, 0.2),
         )
     ]
     assert {name for name, value in pipe.requests[0] if value is None} == {"sigmas", "timesteps"}

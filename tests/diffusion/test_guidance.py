@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mezzotint
+from mezzotint.denoiser import Denoiser
 from mezzotint.diffusion.guidance import METHODS, Method, dynamic_threshold, guided, step_index
 from mezzotint.diffusion.prediction import EPSILON, PREDICTIONS, SAMPLE, V_PREDICTION, Prediction
 from mezzotint.diffusion.solvers import SOLVERS
@@ -324,6 +325,54 @@ def test_thresholding_at_its_own_scale_changes_nothing() -> None:
         torch.testing.assert_close(guided(Fixed(*outputs), prediction, 7.5, mimic_scale=7.5)(x, 2.0), plain)
 
 
+class Perturbed:
+    """The same outputs, whatever is asked, and those of the perturbed conditions; and what was asked for."""
+
+    def __init__(self, outputs: Sequence[Tensor], perturbed: Sequence[Tensor]) -> None:
+        self.given, self.perturbed, self.asked = (*outputs,), (*perturbed,), list[tuple[int | None, int]]()
+
+    def __call__(self, x: Tensor, sigma: float, count: int | None = None, perturbed: int = 0) -> tuple[Tensor, ...]:
+        self.asked.append((count, perturbed))
+        return (*self.given[:count], *self.perturbed[:perturbed])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pag_is_added_to_every_method(name: str) -> None:
+    """Before thresholding and rescale; of two conditions each by its weight."""
+    x, a, b, other_a, other_b, *rest = random(8)
+    weights, others = (0.8, 0.6), [other_a, other_b]
+    empties = rest if name == "perp_neg" else rest[:1]
+    options: dict[str, Any] = {"method": METHODS[name](), "weights": weights}
+    plain = guided(Fixed(a, b, *empties), SAMPLE, 7.5, **options | {"method": METHODS[name]()})(x, 2.0)
+    outputs = Perturbed([a, b, *empties], others)
+    term = 0.8 * (a - other_a) + 0.6 * (b - other_b)
+    found = guided(outputs, SAMPLE, 7.5, **options, pag_scale=lambda sigma: 1.5 * sigma)(x, 2.0)
+    torch.testing.assert_close(found, plain + 3.0 * term)
+    assert outputs.asked == [(None, 2)]
+    options["method"] = METHODS[name]()
+    rescaled = guided(outputs, SAMPLE, 7.5, **options, rescale=1.0, pag_scale=lambda _: 3.0)(x, 2.0)
+    conditional = rest[0] + 0.8 * (a - rest[0]) + 0.6 * (b - rest[0])
+    spread = conditional.std((1, 2, 3), keepdim=True) / (plain + 3.0 * term).std((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(rescaled, (plain + 3.0 * term) * spread)
+
+
+def test_pag_is_active_where_guidance_is_and_its_scale_above_zero() -> None:
+    x, conditional, unconditional, other = random(4)
+    outputs = Perturbed([conditional, unconditional], [other])
+    scales = {9.0: 2.0, 3.0: 2.0, 1.0: 0.0}
+    options: dict[str, Any] = {"interval": (0.5, 5.0), "pag_scale": lambda sigma: scales[sigma]}
+    denoise, alone = guided(outputs, SAMPLE, 7.5, **options), guided(outputs, SAMPLE, 1.0, **options)
+    torch.testing.assert_close(alone(x, 3.0), conditional + 2.0 * (conditional - other))
+    assert torch.equal(denoise(x, 9.0), conditional)
+    torch.testing.assert_close(denoise(x, 1.0), unconditional + 7.5 * (conditional - unconditional))
+    assert outputs.asked == [(1, 1), (1, 0), (None, 0)]
+    guided_, base = guided(outputs, SAMPLE, 0.6, **options).pair(x, 3.0)  # CFG++
+    torch.testing.assert_close(
+        guided_, unconditional + 0.6 * (conditional - unconditional) + 2.0 * (conditional - other)
+    )
+    assert torch.equal(base, unconditional)
+
+
 # ---- together --------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +515,8 @@ def test_calls_of_the_network(pipe: mezzotint.Pipeline) -> None:
     assert calls(pipe, guidance_scale=(5.0, 3.0, 1.0, 0.0)) == [2, 2, 1, 1]
     assert calls(pipe, sampler="euler_cfg_pp") == [2, 2, 2, 2]
     assert calls(pipe, sampler="euler_cfg_pp", guidance_interval=(1.0, 9.0)) == [1, 2, 2, 1]
+    assert calls(pipe, pag_scale=3.0, guidance_steps=(0.0, 0.5)) == [3, 3, 1, 1]
+    assert calls(pipe, pag_scale=3.0, guidance_scale=1.0) == [2, 2, 2, 2]
     assert calls(pipe, guidance_method="perp_neg") == [2, 2, 2, 2]  # no negative prompt
     assert calls(pipe, guidance_method="perp_neg", negative_prompt="a dog") == [3, 3, 3, 3]
     assert calls(pipe, guidance_method="perp_neg", negative_prompt="a dog", guidance_steps=(0.0, 0.5)) == [3, 3, 1, 1]
@@ -491,6 +542,34 @@ def test_the_norm_threshold_grows_with_the_picture(pipe: mezzotint.Pipeline) -> 
     assert pipe.resolve(request.replace(width=1024, height=1024)).apg_norm_threshold == 15.0
     assert pipe.resolve(request.replace(width=512, height=512)).apg_norm_threshold == 7.5
     assert pipe.resolve(request).apg_norm_threshold == 1.875
+
+
+def test_layers_that_the_model_has_not_get_a_sentence(pipe: mezzotint.Pipeline) -> None:
+    with pytest.raises(mezzotint.RequestError, match=r"pag_layers has 'up_blocks\.9', .* such as .*mid_block"):
+        pipe.resolve(mezzotint.Request(prompt=PROMPT, pag_scale=3.0, pag_layers=("mid", "up_blocks.9")))
+    with pytest.raises(mezzotint.RequestError, match="pag_layers is given, but there is no pag_scale"):
+        pipe.resolve(mezzotint.Request(prompt=PROMPT, pag_layers="mid"))
+    layers = {name for name, layer in pipe.unet.named_modules() if name.endswith("attn1")}
+    assert layers == {*pipe._model.info.self_attentions}
+
+
+def test_split_guidance_has_the_same_perturbed_output(pipe: mezzotint.Pipeline) -> None:
+    denoiser = [
+        Denoiser(
+            pipe.unet,
+            pipe.schedule,
+            EPSILON,
+            [pipe.encode("a"), pipe.encode("")],
+            perturbed_layers=["mid"],
+            split=split,
+        )
+        for split in (False, True)
+    ]
+    with torch.inference_mode():
+        batched, split = (one.outputs(X, 2.0, perturbed=1) for one in denoiser)
+    for a, b in zip(batched, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(batched) == 3 and (batched[2] - batched[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

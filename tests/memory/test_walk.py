@@ -119,6 +119,17 @@ def test_a_step_needs_what_the_walk_predicts(name: str, batch: int) -> None:
 
 
 @torch.inference_mode()
+def test_a_step_with_freeu_needs_what_the_walk_predicts() -> None:
+    config, factors = UNetConfig.model_validate(UNET), (1.5, 1.6, 0.9, 0.2)
+    network = UNet(config).eval().to(memory_format=torch.channels_last)
+    x, condition = torch.zeros(1, 4, 32, 24), Condition(torch.zeros(1, 77, 64))
+    given, times = network.keys_values(condition), network.time_projections(1.0, condition)
+    options = {"keys_values": given, "time_projections": times, "freeu_factors": factors}
+    held = live(lambda: network(x, 1.0, condition, **options))
+    assert walk_unet(config, 32, 24, 77, freeu=factors).peak(TENSORS) == pytest.approx(held, rel=0.03)
+
+
+@torch.inference_mode()
 def test_a_text_encoder_needs_what_the_walk_predicts() -> None:
     config = CLIPConfig(vocab_size=100, hidden_size=64, intermediate_size=256, num_hidden_layers=3)
     network, ids = CLIPTextModel(config).eval(), torch.zeros(1, 77, dtype=torch.long)

@@ -167,6 +167,27 @@ def generate(
         float | None,
         option("With --mimic-scale: fraction of the values that is not clipped, 0 to 1.", "X", GUIDANCE, default="1"),
     ] = None,
+    pag_scale: Annotated[
+        float | None, option("Perturbed-attention guidance: its scale; usually 3.", "SCALE", GUIDANCE, default="off")
+    ] = None,
+    pag_layers: Annotated[
+        str | None,
+        option(
+            "Its self-attentions, by parts of their names: mid, up_blocks.0, ...", "NAME,...", GUIDANCE, default="mid"
+        ),
+    ] = None,
+    pag_adaptive_scale: Annotated[
+        float | None, option("What its scale loses with each timestep below 1000.", "X", GUIDANCE, default="0")
+    ] = None,
+    freeu: Annotated[
+        str | None,
+        option(
+            "FreeU: factors of the UNet's features (b1, b2) and skips (s1, s2), such as 1.5,1.6,0.9,0.2.",
+            "B1,B2,S1,S2",
+            GUIDANCE,
+            default="off",
+        ),
+    ] = None,
     image: Annotated[
         str | None, option("Picture to start from. Without --size its own size is used.", "FILE", FROM_PICTURE)
     ] = None,
@@ -213,6 +234,15 @@ def generate(
     invert_mask: Annotated[
         bool | None,
         option("Repaint the black areas of the mask.", None, FROM_PICTURE, name="--invert-mask/--no-invert-mask"),
+    ] = None,
+    differential: Annotated[
+        bool | None,
+        option(
+            "The mask's grey is how much each place may change (differential diffusion).",
+            None,
+            FROM_PICTURE,
+            name="--differential/--no-differential",
+        ),
     ] = None,
     masked_content: Annotated[
         str | None,

@@ -36,6 +36,8 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "timesteps": _numbers(
             "timesteps", get("timesteps"), "falling timesteps separated by commas, such as 999,500,250"
         ),
+        "pag_layers": tuple(name.strip() for name in (get("pag_layers") or "").split(",") if name.strip()) or None,
+        "freeu": _numbers("freeu", get("freeu"), "b1,b2,s1,s2, such as 1.5,1.6,0.9,0.2"),
         "guidance_interval": pair(
             "guidance_interval", get("guidance_interval"), ":", float, "LOW:HIGH in sigma, such as 0.3:5"
         ),

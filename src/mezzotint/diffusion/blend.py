@@ -4,14 +4,19 @@ Before each call, the kept part of x is replaced by `x0 + sigma * noise`, with t
 call, the kept part of the estimate is replaced by x0. This is what diffusers' inpainting and k-diffusion's masked
 denoiser (A1111) do, and it also holds for stochastic solvers: their own noise never reaches the kept part of the
 network's input. See Lugmayr et al. 2022 (RePaint), eq. 8, without resampling.
+
+Differential diffusion (Levin and Fried 2023) keeps each place for a share of the steps of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from mezzotint.diffusion.guidance import step_index
 
 
 class Denoiser(Protocol):
@@ -59,3 +64,40 @@ class Blend:
 
     def _noisy(self, x: Tensor, sigma: float) -> Tensor:
         return x if sigma >= self.skip_above else self.composite(x, sigma)
+
+
+@dataclass(frozen=True, eq=False)
+class DifferentialBlend:
+    """A denoiser that keeps each place the original until its share of the steps is over.
+
+    Of n steps, a place with `keep` k has the original's estimate x0 in step i (from 0) where k > (i + 1) / n, and so is
+    the noisy original until its own first step begins. With Euler and DDIM this equals differential diffusion's
+    replacement of x by x0 + sigma * noise before step i where k > i / n; with other solvers, x stays one that they
+    could have reached.
+
+    Args:
+        denoise: The denoiser to wrap.
+        keep: Share of the steps in which a place stays the original, (B or 1, 1, h, w).
+        x0: Latents of the original, (B, C, h, w).
+        noise: The first noise of the run, (B, C, h, w).
+        sigmas: Noise levels of the run.
+    """
+
+    denoise: Denoiser
+    keep: Tensor
+    x0: Tensor
+    noise: Tensor
+    sigmas: Sequence[float]
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """Return the blended denoised estimate, of the shape of x (B, C, h, w)."""
+        return self._at(sigma)(x, sigma)
+
+    def pair(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Return the blended (guided, unconditional) denoised estimates."""
+        return self._at(sigma).pair(x, sigma)
+
+    def _at(self, sigma: float) -> Blend:
+        """Return the blend of the step that a call at this noise level belongs to."""
+        begun = (step_index(sigma, self.sigmas) + 1) / max(len(self.sigmas) - 1, 1)
+        return Blend(self.denoise, (self.keep > begun).to(self.x0.dtype), self.x0, self.noise)

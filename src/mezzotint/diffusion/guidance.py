@@ -1,14 +1,16 @@
 """Guidance as a wrapper: it takes the network's outputs and returns a denoiser. Solvers do not know about it.
 
 One batched call of the network returns (conditions..., unconditional, negatives...). Where guidance has no effect,
-only the conditions are computed. The steps, in order:
+only the conditions are computed. With perturbed-attention guidance the perturbed conditions come last. The steps, in
+order:
 
 1. The conditions are combined by their weights into one conditional output.
 2. A method corrects the pair (conditional, unconditional).
 3. Classifier-free guidance extrapolates from that pair.
-4. Dynamic thresholding.
-5. Rescale.
-6. The prediction converts the output to the denoised estimate.
+4. Perturbed-attention guidance.
+5. Dynamic thresholding.
+6. Rescale.
+7. The prediction converts the output to the denoised estimate.
 
 docs/guidance.md has the equations.
 """
@@ -32,11 +34,12 @@ from mezzotint.errors import RequestError
 class Outputs(Protocol):
     """A function that returns the network's outputs at x (B, C, h, w).
 
-    It returns one tensor of the shape of x for each condition, or only the first `count` of them.
+    It returns one tensor of the shape of x for each condition, or only the first `count` of them; after these, those of
+    the first `perturbed` conditions with perturbed self-attention.
     """
 
-    def __call__(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
-        """Return the first `count` outputs, or all of them."""
+    def __call__(self, x: Tensor, sigma: float, count: int | None = None, perturbed: int = 0) -> tuple[Tensor, ...]:
+        """Return the first `count` outputs, or all of them, and the perturbed ones."""
 
 
 class Call(NamedTuple):
@@ -151,6 +154,9 @@ class Guided:
             (Liu et al. 2022).
         mimic_scale: Scale whose range dynamic thresholding imitates; see `dynamic_threshold`.
         threshold_percentile: From 0 to 1; see `dynamic_threshold`.
+        pag_scale: Returns the scale of perturbed-attention guidance at a noise level (Ahn et al. 2024, eq. 15): the
+            output moves away from the one whose self-attention is the identity. It is active where guidance is, and
+            needs no scale above 1.
 
     Raises:
         RequestError: If the scale is not finite, or the interval or the steps are empty.
@@ -167,6 +173,7 @@ class Guided:
     weights: Sequence[float] = (1.0,)
     mimic_scale: float | None = None
     threshold_percentile: float = 1.0
+    pag_scale: Callable[[float], float] | None = None
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.scale).all():  # NaN would disable guidance silently
@@ -187,13 +194,15 @@ class Guided:
         Their scale also has a meaning below 1. Outside the interval and the steps, both are the conditional estimate.
         """
         step = self._step(sigma)
-        if not is_guided(sigma, step, self._num_steps, self.interval, self.steps):
+        if not self._is_guided(sigma):
             return (self._denoise_conditional(x, sigma),) * 2
-        outputs, scale = self.outputs(x, sigma), interpolate_scale(self.scale, step, self._num_steps)
+        outputs, perturbed = self._outputs(x, sigma)
+        scale = interpolate_scale(self.scale, step, self._num_steps)
         conditional = weighted_sum(self._weights, outputs[: len(self._weights)])
         unconditional, *negatives = outputs[len(self.weights) :]
         corrected, base = self.method(Call(x, sigma, step, self.prediction), conditional, unconditional, *negatives)
         output = base + scale * (corrected - base)
+        output = output if perturbed is None else output + perturbed
         if self.mimic_scale is not None:
             mimic = self.prediction.denoised(base + self.mimic_scale * (corrected - base), x, sigma)
             denoised = dynamic_threshold(self.prediction.denoised(output, x, sigma), mimic, self.threshold_percentile)
@@ -206,14 +215,28 @@ class Guided:
 
     def _denoise_conditional(self, x: Tensor, sigma: float) -> Tensor:
         """Return the estimate of the conditions; the unconditional is computed unless their weights sum to 1."""
-        output = weighted_sum(self._weights, self.outputs(x, sigma, len(self._weights)))
-        return self.prediction.denoised(output, x, sigma)
+        outputs, perturbed = self._outputs(x, sigma, len(self._weights))
+        output = weighted_sum(self._weights, outputs)
+        return self.prediction.denoised(output if perturbed is None else output + perturbed, x, sigma)
+
+    def _outputs(self, x: Tensor, sigma: float, count: int | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return the outputs, and what perturbed-attention guidance adds to their combination; None where it is off."""
+        scale = self.pag_scale(sigma) if self.pag_scale and self._is_guided(sigma) else 0.0
+        if scale <= 0.0:
+            return self.outputs(x, sigma, count), None
+        parts = len(self.weights)
+        outputs = self.outputs(x, sigma, count, parts)
+        differences = [plain - other for plain, other in zip(outputs, outputs[-parts:], strict=False)]
+        return outputs[:-parts], scale * weighted_sum(self.weights, differences[:parts])
 
     @cached_property
     def _weights(self) -> Sequence[float]:
         """Weights of the conditions and, unless they sum to 1, the remainder as that of the unconditional."""
         rest = 1.0 - sum(self.weights)
         return self.weights if abs(rest) < 1e-6 else (*self.weights, rest)
+
+    def _is_guided(self, sigma: float) -> bool:
+        return is_guided(sigma, self._step(sigma), self._num_steps, self.interval, self.steps)
 
     @property
     def _num_steps(self) -> int:

@@ -223,7 +223,8 @@ class InitImage:
 
     Attributes:
         image: RGB at the size of the run.
-        mask: L at the same size, white where the run draws; None means everywhere.
+        mask: L at the same size, white where the run draws; None means everywhere. In differential diffusion its grey
+            is how much a place may change.
         canvas: RGB picture that the result is pasted into.
         alpha: L at the canvas's size, the opacity of the result.
         box: The part of the canvas that the run sees; None means all of it.
@@ -258,6 +259,7 @@ def prepare(
     resize_mode: ResizeMode = "resize",
     mask_blur: float = 0.0,
     invert_mask: bool = False,
+    differential: bool = False,
     masked_content: str = "original",
     only_masked: int | None = None,
     outpaint: Box | None = None,
@@ -270,6 +272,7 @@ def prepare(
         resize_mode: How `fit` brings the picture to `size`.
         mask_blur: Standard deviation in pixels of the blur of the mask's edge.
         invert_mask: Whether black, rather than white, marks what is inpainted.
+        differential: Whether the mask is kept in its greys; only where it is black are the canvas's pixels kept.
         masked_content: "fill" replaces the masked part with nearby colors first; other values leave the pixels.
         only_masked: Padding in pixels around the masked crop_region if that is all the run sees.
         outpaint: Pixels added on the left, top, right and bottom.
@@ -294,7 +297,7 @@ def prepare(
             side, other = ("white", "black") if invert_mask else ("black", "white")
             raise RequestError(f"mask is {side} everywhere; it must have {other} areas, which are inpainted")
         brightest = int(np.asarray(mask).max())
-        if outpaint is None and brightest < HALF:
+        if outpaint is None and brightest < HALF and not differential:
             inverted = " once inverted" if invert_mask else ""
             raise RequestError(
                 f"mask is too dark: its brightest value{inverted} is {brightest}, and only values from {HALF} to 255 "
@@ -324,13 +327,20 @@ def prepare(
     alpha = mask.filter(ImageFilter.GaussianBlur(mask_blur)) if mask_blur else mask
     if outpaint is not None:
         alpha = Image.composite(outside, alpha, outside)  # the added borders are always drawn
+    if differential:
+        mask = alpha
+        alpha = alpha.point([0] + [255] * 255)
     content = fill_masked(image, alpha) if masked_content == "fill" else image
     if only_masked is None:
         canvas, marked, content = (fit(part, size, resize_mode) for part in (image, alpha, content))
+        if differential:
+            marked = fit(mask, size, resize_mode, Image.Resampling.BILINEAR)
         alpha = fit(alpha, size, resize_mode, Image.Resampling.BILINEAR)
         return InitImage(content, marked, canvas, alpha, None, digests, tuple(notices))
     box = crop_region(alpha, only_masked, size)
     shown, marked = (fit(part.crop(box), size, "fill") for part in (content, alpha))
+    if differential:
+        marked = fit(mask.crop(box), size, "fill", Image.Resampling.BILINEAR)
     return InitImage(shown, marked, image, alpha, box, digests, tuple(notices))
 
 

@@ -422,7 +422,7 @@ class _Run:
         conditions = self.plan.condition_count
         split = self.placement.guidance == "split"
         batch = pictures * (1 if split else conditions)
-        step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize)
+        step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize, plan.request.freeu)
         peak = step.peak(self.workspace, batch)
         groups = math.ceil(plan.request.count / pictures)
         calls = (len(plan.sigmas) - 1) * groups * (conditions if split else 1)

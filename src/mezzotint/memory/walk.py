@@ -35,6 +35,7 @@ from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.controlnet import ControlNet
+from mezzotint.models.freeu import FreeU
 from mezzotint.models.offload import WeightSource, can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.strips import Strips
@@ -291,7 +292,9 @@ def _dtype(itemsize: int) -> torch.dtype:
 
 
 @lru_cache(maxsize=64)
-def walk_unet(config: UNetConfig, height: int, width: int, tokens: int, itemsize: int = 4) -> Footprint:
+def walk_unet(
+    config: UNetConfig, height: int, width: int, tokens: int, itemsize: int = 4, freeu: FreeU | None = None
+) -> Footprint:
     """Walk one call of the UNet on latents of this size; the keys and values of `tokens` are inputs."""
     dtype = _dtype(itemsize)
     network: UNet = _build(UNet, config, dtype)
@@ -302,7 +305,8 @@ def walk_unet(config: UNetConfig, height: int, width: int, tokens: int, itemsize
         ]
         times = [_empty(1, resnet.conv1.out_channels, dtype=dtype) for resnet in network.resnets()]
         x, condition = _empty(1, config.in_channels, height, width, dtype=dtype), Condition(_empty(1, dtype=dtype))
-    return _walk(network, lambda: network(x, 0.0, condition, keys_values=keys_values, time_projections=times))
+    options = {"keys_values": keys_values, "time_projections": times, "freeu_factors": freeu}
+    return _walk(network, lambda: network(x, 0.0, condition, **options))
 
 
 @lru_cache(maxsize=64)

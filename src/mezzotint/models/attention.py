@@ -11,17 +11,27 @@ without one that is all it costs, a look at the variable. What is drawn never ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mezzotint.models.backends import Backend
 
 Recorder = Callable[[Any, Tensor, Tensor], None]  # (the Attention, q (B, heads, Tq, d), k (B, heads, Tk, d))
+
+
+class Perturbation(NamedTuple):
+    """Self-attentions that let the last `rows` of a batch pass as they are: each token attends to itself alone."""
+
+    layers: Container[Any]
+    rows: int
+
+
 watcher: ContextVar[Recorder | None] = ContextVar("watcher", default=None)
+perturbation: ContextVar[Perturbation | None] = ContextVar("perturbation", default=None)
 _chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
 _AUTO = Backend()
 
@@ -65,6 +75,16 @@ def chosen() -> Backend | None:
 def probabilities(q: Tensor, k: Tensor) -> Tensor:
     """Return the attention probabilities softmax(q kᵀ / sqrt(d)): (B, heads, Tq, Tk) float32, rows sum to 1."""
     return (q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
+@contextmanager
+def perturbing(layers: Container[Any], rows: int) -> Iterator[None]:
+    """Replace the attention of these self-attentions by the identity for the last `rows` of a batch, in this thread."""
+    before = perturbation.set(Perturbation(layers, rows))
+    try:
+        yield
+    finally:
+        perturbation.reset(before)
 
 
 @contextmanager

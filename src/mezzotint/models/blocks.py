@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.models.adapters import is_adapted
-from mezzotint.models.attention import attention, watcher
+from mezzotint.models.attention import attention, perturbation, watcher
 from mezzotint.models.convolution import Conv2d
 from mezzotint.models.edits import has_hooks
 
@@ -69,9 +69,19 @@ class Attention(nn.Module):
             (q,), (k, v) = self._project(x, self.to_q), keys_values
             if (record := watcher.get()) is not None:
                 record(self, q, k)
-        out = attention(q.float(), k.float(), v.float()).to(x.dtype) if self.upcast else attention(q, k, v)
+        identity = perturbation.get()
+        if identity is None or self not in identity.layers:
+            out = self._attend(q, k, v)
+        elif identity.rows == len(v):
+            out = v
+        else:
+            own = slice(len(v) - identity.rows)
+            out = torch.cat([self._attend(q[own], k[own], v[own]), v[own.stop :]])
         y: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, dim)
         return y
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q.float(), k.float(), v.float()).to(q.dtype) if self.upcast else attention(q, k, v)
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """Return the keys and values of a context (B, T, context_dim), each (B, heads, T, d)."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.models import freeu
 from mezzotint.models.blocks import (
     Attention,
     Downsample,
@@ -150,11 +151,18 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if upsample is None else [Upsample(upsample)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[KeysValues]
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        times: Iterator[Tensor],
+        contexts: Iterator[KeysValues],
+        factors: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Apply the block, taking its skip connections from the end of the list."""
+        """Apply the block, taking its skip connections from the end of the list; `factors` are FreeU's of its level."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
+            skip = skips.pop()
+            both = freeu.concatenate(x, skip, factors) if factors else torch.cat([x, skip], dim=1)
+            x = resnet(both, next(times))
             x = x if transformer is None else transformer(x, contexts)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[-2:])
@@ -263,6 +271,11 @@ class DownPath(nn.Module):
                 else:
                     yield from (attn for attn in _find(layer, Attention) if attn.cross)
 
+    def self_attentions(self, parts: Iterable[str]) -> set[Attention]:
+        """Return the self-attentions whose name contains one of these parts, such as "mid" or "up_blocks.0"."""
+        named = ((name, layer) for name, layer in self.named_modules() if isinstance(layer, Attention))
+        return {layer for name, layer in named if not layer.cross and any(part in name for part in parts)}
+
     def keys_values_state(self) -> Hashable:
         """Return what changes when the layers of `keys_values` are edited; None if their every call must be made."""
         states: list[object] = []
@@ -332,6 +345,7 @@ class UNet(DownPath):
         timestep_cond: Tensor | None = None,
         down_residuals: Sequence[Tensor] | None = None,
         mid_residual: Tensor | None = None,
+        freeu_factors: freeu.FreeU | None = None,
     ) -> Tensor:
         """Return the network's output, (B, C_out, h, w).
 
@@ -344,6 +358,7 @@ class UNet(DownPath):
             timestep_cond: Guidance embedding of LCM models, (B, time_cond_proj_dim).
             down_residuals: Residuals that ControlNet adds to the skip connections, one for each.
             mid_residual: Residual that ControlNet adds to the output of the middle block.
+            freeu_factors: b1, b2, s1 and s2 of FreeU.
 
         Raises:
             RequestError: If the inputs do not fit the network.
@@ -362,8 +377,8 @@ class UNet(DownPath):
             skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
         if mid_residual is not None:
             x = x + mid_residual
-        for block in self.up_blocks:
-            x = block(x, skips, times, contexts)
+        for level, block in enumerate(self.up_blocks):
+            x = block(x, skips, times, contexts, freeu.of_level(freeu_factors, level))
         output: Tensor = self.conv_out(activation(self.conv_norm_out(x)))  # (B, out_channels, h, w)
         return output
 

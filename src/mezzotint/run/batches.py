@@ -89,6 +89,8 @@ class Batch:
         """Remarks on the pictures that the batch starts from."""
         side = self.plan.model.downscale
         images = distinct_images(self.opened_images)
+        if self.request.differential:  # whose mask is not one of black and white
+            return tuple(notice for image in images for notice in image.notices)
         return tuple(notice for image in images for notice in (*image.notices, *mask_notices(image.mask, side)))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.diffusion.blend import Blend, Denoiser
+from mezzotint.diffusion.blend import Blend, Denoiser, DifferentialBlend
 from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.variation import paste_center, slerp
 from mezzotint.errors import RequestError
@@ -39,6 +39,7 @@ class InitialLatents:
         x0: The original's latents.
         noise: The noise that was added to them.
         skip_above: As in `Blend`.
+        sigmas: In differential diffusion, in which `keep` is a share of the steps, the noise levels of the run.
     """
 
     x: Tensor
@@ -47,11 +48,14 @@ class InitialLatents:
     x0: Tensor | None = None
     noise: Tensor | None = None
     skip_above: float = float("inf")
+    sigmas: Sequence[float] = ()
 
-    def wrap(self, denoise: Denoiser) -> Denoiser | Blend:
+    def wrap(self, denoise: Denoiser) -> Denoiser:
         """Wrap a denoiser so that the kept part stays the original at each step."""
         if self.keep is None or self.x0 is None or self.noise is None:
             return denoise
+        if self.sigmas:
+            return DifferentialBlend(denoise, self.keep, self.x0, self.noise, self.sigmas)
         return Blend(denoise, self.keep, self.x0, self.noise, self.skip_above)
 
     def restore(self, x: Tensor, scale: float) -> Tensor:
@@ -61,7 +65,7 @@ class InitialLatents:
             x: The last x, (B, C, h, w).
             scale: What x is divided by afterwards.
         """
-        if self.keep is None or self.x0 is None:
+        if self.keep is None or self.x0 is None or self.sigmas:
             return x
         return self.keep * self.x0 * scale + (1.0 - self.keep) * x
 
@@ -88,8 +92,11 @@ def prepare_latents(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) 
             f"inpainting {2 * latent + 1}"
         )
     opened = batch.opened_images
-    mask = _downsample_masks([image.mask for image in opened if image.mask], side, noise)
-    from_noise = mask is not None and request.strength == 1.0
+    masks = [image.mask for image in opened if image.mask]
+    differential = bool(request.differential)
+    keep = _downsample_grey(masks, noise) if differential else None
+    mask = _downsample_masks(masks, side, noise) if keep is None else 1.0 - keep
+    from_noise = mask is not None and request.strength == 1.0 and not differential
     x0 = None
     if opened and not (inpaints and from_noise):
         x0 = _sample_latents([_pixels(image) for image in distinct_images(opened)], opened, vae, encode, noise)
@@ -102,7 +109,7 @@ def prepare_latents(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) 
         shown = [grey] if mask is None else [_pixels(image, hide_masked=True) for image in distinct_images(opened)]
         masked = _sample_latents(shown, () if mask is None else opened, vae, encode, noise)
         inpaint_channels = torch.cat([torch.ones_like(masked[:, :1]) if mask is None else mask, masked], dim=1)
-    elif mask is not None and vae.draws_noise:
+    elif mask is not None and not differential and vae.draws_noise:
         noise.draw()
     sigma = plan.sigmas[0]
     if x0 is None or from_noise:
@@ -113,6 +120,8 @@ def prepare_latents(batch: Batch, vae: VAE, encode: Encode, noise: SeededNoise) 
         x, skip_above = factor * (below + level * unit), float("inf")
     if mask is None or inpaints:
         return InitialLatents(x, inpaint_channels)
+    if keep is not None:
+        return InitialLatents(x, None, keep, x0, unit, sigmas=plan.sigmas)
     return InitialLatents(x, None, 1.0 - mask, x0, unit, skip_above)
 
 
@@ -184,6 +193,12 @@ def _sample_latents(
     rows = [distinct.index(image) for image in images] or [0]
     mean, logvar = (torch.cat([getattr(posteriors[row], name).float() for row in rows]) for name in ("mean", "logvar"))
     return vae.scale(mean + torch.exp(0.5 * logvar) * noise.draw() if vae.draws_noise else mean)
+
+
+def _downsample_grey(masks: Sequence[Image.Image], noise: SeededNoise) -> Tensor:
+    """Return how dark masks are, (B, 1, h, w) from 0 to 1, interpolated between the middle pixels of each cell."""
+    dark = torch.from_numpy(np.stack([255.0 - np.asarray(mask, np.float32)[None] for mask in masks])) / 255.0
+    return F.interpolate(dark, noise.shape[1:], mode="bilinear").to(noise.device)
 
 
 def _downsample_masks(masks: Sequence[Image.Image], side: int, noise: SeededNoise) -> Tensor | None:

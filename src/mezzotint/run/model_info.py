@@ -46,6 +46,7 @@ class ModelInfo:
         device_type: "cpu", "cuda", ...: decides the default batch.
         notices: What a user should know of the model, such as a guess of its prediction type.
         has_checker: Whether the model has a safety checker.
+        self_attentions: Names of the UNet's self-attentions.
         unchecked: Why the safety checker that the model should have cannot be used.
     """
 
@@ -65,6 +66,7 @@ class ModelInfo:
     notices: tuple[str, ...] = ()
     has_checker: bool = False
     unchecked: str = ""
+    self_attentions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, facts: ModelFacts, unet: UNetConfig, vae: VAEConfig, device_type: str) -> ModelInfo:
@@ -86,6 +88,7 @@ class ModelInfo:
             notices=tuple(facts.notices),
             has_checker=facts.checker is not None,
             unchecked=facts.unchecked,
+            self_attentions=tuple(unet.self_attentions),
         )
 
     @property

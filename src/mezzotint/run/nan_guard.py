@@ -91,9 +91,9 @@ def guard_outputs(
     """
     current = denoiser(unet, controls)
 
-    def outputs(x: Tensor, sigma: float, count: int | None = None) -> tuple[Tensor, ...]:
+    def outputs(x: Tensor, sigma: float, count: int | None = None, perturbed: int = 0) -> tuple[Tensor, ...]:
         nonlocal current
-        found = current.outputs(x, sigma, count)
+        found = current.outputs(x, sigma, count, perturbed)
         if all_finite(found):
             return found
         if not all_finite([x]):
@@ -104,7 +104,7 @@ def guard_outputs(
         if current.unet is unet and not _is_float32(unet):
             copies = [control.of(copy_in_float32(control.network)) for control in controls]
             current = denoiser(copy_in_float32(unet), copies)
-            found = current.outputs(x, sigma, count)
+            found = current.outputs(x, sigma, count, perturbed)
             if all_finite(found):
                 upcast_parts.append("unet")
                 return found

@@ -153,8 +153,9 @@ class RunPlan:
 
     @property
     def condition_count(self) -> int:
-        """Largest number of conditions per step: the prompt's parts, the unconditional and the negative one."""
-        return len(self.positive.parts) + self.guides + (self.guides and self.uses_empty_prompt)
+        """Largest number of conditions per step: the prompt's parts, the unconditional, negative and perturbed ones."""
+        perturbed = len(self.positive.parts) if self.request.pag_scale else 0
+        return len(self.positive.parts) + self.guides + (self.guides and self.uses_empty_prompt) + perturbed
 
     @property
     def uses_empty_prompt(self) -> bool:
@@ -371,7 +372,9 @@ def _open_image(request: Request) -> init_image.InitImage | None:
     assert request.width and request.height
     options = {
         name: value
-        for name in ("resize_mode", "mask_blur", "invert_mask", "masked_content", "only_masked", "outpaint")
+        for name in (
+            *("resize_mode", "mask_blur", "invert_mask", "differential", "masked_content", "only_masked", "outpaint"),
+        )
         if (value := getattr(request, name)) is not None
     }
     return init_image.prepare(request.sources, (request.width, request.height), **options)

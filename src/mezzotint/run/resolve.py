@@ -13,11 +13,12 @@ from mezzotint.images import init_image
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.samplers import SOLVERS, Sampler
-from mezzotint.weights.model_files import FewStep
+from mezzotint.weights.model_files import FewStep, join_names
 
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, for models without their own
 STEPS_LCM, GUIDANCE_LCM = 4, 8.5  # likewise of LatentConsistencyModelPipeline
 GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024
+PAG_LAYERS = ("mid",)  # diffusers' default
 GPU_BATCH = 4  # default batch on a GPU; it is 1 on the CPU
 STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers' img2img, SDXL img2img and inpainting
 STRENGTH_HIRES = 0.7  # A1111's default
@@ -27,7 +28,7 @@ ONLY_SDXL = ("original_size", "crop", "target_size")
 ONLY_COMFY = ("choices", "wildcards")
 NEEDS_IMAGE = ("mask", "strength", "resize_mode", "outpaint", "tile")
 NEEDS_MASKED = ("mask_blur", "masked_content")
-NEEDS_MASK = ("invert_mask", "only_masked")
+NEEDS_MASK = ("invert_mask", "only_masked", "differential")
 NEEDS_HIRES = ("hires_upscale", "hires_steps", "hires_strength")
 EXCLUSIVE = (
     ("hires", "image"),
@@ -57,6 +58,7 @@ def resolve_request(model: ModelInfo, request: Request, sampler: Sampler) -> Req
     _check_sampler(request, sampler)
     _check_model(model, request)
     _check_method(request, method)
+    _check_pag(model, request, sampler)
     _check_embedded_guidance(model, sampler)
     _check_syntax(request, syntax)
     _check_dependent(request)
@@ -103,6 +105,13 @@ def _check_sampler(request: Request, sampler: Sampler) -> None:
 
 def _check_model(model: ModelInfo, request: Request) -> None:
     """Check the fields that only some models are conditioned on."""
+    if request.differential and model.unet_channels != model.latent_channels:
+        raise RequestError(
+            "differential is given, but this model's UNet is made for inpainting and takes a mask of black and white; "
+            "use a text-to-image model, or leave differential out"
+        )
+    if request.differential and request.masked_content == "noise":
+        raise RequestError("differential starts from the picture; masked_content must be original or fill, not noise")
     for name in ONLY_SDXL:
         if getattr(request, name) is not None and not model.is_sdxl:
             raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
@@ -126,6 +135,21 @@ def _check_method(request: Request, method: str) -> None:
                 raise RequestError(f"{name} is given; it is for guidance_method {owner}, which here is {method}")
 
 
+def _check_pag(model: ModelInfo, request: Request, sampler: Sampler) -> None:
+    """Check that the model has the layers of perturbed-attention guidance, and timesteps for its adaptive scale."""
+    for part in (request.pag_layers or PAG_LAYERS) if request.pag_scale else ():
+        if not any(part in name for name in model.self_attentions):
+            blocks = dict.fromkeys(name.split(".attentions")[0] for name in model.self_attentions)
+            raise RequestError(
+                f"pag_layers has {part[:100]!r}, which is in the name of none of this model's self-attentions; it must "
+                f"be a part of a name, such as {join_names(list(blocks)) or 'none: it has no self-attention'}"
+            )
+    if request.pag_adaptive_scale and sampler.timestep == "edm":
+        raise RequestError(
+            f"pag_adaptive_scale is {request.pag_adaptive_scale}; it counts timesteps, which this model has not (EDM)"
+        )
+
+
 def _check_syntax(request: Request, syntax: str) -> None:
     """Check that no option of another prompt syntax is given."""
     for owner, names in (("a1111", ("emphasis",)), ("comfy", ONLY_COMFY)):
@@ -142,6 +166,7 @@ def _check_dependent(request: Request) -> None:
         (NEEDS_MASK, request.mask is not None, "there is no mask"),
         (("fix_steps",), _starts_from_picture(request), "there is neither image nor hires"),
         (NEEDS_HIRES, request.hires is not None, "there is no hires, the scale factor of the second pass"),
+        (("pag_layers", "pag_adaptive_scale"), request.pag_scale is not None, "there is no pag_scale"),
         (("variation_seed",), request.variation_strength is not None, "there is no variation_strength"),
     ]
     for names, present, missing in needs:
@@ -176,6 +201,8 @@ def _sampling_defaults(model: ModelInfo, request: Request, sampler: Sampler) -> 
         "noise": "seeded",
         "batch": 1 if model.device_type == "cpu" else GPU_BATCH,
         "threshold_percentile": None if request.mimic_scale is None else 1.0,
+        "pag_layers": None if request.pag_scale is None else PAG_LAYERS,
+        "pag_adaptive_scale": None if request.pag_scale is None else 0.0,
     }
 
 
@@ -208,7 +235,7 @@ def _start_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
     table: tuple[tuple[bool, dict[str, Any]], ...] = (
         (request.image is not None, {"strength": strength, "resize_mode": "resize"}),
         (_is_masked(request), {"mask_blur": 0.0, "masked_content": "original"}),
-        (request.mask is not None, {"invert_mask": False}),
+        (request.mask is not None, {"invert_mask": False, "differential": False}),
         (request.hires is not None, {"hires_upscale": "latent", "hires_strength": STRENGTH_HIRES}),
         (request.variation_strength is not None, {"variation_seed": secrets.randbelow(2**32)}),
     )

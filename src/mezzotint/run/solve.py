@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mezzotint.denoiser import Denoiser, Timeline
+from mezzotint.denoiser import Denoiser, Timeline, timestep_at
 from mezzotint.diffusion.guidance import METHODS, Guided, Outputs, interpolate_scale, is_guided, step_index
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
@@ -76,6 +76,8 @@ def unet_outputs(
             partial(guidance_scale_at, plan) if plan.model.embeds_guidance else None,
             controls,
             len(plan.weights),
+            plan.request.pag_layers or (),
+            plan.request.freeu,
         )
 
     return guard_outputs(unet, controls, denoiser, batch.upcast_parts)
@@ -87,6 +89,15 @@ def guidance_scale_at(plan: RunPlan, sigma: float) -> float:
     if not is_guided(sigma, step, steps, request.guidance_interval, request.guidance_steps):
         return 1.0
     return interpolate_scale(plan.guidance_scales, step, steps)
+
+
+def pag_scale_at(plan: RunPlan, sigma: float) -> float:
+    """Return the scale of perturbed-attention guidance at a noise level; the adaptive scale lowers it by timesteps."""
+    scale, decline = plan.request.pag_scale or 0.0, plan.request.pag_adaptive_scale or 0.0
+    if not decline:
+        return scale
+    timestep = timestep_at(sigma, plan.schedule, plan.sampler.timestep, plan.sigmas)
+    return max(scale - decline * (1000.0 - timestep), 0.0)
 
 
 def guide(plan: RunPlan, outputs: Outputs) -> Guided:
@@ -104,6 +115,7 @@ def guide(plan: RunPlan, outputs: Outputs) -> Guided:
         plan.weights,
         mimic_scale=request.mimic_scale,
         threshold_percentile=request.threshold_percentile or 0.0,
+        pag_scale=partial(pag_scale_at, plan) if request.pag_scale else None,
     )
 
 

@@ -36,9 +36,10 @@ _GROUPS = {
     "sampling": "width height steps sampler spacing sigmas timesteps discard_penultimate_sigma seed count batch eta "
     "noise seamless variation_seed variation_strength seed_size",
     "guidance": "guidance_scale guidance_method guidance_rescale guidance_interval guidance_steps apg_eta apg_momentum "
-    "apg_norm_threshold cfg_zero_init_steps perp_neg_scale mimic_scale threshold_percentile",
-    "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask masked_content only_masked outpaint "
-    "tile",
+    "apg_norm_threshold cfg_zero_init_steps perp_neg_scale mimic_scale threshold_percentile pag_scale pag_layers "
+    "pag_adaptive_scale freeu",
+    "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask differential masked_content "
+    "only_masked outpaint tile",
     "hires": "hires hires_upscale hires_steps hires_strength",
     "sdxl": "original_size crop target_size",
     "safety": "safety",
