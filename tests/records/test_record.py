@@ -46,6 +46,7 @@ OPTIONAL = (
     "lora",
     "loras",
     "controls",
+    "upscaler",
     "merged",
     "embeddings",
     "placement",
