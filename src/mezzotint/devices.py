@@ -14,6 +14,12 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def all_devices() -> tuple[str, ...]:
+    """Return every CUDA device where there are several, else the best device."""
+    count = torch.cuda.device_count()
+    return tuple(f"cuda:{k}" for k in range(count)) if count > 1 else (best_device(),)
+
+
 def device_of(name: str | torch.device) -> torch.device:
     """Return the device of this name; raise RequestError if it is not available."""
     try:

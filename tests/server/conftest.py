@@ -48,7 +48,7 @@ def stub(make_stub: MakeStub) -> TestClient:
 @pytest.fixture
 def tiny(tmp_path: Path, sd1_folder: Path) -> Iterator[TestClient]:
     """An application over the tiny SD1-shaped model, whose name is "tiny"."""
-    settings = Settings(data=tmp_path / "data", models=(str(sd1_folder),), device="cpu")
+    settings = Settings(data=tmp_path / "data", models=(str(sd1_folder),), devices=("cpu",))
     with TestClient(create_app(settings), base_url=HOST, raise_server_exceptions=False) as client:
         yield client
 

@@ -46,7 +46,7 @@ def image_of(text: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> Iterator[int]:
-    settings = Settings(data=tmp_path_factory.mktemp("a1111") / "data", models=(str(sd1_folder),), device="cpu")
+    settings = Settings(data=tmp_path_factory.mktemp("a1111") / "data", models=(str(sd1_folder),), devices=("cpu",))
     with listening(create_app(settings)) as port:
         yield port
 

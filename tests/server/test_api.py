@@ -144,7 +144,7 @@ def test_a_running_job_is_cancelled_within_a_step(make_stub) -> None:
     assert stub.delete(f"/api/jobs/{id}").json()["state"] == "cancelled"
     next = wait_for(stub, submit(stub, prompt="b", steps=1))
     assert next["state"] == "done"
-    worker = stub.app.state.service.worker
+    worker = stub.app.state.service
     assert worker.steps_done < 99
     assert stub.get(f"/api/jobs/{id}").json()["pictures"] == []
 

@@ -34,7 +34,7 @@ EXTRA = {"seed": 7, "steps": 3}
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> Iterator[int]:
     data = tmp_path_factory.mktemp("openai") / "data"
-    with listening(create_app(Settings(data=data, models=(str(sd1_folder),), device="cpu", token=TOKEN))) as port:
+    with listening(create_app(Settings(data=data, models=(str(sd1_folder),), devices=("cpu",), token=TOKEN))) as port:
         yield port
 
 

@@ -146,7 +146,7 @@ def test_interrupt_cancels_the_running_call_alone(make_stub) -> None:
 
 def test_a_stop_does_not_wait_for_a_step_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "DRAIN", 0.01)
-    monkeypatch.setattr(worker, "STEP", 0.01)
+    monkeypatch.setattr(service, "STEP", 0.01)
     settings = Settings(data=tmp_path / "data")
     core, begun, end = Service(settings, StubModels(settings)), threading.Event(), threading.Event()
 
@@ -167,7 +167,7 @@ def test_a_stop_does_not_wait_for_a_step_without_end(tmp_path: Path, monkeypatch
 def test_a_job_that_ran_has_the_same_bits_after_a_restart(
     tmp_path: Path, sd1_folder: Path, sd1: mezzotint.Pipeline
 ) -> None:
-    settings = Settings(data=tmp_path / "data", models=(str(sd1_folder),), device="cpu")
+    settings = Settings(data=tmp_path / "data", models=(str(sd1_folder),), devices=("cpu",))
     fields = {"prompt": "a lemon", "seed": 7, "count": 3, "steps": 3, "sampler": "euler_a"}
     first = Service(settings)
     id = first.submit([fields])[0].id

@@ -31,7 +31,7 @@ def test_no_example_is_a_server_error(tmp_path: Path, monkeypatch: pytest.Monkey
         (folder / "lemon.safetensors").write_bytes(b"")
     settings = Settings(data=tmp_path / "data", limits=Limits(queue=1_000_000), **folders)
     core = Service(settings, StubModels(settings))
-    monkeypatch.setattr(core.worker, "pause", lambda paused: None)  # else txt2img waits for a queue that is paused
+    monkeypatch.setattr(core.workers[0], "pause", lambda paused: None)  # else txt2img waits for a queue that is paused
     with listening(create_app(settings, core)) as port:
         command = [PROGRAM, "run", f"http://127.0.0.1:{port}/openapi.json", "--max-examples", "500"]
         command += ["--phases", "fuzzing", "--checks", CHECKS, "--continue-on-failure", "--no-shrink"]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from mezzotint.cli.options import MODEL, OUTPUT, SERVER, Device, Dtype, Memory, option
+from mezzotint.cli.options import MEMORY, MODEL, OUTPUT, SERVER, Dtype, Memory, option
 from mezzotint.cli.terminal import check_memory, show
 from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.placement import parse_size
@@ -56,7 +56,24 @@ def serve(
         int, option("Steps between two previews; 0 is none.", "N", OUTPUT, default="1", name="--preview-every")
     ] = 1,
     memory: Memory = None,
-    device: Device = None,
+    device: Annotated[
+        list[str] | None,
+        option(
+            "Device that draws: cpu, cuda, cuda:1, mps, ... May be repeated for several CUDA devices.",
+            "DEVICE",
+            MEMORY,
+            default="every CUDA device, else the best one",
+        ),
+    ] = None,
+    share_batches: Annotated[
+        bool,
+        option(
+            "Draw waiting jobs that differ only in prompt and seed in one batch, on CUDA devices.",
+            None,
+            MEMORY,
+            name="--share-batches",
+        ),
+    ] = False,
     dtype: Dtype = None,
 ) -> None:
     """Start the server and its page; Ctrl-C stops it."""
@@ -79,7 +96,8 @@ def serve(
         loras=loras,
         embeddings=embeddings,
         wildcards=wildcards,
-        device=device,
+        devices=tuple(device or ()),
+        share_batches=share_batches,
         dtype=dtype,
         memory=memory,
         keep=parse_size(keep, "keep") if keep else None,

@@ -129,7 +129,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop after the running picture; at a second signal after the current step."""
         if self._draining:
-            self._service.worker.hurry()
+            self._service.hurry()
             super().handle_exit(sig, frame)
         else:
             self._draining = True

@@ -70,7 +70,8 @@ class Subscription(AsyncIterator[Event | None]):
         if self.wanted is not None and not self.wanted(event):
             return
         if event.name in PASSING:
-            self._events = deque(each for each in self._events if each.name != event.name)
+            same = (event.name, event.job)
+            self._events = deque(each for each in self._events if (each.name, each.job) != same)
         if len(self._events) < QUEUE_SIZE:
             self._events.append(event)
         else:

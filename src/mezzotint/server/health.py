@@ -20,9 +20,9 @@ async def healthz() -> JSONResponse:
 
 @router.get("/readyz")
 def readyz(core: Core) -> Response:
-    """Say whether new work is taken: 503 while the server stops, its disk is full or its worker has ended."""
-    if core.stopping or core.worker.waits_for_disk or not core.worker.alive:
-        reason = "the server is stopping" if core.stopping else core.worker.waits_for_disk or "the worker has ended"
+    """Say whether new work is taken: 503 while the server stops, its disk is full or a worker has ended."""
+    if core.stopping or core.waits_for_disk or not core.alive:
+        reason = "the server is stopping" if core.stopping else core.waits_for_disk or "a worker has ended"
         return error_reply(reason, 503, type="server_error", code="unavailable", headers={"Retry-After": "10"})
     return JSONResponse({"status": "ready"})
 

@@ -25,10 +25,10 @@ class _Collector:
         for state, count in core.store.counts().items():
             jobs.add_metric([state], count)
         yield jobs
-        yield CounterMetricFamily("mezzotint_steps", "Denoising steps done since the start.", core.worker.steps_done)
+        yield CounterMetricFamily("mezzotint_steps", "Denoising steps done since the start.", core.steps_done)
         gauges = {
-            "paused": ("Whether the queue is paused.", int(core.worker.paused)),
-            "waits_for_disk": ("Whether drawing waits for room on the disk.", int(bool(core.worker.waits_for_disk))),
+            "paused": ("Whether the queue is paused.", int(core.paused)),
+            "waits_for_disk": ("Whether drawing waits for room on the disk.", int(bool(core.waits_for_disk))),
             "disk_free_bytes": ("Free bytes of the data folder's disk.", core.folder.free()),
             "event_streams": ("Open streams of events.", len(core.events)),
             "resident_bytes": ("Resident size of the process.", resident()),

@@ -5,6 +5,7 @@ A request never names a path. Its names are looked up in listings of the folders
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import threading
@@ -54,7 +55,16 @@ class Models:
         self._settings = settings
         self._loaded: dict[tuple[str, str | None], LoadedModel] = {}  # the last one was used last
         self._lock = threading.Lock()
+        self._all = [self._loaded]  # those of the other devices too
+        self.device = settings.devices[0] if settings.devices else None  # None is the best one
         self.paths = _name_models(settings.models)
+
+    def on(self, device: str) -> Models:
+        """Return the same names, with loaded models of their own on another device."""
+        found = copy.copy(self)
+        found.device, found._loaded = device, {}
+        self._all.append(found._loaded)
+        return found
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +127,7 @@ class Models:
     def describe(self) -> list[dict[str, Any]]:
         """Describe the models: their names, which is the default, which are loaded, and their own settings."""
         with self._lock:
-            loaded = {name for name, _ in self._loaded}
+            loaded = {name for each in self._all for name, _ in each}
         return [
             {"name": name, "default": name == self.default, "loaded": name in loaded, "settings": self._own(name)}
             for name in self.paths
@@ -129,7 +139,7 @@ class Models:
         if path is not None and not Path(path).exists():
             return None
         try:
-            return _own_settings(path, self._settings.device, self._settings.dtype)
+            return _own_settings(path, self.device, self._settings.dtype)
         except MezzotintError:
             return None
 
@@ -186,8 +196,12 @@ class Models:
                 oldest = next(iter(self._loaded))
             self.unload(oldest)
         place: dict[str, Any] = {"memory": memory} if self._settings.memory else {}
-        device, dtype = self._settings.device, self._settings.dtype
-        pipe = mezzotint.load(self.paths[key[0]], device=device, dtype=dtype, **place, **options)
+        if self.device is not None and self.device.startswith("cuda:"):
+            import torch
+
+            torch.cuda.set_device(self.device)  # of this thread, for kernels that are not told their device
+        dtype = self._settings.dtype
+        pipe = mezzotint.load(self.paths[key[0]], device=self.device, dtype=dtype, **place, **options)
         return LoadedModel(pipe, self._preview(pipe))
 
     def _preview(self, pipe: Pipeline) -> LatentPreview | None:
@@ -205,7 +219,7 @@ class Models:
 
     def own_size(self, model: str) -> tuple[int, int]:
         """Return the width and height that a model draws when none is given; its files' headers are read once."""
-        info = _headers(self.paths[model], self._settings.device, self._settings.dtype, ()).info
+        info = _headers(self.paths[model], self.device, self._settings.dtype, ()).info
         return info.settings.get("width", info.native_size), info.settings.get("height", info.native_size)
 
     def plan(self, model: str, vae: str | None, request: Request, memory: str | None = None) -> MemoryPlan:
@@ -216,12 +230,22 @@ class Models:
         """
         return self._plan((model, vae), request, memory or self._settings.memory or "auto", self._options(vae))
 
+    def batch_for(self, model: str, vae: str | None, request: Request, count: int) -> int:
+        """Return how many of so many requests, which are alike, can be drawn in one batch.
+
+        Raises:
+            BudgetError: If not even one fits.
+        """
+        found = self.plan(model, vae, request.replace(count=count, batch=count)).requests[0]
+        area = (found.width or 1) * (found.height or 1) * (found.hires or 1) ** 2
+        return max(min(found.batch or 1, count, int(self._settings.limits.batch_pixels // area)), 1)
+
     def _plan(
         self, key: tuple[str, str | None], request: Request, memory: str, options: Mapping[str, Any]
     ) -> MemoryPlan:
         from mezzotint.memory.planner import plan
 
-        headers = _headers(self.paths[key[0]], self._settings.device, self._settings.dtype, tuple(options.items()))
+        headers = _headers(self.paths[key[0]], self.device, self._settings.dtype, tuple(options.items()))
         return plan(headers, memory, request)
 
 

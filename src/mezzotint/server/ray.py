@@ -75,7 +75,7 @@ class Options(BaseModel):
             loras=self.loras,
             embeddings=self.embeddings,
             wildcards=self.wildcards,
-            device="cuda" if self.gpus else "cpu",
+            devices=("cuda" if self.gpus else "cpu",),
             dtype=self.dtype,
             memory=self.memory,
             allow_hosts=("localhost", *self.allow_host),
@@ -91,7 +91,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Tell Ray to start another replica in its place when the worker has ended."""
-        if not self.app.state.service.worker.alive:
+        if not self.app.state.service.alive:
             raise RuntimeError("the worker has ended")
 
 

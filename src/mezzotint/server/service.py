@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any
 
+from mezzotint.devices import all_devices
 from mezzotint.errors import MezzotintError, WriteError
 from mezzotint.server.errors import ConflictError, InvalidError, NotFoundError, ServerError, UnavailableError
 from mezzotint.server.events import Event, Events
@@ -19,14 +21,16 @@ from mezzotint.server.settings import Settings
 from mezzotint.server.store import BULK, INTERACTIVE, QUEUED, RUNNING, Job, NewJob, Store
 from mezzotint.server.worker import Progress, Worker
 
+log = logging.getLogger("mezzotint.server")
 PRIORITIES = {"interactive": INTERACTIVE, "bulk": BULK}
 DRAIN = 20.0  # seconds for the running picture when the server stops; with the rest of it, under 30
+STEP = 3.0  # seconds that the process waits for the end of a step when it stops
 FORGET = 3600.0  # seconds after which a stateless server deletes uploads, and calls whose clients went away
 RECHECK = 5.0  # seconds after which a waiter looks into the store itself
 
 
 class Service:
-    """The queue with its store, worker, models and events.
+    """The queue with its store, workers, models and events.
 
     Args:
         settings: The settings of the server.
@@ -52,33 +56,59 @@ class Service:
             raise
         self.history = History(self.store, self.folder, settings.keep)
         self.translator = Translator(settings, self.models, self.folder, self.history)
-        self.worker = Worker(
+        devices = settings.devices or all_devices()
+        self.models.device = devices[0]
+        self.workers = [self._make_worker(device) for device in devices]
+
+    def _make_worker(self, device: str) -> Worker:
+        models = self.models if device == self.models.device else self.models.on(device)
+        worker = Worker(
             self.store,
             self.folder,
-            self.models,
+            models,
             self.translator,
             self.events,
             self.history,
-            preview_every=settings.preview_every,
+            preview_every=self.settings.preview_every,
+            share_batches=self.settings.share_batches and device.startswith("cuda"),
         )
-        self.worker.tell_queue = self._publish_queue
+        worker.tell_queue = self._publish_queue
+        return worker
 
     def start(self) -> None:
-        """Start the worker."""
-        self.worker.start()
+        """Queue again what was running when the last process ended, and start the workers."""
+        if self.settings.share_batches and not any(worker.share_batches for worker in self.workers):
+            log.warning("--share-batches changes nothing: jobs never share a batch on %s", self.models.device)
+        self.store.requeue()
+        for worker in self.workers:
+            worker.start()
 
     def drain(self) -> bool:
-        """Refuse new work, let the running picture finish, or queue its job again, and end the streams of events.
+        """Refuse new work, let the running pictures finish, or queue their jobs again, and end the streams of events.
 
         Returns:
-            Whether the worker has ended.
+            Whether the workers have ended.
         """
         self.stopping = True
         self._stop_by = self._stop_by or time.monotonic() + DRAIN
         self._publish_queue()
-        ended = self.worker.stop(self._stop_by - time.monotonic())
+        for worker in self.workers:
+            worker.stop()
+        if not self._join(self._stop_by):
+            self.hurry()
+            self._join(time.monotonic() + STEP)  # of a longer step the process ends in the middle
+        ended = not any(worker.alive for worker in self.workers)
         self.events.close()
         return ended
+
+    def hurry(self) -> None:
+        """End the running jobs after their current step; for good, and from a signal's handler too."""
+        for worker in self.workers:
+            worker.hurry()
+
+    def _join(self, until: float) -> bool:
+        """Wait for the workers to end, until a time.monotonic(); return whether they have."""
+        return all([worker.join(until - time.monotonic()) for worker in self.workers])
 
     def stop(self) -> None:
         """Drain, and close the data folder."""
@@ -165,13 +195,15 @@ class Service:
         for job in added:
             self.events.publish("job", job.to_dict(), job.id)
         self._publish_queue()
-        self.worker.wake()
+        for worker in self.workers:
+            worker.wake()
         return added
 
     def cancel(self, id: str) -> Job:
         """Cancel a job: one that waits at once, a running one after its current step. Raises NotFoundError."""
         job = self.store.cancel(id, running=True)
-        self.worker.stop_job(id)
+        for worker in self.workers:
+            worker.stop_job(id)
         self.events.publish("job", job.to_dict(), job.id)
         self._publish_queue()
         return job
@@ -182,25 +214,53 @@ class Service:
         self._publish_queue()
 
     def pause(self, paused: bool) -> None:
-        """Pause the queue after the running job, or go on."""
-        self.worker.pause(paused)
+        """Pause the queue after the running jobs, or go on."""
+        for worker in self.workers:
+            worker.pause(paused)
         self._publish_queue()
 
     def queue(self) -> dict[str, Any]:
         """Return the state of the queue."""
-        progress = self.worker.progress
+        running = [(worker.models.device, worker.progress) for worker in self.workers]
+        shown = [{"device": device, "running": each.to_dict() if each else None} for device, each in running]
         return {
-            "paused": self.worker.paused,
-            "waits_for_disk": self.worker.waits_for_disk or None,
+            "paused": self.paused,
+            "waits_for_disk": self.waits_for_disk or None,
             "stopping": self.stopping,
             "order": self.store.order(),
-            "running": progress.to_dict() if progress else None,
+            "running": next((each["running"] for each in shown if each["running"]), None),
+            "devices": shown,
         }
 
     @property
+    def running(self) -> list[Progress]:
+        """What is being drawn now, by the devices in their order."""
+        return [found for worker in self.workers if (found := worker.progress)]
+
+    @property
     def progress(self) -> Progress | None:
-        """What is being drawn now."""
-        return self.worker.progress
+        """The first of them, if any."""
+        return next(iter(self.running), None)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the queue is paused."""
+        return self.workers[0].paused
+
+    @property
+    def waits_for_disk(self) -> str:
+        """The sentence of a worker that waits for room on the disk, or ""."""
+        return next((worker.waits_for_disk for worker in self.workers if worker.waits_for_disk), "")
+
+    @property
+    def alive(self) -> bool:
+        """Whether each worker runs."""
+        return all(worker.alive for worker in self.workers)
+
+    @property
+    def steps_done(self) -> int:
+        """Denoising steps since the start."""
+        return sum(worker.steps_done for worker in self.workers)
 
     async def wait(self, ids: Sequence[str]) -> list[Job]:
         """Wait until these jobs have ended, and return them. Raises UnavailableError when the server stops first."""

@@ -12,6 +12,7 @@ from mezzotint.placement import parse_size
 
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", re.IGNORECASE)
 ORIGIN = re.compile(r"https?://[a-z0-9.\[\]:-]{1,260}", re.IGNORECASE)
+CUDA = re.compile(r"cuda:\d{1,3}")
 MIN_TOKEN = 16  # characters
 
 
@@ -56,7 +57,8 @@ class Settings:
         loras: A folder of LoRA files, or None.
         embeddings: A folder of textual inversions, or None.
         wildcards: A folder of wildcard files, or None.
-        device: The device that draws; None is the best one.
+        devices: The devices that draw, each a job at a time; empty means every CUDA device, else the best one.
+        share_batches: Whether jobs that differ only in prompt and seed share a batch, on CUDA devices alone.
         dtype: The dtype of the weights; None is the device's natural one.
         memory: What the process may take, such as "8GiB", or None.
         keep: Bytes of pictures and uploads that are kept, or None for all.
@@ -76,7 +78,8 @@ class Settings:
     loras: Path | None = None
     embeddings: Path | None = None
     wildcards: Path | None = None
-    device: str | None = None
+    devices: tuple[str, ...] = ()
+    share_batches: bool = False
     dtype: str | None = None
     memory: str | None = None
     keep: int | None = None
@@ -95,6 +98,11 @@ class Settings:
             raise RequestError(
                 f"host is {self.host!r}, which other machines can reach; give a token with --token-file, or listen on "
                 "127.0.0.1"
+            )
+        devices = {each for each in self.devices if CUDA.fullmatch(each)}
+        if len(self.devices) > 1 and len(devices) < len(self.devices):
+            raise RequestError(
+                f"device is {', '.join(self.devices)}; several must be CUDA devices, such as cuda:0 and cuda:1"
             )
         for name in self.allow_hosts:
             if not HOST_NAME.fullmatch(name):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.errors import WriteError
+from mezzotint.server import batches
 from mezzotint.server.errors import ConflictError, NotFoundError, QueueFullError
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = STATES = ("queued", "running", "done", "failed", "cancelled")
@@ -151,7 +152,7 @@ class Store:
             version = self._write.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 raise WriteError(f"{str(path)!r} was made by a newer version of mezzotint; choose another data folder")
-            self._write.executescript(SCHEMA + f"PRAGMA user_version = {VERSION};")
+            self._write.executescript(SCHEMA + batches.SCHEMA + f"PRAGMA user_version = {VERSION};")
             if path is None:  # which one connection alone can see
                 self._read, self._read_lock = self._write, self._lock
                 return
@@ -298,16 +299,11 @@ class Store:
         rows = self.rows("SELECT id FROM jobs WHERE state = 'queued' ORDER BY priority, position, number")
         return [row["id"] for row in rows]
 
-    def claim(self) -> Job | None:
-        """Mark the next job as running and return it; None if none waits."""
+    def claim(self, together: Sequence[str] = ()) -> list[Job]:
+        """Mark the next job and those that share its batch as running and return them; see `batches.claim`."""
         with self.transaction(durable=False) as db:  # after a loss of power it is queued, which is right
-            row = db.execute(
-                "SELECT id FROM jobs WHERE state = 'queued' ORDER BY priority, position, number LIMIT 1"
-            ).fetchone()
-            if row is None:
-                return None
-            db.execute("UPDATE jobs SET state = 'running', started = ? WHERE id = ?", (time.time(), row["id"]))
-        return self.get(row["id"])
+            ids = batches.claim(db, together)
+        return [self.get(id) for id in ids]
 
     def add_picture(self, picture: Picture, *, last: bool = False) -> None:
         """Add a picture whose file is on the disk; with the last one its job is done, in the same transaction."""
@@ -400,6 +396,7 @@ class Store:
         ended = f"state IN ('done', 'failed', 'cancelled') AND (id IN ({marks}) OR finished < ?)"
         with self.transaction() as db:
             db.execute(f"DELETE FROM pictures WHERE job IN (SELECT id FROM jobs WHERE {ended})", [*ids, before])
+            db.execute(f"DELETE FROM batches WHERE job IN (SELECT id FROM jobs WHERE {ended})", [*ids, before])
             db.execute(f"DELETE FROM jobs WHERE {ended}", [*ids, before])
 
     # ---- options -----------------------------------------------------------------------------------------------------

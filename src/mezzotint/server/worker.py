@@ -1,4 +1,4 @@
-"""The worker: a thread that takes the next job, draws it, writes each picture and then its row.
+"""The worker of a device: a thread that takes the next job, draws it, writes each picture and then its row.
 
 A picture is in the store only when its file is on the disk. The name of a file follows from the job and the place, so
 that a job which starts again after a kill writes the same files. A full disk pauses the worker, which keeps the picture
@@ -13,14 +13,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.errors import MezzotintError, WriteError
 from mezzotint.files import DISK_ERRORS
+from mezzotint.server.batches import find_alike
 from mezzotint.server.events import Events
 from mezzotint.server.files import SPARE_DISK, DataFolder, encode, thumbnail
 from mezzotint.server.history import History
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from mezzotint.request import Request
 
 log = logging.getLogger("mezzotint.server")
-STEP = 3.0  # seconds that the process waits for the end of a step when it stops
 POLL = 1.0  # seconds between two looks at the disk while it is full
 PREVIEW_SIDE = 512  # pixels of the longer side
 
@@ -67,25 +67,27 @@ class Progress:
     """What is being drawn.
 
     Attributes:
-        job: The id of the job.
+        job: The id of the job, of several in a batch the first that is not cancelled.
+        jobs: The ids of all of them.
         step: Steps done.
         steps: Steps in all.
-        picture: The index of the picture that is drawn.
+        picture: The index of the picture that is drawn, in the job or in the batch.
         started: When the first step began, by time.monotonic.
-        estimate: The last preview.
+        estimates: The last preview of each job.
     """
 
     job: str
+    jobs: tuple[str, ...]
     step: int = 0
     steps: int = 0
     picture: int = 0
     started: float = 0.0
-    estimate: Preview | None = None
+    estimates: dict[str, Preview] = field(default_factory=dict)
 
-    @property
-    def preview(self) -> bytes:
-        """The last preview, a JPEG file; b"" before the first."""
-        return self.estimate.jpeg if self.estimate else b""
+    def preview(self, job: str) -> bytes:
+        """Return the last preview of a job, a JPEG file; b"" before the first."""
+        found = self.estimates.get(job)
+        return found.jpeg if found else b""
 
     @property
     def seconds_left(self) -> float | None:
@@ -103,16 +105,17 @@ class Progress:
 
 
 class Worker:
-    """Draws the jobs of a store, one after the other.
+    """Draws jobs of a store on one device, one after the other.
 
     Args:
         store: The jobs.
         folder: Where the files are written.
-        models: Loads the models.
+        models: Loads the models on the device.
         translator: Makes Requests of stored ones.
         events: Is told what happens.
         history: Records verdicts, and deletes what is above the bound.
         preview_every: Steps between two previews; 0 is none.
+        share_batches: Whether jobs that differ only in prompt and seed share a batch.
     """
 
     def __init__(
@@ -125,22 +128,23 @@ class Worker:
         history: History,
         *,
         preview_every: int = 1,
+        share_batches: bool = False,
     ) -> None:
         self.store, self.folder, self.models, self.translator = store, folder, models, translator
         self.events, self.history = events, history
-        self.preview_every = preview_every
+        self.preview_every, self.share_batches = preview_every, share_batches
         self.progress: Progress | None = None
         self.waits_for_disk = ""  # the sentence, while it does
         self.paused = bool(store.option("paused", False))
         self.tell_queue: Callable[[], None] = lambda: None
         self.steps_done = 0
         self._wake, self._stopping = threading.Event(), threading.Event()
-        self._stop_job: str | None = None
+        self._dropped: set[str] = set()  # jobs of the run whose pictures nobody waits for
+        self._hurried = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Queue again what was running when the last process ended, and start to draw."""
-        self.store.requeue()
+        """Start to draw."""
         self._thread = threading.Thread(target=self._run, name="mezzotint-worker", daemon=True)
         self._thread.start()
 
@@ -155,30 +159,25 @@ class Worker:
         self.wake()
 
     def stop_job(self, id: str) -> None:
-        """End the run of a job after its current step, if it runs."""
-        self._stop_job = id
+        """End the run of a job after its current step, if it runs; a batch goes on for the others."""
+        progress = self.progress
+        if progress is not None and id in progress.jobs:
+            self._dropped.add(id)
 
     def hurry(self) -> None:
-        """End the running job after its current step. It takes no lock, so that a signal's handler may call it."""
-        if (progress := self.progress) is not None:
-            self._stop_job = progress.job
+        """End after the current step. It takes no lock, so that a signal's handler may call it."""
+        self._hurried = True
 
-    def stop(self, timeout: float) -> bool:
-        """Let the running job finish its picture, or queue it again; return whether the thread has ended.
-
-        Args:
-            timeout: Seconds for the current picture; then the run ends after its current step.
-        """
+    def stop(self) -> None:
+        """End after the current picture; a job that has more is queued again."""
         self._stopping.set()
         self.wake()
-        thread = self._thread
-        if thread is None:
-            return True
-        thread.join(max(timeout, 0))
-        if thread.is_alive():
-            self.hurry()
-            thread.join(STEP)  # of a longer one the process ends in the middle: the next start queues the job again
-        return not thread.is_alive()
+
+    def join(self, timeout: float) -> bool:
+        """Wait some seconds for the end of the thread; return whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(max(timeout, 0))
+        return not self.alive
 
     @property
     def alive(self) -> bool:
@@ -188,74 +187,112 @@ class Worker:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
+        while not (self._stopping.is_set() or self._hurried):
             self._wake.clear()
             try:
-                job = None if self.paused or not self._has_room() else self.store.claim()
+                jobs = [] if self.paused or not self._has_room() else self._claim()
             except MezzotintError as error:
                 self._say_disk(str(error))
-                job = None
-            if job is None:
+                jobs = []
+            if not jobs:
                 self._wake.wait(POLL if self.waits_for_disk else None)
                 continue
             try:
-                self.perform(job)
+                self.perform(jobs)
             except Exception:
-                log.exception("job %s", job.id)
+                log.exception("job %s", jobs[0].id)
                 time.sleep(POLL)
 
-    def perform(self, job: Job) -> None:
-        """Run a claimed job to its end."""
-        self.progress = Progress(job.id, started=time.monotonic())
-        self._stop_job = None
-        self.tell_queue()
-        self._publish_job(job.id)
+    def _claim(self) -> list[Job]:
+        """Claim the next job, or a batch of jobs that fits the memory."""
+        together = find_alike(self.store) if self.share_batches else []
+        if len(together) > 1:
+            try:
+                job = self.store.get(together[0])
+                request = self.translator.request(job.request)
+                together = together[: self.models.batch_for(job.model, job.vae, request, len(together))]
+            except MezzotintError:  # which is said when the job is drawn
+                together = []
+        return self.store.claim(together)
+
+    def perform(self, jobs: Sequence[Job]) -> None:
+        """Run a claimed job, or the jobs of a batch, to the end."""
+        ids = tuple(job.id for job in jobs)
+        self._dropped = set()
+        self.progress = Progress(ids[0], ids, started=time.monotonic())
+        alone: Sequence[Job] = ()
         try:
-            if self.store.get(job.id).state == "running":  # not cancelled meanwhile
-                {"draw": self._draw, "verify": self._verify, "maps": self._explain}[job.kind](job)
+            left = [id for id in ids if self.store.get(id).state == "running"]
+            self._dropped.update({*ids} - {*left})  # cancelled meanwhile; of a batch perhaps long ago, or drawn
+            self.progress.job = left[0] if left else ids[0]
+            self.tell_queue()
+            self._publish_jobs(ids)
+            if left and len(jobs) > 1:
+                self._draw(jobs)
+            elif left:
+                {"draw": self._draw, "verify": self._verify, "maps": self._explain}[jobs[0].kind](jobs)
         except StopJob:
-            if self._stopping.is_set():
-                with suppress(StopJob):  # the disk is full: the next start queues it again
-                    self._patiently(lambda: self.store.requeue(job.id))
+            if self._stopping.is_set() or self._hurried:
+                self._requeue(ids)
         except WriteError as error:
-            log.warning("job %s: %s", job.id, error)
-            self._patiently(lambda: self.store.requeue(job.id))
+            log.warning("job %s: %s", ids[0], error)
+            self._requeue(ids)
         except MezzotintError as error:
-            self._fail(job, type(error).__name__, self.translator.message(error))
+            alone = self._fail(jobs, type(error).__name__, self.translator.message(error))
         except Exception as error:
-            log.exception("job %s", job.id)
-            self._fail(job, "InternalError", f"this is a bug in mezzotint ({type(error).__name__})")
+            log.exception("job %s", ids[0])
+            alone = self._fail(jobs, "InternalError", f"this is a bug in mezzotint ({type(error).__name__})")
         finally:
             self.progress = None
-            self._publish_job(job.id)
+            self._publish_jobs(ids)
             self.tell_queue()
+        for job in alone:
+            if self._stopping.is_set() or self._hurried:
+                self._requeue([job.id])
+            else:
+                self.perform([job])
         if not self._stopping.is_set():
             self.history.clean()
 
-    def _fail(self, job: Job, type: str, message: str) -> None:
+    def _requeue(self, ids: Sequence[str]) -> None:
+        with suppress(StopJob):  # the disk is full: the next start queues them again
+            for id in ids:
+                self._patiently(partial(self.store.requeue, id))
+
+    def _fail(self, jobs: Sequence[Job], type: str, message: str) -> Sequence[Job]:
+        """Mark a job as failed; return the jobs of a batch instead, each to be drawn alone for its own error."""
+        if len(jobs) > 1:
+            return jobs
         codes = {"BudgetError": "out_of_memory", "CheckpointError": "bad_file", "InternalError": "internal"}
         error = {"type": type, "message": message, "code": codes.get(type, "invalid_request")}
-        self._patiently(lambda: self.store.fail(job.id, error))
+        self._patiently(lambda: self.store.fail(jobs[0].id, error))
+        return ()
 
-    def _draw(self, job: Job) -> None:
-        request = self.translator.request(job.request)
-        model = self.models.load(job.model, job.vae, request)
-        self._check_stop(job)
-        done = {picture.place for picture in job.pictures}
+    def _draw(self, jobs: Sequence[Job]) -> None:
+        first, shared = jobs[0], len(jobs) > 1
+        requests = [self.translator.request(job.request) for job in jobs]
+        if shared:
+            requests = [request.replace(batch=len(jobs)) for request in requests]
+        largest = requests[0].replace(count=len(jobs)) if shared else requests[0]
+        model = self.models.load(first.model, first.vae, largest)
+        self._check_stop()
+        done = {picture.place for picture in first.pictures}
         assert self.progress
         self.progress.started = time.monotonic()
 
         def on_image(place: int, image: Image) -> None:
-            if place not in done:
-                self._keep(job, request, place, image)
+            if shared:
+                if jobs[place].id not in self._dropped:
+                    self._keep(jobs[place], requests[place], 0, image)
+            elif place not in done:
+                self._keep(first, requests[0], place, image)
             if self.progress:
                 self.progress.picture = place + 1
-            if self._stopping.is_set() and place + 1 < request.count:
+            if self._stopping.is_set() and not shared and place + 1 < requests[0].count:
                 raise StopJob  # the others are drawn after the next start
 
-        model.pipe.generate(
-            request, on_step=self._on_step(job), on_image=on_image, on_estimate=self._on_estimate(job, model)
-        )
+        hooks: Any = {"on_step": self._on_step(jobs), "on_estimate": self._on_estimate(jobs, model)}
+        model.pipe.generate(requests if shared else requests[0], on_image=on_image, **hooks)
 
     def _keep(self, job: Job, request: Request, place: int, image: Image) -> None:
         """Write a picture, and then its row."""
@@ -288,17 +325,18 @@ class Worker:
         self._patiently(write, len(data))
         self.events.publish("picture", picture.to_dict(), job.id)
 
-    def _on_step(self, job: Job) -> Callable[[int, int], None]:
+    def _on_step(self, jobs: Sequence[Job]) -> Callable[[int, int], None]:
         def on_step(done: int, total: int) -> None:
-            self._check_stop(job)
+            self._check_stop()
             self.steps_done += 1
             if self.progress:
                 self.progress.step, self.progress.steps = done, total
-                self.events.publish("step", self.progress.to_dict(), job.id)
+                for job in jobs:
+                    self.events.publish("step", self.progress.to_dict() | {"job": job.id}, job.id)
 
         return on_step
 
-    def _on_estimate(self, job: Job, model: LoadedModel) -> Callable[[Tensor], None] | None:
+    def _on_estimate(self, jobs: Sequence[Job], model: LoadedModel) -> Callable[[Tensor], None] | None:
         preview = model.preview
         if preview is None or not self.preview_every:
             return None
@@ -306,21 +344,25 @@ class Worker:
         def on_estimate(latents: Tensor) -> None:
             if not self.progress or self.progress.step % self.preview_every:
                 return
-            self.progress.estimate = Preview(job.id, preview.picture, latents)
-            self.events.publish("preview", self.progress.estimate.to_dict, job.id)
+            parts = [latents[k : k + 1] for k in range(len(latents))] if len(jobs) > 1 else [latents]
+            for job, part in zip(jobs[self.progress.picture if len(jobs) > 1 else 0 :], parts, strict=False):
+                estimate = self.progress.estimates[job.id] = Preview(job.id, preview.picture, part)
+                self.events.publish("preview", estimate.to_dict, job.id)
 
         return on_estimate
 
-    def _check_stop(self, job: Job) -> None:
-        if self._stop_job == job.id:
+    def _check_stop(self) -> None:
+        progress = self.progress
+        if self._hurried or (progress and all(id in self._dropped for id in progress.jobs)):
             raise StopJob
 
     # ---- a picture again ---------------------------------------------------------------------------------------------
 
-    def _verify(self, job: Job) -> None:
+    def _verify(self, jobs: Sequence[Job]) -> None:
         """Draw a picture again and compare the bits."""
         from mezzotint.again import judge, read_source, threads
 
+        (job,) = jobs
         source = read_source(self.folder.file("pictures", str(job.target)))
         record = source.record
         assert record  # each of our files has one
@@ -329,7 +371,7 @@ class Worker:
         names = ("image", "mask", "embeddings", "loras", "lora_folder", "wildcards")
         with threads(record):
             files = {name: getattr(request, name) for name in names}
-            images = model.pipe.draw(record.jobs(files), on_step=self._on_step(job))
+            images = model.pipe.draw(record.jobs(files), on_step=self._on_step(jobs))
         verdict = judge(source, images[record.place])
         result = {"identical": verdict.identical, "sentences": verdict.sentences, "at": time.time()}
         self._patiently(lambda: self.history.set_verified(str(job.target), result))
@@ -337,14 +379,15 @@ class Worker:
         found = self.history.get(str(job.target), deleted=True)
         self.events.publish("picture", found.to_dict(), found.job)
 
-    def _explain(self, job: Job) -> None:
+    def _explain(self, jobs: Sequence[Job]) -> None:
         """Draw a picture again and record where the network attended to each word."""
         from mezzotint.explain.maps import explain
         from mezzotint.server.maps import describe_maps
 
+        (job,) = jobs
         request = self.translator.request(job.request)
         model = self.models.load(job.model, job.vae, request)
-        explanation = explain(model.pipe, request, on_step=self._on_step(job))
+        explanation = explain(model.pipe, request, on_step=self._on_step(jobs))
         data = json.dumps(describe_maps(explanation)).encode()
         self._patiently(lambda: self.folder.write("maps", str(job.target), data), len(data))
         self._patiently(lambda: self.store.finish(job.id, {"maps": f"/api/pictures/{job.target}/maps"}))
@@ -388,8 +431,9 @@ class Worker:
             (log.warning if sentence else log.info)(sentence or "the disk has room again")
             self.tell_queue()
 
-    def _publish_job(self, id: str) -> None:
-        self.events.publish("job", self.store.get(id).to_dict(), id)
+    def _publish_jobs(self, ids: Sequence[str]) -> None:
+        for id in ids:
+            self.events.publish("job", self.store.get(id).to_dict(), id)
 
 
 def picture_id(job: str, place: int) -> str:

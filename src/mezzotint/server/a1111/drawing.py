@@ -26,6 +26,7 @@ from mezzotint.server.dialects import failure, read_body
 from mezzotint.server.errors import InvalidError
 from mezzotint.server.service import Service
 from mezzotint.server.store import FAILED, QUEUED, Job
+from mezzotint.server.worker import Progress
 
 router = APIRouter(route_class=Route)
 
@@ -171,7 +172,8 @@ def _version() -> str:
 @router.get("/progress")
 def progress(request: Request, core: Core, skip_current_image: bool = False) -> JSONResponse:
     """Say how far the running call is; 0 and a job count of 0 mean that nothing runs or waits."""
-    running = core.progress
+    found = _running_call(request, core)
+    running, job = found[1:] if found else (core.progress, "")
     state = {
         "skipped": False,
         "interrupted": False,
@@ -187,8 +189,9 @@ def progress(request: Request, core: Core, skip_current_image: bool = False) -> 
     if running is None:
         state["job_count"] = core.store.counts()[QUEUED]
     else:
-        call = _running_call(request, core) or Call([running.job])
-        place, count = call.jobs.index(running.job), len(call.jobs)
+        job = job or running.job
+        call = found[0] if found else Call([job])
+        place, count = call.jobs.index(job), len(call.jobs)
         done = running.step / running.steps if running.steps else 0.0
         share = min(0.01 + (place + done) / count, 1.0)  # never 0 while it runs
         seconds = running.seconds_left or 0.0
@@ -203,8 +206,8 @@ def progress(request: Request, core: Core, skip_current_image: bool = False) -> 
             "sampling_step": running.step,
             "sampling_steps": running.steps,
         }
-        if running.preview and not skip_current_image:
-            image = base64.b64encode(running.preview).decode()
+        if not skip_current_image and (preview := running.preview(job)):
+            image = base64.b64encode(preview).decode()
     return JSONResponse(
         {"progress": share, "eta_relative": left, "state": state, "current_image": image, "textinfo": None}
     )
@@ -213,8 +216,9 @@ def progress(request: Request, core: Core, skip_current_image: bool = False) -> 
 @router.post("/interrupt")
 def interrupt(request: Request, core: Core) -> JSONResponse:
     """Cancel the call whose job runs. Jobs that came by another API go on."""
-    call = _running_call(request, core)
-    if call is not None:
+    found = _running_call(request, core)
+    if found is not None:
+        call, *_ = found
         call.interrupted = True
         for job in reversed(call.jobs):  # the running one last, so that none of the others starts
             core.cancel(job)
@@ -224,14 +228,16 @@ def interrupt(request: Request, core: Core) -> JSONResponse:
 @router.post("/skip")
 def skip(request: Request, core: Core) -> JSONResponse:
     """Cancel the running iteration of a call; the next one follows."""
-    call, running = _running_call(request, core), core.progress
-    if call is not None and running is not None:
+    found = _running_call(request, core)
+    if found is not None:
+        call, _, job = found
         call.skipped = True
-        core.cancel(running.job)
+        core.cancel(job)
     return JSONResponse(None)
 
 
-def _running_call(request: Request, core: Service) -> Call | None:
-    """Return the call whose job runs now."""
-    running = core.progress
-    return next((call for call in calls(request) if running is not None and running.job in call.jobs), None)
+def _running_call(request: Request, core: Service) -> tuple[Call, Progress, str] | None:
+    """Return the first call whose job runs now, how far it is, and the job."""
+    running = ((each, job) for each in core.running for job in each.jobs)
+    waiting = calls(request)
+    return next(((call, each, job) for each, job in running for call in waiting if job in call.jobs), None)

@@ -100,6 +100,8 @@ function onConnection(connected) {
   if (back) reload().catch(() => {});
 }
 
+const isShown = (data) => (state.queue.running?.job ?? data.job) === data.job;
+
 function onEvent(name, data) {
   if (name === "queue") {
     state.queue = data;
@@ -113,10 +115,11 @@ function onEvent(name, data) {
     emit("jobs", data);
     emit("queue");
   } else if (name === "step") {
+    if (!isShown(data)) return; // another device draws it
     state.queue.running = data;
     emit("progress", data);
   } else if (name === "preview") {
-    setPreview(data);
+    if (isShown(data)) setPreview(data);
   } else if (name === "picture") {
     addPicture(data);
   }
