@@ -78,7 +78,7 @@ ADDED = {  # by command
     "textual-inversion": ["--set", "start=lemon"],  # which is one token of the tiny model
 }
 WITHOUT_MODEL = ("samplers", "models", "env", "info", "inspect", "upscale")
-WITHOUT_RECORD = "corner.png"  # the mask
+WITHOUT_RECORD = ("corner.png", "ramp.png")  # masks
 
 
 def page_name(page: Path) -> str:
@@ -130,7 +130,7 @@ def shorten(line: str) -> list[str]:
         elif before in LONGEST and word.isdigit():
             arguments.append(str(min(int(word), LONGEST[before])))
         else:
-            found = sorted({*glob.glob(word)} - {WITHOUT_RECORD}) if "*" in word else [word]
+            found = sorted({*glob.glob(word)} - {*WITHOUT_RECORD}) if "*" in word else [word]
             arguments += [SHORT[before]] if before in SHORT else found
     if command not in WITHOUT_MODEL and "--model" not in arguments:
         arguments += ["--model", "tiny"]
@@ -169,6 +169,7 @@ def workspace(tiny: Path, tiny_pipe: Pipeline, tmp_path: Path, monkeypatch: pyte
     corner = Image.new("L", lemon.size)
     ImageDraw.Draw(corner).rectangle((36, 36, 64, 64), 255)
     corner.save("corner.png")
+    Image.linear_gradient("L").resize(lemon.size).save("ramp.png")
     Path("prompts.txt").write_text("a lemon\na whale\n")
     for name in ("prompts.jsonl", "rows.jsonl"):
         Path(name).write_text(json.dumps({"prompt": "a lemon", "seed": 7}) + "\n")

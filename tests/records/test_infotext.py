@@ -256,10 +256,11 @@ def test_the_scanner_and_ours_agree(name: str) -> None:
 
 def theirs_as_numbers(request: Request, seed: int) -> dict[str, str]:
     """What A1111's fields must hold for a request of ours."""
-    assert request.steps and request.guidance_scale
+    assert request.steps and isinstance(request.guidance_scale, float)
+    scale = request.guidance_scale * (12.5 if request.sampler == "euler_cfg_pp" else 1.0)  # its DDIM CFG++ divides it
     return {
         "Steps": str(request.steps),
-        "CFG scale": str(request.guidance_scale),
+        "CFG scale": str(scale),
         "Seed": str(seed),
         "Size": f"{request.width}x{request.height}",
         "RNG": "NV" if request.noise == "philox" else "CPU",
