@@ -55,11 +55,6 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-def _check_groups(widths: tuple[int, ...], groups: int) -> None:
-    if any(width % groups for width in widths):
-        raise ValueError(f"norm_num_groups is {groups}; it must divide each of block_out_channels, which are {widths}")
-
-
 class CLIPConfig(_Config):
     """A CLIP text encoder (`text_encoder/config.json`)."""
 
@@ -269,7 +264,6 @@ class UNetConfig(_Config):
         levels = len(self.block_out_channels)
         if len(self.down_block_types) != levels or len(self.up_block_types) != levels:
             raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry per level")
-        _check_groups(self.block_out_channels, self.norm_num_groups)
         return self
 
 
@@ -327,7 +321,6 @@ class VAEConfig(_Config):
             raise ValueError("latents_mean and latents_std must both have one number per latent channel")
         if std and min(std) <= 0.0:
             raise ValueError("latents_std must be above 0")
-        _check_groups(self.block_out_channels, self.norm_num_groups)
         return self
 
     @property

@@ -129,7 +129,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
         "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net "
         "--pag-scale 3 --pag-layers mid,up_blocks.0 --pag-adaptive-scale 0.005 "
-        "--freeu 1.5,1.6,0.9,0.2"
+        "--freeu 1.5,1.6,0.9,0.2 --tile 64"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -170,6 +170,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             target_size=(512, 1024),
             discard_penultimate_sigma=True,
             noise="philox",
+            tile=64,
             image="a.png",
             mask="b.png",
             strength=0.6,

@@ -151,7 +151,7 @@ def test_what_is_no_vae_for_this_model(checkpoint: tuple[Path, Model], tmp_path:
 def test_a_file_of_other_groups_is_refused_before_anything_is_built(sd1_folder: Path, tmp_path: Path) -> None:
     """A file does not tell the number of groups, for which 32 is assumed."""
     shutil.copy(sd1_folder / "vae/diffusion_pytorch_model.safetensors", tmp_path / "alone.safetensors")
-    with pytest.raises(CheckpointError, match="norm_num_groups is 32; it must divide each of block_out_channels"):
+    with pytest.raises(CheckpointError, match="norm_num_groups 32, which must divide each of block_out_channels"):
         plan_memory(sd1_folder, "2GiB", REQUEST, vae=tmp_path / "alone.safetensors")
 
 

@@ -118,6 +118,12 @@ class NetworkFiles:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "its fields"
             raise CheckpointError(f"{path}: the config of {name} is wrong at {where}: {first['msg']}") from None
+        widths, groups = getattr(config, "block_out_channels", ()), getattr(config, "norm_num_groups", 1)
+        if any(width % groups for width in widths):
+            raise CheckpointError(
+                f"{path}: the config of {name} has norm_num_groups {groups}, which must divide each of "
+                f"block_out_channels, {widths}; give it as config, such as {{'{name}': {{'norm_num_groups': 8}}}}"
+            )
         return cls(name, path, config, files, *pair_scales(files, sources, unknown))
 
     def network(self) -> nn.Module:
