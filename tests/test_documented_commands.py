@@ -53,7 +53,6 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
 SKIPPED_PYTHON = {
     "from_pretrained": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
     "pipe.load_textual_inversion": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
-    "control=": "the tiny model has no ControlNet; tests/run/test_controls.py has one",
     "openai": "needs a running server; tests/server/test_openai.py has one",
 }
 REPLACED = {  # what a page names, and what stands for it here

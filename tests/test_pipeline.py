@@ -50,6 +50,7 @@ def error(a: Tensor, b: Tensor) -> float:
 # ---- resolve ---------------------------------------------------------------------------------------------------------
 
 OPEN = {  # None stays None: it means "not asked for"
+    "control",
     "safety",
     "guidance_interval",
     "guidance_steps",

@@ -160,9 +160,11 @@ class UpBlock(nn.Module):
     ) -> Tensor:
         """Apply the block, taking its skip connections from the end of the list; `factors` are FreeU's of its level."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
-            skip = skips.pop()
-            both = freeu.concatenate(x, skip, factors) if factors else torch.cat([x, skip], dim=1)
-            x = resnet(both, next(times))
+            # without a name for the joined tensor, which would keep it in memory
+            x = resnet(
+                freeu.concatenate(x, skips.pop(), factors) if factors else torch.cat([x, skips.pop()], dim=1),
+                next(times),
+            )
             x = x if transformer is None else transformer(x, contexts)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[-2:])
