@@ -101,7 +101,8 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     import mezzotint.images.io
     import mezzotint.pipeline
     from mezzotint.memory import system
-    from mezzotint.memory.footprint import ModelHeaders, predict
+    from mezzotint.memory.footprint import predict
+    from mezzotint.memory.headers import ModelHeaders
     from mezzotint.memory.planner import plan
     from mezzotint.placement import Placement
 
@@ -157,7 +158,8 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
 def predict_only(row: dict[str, Any]) -> dict[str, Any]:
     """Predict the peak of a combination in this process, from headers; a budget's placement is planned."""
     import mezzotint
-    from mezzotint.memory.footprint import ModelHeaders, predict
+    from mezzotint.memory.footprint import predict
+    from mezzotint.memory.headers import ModelHeaders
     from mezzotint.memory.planner import plan
     from mezzotint.placement import Placement
 

@@ -12,7 +12,8 @@ import torch
 
 import mezzotint
 from mezzotint.memory import system
-from mezzotint.memory.footprint import ModelHeaders, Weights, predict
+from mezzotint.memory.footprint import predict
+from mezzotint.memory.headers import ModelHeaders, Weights
 from mezzotint.placement import Placement
 from mezzotint.request import Request
 from mezzotint.weights.files import TensorFile

@@ -17,7 +17,8 @@ from mezzotint.explain.maps import explain
 from mezzotint.images.io import CHUNKS, read_metadata
 from mezzotint.memory import planner as memory
 from mezzotint.memory import system
-from mezzotint.memory.footprint import MemoryEstimate, ModelHeaders
+from mezzotint.memory.footprint import MemoryEstimate
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.memory.planner import Budget, MemoryPlan, plan
 from mezzotint.placement import Placement, format_size
 from mezzotint.records.record import read

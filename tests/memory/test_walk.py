@@ -234,7 +234,8 @@ def test_a_walk_imports_no_compiler() -> None:
     """torch._dynamo and sympy take seconds and 80 MB: no operation of the networks may need them."""
     script = """
 import sys
-from mezzotint.memory.footprint import ModelHeaders, predict
+from mezzotint.memory.footprint import predict
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.placement import Placement
 from mezzotint.request import Request
 model = ModelHeaders.of(device="cpu")

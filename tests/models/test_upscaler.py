@@ -19,8 +19,8 @@ import mezzotint
 from mezzotint.again import again, describe_file, judge, read_source
 from mezzotint.enlarge import choose_tile
 from mezzotint.errors import BudgetError, CheckpointError, MissingExtraError, RequestError
-from mezzotint.memory.footprint import ModelHeaders
 from mezzotint.memory.footprint import predict as footprint
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.memory.walk import count_upscaler
 from mezzotint.models.tiles import spans
 from mezzotint.models.upscaler import Upscaler, blend_tiles, ramp

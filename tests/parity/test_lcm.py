@@ -12,7 +12,8 @@ import tiny
 from mezzotint import Request
 from mezzotint.config import UNetConfig
 from mezzotint.errors import RequestError
-from mezzotint.memory.footprint import ModelHeaders, predict
+from mezzotint.memory.footprint import predict
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from pictures import NEGATIVE, PROMPT, Pair, apart, different, fields, load, ours, same, save, theirs

@@ -23,7 +23,8 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.entries.control import Control
 from mezzotint.errors import CheckpointError, MissingExtraError, RequestError
 from mezzotint.images.control import canny
-from mezzotint.memory.footprint import ModelHeaders, predict
+from mezzotint.memory.footprint import predict
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.models.controlnet import ControlNet, ControlRun
 from mezzotint.models.unet import Condition
 from mezzotint.run.controls import control_scales

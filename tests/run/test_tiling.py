@@ -18,7 +18,8 @@ from mezzotint.diffusion.guidance import guided
 from mezzotint.diffusion.prediction import PREDICTIONS
 from mezzotint.diffusion.solvers import SOLVERS
 from mezzotint.images.io import from_pil
-from mezzotint.memory.footprint import ModelHeaders, predict
+from mezzotint.memory.footprint import predict
+from mezzotint.memory.headers import ModelHeaders
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(
     (128, 96), Image.Resampling.BICUBIC

@@ -39,6 +39,15 @@ def make_stub(tmp_path: Path) -> Iterator[MakeStub]:
         client.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """An application that would draw with a stub what it does not refuse."""
+    settings = Settings(data=tmp_path_factory.mktemp("refusing") / "data")
+    app = create_app(settings, Service(settings, StubModels(settings)))
+    with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
+        yield client
+
+
 @pytest.fixture
 def stub(make_stub: MakeStub) -> TestClient:
     """An application over the stub."""

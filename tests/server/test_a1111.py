@@ -450,18 +450,6 @@ def test_bodies_that_are_not_json_are_refused(refusing: TestClient) -> None:
     assert refusing.post("/sdapi/v1/txt2img", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415
 
 
-@pytest.fixture(scope="module")
-def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """An application that would draw with a stub what it does not refuse."""
-    from mezzotint.server.service import Service
-    from stub_server import StubModels
-
-    settings = Settings(data=tmp_path_factory.mktemp("refusing") / "data")
-    app = create_app(settings, Service(settings, StubModels(settings)))
-    with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
-        yield client
-
-
 def test_files_are_named_in_the_prompt_and_the_options(tmp_path: Path) -> None:
     from mezzotint.server.service import Service
     from stub_server import StubModels

@@ -23,8 +23,6 @@ from mezzotint.records.record import pixels_digest
 from mezzotint.request import Request
 from mezzotint.server import Settings, create_app
 from mezzotint.server.openai import images
-from mezzotint.server.service import Service
-from stub_server import HOST, StubModels
 
 PROMPT = "a lemon on a blue background"
 TOKEN = "0123456789abcdef-token"
@@ -41,15 +39,6 @@ def port(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> Iterator
 @pytest.fixture(scope="module")
 def client(port: int) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """An application that would draw with a stub what it does not refuse."""
-    settings = Settings(data=tmp_path_factory.mktemp("refusing") / "data")
-    app = create_app(settings, Service(settings, StubModels(settings)))
-    with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
         yield client
 
 

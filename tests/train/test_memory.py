@@ -16,7 +16,7 @@ from torch import nn
 from mezzotint.errors import BudgetError
 from mezzotint.memory import planner as memory
 from mezzotint.memory import system, walk
-from mezzotint.memory.footprint import ModelHeaders
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.train import budget
 from mezzotint.train.batches import Batch
 from mezzotint.train.budget import TrainingPlan, offload_placements, plan_training

@@ -62,7 +62,7 @@ def serve(
             "Device that draws: cpu, cuda, cuda:1, mps, ... May be repeated for several CUDA devices.",
             "DEVICE",
             MEMORY,
-            default="every CUDA device, else the best one",
+            default="all CUDA devices, or the best device if there are none",
         ),
     ] = None,
     share_batches: Annotated[

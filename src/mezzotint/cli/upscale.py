@@ -23,7 +23,7 @@ def upscale(
     ] = None,
     scale: Annotated[
         float | None,
-        option("How much larger the result is.", "X", OUTPUT, default="4, or the upscaler's own"),
+        option("Factor by which the picture is enlarged.", "X", OUTPUT, default="4, or the upscaler's own"),
     ] = None,
     tile: Annotated[
         int | None,

@@ -25,30 +25,26 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
-from mezzotint.config import CLIPConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
-from mezzotint.devices import best_device, device_of, dtype_of
+from mezzotint.config import SafetyCheckerConfig
 from mezzotint.memory import system, walk
+from mezzotint.memory.headers import STORAGE_ITEMSIZE, ModelHeaders, Weights
 from mezzotint.memory.walk import Workspace, count_upscaler
 from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.tiles import Half
 from mezzotint.models.upscaler import TILE
-from mezzotint.placement import MIN_OFFLOAD_NUMEL, Placement
+from mezzotint.placement import Placement
 from mezzotint.request import Request
-from mezzotint.run.model_info import ModelInfo
-from mezzotint.run.plan import RunPlan, plan_run
+from mezzotint.run.plan import RunPlan
 from mezzotint.run.safety import checker_dtype, checker_placement
 from mezzotint.run.tiling import tile_plan, tiles_of
-from mezzotint.weights.checkpoint import scan_model
-from mezzotint.weights.control_files import ControlFiles, scan_control
+from mezzotint.weights.control_files import ControlFiles
 from mezzotint.weights.files import TensorFile
-from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.model_files import CheckerFiles, ModelFiles, NetworkFiles
+from mezzotint.weights.model_files import CheckerFiles
 from mezzotint.weights.upscaler_files import load_upscaler
 
 # On the CPU a share of the bytes of libraries that are mapped after the import; on CUDA bytes, mostly cuBLAS's.
@@ -56,159 +52,8 @@ LIBRARY_MEMORY = {"cpu": 0.42, "cuda": 40 * 2**20}
 DEFAULT_MAPPED_BYTES = 90 * 10**6  # bytes of mapped libraries where the system does not tell
 TOKENIZER_BYTES_PER_TOKEN = 650
 READ_BUFFER_BYTES = 2 * 2**22  # a piece of a weight as it is in its file, and converted
-STORAGE_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}
 FULL_SIZE_KEYS = ("hada_", "lokr_", "dora_scale", "magnitude", ".diff")  # of adapters that are not a pair of factors
 MACS_PER_BYTE = 20  # multiply-accumulates in the time of one byte, read from the page cache or written to new memory
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Sizes of a network's weights.
-
-    Attributes:
-        large: Elements of the weights that can be offloaded.
-        rows: Rows of those.
-        small: Elements of the other weights.
-        largest: Elements of the largest weight.
-        stored: Bytes in the files.
-    """
-
-    large: int = 0
-    rows: int = 0
-    small: int = 0
-    largest: int = 0
-    stored: int = 0
-
-    @classmethod
-    def of(cls, part: NetworkFiles, begins: str = "") -> Weights:
-        """Count the weights of a part whose names start with `begins`, from the headers of the files."""
-        large = rows = small = largest = stored = 0
-        for name, source in part.sources.items():
-            if not name.startswith(begins):
-                continue
-            entry = part.files[source.key].entries[source.key]
-            numbers = math.prod(entry.shape) // (1 if source.third is None else 3)
-            stored += numbers * entry.dtype.itemsize
-            largest = max(largest, numbers)
-            if numbers >= MIN_OFFLOAD_NUMEL and len(entry.shape) > 1:
-                large, rows = large + numbers, rows + max(entry.shape)
-            else:
-                small += numbers
-        return cls(large, rows, small, largest, stored)
-
-    def stored_bytes(self, storage: str | None, itemsize: int) -> int:
-        """Return the bytes of the large weights in a storage format; None: with `itemsize` bytes an element."""
-        if storage is None:
-            return self.large * itemsize
-        each = STORAGE_ITEMSIZE[storage]
-        return self.large * each + (4 * self.rows if each == 1 else 0)
-
-
-@dataclass(frozen=True)
-class ModelHeaders:
-    """A model as its configs and the headers of its files describe it.
-
-    Attributes:
-        found: Its files.
-        device: The device that it will run on.
-        dtype: The dtype that it will compute in.
-    """
-
-    found: ModelFiles
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls,
-        path_or_id: str | Path | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        **options: Any,
-    ) -> ModelHeaders:
-        """Describe a model; the arguments are those of `mezzotint.load`.
-
-        Raises:
-            CheckpointError: If the files are not a model.
-            RequestError: If the device or dtype is not available.
-        """
-        place = device_of(device or best_device())
-        kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.bfloat16
-        return cls(scan_model(path_or_id or BUNDLED, **options), place, kind)
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
-
-    @cached_property
-    def weights(self) -> dict[str, Weights]:
-        """Sizes of "text" (all text encoders), "unet", and the VAE's "encoder" and "decoder"."""
-        parts = {part.name: part for part in self.found.parts}
-        texts = [Weights.of(part) for name, part in parts.items() if name.startswith("text_encoder")]
-        return {
-            "text": Weights(
-                sum(w.large for w in texts),
-                sum(w.rows for w in texts),
-                sum(w.small for w in texts),
-                max(w.largest for w in texts),
-                sum(w.stored for w in texts),
-            ),
-            "unet": Weights.of(parts["unet"]),
-            "encoder": Weights.of(parts["vae"], "encoder"),
-            "decoder": Weights.of(parts["vae"], "decoder"),
-        }
-
-    @cached_property
-    def checker(self) -> Weights:
-        """Sizes of the safety checker's weights."""
-        return Weights.of(self.found.checker.network) if self.found.checker else Weights()
-
-    @cached_property
-    def file_dtypes(self) -> set[str]:
-        """The dtypes that most weights of each network have in the files."""
-        return {str(part.natural_dtype()).removeprefix("torch.") for part in self.found.parts}
-
-    @property
-    def unet(self) -> UNetConfig:
-        """The UNet's configuration."""
-        return cast(UNetConfig, self.found.config("unet"))
-
-    @property
-    def vae(self) -> VAEConfig:
-        """The VAE's configuration."""
-        return cast(VAEConfig, self.found.config("vae"))
-
-    @property
-    def encoders(self) -> list[CLIPConfig]:
-        """The text encoders' configurations."""
-        return [part.config for part in self.found.parts if isinstance(part.config, CLIPConfig)]
-
-    @cached_property
-    def info(self) -> ModelInfo:
-        """What a run plan needs to know of the model."""
-        return ModelInfo.of(self.found, self.unet, self.vae, self.device.type)
-
-    def control(self, name: str) -> ControlFiles:
-        """Describe a ControlNet; each is read once.
-
-        Raises:
-            CheckpointError: If it is missing, damaged, or for another model.
-        """
-        if name not in self._controls:
-            self._controls[name] = scan_control(name, self.unet)
-        return self._controls[name]
-
-    @cached_property
-    def _controls(self) -> dict[str, ControlFiles]:
-        return {}
-
-    def plan(self, request: Request) -> RunPlan:
-        """Plan the run of a request, from configurations alone.
-
-        Raises:
-            RequestError: If the request does not fit the model.
-        """
-        return plan_run(self.info, request)
 
 
 @dataclass(frozen=True)

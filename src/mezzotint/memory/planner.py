@@ -21,7 +21,8 @@ import torch
 
 from mezzotint.errors import BudgetError, RequestError
 from mezzotint.memory import system
-from mezzotint.memory.footprint import MACS_PER_BYTE, MemoryEstimate, ModelHeaders, predict
+from mezzotint.memory.footprint import MACS_PER_BYTE, MemoryEstimate, predict
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.placement import Placement, format_size, parse_size
 from mezzotint.request import MAX_COUNT, Request
 from mezzotint.run.plan import RunPlan

@@ -287,6 +287,11 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _empty_keys_values(network: DownPath, tokens: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    shapes = [(1, attn.heads, tokens, attn.to_k.out_features // attn.heads) for attn in network.cross_attentions()]
+    return [(empty, empty) for empty in (_empty(*shape, dtype=dtype) for shape in shapes)]
+
+
 def _dtype(itemsize: int) -> torch.dtype:
     return torch.bfloat16 if itemsize == SIXTEEN_BITS else torch.float32
 
@@ -299,10 +304,7 @@ def walk_unet(
     dtype = _dtype(itemsize)
     network: UNet = _build(UNet, config, dtype)
     with torch.inference_mode():
-        keys_values = [
-            2 * (_empty(1, attn.heads, tokens, attn.to_k.out_features // attn.heads, dtype=dtype),)
-            for attn in network.cross_attentions()
-        ]
+        keys_values = _empty_keys_values(network, tokens, dtype)
         times = [_empty(1, resnet.conv1.out_channels, dtype=dtype) for resnet in network.resnets()]
         x, condition = _empty(1, config.in_channels, height, width, dtype=dtype), Condition(_empty(1, dtype=dtype))
     options = {"keys_values": keys_values, "time_projections": times, "freeu_factors": freeu}
@@ -318,10 +320,7 @@ def walk_control(config: ControlNetConfig, height: int, width: int, tokens: int,
     dtype = _dtype(itemsize)
     network: ControlNet = _build(ControlNet, config, dtype)
     with torch.inference_mode():
-        keys_values = [
-            2 * (_empty(1, attn.heads, tokens, attn.to_k.out_features // attn.heads, dtype=dtype),)
-            for attn in network.cross_attentions()
-        ]
+        keys_values = _empty_keys_values(network, tokens, dtype)
         x, pooled = _empty(1, config.in_channels, height, width, dtype=dtype), None
         if config.addition_embed_type:
             numbers = config.projection_class_embeddings_input_dim or 0

@@ -251,7 +251,7 @@ class Models:
 
 @lru_cache(maxsize=64)
 def _headers(model: str | None, device: str | None, dtype: str | None, options: tuple[tuple[str, Any], ...]) -> Any:
-    from mezzotint.memory.footprint import ModelHeaders
+    from mezzotint.memory.headers import ModelHeaders
 
     return ModelHeaders.of(model, device=device, dtype=dtype, **dict(options))
 

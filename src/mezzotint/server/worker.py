@@ -112,7 +112,7 @@ class Worker:
         folder: Where the files are written.
         models: Loads the models on the device.
         translator: Makes Requests of stored ones.
-        events: Is told what happens.
+        events: Receives what happens, for streams of events.
         history: Records verdicts, and deletes what is above the bound.
         preview_every: Steps between two previews; 0 is none.
         share_batches: Whether jobs that differ only in prompt and seed share a batch.

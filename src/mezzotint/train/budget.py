@@ -30,9 +30,9 @@ from mezzotint.memory.footprint import (
     LIBRARY_MEMORY,
     READ_BUFFER_BYTES,
     TOKENIZER_BYTES_PER_TOKEN,
-    ModelHeaders,
     predict,
 )
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.memory.planner import AUTO_SHARE, HEAP_FACTOR, SAFETY
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend

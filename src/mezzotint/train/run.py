@@ -14,7 +14,7 @@ from PIL import Image
 
 from mezzotint.errors import RequestError
 from mezzotint.files import report_write_errors, write_atomically
-from mezzotint.memory.footprint import ModelHeaders
+from mezzotint.memory.headers import ModelHeaders
 from mezzotint.models.offload import onload
 from mezzotint.models.unet import UNet
 from mezzotint.pipeline import Pipeline
