@@ -21,8 +21,8 @@ POSTS += ("/sdapi/v1/img2img", "/sdapi/v1/png-info", "/v1/images/generations")
 NOT_JSON = {
     b"": "not valid JSON",
     b"{": "not valid JSON",
-    b'{"prompt": "a", "prompt": "b"}': "the key 'prompt' is there twice",
-    b'{"request": {"prompt": "a", "steps": 1, "steps": 2}}': "the key 'steps' is there twice",
+    b'{"prompt": "a", "prompt": "b"}': "the key 'prompt' appears twice",
+    b'{"request": {"prompt": "a", "steps": 1, "steps": 2}}': "the key 'steps' appears twice",
     b'{"seed": NaN}': "NaN is not a JSON number",
     b'{"seed": -Infinity}': "-Infinity is not a JSON number",
     b'{"seed": 1e999}': "1e999 is too large",

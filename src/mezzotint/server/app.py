@@ -98,7 +98,7 @@ def _on_invalid(request: Request, error: Any) -> Response:
     place = [str(part) for part in finding["loc"]]
     missing = place[:1] == ["path"]  # an id of another form: the same answer as for one that is not there
     if missing:
-        return error_reply("there is no such thing here", 404, code="not_found")
+        return error_reply("the server has no such route", 404, code="not_found")
     sentence = f"{'.'.join(place[1:])} is {brief(finding.get('input'))}; {demand(finding)}"
     return error_reply(sentence, 422, code="invalid_value", param=place[-1])
 

@@ -179,7 +179,7 @@ class Service:
         try:
             job = self.store.get(found.job)
         except NotFoundError:
-            raise ConflictError("the request of this picture is not known any more") from None
+            raise ConflictError("the request of this picture is no longer stored") from None
         stored = dict(job.request)
         if kind == "maps":
             stored |= {"seed": found.seed, "count": 1}
