@@ -71,8 +71,9 @@ class GatedPipe(StubPipe):
         on_step(STEPS, STEPS)
         if any(each.prompt == "wrong" for each in requests):
             raise RequestError("the prompt is wrong")
-        for place, each in enumerate(requests):
-            on_image(place, stub_picture(each, 0))
+        pictures = [stub_picture(each, k) for each in requests for k in range(each.count)]
+        for place, picture in enumerate(pictures):
+            on_image(place, picture)
 
 
 class GatedModels(StubModels):
@@ -125,6 +126,16 @@ def states(core: Service, ids: list[str]) -> list[str]:
     return [core.store.get(id).state for id in ids]
 
 
+def until_idle(core: Service) -> None:
+    """Wait until no job waits or runs: between its claim and its first step a job has no progress yet."""
+
+    def is_idle() -> bool:
+        counts = core.store.counts()
+        return not core.progress and not counts["queued"] and not counts["running"]
+
+    until(is_idle)
+
+
 def kill(core: Service) -> None:
     """Leave the store as a process that is killed while it draws leaves it."""
     core.store.requeue = lambda id=None: 0
@@ -145,7 +156,7 @@ def test_two_cancelled_jobs_both_stop(make_gated) -> None:
     for id in ids:
         core.cancel(id)
     core.models.gate.set()
-    until(lambda: not core.progress)
+    until_idle(core)
     assert core.steps_done == 1
     assert states(core, ids) == ["cancelled"] * 2
 
@@ -162,7 +173,7 @@ def test_each_device_draws_a_job(make_gated) -> None:
     assert states(core, ids) == ["running", "running", "queued", "queued"]
     core.cancel(ids[0])
     core.models.gate.set()
-    until(lambda: not core.progress and not core.store.order())
+    until_idle(core)
     assert states(core, ids) == ["cancelled", "done", "done", "done"]
     calls = [*core.models.pipe.calls, *core.models.others[0].calls]
     assert sorted(calls) == [["a"], ["b"], ["c"], ["d"]]
@@ -205,7 +216,7 @@ def test_jobs_that_differ_in_prompt_and_seed_share_a_batch(make_gated) -> None:
     batch_of(core, {"prompt": "e", "count": 2}, {"prompt": "f", "batch": 2}, {"prompt": "g", "negative_prompt": "x"})
     batch_of(core, {"prompt": "h"}, priority="bulk")
     core.start()
-    until(lambda: not core.store.order() and not core.progress)
+    until_idle(core)
     assert core.models.pipe.calls == [["a", "c", "d", "f"], ["b"], ["e"], ["g"], ["h"]]
 
 
@@ -215,7 +226,7 @@ def test_a_batch_is_as_large_as_fits(make_gated) -> None:
     core.models.most = 2
     batch_of(core, *({"prompt": name} for name in "abcde"))
     core.start()
-    until(lambda: not core.store.order() and not core.progress)
+    until_idle(core)
     assert core.models.pipe.calls == [["a", "b"], ["c", "d"], ["e"]]
 
 
@@ -251,7 +262,7 @@ def test_a_batch_goes_on_for_the_others(make_gated) -> None:
     until(lambda: core.progress and core.progress.step)
     core.cancel(ids[1])
     core.models.gate.set()
-    until(lambda: not core.progress)
+    until_idle(core)
     assert states(core, ids) == ["done", "cancelled", "done"]
     assert [[each.seed for each in core.store.get(id).pictures] for id in ids] == [[0], [], [2]]
     assert core.models.pipe.calls == [["a", "b", "c"]]
@@ -262,7 +273,7 @@ def test_an_error_in_a_batch_is_that_of_one_job(make_gated) -> None:
     core.models.gate.set()
     ids = batch_of(core, {"prompt": "a"}, {"prompt": "wrong"}, {"prompt": "c"})
     core.start()
-    until(lambda: not core.progress and not {"queued", "running"} & {*states(core, ids)})
+    until_idle(core)
     assert states(core, ids) == ["done", "failed", "done"]
 
 
