@@ -20,7 +20,7 @@ from mezzotint.errors import BudgetError
 from mezzotint.request import Request
 from mezzotint.server import Limits, Settings, api, create_app, events, history, models, service, worker
 from mezzotint.server.errors import UnavailableError
-from mezzotint.server.events import Event
+from mezzotint.server.events import Event, Subscription
 from mezzotint.server.files import DataFolder
 from mezzotint.server.service import Service
 from mezzotint.server.store import Store
@@ -112,6 +112,30 @@ def test_a_slow_reader_gets_the_newest_state_and_is_cut_off() -> None:
     found = [event for event in asyncio.run(run()) if event is not None]
     assert [event.read() for event in found if event.name == "step"] == [{"step": events.QUEUE_SIZE - 1}]
     assert [event.read()["number"] for event in found if event.name == "job"] == list(range(events.QUEUE_SIZE - 1))
+
+
+def test_passing_events_are_gathered_until_the_pause_ends_or_another_event_comes() -> None:
+    source = events.Events()
+
+    async def take(reader: Subscription) -> list[str]:
+        first = await anext(reader)
+        return [] if first is None else [event.name for event in (first, *reader.take())]
+
+    async def run() -> None:
+        reader = source.subscribe(pause=3600)
+        source.publish("step", {"step": 1}, "a")
+        await asyncio.sleep(0)
+        assert not reader._arrived.is_set()
+        source.publish("step", {"step": 2}, "a")
+        source.publish("job", {}, "a")
+        assert await take(reader) == ["step", "job"]
+        reader = source.subscribe(pause=0.001)
+        source.publish("step", {"step": 3}, "a")
+        assert await take(reader) == ["step"]
+        source.publish("step", {"step": 4}, "a")
+        assert await take(reader) == ["step"]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_interrupt_cancels_the_running_call_alone(make_stub) -> None:

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mezzotint.server.bodies import JSONResponse, body_schema, read_json
 from mezzotint.server.errors import InvalidError, UnavailableError
-from mezzotint.server.events import BEAT, Event
+from mezzotint.server.events import BEAT, PAUSE, Event, encode_all
 from mezzotint.server.schema import JobBody
 from mezzotint.server.service import Service
 
@@ -124,13 +124,17 @@ async def events(core: Core, last_event_id: Annotated[str, Header()] = "") -> St
         raise UnavailableError(f"{core.settings.limits.streams} streams of events are open already", retry_after=10)
 
     async def stream() -> AsyncIterator[bytes]:
-        async with aclosing(core.events.subscribe(last_event_id, beat=BEAT)) as found:
+        async with aclosing(core.events.subscribe(last_event_id, beat=BEAT, pause=PAUSE)) as found:
             yield await run_in_threadpool(Event("queue", core.queue).encode)
             async for event in found:
                 if event is None:
                     yield b": beat\n\n"
+                    continue
+                events = [event, *found.take()]
+                if any(callable(each.data) for each in events):
+                    yield await run_in_threadpool(encode_all, events)
                 else:  # a thread costs more than to encode what is there
-                    yield await run_in_threadpool(event.encode) if callable(event.data) else event.encode()
+                    yield encode_all(events)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)

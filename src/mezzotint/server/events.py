@@ -17,6 +17,9 @@ QUEUE_SIZE = 256  # events that a slow reader may lag behind before it is cut of
 KEPT = 1000  # events that a reader can catch up on when it connects again
 PASSING = ("queue", "step", "preview")  # states, of which only the newest is worth reading: they are not kept
 BEAT = 15.0  # seconds between two comments that keep a silent connection open
+PAUSE = (
+    0.1  # seconds between two looks of the page at passing states: more often costs the run time, and nobody sees it
+)
 
 Data = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
@@ -48,6 +51,11 @@ class Event:
         return "\n".join((*lines, "", "")).encode("utf-8", "replace")
 
 
+def encode_all(events: Iterable[Event]) -> bytes:
+    """Return events as blocks of a text/event-stream."""
+    return b"".join(event.encode() for event in events)
+
+
 Wanted = Callable[[Event], bool]
 
 
@@ -58,10 +66,18 @@ class Subscription(AsyncIterator[Event | None]):
     """
 
     def __init__(
-        self, source: Events, events: Iterable[Event], *, wanted: Wanted | None, beat: float | None, cut: bool
+        self,
+        source: Events,
+        events: Iterable[Event],
+        *,
+        wanted: Wanted | None,
+        beat: float | None,
+        pause: float,
+        cut: bool,
     ) -> None:
         self.wanted, self.cut = wanted, cut
-        self._source, self._beat = source, beat
+        self._source, self._beat, self._pause = source, beat, pause
+        self._timer_set = False
         self._events = deque(events)
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -76,12 +92,29 @@ class Subscription(AsyncIterator[Event | None]):
             self._events.append(event)
         else:
             self.cut = True  # its reader connects again, and catches up by its last id
-        self.wake()
+        if event.name not in PASSING or not self._pause or self.cut:
+            self.wake()
+        elif not self._timer_set:
+            self._timer_set = True
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._pause, self._end_pause)
+
+    def take(self) -> list[Event]:
+        """Return what else is there to read now."""
+        with self._source.lock:
+            events = list(self._events)
+            self._events.clear()
+        return events
 
     def wake(self) -> None:
         """Let the reader look, from any thread."""
         with suppress(RuntimeError):  # its loop is closed
             self._loop.call_soon_threadsafe(self._arrived.set)
+
+    def _end_pause(self) -> None:
+        with self._source.lock:
+            self._timer_set = False
+        self._arrived.set()
 
     async def __anext__(self) -> Event | None:
         while True:
@@ -133,16 +166,20 @@ class Events:
                 subscription.cut = True
                 subscription.wake()
 
-    def subscribe(self, last_id: str = "", *, wanted: Wanted | None = None, beat: float | None = None) -> Subscription:
+    def subscribe(
+        self, last_id: str = "", *, wanted: Wanted | None = None, beat: float | None = None, pause: float = 0.0
+    ) -> Subscription:
         """Return the events from now on, for a reader in the running loop, which closes it in the end.
 
         Args:
             last_id: The id of the last event that the reader has seen; the later ones come first.
             wanted: Which events the reader wants, or None for all.
             beat: Seconds of silence after which None is yielded.
+            pause: Seconds that a passing event may wait for a newer one, unless another event comes.
         """
         with self.lock:
-            found = Subscription(self, self._after(last_id), wanted=wanted, beat=beat, cut=self._closed)
+            missed = self._after(last_id)
+            found = Subscription(self, missed, wanted=wanted, beat=beat, pause=pause, cut=self._closed)
             self._subscriptions.add(found)
         return found
 
