@@ -152,6 +152,8 @@ def _file(path: Path, kind: str, etag: str, if_none_match: str) -> Response:
     headers = {"ETag": etag, "Cache-Control": MAX_AGE, "Content-Disposition": "inline"}
     if etag in if_none_match:
         return Response(status_code=304, headers=headers)
-    if not path.is_file():
-        raise NotFoundError("the file of this picture is missing")
-    return FileResponse(path, media_type=kind, headers=headers)
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise NotFoundError("the file of this picture is missing") from None
+    return FileResponse(path, media_type=kind, headers=headers, stat_result=status)
