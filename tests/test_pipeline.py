@@ -65,6 +65,8 @@ OPEN = {  # None stays None: it means "not asked for"
     "cfg_zero_init_steps",
     "perp_neg_scale",
     "pag_scale",
+    "regions",
+    "region_base",
     "pag_layers",
     "pag_adaptive_scale",
     "freeu",

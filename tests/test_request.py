@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mezzotint.entries.control import Control
+from mezzotint.entries.regions import Region
 from mezzotint.errors import RequestError
 from mezzotint.images import io
 from mezzotint.request import MAX_PROMPT, MAX_SEED, Request
@@ -51,6 +52,8 @@ FULL: dict[str, Any] = {
     "perp_neg_scale": 1.5,
     "mimic_scale": 5.0,
     "pag_scale": 3.0,
+    "regions": ({"prompt": "a", "box": (0.0, 0.0, 0.5, 1.0), "mask": None, "weight": 2.0},),
+    "region_base": 0.3,
     "pag_layers": ("mid", "up_blocks.0"),
     "pag_adaptive_scale": 0.005,
     "freeu": (1.5, 1.6, 0.9, 0.2),
@@ -125,7 +128,9 @@ def test_a_repr_shows_the_fields_that_are_set() -> None:
     request = Request("", image=b"x" * 12_345, loras=["a.safetensors"])
     assert repr(request) == "Request(prompt='', loras=(('a.safetensors', 1.0),), image=<12,345 bytes>)"
     full = Request(**{**FULL, "mask": "mask.png"})
-    assert eval(repr(full), {"Request": Request, "Control": Control}) == full
+    assert eval(repr(full), {"Request": Request, "Control": Control, "Region": Region}) == full
+    region = Region(prompt="a", mask=b"x" * 12_345)
+    assert repr(region) == "Region(prompt='a', mask=<12,345 bytes>)"
 
 
 # ---- Result ----------------------------------------------------------------------------------------------------------
@@ -241,6 +246,7 @@ def test_replace_validates_and_leaves_the_first_alone() -> None:
         ("perp_neg_scale", float("inf")),
         ("mimic_scale", float("nan")),
         ("pag_scale", float("nan")),
+        ("region_base", -1.0),
         ("pag_layers", ()),
         ("pag_adaptive_scale", -1.0),
         ("freeu", (1.5, 1.6, 0.9)),

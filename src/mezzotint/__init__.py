@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mezzotint import diffusion, image, prompt, samplers
     from mezzotint.enlarge import upscale
+    from mezzotint.entries import regions
     from mezzotint.errors import (
         BudgetError,
         CheckpointError,
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "plan",
     "prompt",
+    "regions",
     "samplers",
     "upscale",
 ]
@@ -80,6 +82,7 @@ _MODULES = {
     "diffusion": "diffusion",
     "image": "image",
     "prompt": "prompt",
+    "regions": "entries.regions",
     "samplers": "samplers",
 }
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mezzotint.entries.control import Control
+from mezzotint.entries.regions import Region
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.init_image import digest, read
 from mezzotint.images.io import CHUNKS, FORMATS, encode_file, open_file, read_metadata, read_picture
@@ -181,13 +182,15 @@ def find_inputs(
     recorded = source.record.inputs if source.record else {}
     files = [name for name, path in given.items() if path and not os.path.isdir(path)]
     for name in dict.fromkeys([*recorded, *source.request.sources, *files]):
-        path, input = given.get(name), recorded.get(name)
+        option = "--mask" if name.startswith("regions") else f"--{name}"
+        folder = given.get("mask") if option == "--mask" and os.path.isdir(given.get("mask") or "") else None
+        path, input = given.get(name) or folder, recorded.get(name)
         if path is not None and not os.path.isdir(path):
             if input is not None and digest(read(path, name)) != input.sha256:
                 warnings.append(f"{name} is {path!r}, whose SHA-256 is not the one in the record")
             paths[name] = path
             continue
-        option = "--control FILE:image=PICTURE" if name.startswith("control") else f"--{name}"
+        option = "--control FILE:image=PICTURE" if name.startswith("control") else option
         if input is None:
             raise RequestError(f"the record does not identify the input picture ({name}); give it with {option}")
         found = _find_by_sha256(input.sha256, [Path(path)] if path else folders)
@@ -237,6 +240,7 @@ def check_work(source: Source, changes: Mapping[str, Any] | None = None) -> None
     jobs = source.record.jobs() if source.record and not _draws_another(changes) else [(request, 0)]
     texts = {(job.prompt, job.negative_prompt or "", job.prompt_syntax or "a1111") for job, _ in jobs}
     longest = max(len(text) for prompt, negative, _ in texts for text in (prompt, negative))
+    longest = max(longest, *(len(region.prompt) for region in request.regions or ()), 0)
     if longest > MAX_TEXT:
         raise RequestError(f"its prompt has {longest:,} characters; above {MAX_TEXT:,} it is drawn only with --yes")
     sides = [side or UNKNOWN_SIDE for side in (request.width, request.height)]
@@ -245,6 +249,8 @@ def check_work(source: Source, changes: Mapping[str, Any] | None = None) -> None
     if request.hires:
         passes.append((round(passes[0][0] * request.hires**2), request.hires_steps or steps))
     parts = max(len(plan(prompt, syntax, steps).parts) for prompt, _, syntax in texts)
+    regions = [region.prompt for region in request.regions or ()]
+    parts += sum(len(plan(prompt, request.prompt_syntax or "a1111", steps).parts) for prompt in regions)
     pixels = group * max(area for area, _ in passes)
     work = pictures * parts * sum(area * steps for area, steps in passes)
     if pixels > MAX_PIXELS or work > MAX_WORK:
@@ -326,6 +332,8 @@ def again(
     files: dict[str, Any] = {**dict.fromkeys(FILE_FIELDS), **pictures, "embeddings": embeddings, "loras": loras}
     if "control" not in (changes or {}):
         files["control"] = _controls(source, controls, inputs or {})
+    if "regions" not in (changes or {}):
+        files["regions"] = _regions(source, inputs or {})
     if record and record.model.embeddings and not embeddings:
         names = ", ".join(sorted(record.model.embeddings))
         raise RequestError(f"it was generated with the embeddings {names[:200]}; give their files with --embedding")
@@ -374,6 +382,12 @@ def _controls(
         for k, (entry, own) in enumerate(zip(entries, given, strict=True))
     ]
     return tuple(found) or None
+
+
+def _regions(source: Source, inputs: Mapping[str, str]) -> tuple[Region, ...] | None:
+    """Return the regions of a record, with the input pictures in place of the names of their masks."""
+    entries = enumerate(source.request.regions or ())
+    return tuple(entry.replace(mask=inputs.get(f"regions[{k}].mask")) for k, entry in entries) or None
 
 
 def _draws_another(changes: Mapping[str, Any] | None) -> bool:

@@ -29,10 +29,11 @@ from pydantic_core import PydanticCustomError
 
 from mezzotint import samplers
 from mezzotint.entries.control import Control
-from mezzotint.entries.fields import Bytes, Name, Picture, Share, picture_source, to_uri
+from mezzotint.entries.fields import MAX_PROMPT as MAX_PROMPT
+from mezzotint.entries.fields import Bytes, Name, Picture, Share, Text, picture_source, to_uri
+from mezzotint.entries.regions import MAX_REGIONS, Region
 from mezzotint.errors import REQUEST_ALIASES, RequestError, suggest
 
-MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
 MAX_SIDE = 8192  # pixels
 MAX_COUNT = 10_000  # pictures
 MAX_SEED = 2**64 - 1  # what torch.Generator.manual_seed takes
@@ -44,7 +45,6 @@ UPSCALER_FILES = ("safetensors", "pth", "pt", "ckpt", "bin")  # how an upscaler'
 FLAGS = ("invert_mask", "differential", "fix_steps", "discard_penultimate_sigma")
 _EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
 
-Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Side = Annotated[int, Field(multiple_of=8, ge=8, le=MAX_SIDE)]
 Extent = Annotated[int, Field(ge=1, le=1_000_000)]
 Offset = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -71,7 +71,8 @@ def _choice(*names: str, meaning: str = "") -> Any:
     return _optional(description, pattern=f"^({'|'.join(names)})$")
 
 
-ENTRIES = {("control",): Control}  # by the field whose entries they are, as pydantic locates it
+# by the field whose entries they are, as pydantic locates it
+ENTRIES: dict[tuple[str, ...], type[BaseModel]] = {("control",): Control, ("regions",): Region}
 
 
 class Request(BaseModel):
@@ -239,6 +240,13 @@ class Request(BaseModel):
         "resize_mode",
         max_length=16,
     )
+    regions: tuple[Region, ...] | None = _optional(
+        f"a list of at most {MAX_REGIONS} regional prompts, each with prompt, weight, and box or mask",
+        max_length=MAX_REGIONS,
+    )
+    region_base: Scale | None = _optional(
+        "a number from 0 (none) to 1000, the weight of the prompt within the regions (1: as a region's own)"
+    )
     safety: str | None = _choice(
         "off", "flag", "blur", "black", meaning="what is done with a picture that the model's safety checker flags"
     )
@@ -288,10 +296,10 @@ class Request(BaseModel):
             value = [value]  # one alone
         return tuple(map(_lora, value)) if isinstance(value, list | tuple) else value
 
-    @field_validator("control", mode="before")
+    @field_validator("control", "regions", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | PathLike | Mapping | Control) else value
+        return [value] if isinstance(value, str | PathLike | Mapping | Control | Region) else value
 
     @field_validator("sampler", mode="before")
     @classmethod

@@ -128,7 +128,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
         "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
         "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net "
-        "--pag-scale 3 --pag-layers mid,up_blocks.0 --pag-adaptive-scale 0.005 "
+        "--region left=a --region-base 0.3 --pag-scale 3 --pag-layers mid,up_blocks.0 --pag-adaptive-scale 0.005 "
         "--freeu 1.5,1.6,0.9,0.2 --tile 64"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
@@ -193,6 +193,8 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             safety="blur",
             control=({"file": "f.pth", "image": "g.png", "scale": 0.8, "end": 0.6}, "owner/net"),
             pag_scale=3.0,
+            regions=[{"prompt": "a", "box": (0.0, 0.0, 0.5, 1.0)}],
+            region_base=0.3,
             pag_layers=("mid", "up_blocks.0"),
             pag_adaptive_scale=0.005,
             freeu=(1.5, 1.6, 0.9, 0.2),

@@ -140,6 +140,7 @@ def test_guidance_by_several_conditions_counts() -> None:
     assert step(guidance_scale=1.0) < step() < step(prompt="a AND b")
     assert step() < step(guidance_method="perp_neg", negative_prompt="x") == step(pag_scale=3.0)
     assert step() == step(guidance_scale=1.0, pag_scale=3.0)
+    assert step(regions=[{"prompt": "b", "box": (0, 0, 0.5, 1)}]) == step(prompt="a AND b")
     assert step(prompt="a AND b") < step(prompt="a AND b", pag_scale=3.0)
     assert step(prompt="word " * 200) > step()
     assert step(prompt="柠" * 200) > step(prompt="w" * 200), "a sign takes more tokens than a letter"

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -53,6 +54,23 @@ def test_a_picture_has_the_bits_of_generate(tiny: TestClient, sd1: mezzotint.Pip
     mezzotint.images.io.save_png(edited, path)
     verified = wait_for(tiny, tiny.post(f"/api/pictures/{one}/verify").json()["id"])
     assert not verified["result"]["identical"]
+
+
+def test_masks_of_regions_are_pictures_by_value_or_upload(
+    tiny: TestClient, sd1: mezzotint.Pipeline, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"prompt": "a lemon", "seed": 3, "steps": 2, "width": 32, "height": 32}
+    mask, box = png("white"), {"prompt": "a whale", "box": (0.0, 0.0, 0.5, 1.0)}
+    upload = tiny.post("/api/uploads", files={"file": ("a.png", mask)}).json()
+    (expected,) = sd1.generate(Request(**fields, regions=[box, {"prompt": "a lemon", "mask": mask}])).images
+    for given in (upload["id"], base64.b64encode(mask).decode()):
+        job = wait_for(tiny, submit(tiny, **fields, regions=[box, {"prompt": "a lemon", "mask": given}]))
+        assert job["state"] == "done", job
+        with Image.open(tmp_path / "data" / "pictures" / f"{job['pictures'][0]['id']}.png") as found:
+            assert found.tobytes() == expected.tobytes()
+    for path in ("/etc/passwd", "mask.png"):
+        reply = tiny.post("/api/jobs", json={"request": {**fields, "regions": [{"prompt": "a", "mask": path}]}})
+        assert reply.status_code == 422 and "regions[0].mask" in reply.text
 
 
 def test_image_to_image_with_a_mask(tiny: TestClient, sd1: mezzotint.Pipeline, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from mezzotint.cli.options import (
     MODEL,
     OUTPUT,
     PROMPT,
+    REGIONS,
     SAMPLING,
     SDXL,
     Batch,
     ClipSkip,
+    Columns,
     Controls,
     Count,
     Device,
@@ -32,6 +34,9 @@ from mezzotint.cli.options import (
     Memory,
     Model,
     Negative,
+    PagScale,
+    Region,
+    Rows,
     Safety,
     Sampler,
     Seed,
@@ -77,6 +82,13 @@ def generate(
         option("comfy: draw {this|that} by the seed, or keep it as text.", "draw|keep", PROMPT, default="draw"),
     ] = None,
     wildcards: Annotated[str | None, option("comfy: folder with the files of __wildcards__.", "FOLDER", PROMPT)] = None,
+    region: Region = None,
+    columns: Columns = None,
+    rows: Rows = None,
+    region_base: Annotated[
+        float | None,
+        option("Weight of PROMPT within the regions; 1 is that of a region.", "X", REGIONS, default="0"),
+    ] = None,
     model: Model = None,
     lora: Lora = None,
     lora_folder: Annotated[
@@ -167,9 +179,7 @@ def generate(
         float | None,
         option("With --mimic-scale: fraction of the values that is not clipped, 0 to 1.", "X", GUIDANCE, default="1"),
     ] = None,
-    pag_scale: Annotated[
-        float | None, option("Perturbed-attention guidance: its scale; usually 3.", "SCALE", GUIDANCE, default="off")
-    ] = None,
+    pag_scale: PagScale = None,
     pag_layers: Annotated[
         str | None,
         option(

@@ -5,11 +5,18 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from mezzotint.errors import RequestError
 
+HALVES = {  # places of a region
+    "left": (0.0, 0.0, 0.5, 1.0),
+    "right": (0.5, 0.0, 1.0, 1.0),
+    "top": (0.0, 0.0, 1.0, 0.5),
+    "bottom": (0.0, 0.5, 1.0, 1.0),
+}
 Number = TypeVar("Number", int, float)
 
 
@@ -29,6 +36,7 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "embeddings": tuple(get("embedding") or ()) or None,
         "loras": tuple(map(lora_of, get("lora") or ())) or None,
         "control": tuple(map(control_of, get("control") or ())) or None,
+        "regions": regions_of(get("region") or (), get("columns"), get("rows")),
         "width": width,
         "height": height,
         "guidance_scale": _scales(get("guidance")),
@@ -53,6 +61,37 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "seed": secrets.randbelow(2**32) if get("seed") == -1 else get("seed"),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def regions_of(texts: Sequence[str], columns: str | None, rows: str | None) -> list[Any] | None:
+    """Parse the regions: "left@2=a lemon", or with columns or rows the prompts alone."""
+    from mezzotint import regions
+
+    if columns is not None and rows is not None:
+        raise RequestError("columns and rows are both given, but exclude each other; leave one of them out")
+    if columns is not None:
+        return regions.columns(columns, texts)
+    if rows is not None:
+        return regions.rows(rows, texts)
+    return [_region(text) for text in texts] or None
+
+
+def _region(text: str) -> dict[str, Any]:
+    """Parse "left@2=a lemon": a named half, a box or the file of a mask, its weight, and the prompt."""
+    place, mark, prompt = text.partition("=")
+    if not mark or not place:
+        right = "it must be PLACE=PROMPT, such as left=a lemon, 0,0,0.5,1=a lemon or mask.png=a lemon"
+        raise RequestError(f"region is {text[:60]!r}; {right}")
+    fields: dict[str, Any] = {"prompt": prompt}
+    name, at, weight = place.rpartition("@")
+    if at:
+        with suppress(ValueError):  # a file's name with an @ in it
+            fields["weight"], place = float(weight), name
+    try:
+        box = HALVES.get(place) or tuple(float(number) for number in place.split(","))
+    except ValueError:
+        return fields | {"mask": place}
+    return fields | {"box": box}
 
 
 def read_prompt(prompt: str) -> str:

@@ -18,6 +18,7 @@ from mezzotint.model_options import ModelOptions, parse_config
 
 MODEL = "Model"
 PROMPT = "Prompt"
+REGIONS = "Regional prompts"
 SAMPLING = "Sampling"
 GUIDANCE = "Guidance"
 FROM_PICTURE = "Picture to picture"
@@ -30,6 +31,7 @@ OUTPUT = "Output"
 SERVER = "Server"
 GROUPS = (
     PROMPT,
+    REGIONS,
     MODEL,
     SAMPLING,
     GUIDANCE,
@@ -244,6 +246,28 @@ Guidance = Annotated[
         name="--guidance",
     ),
 ]
+PagScale = Annotated[
+    float | None, option("Perturbed-attention guidance: its scale; usually 3.", "SCALE", GUIDANCE, default="off")
+]
+Region = Annotated[
+    list[str] | None,
+    option(
+        "What is drawn at a place: left, right, top, bottom, a box L,T,R,B of shares from 0 to 1, or the file of a "
+        "mask; @2 after it is its weight. With --columns or --rows only the prompt. May be repeated.",
+        "PLACE[@WEIGHT]=PROMPT",
+        REGIONS,
+    ),
+]
+Columns = Annotated[
+    str | None,
+    option(
+        "Place the regions side by side, by their widths, such as 1,2,1; 1,1,2;3,1,1 is two rows, each with its height "
+        "and the widths in it.",
+        "RATIOS",
+        REGIONS,
+    ),
+]
+Rows = Annotated[str | None, option("The same from top to bottom, with width and height exchanged.", "RATIOS", REGIONS)]
 Safety = Annotated[
     str | None,
     option(

@@ -151,7 +151,7 @@ class Guided:
             first step of one.
         method: One of `METHODS`.
         weights: Weights of the conditions, combined as unconditional + sum of w * (condition - unconditional)
-            (Liu et al. 2022).
+            (Liu et al. 2022). Of regional prompts, one for each place, (1, 1, h, w).
         mimic_scale: Scale whose range dynamic thresholding imitates; see `dynamic_threshold`.
         threshold_percentile: From 0 to 1; see `dynamic_threshold`.
         pag_scale: Returns the scale of perturbed-attention guidance at a noise level (Ahn et al. 2024, eq. 15): the
@@ -170,7 +170,7 @@ class Guided:
     steps: tuple[float, float] | None = None
     sigmas: Sequence[float] = ()
     method: Method = field(default_factory=cfg)
-    weights: Sequence[float] = (1.0,)
+    weights: Sequence[float | Tensor] = (1.0,)
     mimic_scale: float | None = None
     threshold_percentile: float = 1.0
     pag_scale: Callable[[float], float] | None = None
@@ -230,10 +230,11 @@ class Guided:
         return outputs[:-parts], scale * weighted_sum(self.weights, differences[:parts])
 
     @cached_property
-    def _weights(self) -> Sequence[float]:
+    def _weights(self) -> Sequence[float | Tensor]:
         """Weights of the conditions and, unless they sum to 1, the remainder as that of the unconditional."""
         rest = 1.0 - sum(self.weights)
-        return self.weights if abs(rest) < 1e-6 else (*self.weights, rest)
+        most = float(rest.abs().max()) if isinstance(rest, Tensor) else abs(rest)
+        return self.weights if most < 1e-6 else (*self.weights, rest)
 
     def _is_guided(self, sigma: float) -> bool:
         return is_guided(sigma, self._step(sigma), self._num_steps, self.interval, self.steps)

@@ -11,7 +11,9 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
+MAX_PROMPT = 100_000  # characters; a CLIP window of 77 tokens holds about 300
 
+Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]  # of a file, folder or hub repository
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Picture = Annotated[str, Field(min_length=1, max_length=4096)] | Annotated[bytes, Field(min_length=1, strict=True)]

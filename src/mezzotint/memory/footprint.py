@@ -252,7 +252,7 @@ class _Run:
     def encode(self) -> int:
         """Return the peak of the text encoders, which take one window of one text at a time."""
         walks = [walk.walk_text_encoder(config, self.itemsize) for config in self.model.encoders]
-        windows = 2 * self.count_windows()
+        windows = (2 + len(self.plan.regions)) * self.count_windows()
         self.macs += windows * sum(one.macs for one in walks)
         self.count_calls("text", windows)
         onloaded = self.onload_bytes("text") + max(one.peak(self.workspace) for one in walks)
@@ -332,12 +332,13 @@ class _Run:
 
     def count_windows(self) -> int:
         """Return the number of windows of tokens that the longer prompt needs, at most."""
-        longest = max(_count_tokens(self.request.prompt), _count_tokens(self.request.negative_prompt or ""))
+        regions = (region.prompt for region in self.request.regions or ())
+        longest = max(map(_count_tokens, (self.request.prompt, self.request.negative_prompt or "", *regions)))
         return max(math.ceil(longest / (self.model.encoders[0].max_position_embeddings - 2)), 1)
 
     def count_variants(self) -> int:
         """Return how many variants of the prompts the run uses; keys and values of all of them stay in memory."""
-        parts = [*self.plan.positive.parts, *self.plan.negative.parts]
+        parts = [*self.plan.parts, *self.plan.negative.parts]
         return len({tuple(part.at(step).text for part in parts) for step in range(self.plan.schedule_steps)})
 
 

@@ -284,6 +284,8 @@ def _fields(request: Request) -> dict[str, Any]:
     for entry, own in zip(fields.get("control") or (), request.control or (), strict=True):
         entry["file"] = _base_name(own.file)
         entry["image"] = _base_name(own.image) if isinstance(own.image, str) else None
+    for entry, region in zip(fields.get("regions") or (), request.regions or (), strict=True):
+        entry["mask"] = _base_name(region.mask) if isinstance(region.mask, str) else None
     if request.loras:
         fields["loras"] = [[_base_name(path), *scales] for path, *scales in fields["loras"]]
     return fields

@@ -20,6 +20,7 @@ from mezzotint.result import Result
 from mezzotint.run.controls import control_digests
 from mezzotint.run.notices import mask_notices
 from mezzotint.run.plan import RunPlan
+from mezzotint.run.regions import mask_digests
 from mezzotint.run.safety import conceal
 
 UPCAST = "the {} returned values that are not finite in its own dtype, and was run again in float32, which takes longer"
@@ -156,6 +157,7 @@ def finish_pictures(
         for image, plan, flag in zip(images, batch.plans, batch.flagged, strict=True)
     ]
     controls = control_digests(batch.plan)
+    masks = mask_digests(batch.request)
     finished: list[Image.Image] = [Picture.from_image(image) for image in images]  # whose save() keeps the record
     for k, (plan, seed, image) in enumerate(zip(batch.plans, batch.seeds, finished, strict=True)):
         record = describe(
@@ -168,7 +170,7 @@ def finish_pictures(
             flagged=batch.flagged[k],
             float32=batch.upcast_parts,
             latents=None if batch.latents is None else batch.latents[k],
-            inputs={**(opened[0].digests if opened else {}), **controls},
+            inputs={**(opened[0].digests if opened else {}), **controls, **masks},
             notices=(*batch.image_notices, *plan.request_notices),
         )
         image.info.update(record)

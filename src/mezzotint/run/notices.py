@@ -197,7 +197,9 @@ def _on_controls(plan: RunPlan) -> Iterator[str]:
 def _on_prompts(plan: RunPlan) -> Iterator[str]:
     """Yield what `prompt.lint` remarks on the prompts."""
     meanings = {"prompt": plan.positive, "negative_prompt": plan.negative}
-    for (name, meaning), text in zip(meanings.items(), plan.typed, strict=True):
+    meanings |= {f"regions[{k}].prompt": meaning for k, meaning in enumerate(plan.regions)}
+    typed = [*plan.typed, *(meaning.source for meaning in plan.regions)]
+    for (name, meaning), text in zip(meanings.items(), typed, strict=True):
         known = meaning if meaning.source == text else None  # its choices may have been drawn
         options: dict[str, Any] = {"negative": name == "negative_prompt", "embeddings": plan.embeddings}
         for remark in prompt.lint(text, meaning.syntax, known, **options):

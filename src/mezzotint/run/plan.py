@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mezzotint import samplers
 from mezzotint.conditioning.encode import parse_prompt
@@ -26,13 +27,14 @@ from mezzotint.errors import RequestError
 from mezzotint.images import init_image
 from mezzotint.models.tiles import spans
 from mezzotint.models.upscaler import Upscaler
-from mezzotint.prompt import PromptPlan
+from mezzotint.prompt import Part, PromptPlan
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.controls import ControlInput, ControlNets, check_controls
 from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.notices import find_notices
+from mezzotint.run.regions import open_masks
 from mezzotint.run.resolve import expand_choices, few_step_of, resolve_request
 from mezzotint.run.safety import check_mode, unchecked_notices
 from mezzotint.samplers import SOLVERS, Sampler
@@ -90,6 +92,8 @@ class RunPlan:
         latent_shape: (C, h, w) of one picture's latents.
         positive: The parsed prompt.
         negative: The parsed negative prompt; None is parsed as "".
+        regions: The parsed prompts of the regions.
+        masks: The mask of each region; None for one with a box.
         loras: Each LoRA file of the request and its scale.
         adapters: The same files, read; empty if the plan was made without reading files.
         embeddings: The textual inversions that the prompts may name; empty likewise.
@@ -113,6 +117,8 @@ class RunPlan:
     latent_shape: tuple[int, int, int]
     positive: PromptPlan
     negative: PromptPlan
+    regions: tuple[PromptPlan, ...]
+    masks: tuple[Image.Image | None, ...]
     loras: tuple[tuple[str, Scale], ...]
     adapters: tuple[Adapter, ...]
     embeddings: Library
@@ -139,14 +145,19 @@ class RunPlan:
         return self.second_pass or self
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the prompt, then those of each region's."""
+        return tuple(part for prompt in (self.positive, *self.regions) for part in prompt.parts)
+
+    @property
     def weights(self) -> tuple[float, ...]:
-        """Weight of each part of the prompt; one of 1.0 unless it is joined with AND."""
-        return tuple(part.weight for part in self.positive.parts)
+        """Weight of each part in its prompt; 1.0 unless that is joined with AND."""
+        return tuple(part.weight for part in self.parts)
 
     @property
     def guides(self) -> bool:
         """Whether any step needs the unconditional output: CFG++ always does, and so does a sum of AND's parts."""
-        if abs(sum(self.weights) - 1.0) > 1e-6:
+        if any(abs(sum(p.weight for p in prompt.parts) - 1.0) > 1e-6 for prompt in (self.positive, *self.regions)):
             return True
         extrapolates = max(self.guidance_scales) > 1.0 or SOLVERS[self.sampler.solver].cfg_pp
         return extrapolates and not self.model.embeds_guidance
@@ -154,8 +165,8 @@ class RunPlan:
     @property
     def condition_count(self) -> int:
         """Largest number of conditions per step: the prompt's parts, the unconditional, negative and perturbed ones."""
-        perturbed = len(self.positive.parts) if self.request.pag_scale else 0
-        return len(self.positive.parts) + self.guides + (self.guides and self.uses_empty_prompt) + perturbed
+        perturbed = len(self.parts) if self.request.pag_scale else 0
+        return len(self.parts) + self.guides + (self.guides and self.uses_empty_prompt) + perturbed
 
     @property
     def uses_empty_prompt(self) -> bool:
@@ -227,7 +238,8 @@ class RunPlan:
     @property
     def embedding_digests(self) -> dict[str, str]:
         """SHA-256 of the embeddings that occur in the prompts, by trigger word."""
-        words = f"{self.request.prompt} {self.request.negative_prompt}".lower()
+        regions = " ".join(prompt.source for prompt in self.regions)
+        words = f"{self.request.prompt} {self.request.negative_prompt} {regions}".lower()
         return {name: digest for name, digest in self.embeddings.digests.items() if name in words}
 
     @property
@@ -287,7 +299,8 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     resolved = expand_choices(resolved)
     steps = schedule_steps(resolved, sampler, levels)
     positive, negative = _parse_prompts(resolved, steps)
-    loras = named_loras(resolved, positive.networks)
+    regions = _parse_regions(resolved, steps)
+    loras = named_loras(resolved, [network for one in (positive, *regions) for network in one.networks])
     adapters = files.read_loras(loras) if files else ()
     bundled = [name for adapter, (name, _) in zip(adapters, loras, strict=False) if adapter.coverage.bundled]
     plan = RunPlan(
@@ -303,6 +316,8 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         latent_shape=_latent_shape(model, resolved),
         positive=positive,
         negative=negative,
+        regions=regions,
+        masks=open_masks(resolved),
         loras=loras,
         adapters=adapters,
         embeddings=files.read_embeddings([*(resolved.embeddings or ()), *bundled]) if files else Library((), ()),
@@ -329,6 +344,7 @@ def _plan_second(first: RunPlan) -> RunPlan:
         latent_shape=_latent_shape(first.model, request),
         positive=positive,
         negative=negative,
+        regions=_parse_regions(request, steps, first.schedule_steps),
         base_steps=first.schedule_steps,
     )
 
@@ -355,6 +371,12 @@ def _parse_prompts(request: Request, steps: int, base_steps: int | None = None) 
     """Return the parsed prompt and negative prompt."""
     positive = parse_prompt(request, request.prompt, steps, negative=False, base_steps=base_steps)
     return positive, parse_prompt(request, request.negative_prompt or "", steps, negative=True, base_steps=base_steps)
+
+
+def _parse_regions(request: Request, steps: int, base_steps: int | None = None) -> tuple[PromptPlan, ...]:
+    """Return the parsed prompts of the regions."""
+    texts = (region.prompt for region in request.regions or ())
+    return tuple(parse_prompt(request, text, steps, negative=False, base_steps=base_steps) for text in texts)
 
 
 def _latent_shape(model: ModelInfo, request: Request) -> tuple[int, int, int]:

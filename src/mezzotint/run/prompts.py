@@ -48,12 +48,19 @@ class PromptEncoder:
             upcast_parts: Receives "text_encoder" if that had to run in float32.
 
         Returns:
-            The conditions of the UNet: one for each part of the prompt, and with guidance the unconditional one;
-            for Perp-Neg that of the empty prompt comes before it.
+            The conditions of the UNet: one for each part of the prompt and of the regions' prompts, and with guidance
+            the unconditional one; for Perp-Neg that of the empty prompt comes before it.
         """
         plan = plans[0]
         rows = _distinct_rows(plans)
-        prompts = [self.encode_prompt(row, row.positive, upcast_parts=upcast_parts) for row in rows]
+        prompts = [
+            [
+                part
+                for prompt in (row.positive, *row.regions)
+                for part in self.encode_prompt(row, prompt, upcast_parts=upcast_parts)
+            ]
+            for row in rows
+        ]
         slots: list[list[Timeline]] = [[part.timeline for part in parts] for parts in zip(*prompts, strict=True)]
         if plan.guides:
             slots += self._encode_negatives(rows, slots[0], upcast_parts)

@@ -18,6 +18,7 @@ from mezzotint.weights.model_files import FewStep, join_names
 STEPS, GUIDANCE, GUIDANCE_XL = 50, 7.5, 5.0  # diffusers' defaults, for models without their own
 STEPS_LCM, GUIDANCE_LCM = 4, 8.5  # likewise of LatentConsistencyModelPipeline
 GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024
+REGION_BASE = 0.0  # regions are drawn by their own prompts alone
 PAG_LAYERS = ("mid",)  # diffusers' default
 GPU_BATCH = 4  # default batch on a GPU; it is 1 on the CPU
 STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers' img2img, SDXL img2img and inpainting
@@ -39,6 +40,8 @@ EXCLUSIVE = (
     ("tile", "control"),
     ("discard_penultimate_sigma", "sigmas"),
     ("discard_penultimate_sigma", "timesteps"),
+    ("regions", "only_masked"),
+    ("tile", "regions"),
 )
 
 
@@ -84,7 +87,11 @@ def expand_choices(request: Request) -> Request:
         name: text and prompt.expand(text, request.seed or 0, request.wildcards)
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt))
     }
-    return request.replace(**texts, choices="keep")
+    regions = request.regions and tuple(
+        region.replace(prompt=prompt.expand(region.prompt, request.seed or 0, request.wildcards))
+        for region in request.regions
+    )
+    return request.replace(**texts, regions=regions, choices="keep")
 
 
 def few_step_of(model: ModelInfo, sampler: Sampler) -> FewStep | None:
@@ -167,6 +174,7 @@ def _check_dependent(request: Request) -> None:
         (("fix_steps",), _starts_from_picture(request), "there is neither image nor hires"),
         (NEEDS_HIRES, request.hires is not None, "there is no hires, the scale factor of the second pass"),
         (("pag_layers", "pag_adaptive_scale"), request.pag_scale is not None, "there is no pag_scale"),
+        (("region_base",), request.regions is not None, "there are no regions"),
         (("variation_seed",), request.variation_strength is not None, "there is no variation_strength"),
     ]
     for names, present, missing in needs:
@@ -201,6 +209,7 @@ def _sampling_defaults(model: ModelInfo, request: Request, sampler: Sampler) -> 
         "noise": "seeded",
         "batch": 1 if model.device_type == "cpu" else GPU_BATCH,
         "threshold_percentile": None if request.mimic_scale is None else 1.0,
+        "region_base": None if request.regions is None else REGION_BASE,
         "pag_layers": None if request.pag_scale is None else PAG_LAYERS,
         "pag_adaptive_scale": None if request.pag_scale is None else 0.0,
     }

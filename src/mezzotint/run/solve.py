@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from mezzotint.denoiser import Denoiser, Timeline, timestep_at
@@ -19,6 +20,7 @@ from mezzotint.run.batches import Batch
 from mezzotint.run.initial import InitialLatents
 from mezzotint.run.nan_guard import guard_outputs, require_finite
 from mezzotint.run.plan import RunPlan
+from mezzotint.run.regions import part_weights
 from mezzotint.samplers import OWN
 
 
@@ -43,7 +45,8 @@ def solve(
         controls: The ControlNets.
     """
     plan = batch.plan
-    denoise = initial.wrap(guide(plan, unet_outputs(batch, unet, conditions, initial, split, controls)))
+    outputs = unet_outputs(batch, unet, conditions, initial, split, controls)
+    denoise = initial.wrap(guide(plan, outputs, initial.x.device))
     name, own = plan.sampler.solver, OWN.get(plan.sampler.solver)
     solver = own.function if own else SOLVERS[name]
     steps = solver(denoise, initial.x, plan.sigmas, step_noise(batch, noise), **plan.solver_options)
@@ -100,7 +103,7 @@ def pag_scale_at(plan: RunPlan, sigma: float) -> float:
     return max(scale - decline * (1000.0 - timestep), 0.0)
 
 
-def guide(plan: RunPlan, outputs: Outputs) -> Guided:
+def guide(plan: RunPlan, outputs: Outputs, device: torch.device) -> Guided:
     """Return the guided denoiser of a plan."""
     request = plan.request
     return Guided(
@@ -112,7 +115,7 @@ def guide(plan: RunPlan, outputs: Outputs) -> Guided:
         request.guidance_steps,
         plan.sigmas,
         METHODS[request.guidance_method or "cfg"](**plan.method_options),
-        plan.weights,
+        part_weights(plan, device),
         mimic_scale=request.mimic_scale,
         threshold_percentile=request.threshold_percentile or 0.0,
         pag_scale=partial(pag_scale_at, plan) if request.pag_scale else None,

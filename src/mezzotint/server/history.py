@@ -139,11 +139,10 @@ class History:
         if self._keep is not None and (excess := self._size() - self._keep) > 0:
             query = "SELECT id, bytes FROM pictures WHERE created < ? ORDER BY rating, number"
             pictures = [row for row in self._store.rows(query, [now - FRESH]) if row["id"] not in set(ids)]
-            needed = {
-                str(json.loads(row["request"]).get(name))
-                for row in self._store.rows("SELECT request FROM jobs WHERE state IN ('queued', 'running')")
-                for name in ("image", "mask")
-            }
+            waiting = self._store.rows("SELECT request FROM jobs WHERE state IN ('queued', 'running')")
+            requests = [json.loads(row["request"]) for row in waiting]
+            needed = {str(request.get(name)) for request in requests for name in ("image", "mask")}
+            needed |= {str(region.get("mask")) for request in requests for region in request.get("regions") or ()}
             kept = self._store.rows("SELECT id, bytes FROM uploads WHERE used < ? ORDER BY used", [now - FRESH])
             for row in kept:
                 if excess > 0 and row["id"] not in needed:

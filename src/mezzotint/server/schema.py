@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -32,7 +32,7 @@ _NAMES = {
     "embeddings": "a list of at most 1000 names from /api/embeddings",
 }
 _GROUPS = {
-    "prompt": "prompt negative_prompt prompt_syntax emphasis embeddings loras choices clip_skip",
+    "prompt": "prompt negative_prompt prompt_syntax emphasis embeddings loras choices clip_skip regions region_base",
     "sampling": "width height steps sampler spacing sigmas timesteps discard_penultimate_sigma seed count batch eta "
     "noise seamless variation_seed variation_strength seed_size",
     "guidance": "guidance_scale guidance_method guidance_rescale guidance_interval guidance_steps apg_eta apg_momentum "
@@ -115,14 +115,17 @@ class Translator:
         for name in LEFT_OUT:
             stored.pop(name, None)
         if "embeddings" not in stored:
-            prompts = "\n".join(str(stored.get(name, "")) for name in ("prompt", "negative_prompt"))
-            if named := self._models.embeddings_in(prompts):
+            prompts = [str(stored.get(name, "")) for name in ("prompt", "negative_prompt")]
+            prompts += [str(dict(region).get("prompt", "")) for region in _regions(stored)]
+            if named := self._models.embeddings_in("\n".join(prompts)):
                 stored["embeddings"] = named
         check_limits(stored, self._settings.limits)
         for name in PICTURES:
             if name in stored:
                 stored[name] = self._upload(stored[name], name)
         self._check_size(stored, model)
+        if _regions(stored):
+            stored["regions"] = _map_masks(_regions(stored), self._upload)
         if stored.get("seed") is None:
             stored["seed"] = secrets.randbelow(2**32)  # drawn now, so that a restart gives the same bits
         self.request(stored)
@@ -138,6 +141,8 @@ class Translator:
         for name in PICTURES:
             if name in fields:
                 fields[name] = self._read_upload(str(fields[name]), name)
+        if _regions(fields):
+            fields["regions"] = _map_masks(_regions(fields), self._read_upload)
         for name, kind in FILES.items():
             if fields.get(name):
                 fields[name] = [self._find(kind, entry, name) for entry in fields[name]]
@@ -218,6 +223,22 @@ class Translator:
             raise InvalidError(f"{param} is the upload {id[:64]!r}, which does not exist", param) from None
 
 
+def _regions(fields: Mapping[str, Any]) -> list[Any]:
+    """Return the regions of a body that are objects, as they should be; others are Request's to refuse."""
+    regions = fields.get("regions")
+    whole = isinstance(regions, list | tuple) and all(isinstance(each, Mapping | BaseModel) for each in regions)
+    return list(regions or ()) if whole else []
+
+
+def _map_masks(regions: Sequence[Any], convert: Callable[[Any, str], Any]) -> list[dict[str, Any]]:
+    """Return regions with their masks converted; `convert` takes a mask and its name."""
+    entries = [dict(region) for region in regions]
+    for k, entry in enumerate(entries):
+        if entry.get("mask") is not None:
+            entry["mask"] = convert(entry["mask"], f"regions[{k}].mask")
+    return entries
+
+
 def decode_base64(text: str, param: str) -> bytes:
     """Return the bytes of base64 text, which may be a data: URI. Raises InvalidError."""
     if text[:5].lower() == "data:":
@@ -242,6 +263,8 @@ def check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
     for name in ("prompt", "negative_prompt"):
         if isinstance(fields.get(name), str):
             check(name, len(fields[name]), limits.prompt, "characters")
+    for region in _regions(fields):
+        check("regions", len(str(dict(region).get("prompt", ""))), limits.prompt, "characters")
     for name in ("steps", "hires_steps", "cfg_zero_init_steps"):
         check(name, fields.get(name), limits.steps, "steps")
     for name in ("sigmas", "timesteps"):
