@@ -17,9 +17,8 @@ QUEUE_SIZE = 256  # events that a slow reader may lag behind before it is cut of
 KEPT = 1000  # events that a reader can catch up on when it connects again
 PASSING = ("queue", "step", "preview")  # states, of which only the newest is worth reading: they are not kept
 BEAT = 15.0  # seconds between two comments that keep a silent connection open
-PAUSE = (
-    0.1  # seconds between two looks of the page at passing states: more often costs the run time, and nobody sees it
-)
+# seconds for which passing states are gathered for the page: each sending holds up the run
+PAUSE = 0.25
 
 Data = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
