@@ -47,7 +47,7 @@ from mezzotint.run.preview import LatentPreview, TinyPreview, matrix_path
 from mezzotint.run.runner import OnEstimate, OnImage, OnStep, Runner
 from mezzotint.weights.checkpoint import Parts, open_model
 from mezzotint.weights.hub import BUNDLED
-from mezzotint.weights.model_files import ENCODERS
+from mezzotint.weights.model_files import encoder_names
 from mezzotint.weights.save_model import save_model
 
 log = logging.getLogger("mezzotint")
@@ -164,9 +164,8 @@ class Pipeline:
 
     @text_encoders.setter
     def text_encoders(self, encoders: Sequence[object]) -> None:
-        self._model.replace(
-            text_encoders=[adopt(name, encoder) for name, encoder in zip(ENCODERS, encoders, strict=False)]
-        )
+        names = encoder_names(self.parts.model_index)
+        self._model.replace(text_encoders=[adopt(name, one) for name, one in zip(names, encoders, strict=False)])
 
     @property
     def tokenizers(self) -> tuple[Tokenizer, ...]:

@@ -44,6 +44,7 @@ _PICTURE = "a picture: the path of a file, its bytes, or a PIL image"
 UPSCALER_FILES = ("safetensors", "pth", "pt", "ckpt", "bin")  # how an upscaler's file ends
 FLAGS = ("invert_mask", "differential", "fix_steps", "discard_penultimate_sigma")
 _EXTENT = "(height, width) in pixels, two whole numbers above 0 (SDXL's micro-conditioning)"
+_SCORE = "a number from 0 to 10 (how beautiful people find pictures such as these; SDXL's refiner is conditioned on it)"
 
 Side = Annotated[int, Field(multiple_of=8, ge=8, le=MAX_SIDE)]
 Extent = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -51,6 +52,7 @@ Offset = Annotated[int, Field(ge=0, le=1_000_000)]
 Sigma = Annotated[float, Field(ge=0.0, le=1e6)]
 Scale = Annotated[float, Field(ge=0.0, le=1000.0)]
 Factor = Annotated[float, Field(gt=0.0, le=10.0)]
+Score = Annotated[float, Field(ge=0.0, le=10.0)]
 Timestep = Annotated[float, Field(ge=0.0, le=1e6)]
 Padding = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 Extension = Annotated[int, Field(multiple_of=8, ge=0, le=MAX_SIDE)]
@@ -181,6 +183,8 @@ class Request(BaseModel):
         "(top, left) in pixels, two whole numbers from 0 (SDXL's micro-conditioning)"
     )
     target_size: tuple[Extent, Extent] | None = _optional(_EXTENT)
+    aesthetic_score: Score | None = _optional(_SCORE)
+    negative_aesthetic_score: Score | None = _optional(_SCORE)
     image: Picture | None = _optional(_PICTURE)
     mask: Picture | None = _optional(f"{_PICTURE}; white areas are inpainted")
     fix_steps: bool | None = _optional(

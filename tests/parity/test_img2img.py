@@ -90,9 +90,9 @@ def fields(**changes: Any) -> dict[str, Any]:
     return usual | changes
 
 
-def theirs(pair: Pair, kind: Callable[..., Any], request: dict[str, Any]) -> Drawn:
+def theirs(pair: Pair, kind: Callable[..., Any], request: dict[str, Any], **config: Any) -> Drawn:
     """What their pipeline of this kind draws, one picture after another: each from its own generator."""
-    pipe = kind(**{**pair.theirs.components, "scheduler": pair.scheduler}, **NO_CHECKER.get(kind, {}))
+    pipe = kind(**{**pair.theirs.components, "scheduler": pair.scheduler}, **NO_CHECKER.get(kind, {}), **config)
     pipe.set_progress_bar_config(disable=True)
     names = {"steps": "num_inference_steps", "count": "num_images_per_prompt", "mask": "mask_image"}
     names |= {"only_masked": "padding_mask_crop"}

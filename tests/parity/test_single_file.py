@@ -139,8 +139,8 @@ class Model:
         self.family = family
         self.unet, self.vae = tiny.unet(family, **changes), tiny.vae()
         published = {"vocab_size": VOCAB, "eos_token_id": 2}
-        self.encoders = [tiny.clip(family, **published)]
-        if family == "sdxl":
+        self.encoders = [] if family == "refiner" else [tiny.clip(family, **published)]
+        if family in ("sdxl", "refiner"):
             self.encoders.append(tiny.clip(family, seed=3, projection=True, **published))
 
     def single(self) -> Weights:
@@ -150,6 +150,8 @@ class Model:
         )
         if self.family == "sd2":
             weights |= open_clip(states[0], "cond_stage_model.model.", extra_layer=True)
+        elif self.family == "refiner":
+            weights |= open_clip(states[0], "conditioner.embedders.0.model.", extra_layer=False)
         elif self.family == "sdxl":
             weights |= prefixed(states[0], "conditioner.embedders.0.transformer.")
             weights |= open_clip(states[1], "conditioner.embedders.1.model.", extra_layer=False)
@@ -182,7 +184,7 @@ def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
         assert torch.equal(tensor, expected[key]), key
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "refiner"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_single_file_holds_the_same_weights(family: str, suffix: str, tmp_path: Path) -> None:
     model = Model(family)
@@ -192,7 +194,7 @@ def test_a_single_file_holds_the_same_weights(family: str, suffix: str, tmp_path
     else:
         save_file(model.single(), path)
     parts = open_model(path, config=model.config)
-    assert parts.family == ("sd1" if family == "inpainting" else family)
+    assert parts.family == {"inpainting": "sd1", "refiner": "sdxl"}.get(family, family)
     same_weights(parts.unet, model.unet)
     same_weights(parts.vae, model.vae)
     for ours, theirs in zip(parts.text_encoders, model.encoders, strict=True):
@@ -200,11 +202,12 @@ def test_a_single_file_holds_the_same_weights(family: str, suffix: str, tmp_path
     for name in ("in_channels", "block_out_channels", "down_block_types", "up_block_types", "cross_attention_dim"):
         theirs = model.unet.config[name]
         assert getattr(parts.unet.config, name) == (tuple(theirs) if isinstance(theirs, list) else theirs)
-    if family == "sdxl":
+    if family in ("sdxl", "refiner"):
         assert parts.unet.config.addition_time_embed_dim == 8
-        assert parts.text_encoders[1].config.has_projection
-        assert parts.tokenizers[1].pad == 0
+        assert parts.text_encoders[-1].config.has_projection
+        assert parts.tokenizers[-1].pad == 0
         assert parts.vae.config.scaling_factor == 0.13025
+    assert parts.model_index.get("requires_aesthetics_score", False) is (family == "refiner")
     assert parts.text_encoders[0].config.hidden_act == model.encoders[0].config.hidden_act
     assert parts.scheduler_config["prediction_type"] == "epsilon"
 
@@ -306,24 +309,24 @@ def spatial_transformer(name: str, width: int, depth: int, context: int, linear:
 
 def unet_model(mult: tuple[int, ...], depths: tuple[int, ...], middle: int | None, context: int, linear: bool,
                inputs: int = 4, adm: int | None = None, res_blocks: int = 2,
-               up_depths: tuple[int, ...] | None = None) -> Rows:  # fmt: skip
-    """openaimodel.UNetModel(model_channels=320); `up_depths` is by layer, from the lowest.
+               up_depths: tuple[int, ...] | None = None, channels: int = 320) -> Rows:  # fmt: skip
+    """openaimodel.UNetModel(model_channels=channels); `up_depths` is by layer, from the lowest.
 
     A middle of None has no block, one of 0 one residual block.
     """
-    emb = 1280
-    yield from layer("time_embed.0", emb, 320)
+    emb = 4 * channels
+    yield from layer("time_embed.0", emb, channels)
     yield from layer("time_embed.2", emb, emb)
     if adm:
         yield from layer("label_emb.0.0", emb, adm)
         yield from layer("label_emb.0.2", emb, emb)
-    yield from layer("input_blocks.0.0", 320, inputs, 3, 3)
-    width, skips, n = 320, [320], 0
+    yield from layer("input_blocks.0.0", channels, inputs, 3, 3)
+    width, skips, n = channels, [channels], 0
     for level, m in enumerate(mult):
         for _ in range(res_blocks):
             n += 1
-            yield from resblock(f"input_blocks.{n}.0", width, 320 * m, emb)
-            width = 320 * m
+            yield from resblock(f"input_blocks.{n}.0", width, channels * m, emb)
+            width = channels * m
             if depths[level]:
                 yield from spatial_transformer(f"input_blocks.{n}.1", width, depths[level], context, linear)
             skips.append(width)
@@ -340,16 +343,16 @@ def unet_model(mult: tuple[int, ...], depths: tuple[int, ...], middle: int | Non
     for level, m in reversed(list(enumerate(mult))):
         for i in range(res_blocks + 1):
             n += 1
-            yield from resblock(f"output_blocks.{n}.0", width + skips.pop(), 320 * m, emb)
-            width, place = 320 * m, 1
+            yield from resblock(f"output_blocks.{n}.0", width + skips.pop(), channels * m, emb)
+            width, place = channels * m, 1
             depth = up_depths[n] if up_depths else depths[level]
             if depth:
                 yield from spatial_transformer(f"output_blocks.{n}.1", width, depth, context, linear)
                 place = 2
             if level and i == res_blocks:
                 yield from layer(f"output_blocks.{n}.{place}.conv", width, width, 3, 3)
-    yield from layer("out.0", 320)
-    yield from layer("out.2", 4, 320, 3, 3)
+    yield from layer("out.0", channels)
+    yield from layer("out.2", 4, channels, 3, 3)
 
 
 def vae_resnet(name: str, inputs: int, outputs: int) -> Rows:
@@ -447,6 +450,13 @@ def full_size(name: str) -> dict[str, tuple[int, ...]]:
             "conditioner.embedders.0.transformer.": clip_l(),
             "conditioner.embedders.1.model.": open_clip_tower(1280, 32),
         }
+    elif name == "refiner":
+        networks = {
+            "model.diffusion_model.": unet_model(
+                (1, 2, 4, 4), (0, 4, 4, 0), 4, 1280, linear=True, adm=2560, channels=384
+            ),
+            "conditioner.embedders.0.model.": open_clip_tower(1280, 32),
+        }
     elif name == "sd2.1":
         networks = {
             "model.diffusion_model.": unet_model(**sd, context=1024, linear=True),
@@ -493,6 +503,7 @@ PARAMETERS = {
         "text_encoder_2": 694_659_840,
     },
 }
+PARAMETERS["refiner"] = {"unet": 2_259_526_660, "vae": 83_653_863, "text_encoder_2": 694_659_840}
 PARAMETERS["ssd-1b"] = PARAMETERS["sdxl"] | {"unet": 1_331_334_404}
 PARAMETERS["vega"] = PARAMETERS["sdxl"] | {"unet": 745_225_604}
 PARAMETERS["tiny-sd"] = PARAMETERS["sd1.5"] | {"unet": 323_384_964}
@@ -503,7 +514,7 @@ def test_full_size_names_map_one_to_one(name: str, tmp_path: Path) -> None:
     report = inspect_model(hollow_file(tmp_path / "model.safetensors", full_size(name), name))
     assert report.problems == []
     assert report.passed_over == []
-    assert report.family == ("sdxl" if name in XL else "sd2" if name == "sd2.1" else "sd1")
+    assert report.family == ("sdxl" if name in (*XL, "refiner") else "sd2" if name == "sd2.1" else "sd1")
     assert report.prediction == ("v_prediction" if name == "sd2.1" else "epsilon")
     samplers = {"sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
     assert report.sampler == samplers.get(str(report.family), "PNDMScheduler")

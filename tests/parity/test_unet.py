@@ -140,6 +140,7 @@ def test_the_gradient_of_every_parameter_is_diffusers(family: str) -> None:
         ("sd1.5-inpainting", 859_535_364),
         ("sd2.1", 865_910_724),
         ("sdxl", 2_567_463_684),
+        ("refiner", 2_259_526_660),
         ("ssd-1b", 1_331_334_404),
         ("vega", 745_225_604),
         ("tiny-sd", 323_384_964),

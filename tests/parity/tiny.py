@@ -2,7 +2,7 @@
 
 Each builder is seeded, float32, in eval mode, and takes milliseconds. `FAMILIES` names the shapes: sd1, sd2 (linear
 projections, heads per level; run it with v-prediction), sdxl (added text and time, depth per level), inpainting (9
-channels).
+channels). SDXL's refiner is in `UNETS` alone.
 The UNet's conv_out weights are scaled by 5, so that any two samplers give visibly different pictures.
 Also here: the scheduler_config.json of each family as the hub has it, the published configurations of the full-size
 models, for key and shape lists on the meta device, and the one measure of how far apart two tensors are.
@@ -49,6 +49,18 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
     },
     "inpainting": _UNET | {"in_channels": 9},
+    "refiner": _UNET
+    | {
+        "block_out_channels": (24, 48, 48),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 2,
+        "attention_head_dim": (2, 4, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 5 * 8 + WIDTH,
+    },
 }
 
 VAE: dict[str, Any] = {
@@ -177,6 +189,15 @@ FULL_UNETS: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+}
+FULL_UNETS["refiner"] = FULL_UNETS["sdxl"] | {
+    "block_out_channels": (384, 768, 1536, 1536),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 4,
+    "attention_head_dim": (6, 12, 24, 24),
+    "cross_attention_dim": 1280,
+    "projection_class_embeddings_input_dim": 2560,
 }
 FULL_UNETS["ssd-1b"] = FULL_UNETS["sdxl"] | {
     "mid_block_type": "UNetMidBlock2D",

@@ -130,7 +130,6 @@ def test_a_folder_with_other_variants_only_says_which(folder: Path) -> None:
 def test_folders_that_are_no_base_model_are_named(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     for changes, words in (
-        ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}, "SDXL's refiner"),
         ({"_class_name": "StableUnCLIPImg2ImgPipeline"}, "is a StableUnCLIPImg2ImgPipeline, which is not supported"),
     ):
         (folder / "model_index.json").write_text(json.dumps(index | changes))

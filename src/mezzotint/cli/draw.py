@@ -297,6 +297,12 @@ def generate(
     target_size: Annotated[
         str | None, option("Size after cropping, in pixels.", "WxH", SDXL, default="the picture's size")
     ] = None,
+    aesthetic_score: Annotated[
+        float | None, option("Refiner: score of the pictures that it should draw, 0 to 10.", "X", SDXL, default="6")
+    ] = None,
+    negative_aesthetic_score: Annotated[
+        float | None, option("Refiner: score of those that it should not draw.", "X", SDXL, default="2.5")
+    ] = None,
     safety: Safety = None,
     memory: Memory = None,
     device: Device = None,

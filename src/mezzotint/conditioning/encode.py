@@ -71,7 +71,8 @@ class Conditioner:
     """Encodes the plan of a prompt with one or two text encoders.
 
     SD 1 and 2 use the last layer but `clip_skip`, normalized, and no pooled vector. SDXL uses the penultimate layer of
-    both encoders, not normalized, concatenated along D, and the pooled vector of the second.
+    both encoders, not normalized, concatenated along D, and the pooled vector of the second. Its refiner has the second
+    alone.
 
     Attributes:
         tokenizers: One tokenizer for each encoder.
@@ -79,6 +80,7 @@ class Conditioner:
         clip_skip: Number of last layers to skip.
         emphasis: "original", "no_norm" or "ignore", for a1111.
         embeddings: For each trigger, the vectors (n, width) for each encoder.
+        is_sdxl: Whether one encoder is that of SDXL's refiner.
     """
 
     tokenizers: Sequence[Tokenizer]
@@ -86,6 +88,7 @@ class Conditioner:
     clip_skip: int = 0
     emphasis: str = "original"
     embeddings: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    is_sdxl: bool = False
 
     def shape(self, plan: PromptPlan) -> tuple[tuple[float, ...], int]:
         """Return the weight of each part and the number of tokens of an encoded plan, without encoding it."""
@@ -163,9 +166,9 @@ class Conditioner:
                 weights = weights / weights.sum() if variant.join == "blend" else weights
                 contexts.append((stacked * weights).sum(0, keepdim=True))
         pooled = None
-        if len(self.encoders) > 1:
+        if self._pools:
             typed = prompt.plan(plan.source, "plain").parts[0].variants[0].spans
-            pooled = self._encode_chunk(1, self._split(typed, "plain")[1][0])[1]
+            pooled = self._encode_chunk(len(self.encoders) - 1, self._split(typed, "plain")[-1][0])[1]
         return Condition(torch.cat(contexts, dim=-1), pooled)
 
     def _encode_compel_text(self, spans: Sequence[Span]) -> list[Tensor]:
@@ -198,6 +201,11 @@ class Conditioner:
         """Interpolate from the empty prompt by the weights, as ComfyUI and Compel do."""
         empty = self._empty_states[encoder]
         return torch.where(w == 1.0, z, empty + w * (z - empty))
+
+    @property
+    def _pools(self) -> bool:
+        """Whether the encoders are used as in SDXL."""
+        return self.is_sdxl or len(self.encoders) > 1
 
     @cached_property
     def _empty_states(self) -> list[Tensor]:
@@ -243,7 +251,8 @@ class Conditioner:
                 if apply_weights is not None and (w != 1.0).any():
                     z = apply_weights(k, z, w.to(z.device)[..., None])
                 columns.append(z)
-                pooled = torch.cat([vector for _, vector in states]) if i == 0 and k > 0 else pooled
+                if i == 0 and self._pools:  # the last encoder's
+                    pooled = torch.cat([vector for _, vector in states])
             contexts.append(torch.cat(columns, dim=1))
         return contexts, pooled
 
@@ -258,10 +267,13 @@ class Conditioner:
             if inputs is not None and token.vector:
                 name, row = token.vector
                 inputs[0, position] = self.embeddings[name][encoder][row].to(inputs)
-        two = len(self.encoders) > 1
         attention_mask = None if attention_mask is None else attention_mask.to(ids.device)
         hidden, pooled = model(
-            ids, skip=self.clip_skip + two, final_norm=not two, inputs_embeds=inputs, attention_mask=attention_mask
+            ids,
+            skip=self.clip_skip + self._pools,
+            final_norm=not self._pools,
+            inputs_embeds=inputs,
+            attention_mask=attention_mask,
         )
         return hidden.float(), pooled.float()
 

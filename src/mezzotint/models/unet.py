@@ -46,6 +46,7 @@ class Condition:
         context: Hidden states of the text encoders, (B, T, D).
         pooled: Pooled text embedding, (B, P); SDXL only.
         time_ids: Original height and width, crop top and left, target height and width in pixels, (B, 6); SDXL only.
+            Its refiner takes an aesthetic score in place of the last two, (B, 5).
     """
 
     context: Tensor
@@ -253,7 +254,7 @@ class DownPath(nn.Module):
             if condition.pooled is None or condition.time_ids is None:
                 raise RequestError("This UNet (addition_embed_type text_time) needs condition.pooled and .time_ids.")
             ids = self._sinusoid(condition.time_ids.flatten(), self.config.addition_time_embed_dim or 0)
-            ids = ids.reshape(condition.time_ids.shape[0], -1)  # (B, 6 * addition_time_embed_dim)
+            ids = ids.reshape(condition.time_ids.shape[0], -1)  # (B, numbers * addition_time_embed_dim)
             embedding = embedding + self.add_embedding(torch.cat([condition.pooled.to(ids.dtype), ids], dim=1))
         embedding = F.silu(embedding)  # (B, time_dim)
         return [resnet.time_emb_proj(embedding) for resnet in self.resnets()]

@@ -29,7 +29,6 @@ from mezzotint.run.prompts import PromptEncoder
 from mezzotint.run.safety import PictureChecker
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.lora import Adapters
-from mezzotint.weights.model_files import ENCODERS
 
 
 class LoadedModel:
@@ -72,7 +71,7 @@ class LoadedModel:
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks by name."""
-        encoders = zip(ENCODERS, self.parts.text_encoders, strict=False)
+        encoders = zip(self.parts.encoder_names, self.parts.text_encoders, strict=True)
         return {"unet": self.parts.unet, "vae": self.parts.vae, **dict(encoders)}
 
     @property

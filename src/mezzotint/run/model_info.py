@@ -9,7 +9,7 @@ import torch
 
 from mezzotint.config import UNetConfig, VAEConfig
 from mezzotint.weights.keys import Family
-from mezzotint.weights.model_files import CheckerFiles, FewStep
+from mezzotint.weights.model_files import AESTHETIC, CheckerFiles, FewStep
 
 
 class ModelFacts(Protocol):
@@ -47,6 +47,8 @@ class ModelInfo:
         notices: What a user should know of the model, such as a guess of its prediction type.
         has_checker: Whether the model has a safety checker.
         self_attentions: Names of the UNet's self-attentions.
+        has_aesthetic_score: Whether the model is conditioned on an aesthetic score instead of the target size, as
+            SDXL's refiner is.
         unchecked: Why the safety checker that the model should have cannot be used.
     """
 
@@ -67,6 +69,7 @@ class ModelInfo:
     has_checker: bool = False
     unchecked: str = ""
     self_attentions: tuple[str, ...] = ()
+    has_aesthetic_score: bool = False
 
     @classmethod
     def of(cls, facts: ModelFacts, unet: UNetConfig, vae: VAEConfig, device_type: str) -> ModelInfo:
@@ -89,6 +92,7 @@ class ModelInfo:
             has_checker=facts.checker is not None,
             unchecked=facts.unchecked,
             self_attentions=tuple(unet.self_attentions),
+            has_aesthetic_score=bool(facts.model_index.get(AESTHETIC)),
         )
 
     @property

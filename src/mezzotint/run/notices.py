@@ -47,6 +47,7 @@ SCALES = ("te", "unet")  # the options of <lora:...> that have an effect
 def find_notices(plan: RunPlan) -> Iterator[str]:
     """Yield the sentences on a planned request."""
     yield from _on_schedule(plan)
+    yield from _on_refiner(plan)
     yield from _on_levels(plan)
     yield from _on_sizes(plan)
     yield from _on_ignored_fields(plan)
@@ -60,6 +61,15 @@ def _on_schedule(plan: RunPlan) -> Iterator[str]:
     config = plan.sampler.schedule
     if config.sigma_data is None and config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         yield ZERO_SNR_EPSILON
+
+
+def _on_refiner(plan: RunPlan) -> Iterator[str]:
+    """Yield a sentence if SDXL's refiner draws a picture from the start."""
+    if plan.model.has_aesthetic_score and plan.request.image is None:
+        yield (
+            "this model is SDXL's refiner, which was trained on the last fifth of the noise levels and draws poorly "
+            "from noise: give a picture to start from (--image), or an SDXL model and this one as its refiner"
+        )
 
 
 def _on_levels(plan: RunPlan) -> Iterator[str]:

@@ -66,8 +66,8 @@ class PromptEncoder:
             slots += self._encode_negatives(rows, slots[0], upcast_parts)
         if plan.request.prompt_syntax == "compel":
             slots = self._pad_slots(plan, slots, upcast_parts)
-        time_ids = _time_ids(plan)
-        return [batch_timelines(slot, time_ids) for slot in slots]
+        parts = len(plan.weights)
+        return [batch_timelines(slot, _time_ids(plan, negative=k >= parts)) for k, slot in enumerate(slots)]
 
     def encode_prompt(
         self,
@@ -81,7 +81,12 @@ class PromptEncoder:
         request = plan.request
         skip = (request.clip_skip or 0) if clip_skip else 0
         conditioner = Conditioner(
-            self.tokenizers, self.text_encoders, skip, request.emphasis or "original", plan.embeddings
+            self.tokenizers,
+            self.text_encoders,
+            skip,
+            request.emphasis or "original",
+            plan.embeddings,
+            plan.model.is_sdxl,
         )
         # attention backends differ in the last bits
         key = (*conditioner.key(prompt), chosen(), *sorted(plan.embeddings.digests.items()), *self._weights_key(plan))
@@ -157,13 +162,15 @@ def _negative(plan: RunPlan) -> PromptPlan | None:
     return None if plan.request.negative_prompt is None else plan.negative
 
 
-def _time_ids(plan: RunPlan) -> Tensor | None:
-    """Return SDXL's time ids (1, 6): original size, crop and target size."""
+def _time_ids(plan: RunPlan, negative: bool) -> Tensor | None:
+    """Return SDXL's time ids (1, 6): original size, crop and target size; for its refiner (1, 5), with a score."""
     request = plan.request
     if not (request.original_size and request.crop and request.target_size):
         return None
-    numbers = [*request.original_size, *request.crop, *request.target_size]
-    return torch.tensor([numbers], dtype=torch.float32)
+    last: tuple[float | None, ...] = request.target_size
+    if plan.model.has_aesthetic_score:
+        last = (request.negative_aesthetic_score if negative else request.aesthetic_score,)
+    return torch.tensor([[*request.original_size, *request.crop, *last]], dtype=torch.float32)
 
 
 def _encode_finite(conditioner: Conditioner, prompt: PromptPlan) -> list[EncodedPart]:

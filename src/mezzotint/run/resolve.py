@@ -20,12 +20,14 @@ STEPS_LCM, GUIDANCE_LCM = 4, 8.5  # likewise of LatentConsistencyModelPipeline
 GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024
 REGION_BASE = 0.0  # regions are drawn by their own prompts alone
 PAG_LAYERS = ("mid",)  # diffusers' default
+AESTHETIC_SCORES = 6.0, 2.5  # diffusers' defaults, and A1111's
 GPU_BATCH = 4  # default batch on a GPU; it is 1 on the CPU
 STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers' img2img, SDXL img2img and inpainting
 STRENGTH_HIRES = 0.7  # A1111's default
 
 # fields that are valid only with a certain model, prompt syntax or other field
 ONLY_SDXL = ("original_size", "crop", "target_size")
+ONLY_REFINER = ("aesthetic_score", "negative_aesthetic_score")
 ONLY_COMFY = ("choices", "wildcards")
 NEEDS_IMAGE = ("mask", "strength", "resize_mode", "outpaint", "tile")
 NEEDS_MASKED = ("mask_blur", "masked_content")
@@ -122,6 +124,9 @@ def _check_model(model: ModelInfo, request: Request) -> None:
     for name in ONLY_SDXL:
         if getattr(request, name) is not None and not model.is_sdxl:
             raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
+    for name in ONLY_REFINER:
+        if getattr(request, name) is not None and not model.has_aesthetic_score:
+            raise RequestError(f"{name} is given; only SDXL's refiner is conditioned on it")
 
 
 def _check_embedded_guidance(model: ModelInfo, sampler: Sampler) -> None:
@@ -221,6 +226,8 @@ def _size_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
     sizes: dict[str, Any] = {"width": width, "height": height}
     if model.is_sdxl:
         sizes |= {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
+    if model.has_aesthetic_score:
+        sizes |= dict(zip(ONLY_REFINER, AESTHETIC_SCORES, strict=True))
     return sizes
 
 

@@ -41,7 +41,7 @@ _GROUPS = {
     "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask differential masked_content "
     "only_masked outpaint tile",
     "hires": "hires hires_upscale hires_steps hires_strength",
-    "sdxl": "original_size crop target_size",
+    "sdxl": "original_size crop target_size aesthetic_score negative_aesthetic_score",
     "safety": "safety",
 }
 GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}

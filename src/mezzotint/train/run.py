@@ -76,6 +76,8 @@ def run(
     model = ModelHeaders.of(
         recipe.model or BUNDLED, device=accelerator.device, dtype=recipe.precision, **recipe.model_options
     )
+    if model.info.has_aesthetic_score:
+        raise RequestError("model is SDXL's refiner, which cannot be trained; give a text-to-image model")
     for notice in model.found.notices:
         tell(notice)
     native = (model.unet.sample_size or 64) * model.vae.downscale

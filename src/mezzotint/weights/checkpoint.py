@@ -35,7 +35,15 @@ from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
 from mezzotint.weights.kinds import CONTROLNET, describe_kind
-from mezzotint.weights.model_files import ENCODERS, TINY_VAE, CheckerFiles, FewStep, ModelFiles, dtype_name
+from mezzotint.weights.model_files import (
+    ENCODERS,
+    TINY_VAE,
+    CheckerFiles,
+    FewStep,
+    ModelFiles,
+    dtype_name,
+    encoder_names,
+)
 from mezzotint.weights.safety import add_checker
 from mezzotint.weights.single import plan_file
 from mezzotint.weights.vae_files import replace_vae
@@ -51,7 +59,7 @@ class Parts:
         family: "sd1", "sd2" or "sdxl".
         unet: The UNet.
         vae: The VAE.
-        text_encoders: The text encoders, two for SDXL.
+        text_encoders: The text encoders, two for SDXL; its refiner has the second alone.
         tokenizers: The tokenizer of each text encoder.
         scheduler_config: The content of scheduler_config.json.
         model_index: The content of model_index.json.
@@ -82,6 +90,11 @@ class Parts:
     notices: list[str] = field(default_factory=list)
     checker: CheckerFiles | None = None
     unchecked: str = ""
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """The names of the text encoders."""
+        return encoder_names(self.model_index)[: len(self.text_encoders)]
 
     @cached_property
     def hashes(self) -> dict[str, str]:

@@ -79,6 +79,8 @@ class Embedding:
     def vectors_for(self, widths: Sequence[int]) -> tuple[Tensor, ...]:
         """Return the vectors for text encoders of these widths. Raises CheckpointError if they do not fit."""
         left = [self.vectors[key] for key in sorted(self.vectors, key=["", *PAIR].index)]
+        if [*widths] == [vectors.shape[1] for vectors in left[1:]]:  # SDXL's refiner has the second encoder alone
+            left = left[1:]
         have = [vectors.shape[1] for vectors in left]
         if sorted(have) != sorted(widths):
             raise CheckpointError(

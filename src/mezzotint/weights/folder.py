@@ -21,8 +21,8 @@ from mezzotint.request import Request
 from mezzotint.weights import keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family
-from mezzotint.weights.kinds import REFINER
 from mezzotint.weights.model_files import (
+    AESTHETIC,
     ENCODERS,
     NETWORKS,
     NO_PROJECTION,
@@ -117,7 +117,23 @@ def plan_folder(path: Path, options: ModelOptions = ModelOptions()) -> ModelFile
     second = plan.config("text_encoder_2")
     if plan.family == "sdxl" and isinstance(second, CLIPConfig) and not second.has_projection:
         plan.notices.append(f"{path.name} {NO_PROJECTION}")
+    _check_numbers(plan)
     return plan
+
+
+def _check_numbers(plan: ModelFiles) -> None:
+    """Add a problem if SDXL's UNet takes another number of sizes, crops and scores than model_index.json says."""
+    unet, text = plan.config("unet"), plan.config("text_encoder_2")
+    if not (isinstance(unet, UNetConfig) and isinstance(text, CLIPConfig) and unet.addition_time_embed_dim):
+        return
+    pooled = text.projection_dim if text.has_projection else text.hidden_size
+    wanted = 5 if plan.model_index.get(AESTHETIC) else 6
+    numbers = ((unet.projection_class_embeddings_input_dim or 0) - pooled) / unet.addition_time_embed_dim
+    if numbers != wanted:
+        plan.problems.append(
+            f"{plan.path}: the UNet takes {numbers:g} numbers of sizes, crops and scores, but by {AESTHETIC} in "
+            f"model_index.json, {'set' if wanted == 5 else 'not set'}, there are {wanted}"
+        )
 
 
 def _network_class(config: Path) -> str | None:
@@ -133,9 +149,6 @@ def _network_class(config: Path) -> str | None:
 def _other_kind(index: dict[str, Any]) -> str | None:
     """Name a pipeline other than Stable Diffusion text to image, with its article; return None for that one."""
     name = str(index.get("_class_name", ""))
-    has = [isinstance(row := index.get(encoder), list) and any(row) for encoder in ENCODERS]
-    if index.get("requires_aesthetics_score") or ("XL" in name and has == [False, True]):
-        return REFINER
     return f"a {name[:100]}" if OTHER_PIPELINES.search(name) else None
 
 

@@ -33,12 +33,14 @@ class Source(NamedTuple):
 
 Sources = dict[str, Source]
 
+REFINER_TEXT = "conditioner.embedders.0.model."  # where the text encoder of SDXL's refiner begins in a single file
+
 # Where each network's tensors begin in a single file.
 PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
     "clip": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
-    "open_clip": ("cond_stage_model.model.", "conditioner.embedders.1.model."),
+    "open_clip": ("cond_stage_model.model.", "conditioner.embedders.1.model.", REFINER_TEXT),
 }
 
 # Keys inside a network that are no weights of ours: index buffers, CLIP's image-side scale, training leftovers.

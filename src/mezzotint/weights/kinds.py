@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from mezzotint.weights.keys import REFINER_TEXT
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = re.compile(r"model\.diffusion_model\.|diffusion_model\.|net\.|transformer\.|unet\.|model\.(?!\d)")
@@ -131,7 +133,7 @@ def find_other_family(shapes: Shapes) -> str | None:
     unet = {key[found.end() :]: shape for key, shape in shapes.items() if (found := PREFIX.match(key))}
     first, added = (unet.get(name, ()) for name in ("input_blocks.0.0.weight", "label_emb.0.0.weight"))
     context = next((s[1] for key, s in unet.items() if key.endswith("attn2.to_k.weight") and len(s) > 1), 0)
-    if any(key.startswith("conditioner.embedders.0.model.") for key in shapes) or (*added[1:], context) == (2560, 1280):
+    if any(key.startswith(REFINER_TEXT) for key in shapes) or (*added[1:], context) == (2560, 1280):
         return REFINER
     if added and context == 1024:
         return UNCLIP

@@ -57,6 +57,12 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
     "controlnet": (("ControlNetModel",), ControlNetConfig, ControlNet),
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+AESTHETIC = "requires_aesthetics_score"  # the field of model_index.json that only SDXL's refiner has set
+
+
+def encoder_names(model_index: Mapping[str, Any]) -> list[str]:
+    """Return the names of a model's text encoders, or more than it has; SDXL's refiner has the second alone."""
+    return [*ENCODERS][bool(model_index.get(AESTHETIC)) :]
 
 
 def config_class(name: str, class_name: object) -> type[Config]:

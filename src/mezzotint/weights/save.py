@@ -29,8 +29,8 @@ def save_folder(
     *,
     unet: UNet,
     vae: VAE,
-    text_encoder: CLIPTextModel,
-    tokenizer: Tokenizer,
+    text_encoder: CLIPTextModel | None,
+    tokenizer: Tokenizer | None,
     scheduler_config: dict[str, Any],
     second: tuple[CLIPTextModel, Tokenizer] | None = None,
     model_index: Mapping[str, Any] | None = None,
@@ -47,7 +47,7 @@ def save_folder(
         folder: The folder to write.
         unet: The UNet.
         vae: The VAE.
-        text_encoder: The text encoder; SDXL's first one.
+        text_encoder: The text encoder; SDXL's first one, or None for its refiner, which has the second alone.
         tokenizer: Its tokenizer.
         scheduler_config: The content of scheduler_config.json, with a `_class_name`.
         second: SDXL's second text encoder and its tokenizer.
@@ -76,7 +76,15 @@ def save_folder(
     }
     if not second:
         index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
-    encoders = {"": (text_encoder, tokenizer)} | ({"_2": second} if second else {})
+    encoders: dict[str, tuple[CLIPTextModel, Tokenizer]] = {"_2": second} if second else {}
+    if text_encoder and tokenizer:
+        encoders = {"": (text_encoder, tokenizer), **encoders}
+    else:
+        index |= {
+            "_class_name": "StableDiffusionXLImg2ImgPipeline",
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+        }
     with report_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)

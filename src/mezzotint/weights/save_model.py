@@ -12,7 +12,7 @@ import torch
 from mezzotint.errors import RequestError
 from mezzotint.files import atomic_path, report_write_errors
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.model_files import ENCODERS, join_names
+from mezzotint.weights.model_files import AESTHETIC, join_names
 from mezzotint.weights.safety import CLASS, NAME, PROCESSOR
 from mezzotint.weights.save import save_folder
 from mezzotint.weights.save_single import save_single
@@ -59,8 +59,8 @@ def save_parts(folder: Path, parts: Parts, few_step: Path | None, dtype: torch.d
         WriteError: If the folder cannot be written.
     """
     settings = {name: value for name, value in parts.settings.items() if few_step or name != "few_step"}
-    pairs = list(zip(parts.text_encoders, parts.tokenizers, strict=True))
-    index: dict[str, Any] = {ZEROS: parts.model_index[ZEROS]} if ZEROS in parts.model_index else {}
+    pairs = dict(zip(parts.encoder_names, zip(parts.text_encoders, parts.tokenizers, strict=True), strict=True))
+    index: dict[str, Any] = {name: parts.model_index[name] for name in (ZEROS, AESTHETIC) if name in parts.model_index}
     copies = {few_step: folder / few_step.name} if few_step else {}
     if parts.checker:
         index |= {NAME: ["stable_diffusion", CLASS], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
@@ -72,9 +72,9 @@ def save_parts(folder: Path, parts: Parts, few_step: Path | None, dtype: torch.d
         folder,
         unet=parts.unet,
         vae=parts.vae,
-        text_encoder=pairs[0][0],
-        tokenizer=pairs[0][1],
-        second=pairs[1] if len(pairs) > 1 else None,
+        text_encoder=pairs["text_encoder"][0] if "text_encoder" in pairs else None,
+        tokenizer=pairs["text_encoder"][1] if "text_encoder" in pairs else None,
+        second=pairs.get("text_encoder_2"),
         model_index=index or None,
         scheduler_config=parts.scheduler_config,
         settings=settings or None,
@@ -92,7 +92,8 @@ def save_parts(folder: Path, parts: Parts, few_step: Path | None, dtype: torch.d
 def _check_modules(parts: Parts) -> None:
     """Raise RequestError if a network has other weights than its config says, because its modules were replaced."""
     encoders: Sequence[Any] = parts.text_encoders
-    for name, network in {"unet": parts.unet, "vae": parts.vae, **dict(zip(ENCODERS, encoders, strict=False))}.items():
+    names = "unet", "vae", *parts.encoder_names
+    for name, network in zip(names, (parts.unet, parts.vae, *encoders), strict=True):
         with torch.device("meta"):
             plain = {key: tensor.shape for key, tensor in type(network)(network.config).state_dict().items()}
         own = {key: tensor.shape for key, tensor in network.state_dict().items()}

@@ -17,7 +17,7 @@ from mezzotint.config import CLIPConfig, ScheduleConfig, UNetConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.weights import keys
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.model_files import ENCODERS, NETWORKS, Config, join_names
+from mezzotint.weights.model_files import AESTHETIC, ENCODERS, NETWORKS, Config, join_names
 from mezzotint.weights.save_tensors import own_copy, write_tensors
 from mezzotint.weights.single import add_family_fields, clip_tokenizer, default_scheduler
 
@@ -32,7 +32,13 @@ LAYOUTS = {
         "text_encoder_2": ("open_clip", "conditioner.embedders.1.model."),
     },
 }
-ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
+LAYOUTS["refiner"] = _BOTH | {"text_encoder_2": ("open_clip", keys.REFINER_TEXT)}
+ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "refiner": "stable-diffusion-xl-v1-refiner",
+}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # in the words of ModelSpec 1.0
 
 # Fields that do not affect the result, or that other fields express.
@@ -61,7 +67,7 @@ def save_single(path: Path, parts: Parts, dtype: torch.dtype | None = torch.floa
     """
     check_single(parts)
     prediction, zero_snr = _schedule(parts)
-    architecture = ARCHITECTURES[parts.family]
+    architecture = ARCHITECTURES[_layout(parts)]
     if architecture.endswith("v2-512") and prediction == "v_prediction":
         architecture = "stable-diffusion-v2-768-v"
     metadata = {
@@ -92,7 +98,7 @@ def check_single(parts: Parts) -> None:
         for name, network in networks.items()
         for difference in _differences(name, network.config, NETWORKS[name][1].model_validate(fields[name]))
     ]
-    forms = [form for name, (form, _) in LAYOUTS[parts.family].items() if name in ENCODERS]
+    forms = [form for name, (form, _) in LAYOUTS[_layout(parts)].items() if name in ENCODERS]
     for form, tokenizer in zip(forms, parts.tokenizers, strict=True):
         published = clip_tokenizer(form)
         if (tokenizer.vocab, tokenizer.pad) != (published.vocab, published.pad):
@@ -106,15 +112,20 @@ def check_single(parts: Parts) -> None:
                               f"{join_names(wrong)}; save it as a folder")  # fmt: skip
 
 
+def _layout(parts: Parts) -> str:
+    """Return the key of a model's layout."""
+    return "refiner" if parts.model_index.get(AESTHETIC) else parts.family
+
+
 def _networks(parts: Parts) -> dict[str, Any]:
-    encoders = dict(zip(ENCODERS, parts.text_encoders, strict=False))
+    encoders = dict(zip(parts.encoder_names, parts.text_encoders, strict=True))
     return {"unet": parts.unet, "vae": parts.vae, **encoders}
 
 
 def _tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor with its original name. Raises ValueError if the layout has no name for a module."""
     networks = _networks(parts)
-    for name, (form, prefix) in LAYOUTS[parts.family].items():
+    for name, (form, prefix) in LAYOUTS[_layout(parts)].items():
         network = networks[name]
         state = network.state_dict()
         if form == "open_clip":
@@ -164,9 +175,10 @@ def _fields(parts: Parts, shapes: keys.Shapes) -> dict[str, dict[str, Any]]:
     """Return the configs that a reader derives from these shapes."""
     fields = {
         name: keys.CONFIGS[form](keys.strip_prefix(shapes, prefix), parts.family)
-        for name, (form, prefix) in LAYOUTS[parts.family].items()
+        for name, (form, prefix) in LAYOUTS[_layout(parts)].items()
     }
-    add_family_fields(fields["unet"], parts.family, _schedule(parts)[0], fields.get("text_encoder_2"))
+    numbers = 5 if _layout(parts) == "refiner" else 6
+    add_family_fields(fields["unet"], parts.family, _schedule(parts)[0], fields.get("text_encoder_2"), numbers)
     return fields
 
 

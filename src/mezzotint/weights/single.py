@@ -17,8 +17,8 @@ from mezzotint.weights import keys
 from mezzotint.weights.evidence import MARKERS, find_evidence
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.keys import Family, Shapes, Sources
-from mezzotint.weights.kinds import describe_kind, find_other_family
-from mezzotint.weights.model_files import NO_PROJECTION, ModelFiles, NetworkFiles
+from mezzotint.weights.kinds import REFINER, describe_kind, find_other_family
+from mezzotint.weights.model_files import AESTHETIC, NO_PROJECTION, ModelFiles, NetworkFiles
 
 CLIP_TOKENS = 49408
 # What LCM models' scheduler_config.json has in place of SD1's.
@@ -49,7 +49,9 @@ def plan_file(
     file = file or TensorFile(path)
     shapes = file.shapes
     prefixes = {kind: keys.find_prefix(shapes, known) for kind, known in keys.PREFIXES.items()}
-    if prefixes["unet"] is None or find_other_family(shapes):
+    other = find_other_family(shapes)
+    refines = other == REFINER and prefixes["open_clip"] is not None
+    if prefixes["unet"] is None or (other and not refines):
         raise CheckpointError(
             f"{path} contains {describe_kind(shapes)}; it must contain a whole Stable Diffusion model"
         )
@@ -61,6 +63,8 @@ def plan_file(
         kinds["text_encoder_2"] = "open_clip"
     elif family == "sd2" and prefixes["open_clip"]:
         kinds["text_encoder"] = "open_clip"
+    if refines:
+        del kinds["text_encoder"]
     if options.vae is not None:
         del kinds["vae"]
 
@@ -73,6 +77,8 @@ def plan_file(
     plan.model_index = {"_class_name": "StableDiffusionPipeline"}
     if family == "sdxl":
         plan.model_index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    if refines:
+        plan.model_index = {"_class_name": "StableDiffusionXLImg2ImgPipeline", AESTHETIC: True}
     found: dict[str, tuple[dict[str, Any], Sources, list[str]]] = {}
     for name, kind in kinds.items():
         try:
@@ -81,7 +87,7 @@ def plan_file(
             plan.problems.append(str(error))
     if "unet" in found:
         second = found["text_encoder_2"][0] if "text_encoder_2" in found else None
-        add_family_fields(found["unet"][0], family, plan.scheduler_config["prediction_type"], second)
+        add_family_fields(found["unet"][0], family, plan.scheduler_config["prediction_type"], second, 6 - refines)
         if "time_cond_proj_dim" in found["unet"][0]:
             plan.scheduler_config |= {**LCM_SCHEDULER, **options.config_of("scheduler")}
     if "vae" in found:
@@ -151,13 +157,23 @@ def clip_tokenizer(kind: str) -> Tokenizer:
     return Tokenizer.clip(pad="!") if kind == "open_clip" else Tokenizer.clip()
 
 
-def add_family_fields(unet: dict[str, Any], family: Family, prediction: str, second: dict[str, Any] | None) -> None:
-    """Set the UNet's config fields that its shapes do not show."""
+def add_family_fields(
+    unet: dict[str, Any], family: Family, prediction: str, second: dict[str, Any] | None, numbers: int = 6
+) -> None:
+    """Set the UNet's config fields that its shapes do not show.
+
+    Args:
+        unet: The fields.
+        family: The family.
+        prediction: The prediction type.
+        second: The fields of SDXL's second text encoder.
+        numbers: How many numbers of sizes, crops and scores SDXL's UNet takes.
+    """
     unet["sample_size"] = {"sd1": 64, "sd2": 96 if prediction == "v_prediction" else 64, "sdxl": 128}[family]
     unet["upcast_attention"] = family == "sd2"  # its attention overflows float16 otherwise
     inputs = unet.get("projection_class_embeddings_input_dim")
-    if inputs and second:  # the other inputs are six numbers of sizes and crops
-        unet["addition_time_embed_dim"] = (inputs - second["projection_dim"]) // 6
+    if inputs and second:  # the other inputs are these numbers
+        unet["addition_time_embed_dim"] = (inputs - second["projection_dim"]) // numbers
 
 
 def default_scheduler(family: Family, prediction: str = "epsilon") -> dict[str, Any]:

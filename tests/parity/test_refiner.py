@@ -1,0 +1,136 @@
+"""SDXL's refiner against diffusers, live: as a model of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+from transformers import CLIPTokenizer
+
+import mezzotint
+import tiny
+from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.weights import Parts
+from mezzotint.weights.save_single import _tensors, check_single
+from mezzotint.weights.single import plan_file
+from pictures import NEGATIVE, PROMPT, Drawn, Pair, different, pixels, same
+from test_img2img import fields, photograph, theirs
+from test_single_file import full_size, hollow_file
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning"),
+]
+
+CONFIG = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}  # as on the hub
+SCHEDULER = tiny.SCHEDULER_CONFIGS["sdxl"]
+
+
+def save_refiner(folder: Path, vae: Any, **changes: Any) -> StableDiffusionXLImg2ImgPipeline:
+    """A refiner's folder as diffusers writes it, with a VAE of its own; `changes` are of the UNet."""
+    tokenizer = Tokenizer.subset([PROMPT, NEGATIVE])
+    tokenizer.save(folder / "cut")
+    ids = {"vocab_size": len(tokenizer.vocab), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    pipe = StableDiffusionXLImg2ImgPipeline(
+        vae=vae,
+        text_encoder=None,
+        text_encoder_2=tiny.clip("sdxl", seed=13, projection=True, **ids),
+        tokenizer=None,
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "cut", pad_token="!"),
+        unet=tiny.unet("refiner", seed=10, **changes),
+        scheduler=diffusers.EulerDiscreteScheduler.from_config(SCHEDULER),
+        **CONFIG,
+    )
+    pipe.save_pretrained(folder / "refiner")
+    (folder / "refiner" / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("refiner")
+    pipe = save_refiner(folder, tiny.vae(seed=14, scaling_factor=0.13025))
+    return Pair(pipe, mezzotint.load(folder / "refiner", device="cpu"), pipe.scheduler)  # type: ignore[arg-type]
+
+
+def ours(pair: Pair, request: dict[str, Any]) -> Drawn:
+    result = pair.ours.generate(mezzotint.Request(**request, batch=2))
+    return Drawn(result.latents, pixels(result.images))
+
+
+# ---- alone -----------------------------------------------------------------------------------------------------------
+
+ALONE: dict[str, dict[str, Any]] = {
+    "euler": {"sampler": "euler", "count": 2},
+    "scores": {"sampler": "dpmpp_2m", "aesthetic_score": 7.5, "negative_aesthetic_score": 1.0},
+    "without a negative prompt": {"sampler": "ddim", "negative_prompt": None},
+    "without guidance": {"sampler": "euler", "guidance_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_pictures_from_pictures(refiner: Pair, case: str) -> None:
+    request = fields(**ALONE[case])
+    mine = ours(refiner, request)
+    same(mine, theirs(refiner, StableDiffusionXLImg2ImgPipeline, request, **CONFIG))
+    if request["guidance_scale"] != 1.0:
+        different(mine, ours(refiner, request | {"negative_aesthetic_score": 9.0}))
+
+
+def test_other_syntaxes_pool_the_last_encoder(refiner: Pair) -> None:
+    encode = refiner.ours.encode
+    plain, compel = (encode(PROMPT, mezzotint.Request("", prompt_syntax=syntax)) for syntax in ("plain", "compel"))
+    assert plain.pooled is not None and compel.pooled is not None
+    torch.testing.assert_close(compel.pooled, plain.pooled)
+    torch.testing.assert_close(compel.context, plain.context)
+
+
+def test_a_folder_and_a_file_that_were_saved_are_the_same_model(refiner: Pair, tmp_path: Path) -> None:
+    request = mezzotint.Request(**fields(sampler="euler", steps=3))
+    expected = refiner.ours.generate(request).latents
+    folder = refiner.ours.save(tmp_path / "saved")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["text_encoder"] == [None, None] and index["requires_aesthetics_score"] is True
+    assert mezzotint.load(folder, device="cpu").generate(request).latents.equal(expected)
+    again = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    assert again.text_encoder is None and again.config.requires_aesthetics_score
+
+
+def test_the_published_sizes_are_written_as_they_are_read(tmp_path: Path) -> None:
+    shapes = full_size("refiner")
+    found = plan_file(hollow_file(tmp_path / "model.safetensors", shapes, "refiner"))
+    networks: dict[str, Any] = {part.name: part.network() for part in found.parts}
+    parts = Parts(
+        family=found.family,
+        unet=networks["unet"],
+        vae=networks["vae"],
+        text_encoders=[networks["text_encoder_2"]],
+        tokenizers=[make() for make in found.tokenizers],
+        scheduler_config=found.scheduler_config,
+        model_index=found.model_index,
+        settings={},
+        source=found.path,
+        files=found.files,
+    )
+    check_single(parts)
+    written = {name: tuple(tensor.shape) for name, tensor in _tensors(parts)}
+    assert written == {name: shape for name, shape in shapes.items() if not name.endswith("logit_scale")}
+
+
+def test_what_fits_only_a_refiner(refiner: Pair, pairs: dict[str, Pair], tmp_path: Path) -> None:
+    with pytest.raises(mezzotint.RequestError, match="aesthetic_score is given; only SDXL's refiner"):
+        pairs["sdxl"].ours.plan(mezzotint.Request("", aesthetic_score=6.0))
+    assert any("refiner" in notice for notice in refiner.ours.plan("a lemon").notices)
+    assert not refiner.ours.plan(mezzotint.Request("", image=photograph())).notices
+    index = refiner.ours.parts.source / "model_index.json"
+    for name in ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"):
+        (tmp_path / name).symlink_to(index.parent / name)
+    (tmp_path / "model_index.json").write_text(index.read_text().replace("true", "false"))
+    with pytest.raises(mezzotint.CheckpointError, match=r"takes 5 numbers .* there are 6"):
+        mezzotint.load(tmp_path, device="cpu")
