@@ -48,11 +48,13 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
     r"--safety blur": "the tiny model has no safety checker; tests/run/test_safety.py has one",
     r"^mezzotint upscale .*--model": "needs spandrel; tests/models/test_upscaler.py has it",
     r"--safety-checker": "downloads a safety checker",
+    r"sd_xl_": "the tiny model is not SDXL; tests/run/test_refiner.py has a refiner",
     r"--control ": "the tiny model has no ControlNet; tests/run/test_controls.py has one",
 }  # those of mezzotint are parsed all the same: their options exist and their values are valid
 SKIPPED_PYTHON = {
     "from_pretrained": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
     "pipe.load_textual_inversion": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
+    "sd_xl_": "the tiny model is not SDXL; tests/run/test_refiner.py has a refiner",
     "openai": "needs a running server; tests/server/test_openai.py has one",
 }
 REPLACED = {  # what a page names, and what stands for it here

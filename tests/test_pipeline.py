@@ -97,7 +97,7 @@ OPEN = {  # None stays None: it means "not asked for"
     "seed_size",
 }
 ONLY_XL = {"original_size", "crop", "target_size"}
-ONLY_REFINER = {"aesthetic_score", "negative_aesthetic_score"}
+ONLY_REFINER = {"refiner", "refiner_at", "aesthetic_score", "negative_aesthetic_score"}
 
 
 COLUMNS = [column for row in samplers.TABLE for column in (row.name, row.diffusers, row.a1111, row.comfyui)]

@@ -61,6 +61,8 @@ FULL: dict[str, Any] = {
     "original_size": (1000, 801),
     "crop": (0, 3),
     "target_size": (1024, 1024),
+    "refiner": "refiner.safetensors",
+    "refiner_at": 0.75,
     "aesthetic_score": 6.5,
     "negative_aesthetic_score": 2.0,
     "discard_penultimate_sigma": True,

@@ -44,6 +44,7 @@ MAX_PIXELS = 2**24  # of a batch without --yes: 4096x4096, or 16 pictures of 102
 MAX_WORK = 2**30  # pixels x steps x pictures x parts of the prompt without --yes: 64 steps of those
 MAX_TEXT = 10_000  # characters of a prompt without --yes; each 75 tokens make the context longer
 PROGRAMS = {"invokeai_metadata": "InvokeAI", "prompt": "ComfyUI", "parameters": "AUTOMATIC1111"}  # by text chunk
+WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt")  # how a file of a model's weights ends
 PICTURE_SUFFIXES = (*FORMATS, ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 # fields whose resolved values depend on another field; they are resolved again if that field is overridden
 DEPENDENT_FIELDS = {
@@ -79,6 +80,7 @@ class Source:
         notes: What another program's metadata requests but is not supported.
         model_name: The model's name in the metadata.
         model_hash: The first digits of the SHA-256 of the model's file, from A1111's text.
+        refiner_hash: The SHA-256 of the refiner's first file of weights, or its first digits; "" if it is not known.
     """
 
     path: Path
@@ -87,6 +89,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     model_name: str = ""
     model_hash: str = ""
+    refiner_hash: str = ""
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
@@ -99,7 +102,8 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     try:
         record = read_record(texts)
         if record is not None:
-            return Source(Path(path), record, record.request, model_name=record.model.name)
+            refiner = next((digest for name, digest in record.model.refiner.items() if name.endswith(WEIGHTS)), "")
+            return Source(Path(path), record, record.request, model_name=record.model.name, refiner_hash=refiner)
         if "parameters" not in texts and (theirs := other_programs.read(texts)):
             request, notes, model = theirs
             return Source(Path(path), None, request, [*dict.fromkeys(notes)], model)
@@ -113,8 +117,15 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     except RequestError as error:
         raise RequestError(f"{str(path)!r}: {error}") from None
     fields = text.fields
+    name, _, refiner = fields.get("Refiner", "").rpartition(" [")
     return Source(
-        Path(path), None, request, [*dict.fromkeys(notes)], fields.get("Model", ""), fields.get("Model hash", "")
+        Path(path),
+        None,
+        request,
+        [*dict.fromkeys(notes)],
+        fields.get("Model", ""),
+        fields.get("Model hash", ""),
+        refiner.removesuffix("]") if name else "",
     )
 
 
@@ -301,6 +312,7 @@ def again(
     loras: Sequence[Any] | None = None,
     controls: Sequence[Mapping[str, Any]] = (),
     upscaler: str | None = None,
+    refiner: str | None = None,
     on_step: OnStep | None = None,
     cache: dict[Any, list[Image.Image]] | None = None,
 ) -> list[Image.Image]:
@@ -318,6 +330,7 @@ def again(
         loras: The LoRAs, as a Request takes them.
         controls: The `file` of each ControlNet, in the order of the request, and other fields of it to override.
         upscaler: The file of the upscaler of hires-fix, if the picture was drawn with one.
+        refiner: The refiner, if the picture was drawn with one.
         on_step: Called with (steps done, steps in total) after each step.
         cache: Holds the last batch, for files that share it.
 
@@ -349,6 +362,13 @@ def again(
                 "--hires-upscale"
             )
         files["hires_upscale"] = upscaler
+    if source.request.refiner and "refiner" not in (changes or {}):
+        if refiner is None:
+            known = f" (SHA-256 {source.refiner_hash[:10]}...)" if source.refiner_hash else ""
+            raise RequestError(
+                f"it was generated with the refiner {source.request.refiner[:100]!r}{known}; give it with --refiner"
+            )
+        files["refiner"] = refiner
     with threads(record):
         if _draws_another(changes) or record is None:
             return pipe.generate(_override(source, changes or {}, files), on_step=on_step).images

@@ -183,6 +183,10 @@ class Request(BaseModel):
         "(top, left) in pixels, two whole numbers from 0 (SDXL's micro-conditioning)"
     )
     target_size: tuple[Extent, Extent] | None = _optional(_EXTENT)
+    refiner: Name | None = _optional("a model, usually SDXL's refiner: a folder, a file or a hub id (owner/name)")
+    refiner_at: Share | None = _optional(
+        "a number from 0 to 1: the share of the timesteps after which the refiner takes over; usually 0.8"
+    )
     aesthetic_score: Score | None = _optional(_SCORE)
     negative_aesthetic_score: Score | None = _optional(_SCORE)
     image: Picture | None = _optional(_PICTURE)
@@ -284,7 +288,7 @@ class Request(BaseModel):
             raise PydanticCustomError("boolean", "a boolean")
         return value
 
-    @field_validator("embeddings", "wildcards", "hires_upscale", "pag_layers", mode="before")
+    @field_validator("embeddings", "wildcards", "hires_upscale", "pag_layers", "refiner", mode="before")
     @classmethod
     def _paths_are_names(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name in ("embeddings", "pag_layers") and isinstance(value, str | PathLike):

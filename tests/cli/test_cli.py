@@ -129,7 +129,8 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
         "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net "
         "--region left=a --region-base 0.3 --pag-scale 3 --pag-layers mid,up_blocks.0 --pag-adaptive-scale 0.005 "
-        "--freeu 1.5,1.6,0.9,0.2 --tile 64 --aesthetic-score 6.5 --negative-aesthetic-score 2"
+        "--freeu 1.5,1.6,0.9,0.2 --tile 64 "
+        "--refiner r.safetensors --refiner-at 0.75 --aesthetic-score 6.5 --negative-aesthetic-score 2"
     )
     assert run("generate", "a lemon", *options.split()).code == 0
     assert pipe.requests == [
@@ -168,6 +169,8 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             original_size=(1000, 801),
             crop=(0, 3),
             target_size=(512, 1024),
+            refiner="r.safetensors",
+            refiner_at=0.75,
             aesthetic_score=6.5,
             negative_aesthetic_score=2.0,
             discard_penultimate_sigma=True,

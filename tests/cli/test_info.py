@@ -31,7 +31,7 @@ COMFYUI = {
 }  # fmt: skip
 A1111 = (
     "a lemon\nNegative prompt: dark\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 9, "
-    "Size: 512x768, Model hash: 0123456789, Model: dream, Refiner: other, Version: v1.10.1"
+    "Size: 512x768, Model hash: 0123456789, Model: dream, Refiner: other, Hires prompt: x, Version: v1.10.1"
 )
 INVOKEAI = {"positive_prompt": "a lemon", "seed": 3, "scheduler": "euler_k", "steps": 9, "model": {"name": "dream"}}
 
@@ -71,7 +71,7 @@ def write(texts: dict[str, str]) -> str:
             {"parameters": A1111},
             "AUTOMATIC1111 v1.10.1",
             ["prompt: a lemon", "negative_prompt: dark", "sampler: DPM++ 2M Karras", "seed: 9", "width: 512",
-             "model: dream", "model_hash: 0123456789", "not supported: Refiner: other"],
+             "model: dream", "model_hash: 0123456789", "refiner: other", "not supported: Hires prompt: x"],
         ),
         (
             {"prompt": json.dumps(COMFYUI), "workflow": "{}"},

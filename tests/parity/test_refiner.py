@@ -1,24 +1,32 @@
-"""SDXL's refiner against diffusers, live: as a model of its own."""
+"""SDXL's refiner against diffusers, live: as a model of its own, and after another model on one list of noise levels.
+
+    python tests/parity/test_refiner.py
+
+prints how far apart they are, in every case.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 import mezzotint
+import pictures
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
+from mezzotint.samplers.diffusers_classes import CLASSES
 from mezzotint.weights import Parts
 from mezzotint.weights.save_single import _tensors, check_single
 from mezzotint.weights.single import plan_file
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, different, pixels, same
+from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, pixels, same
 from test_img2img import fields, photograph, theirs
 from test_single_file import full_size, hollow_file
 
@@ -134,3 +142,92 @@ def test_what_fits_only_a_refiner(refiner: Pair, pairs: dict[str, Pair], tmp_pat
     (tmp_path / "model_index.json").write_text(index.read_text().replace("true", "false"))
     with pytest.raises(mezzotint.CheckpointError, match=r"takes 5 numbers .* there are 6"):
         mezzotint.load(tmp_path, device="cpu")
+
+
+# ---- after another model ---------------------------------------------------------------------------------------------
+
+FROM_PICTURE: dict[str, Any] = {"image": photograph(), "strength": 0.7, "width": None, "height": None}
+AFTER: dict[str, dict[str, Any]] = {
+    "euler": {"sampler": "euler", "count": 2},
+    "euler, between two steps": {"sampler": "euler", "refiner_at": 0.73, "aesthetic_score": 8.0},
+    "dpmpp_2m": {"sampler": "dpmpp_2m"},
+    "dpmpp_2m, between two steps": {"sampler": "dpmpp_2m", "refiner_at": 0.55, "steps": 16},
+    "ddim": {"sampler": "ddim", "negative_prompt": None},
+    "ddim, between two steps": {"sampler": "ddim", "refiner_at": 0.65},
+    "euler_a": {"sampler": "euler_a", "count": 2},
+    "dpmpp_2m_sde": {"sampler": "dpmpp_2m_sde", "refiner_at": 0.5},
+    "image to image": {"sampler": "dpmpp_2m", **FROM_PICTURE},
+    "image to image, euler": {"sampler": "euler", "refiner_at": 0.6, **FROM_PICTURE},
+}
+
+
+def request_of(case: str) -> dict[str, Any]:
+    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "width": 72, "height": 104, "steps": 10}
+    usual |= {"guidance_scale": 6.0, "seed": 7, "count": 1, "refiner_at": 0.8}
+    no_negative = AFTER[case].get("negative_prompt", "") is None
+    found = {name: value for name, value in (usual | AFTER[case]).items() if value is not None}
+    return found | ({"negative_prompt": None} if no_negative else {})
+
+
+def mine_after(base: Pair, refiner: Pair, request: dict[str, Any], **changes: Any) -> Drawn:
+    fields = {**request, "refiner": refiner.ours.parts.source, "batch": 2, **changes}
+    result = base.ours.generate(mezzotint.Request(**fields))
+    return Drawn(result.latents, pixels(result.images))
+
+
+def theirs_after(base: Pair, refiner: Pair, request: dict[str, Any]) -> Drawn:
+    """Two pipelines of theirs, one after the other, with the same generators."""
+    row, parts = CLASSES[request["sampler"]], base.theirs.components
+    names = {"steps": "num_inference_steps", "count": "num_images_per_prompt"}
+    skipped = ("seed", "sampler", "refiner_at", "aesthetic_score")
+    options = {names.get(name, name): value for name, value in request.items() if name not in skipped}
+    options["generator"] = [torch.Generator().manual_seed(request["seed"] + k) for k in range(request["count"])]
+    kind: Any = StableDiffusionXLImg2ImgPipeline if "image" in request else StableDiffusionXLPipeline
+    first = kind(**parts)
+    own = {**refiner.theirs.components, "vae": parts["vae"]}
+    second = StableDiffusionXLImg2ImgPipeline(**own, **CONFIG)
+    for pipe in (first, second):
+        pipe.scheduler = getattr(diffusers, row.name).from_config(SCHEDULER, **row.flags)
+        pipe.set_progress_bar_config(disable=True)
+    at = request["refiner_at"]
+    latents = first(**options, denoising_end=at, output_type="latent").images
+    for name in ("width", "height", "strength"):
+        options.pop(name, None)
+    final: list[torch.Tensor] = []
+
+    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        final[:] = [tensors["latents"]]
+        return {}
+
+    score = request.get("aesthetic_score", 6.0)
+    options |= {"image": latents, "denoising_start": at, "aesthetic_score": score, "callback_on_step_end": keep}
+    images = second(**options).images
+    return Drawn(final[0], pixels(images))
+
+
+@pytest.mark.parametrize("case", AFTER)
+def test_the_last_steps_are_the_refiners(pairs: dict[str, Pair], refiner: Pair, case: str) -> None:
+    request = request_of(case)
+    mine = mine_after(pairs["sdxl"], refiner, request)
+    same(mine, theirs_after(pairs["sdxl"], refiner, request))
+
+
+def main() -> None:
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as place:
+        base = pictures.build(Path(place))["sdxl"]
+        pipe = save_refiner(Path(place), tiny.vae(seed=14, scaling_factor=0.13025))
+        second = Pair(pipe, mezzotint.load(Path(place) / "refiner", device="cpu"), pipe.scheduler)  # type: ignore[arg-type]
+        for case in ALONE:
+            request = fields(**ALONE[case])
+            expected = theirs(second, StableDiffusionXLImg2ImgPipeline, request, **CONFIG)
+            print(f"alone, {case:32}", *(f"{n:.2g}" for n in apart(ours(second, request), expected)))
+        for case in AFTER:
+            request = request_of(case)
+            pair = mine_after(base, second, request), theirs_after(base, second, request)
+            print(f"after, {case:32}", *(f"{number:.2g}" for number in apart(*pair)))
+
+
+if __name__ == "__main__":
+    main()

@@ -142,8 +142,8 @@ EXAMPLES = {
     "an unknown sampler and refiner": Theirs(
         "a fox\nSteps: 20, Sampler: Restart v9, CFG scale: 7, Seed: 10, Size: 512x512, Refiner: sd_xl_refiner_1.0 "
         "[7440042bbd], Refiner switch at: 0.8, Version: v1.6.0-2-g4afaaf8a",
-        {"sampler": None},
-        ["Sampler: Restart v9 is unknown", "Refiner: sd_xl_refiner_1.0", "Refiner switch at: 0.8"],
+        {"sampler": None, "refiner": "sd_xl_refiner_1.0", "refiner_at": 0.8},
+        ["Sampler: Restart v9 is unknown"],
     ),
     "no negative line, empty prompt, CRLF": Theirs(
         "\r\nNegative prompt: dark\r\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 10, Size: 512x512\r\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -96,8 +96,11 @@ def again(
     if options.get("prompt") is not None:
         changes["prompt"] = read_prompt(options["prompt"])
     upscaler = changes.pop("hires_upscale", None)  # of a picture that was drawn with a file, this is the file
-    if upscaler is not None and (upscaler in ("latent", "pixels") or not any(map(_has_upscaler, files))):
+    if upscaler is not None and (upscaler in ("latent", "pixels") or not _were_drawn_with(files, "upscaler")):
         changes["hires_upscale"], upscaler = upscaler, None
+    refiner = changes.pop("refiner", None)  # likewise
+    if refiner is not None and not _were_drawn_with(files, "refiner"):
+        changes["refiner"], refiner = refiner, None
     if verify and (changes or out is not None):
         given = ", ".join(changes) or "out"
         raise RequestError(
@@ -136,6 +139,7 @@ def again(
                     loras=tuple(map(lora_of, lora)) if lora else None,
                     controls=controls,
                     upscaler=upscaler,
+                    refiner=refiner,
                     on_step=on_step,
                     cache=cache,
                 )
@@ -202,12 +206,14 @@ def _progress(file: Path) -> Iterator[OnStep]:
         yield on_step
 
 
-def _has_upscaler(file: Path) -> bool:
-    """Return whether a picture was drawn with an upscaler's file, as far as its record can be read."""
+def _were_drawn_with(files: Sequence[Path], name: str) -> bool:
+    """Return whether any picture was drawn with an upscaler or a refiner, as far as records can be read."""
     from mezzotint.again import read_source
 
-    with suppress(MezzotintError):
-        return read_source(file).request.upscaler is not None
+    for file in files:
+        with suppress(MezzotintError):
+            if getattr(read_source(file).request, name) is not None:
+                return True
     return False
 
 

@@ -35,6 +35,8 @@ from mezzotint.cli.options import (
     Model,
     Negative,
     PagScale,
+    Refiner,
+    RefinerAt,
     Region,
     Rows,
     Safety,
@@ -297,6 +299,8 @@ def generate(
     target_size: Annotated[
         str | None, option("Size after cropping, in pixels.", "WxH", SDXL, default="the picture's size")
     ] = None,
+    refiner: Refiner = None,
+    refiner_at: RefinerAt = None,
     aesthetic_score: Annotated[
         float | None, option("Refiner: score of the pictures that it should draw, 0 to 10.", "X", SDXL, default="6")
     ] = None,

@@ -181,6 +181,14 @@ Controls = Annotated[
         name="--control",
     ),
 ]
+Refiner = Annotated[
+    str | None,
+    option("Model that takes the last steps, such as SDXL's refiner: folder, file or hub id.", "MODEL", SDXL),
+]
+RefinerAt = Annotated[
+    float | None,
+    option("Share of the timesteps after which it takes over, 0 to 1.", "X", SDXL, default="0.8"),
+]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")]
 Negative = Annotated[str | None, option("What to keep out of the picture.", "TEXT", PROMPT, name="--negative")]
 Syntax = Annotated[

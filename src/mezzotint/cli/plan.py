@@ -19,6 +19,8 @@ from mezzotint.cli.options import (
     MemoryOrAuto,
     Model,
     PagScale,
+    Refiner,
+    RefinerAt,
     Region,
     Rows,
     Safety,
@@ -52,6 +54,8 @@ def plan(
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,
+    refiner: Refiner = None,
+    refiner_at: RefinerAt = None,
     safety: Safety = None,
     memory: MemoryOrAuto = "auto",
     device: Device = None,

@@ -62,8 +62,8 @@ class MemoryEstimate:
 
     Attributes:
         stages: The peak of each stage: load, encode (the prompts), upscale (by hires-fix's upscaler), image (of an
-            initial image), step (of a tile, if the picture is drawn in tiles), decode, check (by the safety checker),
-            png.
+            initial image), step (of a tile, if the picture is drawn in tiles), refine (a refiner's step), decode, check
+            (by the safety checker), png.
         workspace: The part of it that a stage needs only while it runs, at most.
         macs: Multiply-accumulates of the run.
         bytes_moved: Bytes of weights that are read or converted again, which the default placement does not do.
@@ -125,12 +125,16 @@ class _Run:
             attention=placement.attention,
         )
         self.controls = [model.control(entry.file) for entry in plan.request.control or ()]
+        self.refiner = model.refiner(plan.request.refiner) if plan.request.refiner else None
+        # those of a refiner are "refiner text" and "refiner unet"
+        self.weights = {**model.weights, **_with_prefix(self.refiner.weights if self.refiner else {})}
+        encoders = [*model.encoders, *(self.refiner.encoders if self.refiner else ())]
         self.constant = self.base
         if self.cpu:
-            self.constant += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in model.encoders)
-        self.constant += sum(w.small for w in model.weights.values()) * self.itemsize + self.lora_bytes()
+            self.constant += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in encoders)
+        self.constant += sum(w.small for w in self.weights.values()) * self.itemsize + self.lora_bytes()
         if placement.weights == "resident":
-            self.constant += sum(self.weight_bytes(name) for name in model.weights)
+            self.constant += sum(self.weight_bytes(name) for name in self.weights)
         self.loaded = self.constant
         libraries = LIBRARY_MEMORY.get(model.device.type, 0)
         self.constant += sum(self.control_bytes(files) for files in set(self.controls))
@@ -150,6 +154,8 @@ class _Run:
                 stages["image"] = max(stages.get("image", 0), self.vae(one, 1, "encode"))
             parts = [tile_plan(plan, tile) for tile in tiles_of(plan)] if one.tile else [plan]
             stages["step"] = max(stages.get("step", 0), *(self.step(part, pictures) for part in parts))
+            if self.refiner and plan is passes[-1]:
+                stages["refine"] = self.refine(self.refiner, plan, pictures)
             stages["decode"] = max(stages.get("decode", 0), self.vae(one, pictures, "decode"))
         if first.safety != "off":
             stages["check"] = self.check(passes[-1].request)
@@ -226,11 +232,11 @@ class _Run:
 
     def weight_bytes(self, name: str) -> int:
         """Return the bytes of a network's large weights as they are stored."""
-        return self.model.weights[name].stored_bytes(self.storage, self.itemsize)
+        return self.weights[name].stored_bytes(self.storage, self.itemsize)
 
     def onload_bytes(self, name: str) -> int:
         """Return the bytes that are loaded for a network's own stage, and count that they are read."""
-        weights = self.model.weights[name]
+        weights = self.weights[name]
         if self.placement.weights == "offload":
             self.bytes_moved += weights.stored
             return self.weight_bytes(name)
@@ -239,26 +245,31 @@ class _Run:
     def count_calls(self, name: str, times: int) -> None:
         """Count calls of a network, each of which may convert or read its weights."""
         if self.workspace.materializes_weights:
-            read = self.model.weights[name].stored if self.placement.weights == "stream" else 0
-            self.bytes_moved += times * (self.model.weights[name].large * self.itemsize + read)
+            read = self.weights[name].stored if self.placement.weights == "stream" else 0
+            self.bytes_moved += times * (self.weights[name].large * self.itemsize + read)
 
     def load(self) -> int:
         """Return the peak of loading: all weights that stay, and the largest one while it is converted."""
-        largest = max(w.largest for w in self.model.weights.values())
+        largest = max(w.largest for w in self.weights.values())
         if self.placement.weights == "resident":
             return self.loaded + (4 * largest if self.storage else READ_BUFFER_BYTES)
         return self.loaded + READ_BUFFER_BYTES
 
     def encode(self) -> int:
         """Return the peak of the text encoders, which take one window of one text at a time."""
-        walks = [walk.walk_text_encoder(config, self.itemsize) for config in self.model.encoders]
+        models = {"text": self.model, **({"refiner text": self.refiner} if self.refiner else {})}
+        return self.constant + max(self.encode_with(name, model) for name, model in models.items())
+
+    def encode_with(self, name: str, model: ModelHeaders) -> int:
+        """Return the bytes that one model's text encoders need while they run."""
+        walks = [walk.walk_text_encoder(config, self.itemsize) for config in model.encoders]
         windows = (2 + len(self.plan.regions)) * self.count_windows()
         self.macs += windows * sum(one.macs for one in walks)
-        self.count_calls("text", windows)
-        onloaded = self.onload_bytes("text") + max(one.peak(self.workspace) for one in walks)
+        self.count_calls(name, windows)
+        onloaded = self.onload_bytes(name) + max(one.peak(self.workspace) for one in walks)
         if self.placement.weights == "offload" and self.storage:  # the token embeddings are converted first
-            onloaded = max(onloaded, self.model.weights["text"].largest * (4 + STORAGE_ITEMSIZE[self.storage]))
-        return self.constant + onloaded
+            onloaded = max(onloaded, self.weights[name].largest * (4 + STORAGE_ITEMSIZE[self.storage]))
+        return onloaded
 
     def step(self, plan: RunPlan, pictures: int) -> int:
         """Return the peak of a step: the UNet, the run's keys and values, the latents of a multistep solver."""
@@ -270,7 +281,8 @@ class _Run:
         step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize, plan.request.freeu)
         peak = step.peak(self.workspace, batch)
         groups = math.ceil(plan.request.count / pictures)
-        calls = (len(plan.sigmas) - 1) * groups * (conditions if split else 1)
+        refined = self.refined_steps(plan)
+        calls = (len(plan.sigmas) - 1 - refined) * groups * (conditions if split else 1)
         self.macs += calls * batch * step.macs
         self.count_calls("unet", calls)
         if split:
@@ -283,6 +295,31 @@ class _Run:
         run += 16 * pictures * channels * height * width * 4
         merged = self.weight_bytes("unet") if plan.few_step and self.placement.weights == "resident" else 0
         return self.constant + self.onload_bytes("unet") + merged + run + peak
+
+    def refined_steps(self, plan: RunPlan) -> int:
+        """Return how many of the steps of a pass its refiner takes."""
+        return sum(sigma <= plan.switch.sigma for sigma in plan.sigmas[:-1]) if plan.switch else 0
+
+    def refine(self, refiner: ModelHeaders, plan: RunPlan, pictures: int) -> int:
+        """Return the peak of a refiner's step. The run's keys and values of the first UNet stay in memory."""
+        tokens = refiner.encoders[0].max_position_embeddings * self.count_windows()
+        channels, height, width = plan.latent_shape
+        conditions = self.plan.condition_count
+        split = self.placement.guidance == "split"
+        batch = pictures * (1 if split else conditions)
+        step = walk.walk_unet(refiner.unet, height, width, tokens, self.itemsize)
+        peak = step.peak(self.workspace, batch)
+        self.workspace_peak = max(self.workspace_peak, peak)
+        groups = math.ceil(plan.request.count / pictures)
+        calls = self.refined_steps(plan) * groups * (conditions if split else 1)
+        self.macs += calls * batch * step.macs
+        self.count_calls("refiner unet", calls)
+        if split:
+            self.bytes_moved += self.weights["refiner unet"].large * self.itemsize * (calls - calls // conditions)
+        numbers = sum(walk.keys_values_numel(unet, tokens) for unet in (self.model.unet, refiner.unet))
+        run = numbers * conditions * (1 + pictures) * self.itemsize * self.count_variants()
+        run += 16 * pictures * channels * height * width * 4
+        return self.constant + self.onload_bytes("refiner unet") + run + peak
 
     def vae(self, request: Request, pictures: int, half: Half) -> int:
         """Return the peak of one half of the VAE, with the finished pictures."""
@@ -340,6 +377,11 @@ class _Run:
         """Return how many variants of the prompts the run uses; keys and values of all of them stay in memory."""
         parts = [*self.plan.parts, *self.plan.negative.parts]
         return len({tuple(part.at(step).text for part in parts) for step in range(self.plan.schedule_steps)})
+
+
+def _with_prefix(weights: Mapping[str, Weights]) -> dict[str, Weights]:
+    """Return the sizes of a refiner's networks by their names here."""
+    return {f"refiner {name}": each for name, each in weights.items()}
 
 
 def _count_tokens(text: str) -> int:

@@ -21,6 +21,7 @@ from mezzotint.placement import MIN_OFFLOAD_NUMEL
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.plan import RunPlan, plan_run
+from mezzotint.run.refiners import describe_refiner
 from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.control_files import ControlFiles, scan_control
 from mezzotint.weights.hub import BUNDLED
@@ -110,7 +111,7 @@ class ModelHeaders:
 
     @cached_property
     def weights(self) -> dict[str, Weights]:
-        """Sizes of "text" (all text encoders), "unet", and the VAE's "encoder" and "decoder"."""
+        """Sizes of "text" (all text encoders), "unet", and the VAE's "encoder" and "decoder", if there is one."""
         parts = {part.name: part for part in self.found.parts}
         texts = [Weights.of(part) for name, part in parts.items() if name.startswith("text_encoder")]
         return {
@@ -122,8 +123,7 @@ class ModelHeaders:
                 sum(w.stored for w in texts),
             ),
             "unet": Weights.of(parts["unet"]),
-            "encoder": Weights.of(parts["vae"], "encoder"),
-            "decoder": Weights.of(parts["vae"], "decoder"),
+            **{half: Weights.of(parts["vae"], half) for half in ("encoder", "decoder") if "vae" in parts},
         }
 
     @cached_property
@@ -168,6 +168,21 @@ class ModelHeaders:
 
     @cached_property
     def _controls(self) -> dict[str, ControlFiles]:
+        return {}
+
+    def refiner(self, name: str) -> ModelHeaders:
+        """Describe a refiner, without a VAE; each is read once.
+
+        Raises:
+            CheckpointError: If it is missing, damaged, or of another family.
+        """
+        if name not in self._refiners:
+            found = describe_refiner(name, self.vae, self.device.type).files
+            self._refiners[name] = ModelHeaders(found, self.device, self.dtype)
+        return self._refiners[name]
+
+    @cached_property
+    def _refiners(self) -> dict[str, ModelHeaders]:
         return {}
 
     def plan(self, request: Request) -> RunPlan:

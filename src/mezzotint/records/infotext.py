@@ -40,7 +40,14 @@ QUOTED = re.compile(r'"(?:\\.|[^\\"])+"')
 TEMPLATE = re.compile(r"\n(?:Negative )?Template: ")  # appended by sd-dynamic-prompts
 
 
-def write(request: Request, seed: int, model: str, version: str, model_hash: str | None = None) -> str:
+def write(
+    request: Request,
+    seed: int,
+    model: str,
+    version: str,
+    model_hash: str | None = None,
+    refiner_hash: str | None = None,
+) -> str:
     """Return the text for one picture.
 
     Args:
@@ -49,6 +56,7 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         model: The model's name.
         version: The version of mezzotint.
         model_hash: The first 10 digits of the SHA-256 of a single-file model, as A1111 shows it.
+        refiner_hash: Those of a single-file refiner.
     """
     sampler, schedule = _sampler_names(request)
     scale = request.guidance_scale
@@ -64,6 +72,8 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         "Size": f"{request.width}x{request.height}",
         "Model hash": model_hash,
         "Model": model,
+        "Refiner": _refiner(request.refiner, refiner_hash) if request.refiner else None,
+        "Refiner switch at": request.refiner_at,
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # in A1111 1 is the last layer
         "Emphasis": {"no_norm": "No norm", "ignore": "Ignore"}.get(request.emphasis or ""),
         "Eta": request.eta,
@@ -89,6 +99,13 @@ def write(request: Request, seed: int, model: str, version: str, model_hash: str
         lines.append(f"{NEGATIVE} {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in fields.items() if value is not None))
     return "\n".join(lines).replace("\0", "\ufffd")  # a PNG text chunk ends at NUL
+
+
+def _refiner(source: str, hash: str | None) -> str:
+    """Return a refiner as A1111 writes it: its name, and the beginning of its hash."""
+    name = PureWindowsPath(source).name
+    name = name.removesuffix(".safetensors").removesuffix(".ckpt")
+    return f"{name} [{hash}]" if hash else name
 
 
 def _control(entry: Control) -> str:
@@ -229,6 +246,8 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
         "emphasis",
         lambda text: {"original": "original", "no norm": "no_norm", "ignore": "ignore", "none": "ignore"}[text.lower()],
     ),
+    "Refiner": ("refiner", lambda text: None if text == "None" else re.sub(r" \[[0-9a-f]{8,64}\]$", "", text)),
+    "Refiner switch at": ("refiner_at", float),
     "Mask blur": ("mask_blur", float),
     "Hires upscale": ("hires", float),
     "Hires steps": ("hires_steps", lambda text: int(text) or None),  # 0: as many as the first pass
@@ -272,6 +291,8 @@ def to_request(text: Infotext) -> tuple[Request, list[str]]:
                 raise RequestError(
                     f"the picture's text has {name}: {fields[name][:60]!r}, which cannot be read"
                 ) from None
+    if not found.get("refiner"):
+        found.pop("refiner_at", None)
     if size := _size(fields.get("Size")):
         found["width"], found["height"] = (side - side % 8 for side in size)  # rounded down, as in A1111
     if found.get("seed", 0) < 0:

@@ -57,8 +57,9 @@ class Options(_Part):
 class Model(_Part):
     """The model and the machine that a picture was generated with.
 
-    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets), `upscaler` (of hires-fix) and
-    `merged` (LoRAs merged into the weights) map a name to the SHA-256 of a file, and `embeddings` to that of vectors.
+    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets), `upscaler` (of hires-fix),
+    `refiner` and `merged` (LoRAs merged into the weights) map a name to the SHA-256 of a file, and `embeddings` to that
+    of vectors.
     `safety_checker` does so where flagged pictures are blurred or black. `options` are those that overruled the files.
     `edited` names the networks that were not as in the files: another network, edited weights or modules, hooks.
     `solver` is the module and name of the function that a program registered as the sampler.
@@ -75,6 +76,7 @@ class Model(_Part):
     loras: dict[Word, Sha256] = {}
     controls: dict[Word, Sha256] = {}
     upscaler: dict[Word, Sha256] = {}
+    refiner: dict[Word, Sha256] = {}
     merged: dict[Word, Sha256] = {}
     edited: tuple[Word, ...] = ()
     solver: Word | None = None
@@ -178,6 +180,7 @@ class Record(_Part):
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
             **{f"the ControlNet {name}": digest for name, digest in model.controls.items()},
             **{f"the upscaler {name}": digest for name, digest in model.upscaler.items()},
+            **{f"the refiner's {name}": digest for name, digest in model.refiner.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
             **{f"the input picture ({name})": given.sha256 for name, given in self.inputs.items()},
             "the solver function": model.solver or "",
@@ -242,12 +245,16 @@ def describe(
         **{name: value for name, value in optional.items() if value},
         **({} if flagged is None else {"flagged": flagged}),
     }
-    files = {} if FOLDER_INDEX in model.get("files", {}) else model.get("files", {})
-    first = next(iter(files.values()), "")[:10]  # of a single file, which comes before those beside it
-    text = infotext.write(request, seed, model["name"], versions["mezzotint"], first or None)
+    hashes = _short_hash(model.get("files", {})), _short_hash(model.get("refiner", {}))
+    text = infotext.write(request, seed, model["name"], versions["mezzotint"], *hashes)
     texts = {"mezzotint": json.dumps(record, ensure_ascii=False), "parameters": text}
     # of a file's name that is not UTF-8, the bytes that are none become "?"
     return {chunk: text.encode("utf-8", "replace").decode() for chunk, text in texts.items()}
+
+
+def _short_hash(files: Mapping[str, str]) -> str | None:
+    """Return the first 10 digits of a single file's SHA-256, which comes before those beside it; None of a folder."""
+    return None if FOLDER_INDEX in files else next(iter(files.values()), "")[:10] or None
 
 
 def add_enlargement(texts: Mapping[str, str], image: Image.Image, **fields: Any) -> dict[str, str]:
@@ -279,6 +286,8 @@ def _fields(request: Request) -> dict[str, Any]:
             fields[name] = _base_name(fields[name])
     if request.upscaler:
         fields["hires_upscale"] = _base_name(request.upscaler)
+    if request.refiner:
+        fields["refiner"] = _base_name(request.refiner)
     if request.embeddings:
         fields["embeddings"] = [*map(_base_name, request.embeddings)]
     for entry, own in zip(fields.get("control") or (), request.control or (), strict=True):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+from mezzotint.denoiser import timestep_at
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.spacing import SPACINGS, from_timesteps
 from mezzotint.errors import RequestError
@@ -10,6 +14,8 @@ from mezzotint.samplers import Sampler
 
 # A1111 truncates strength * steps to t_enc and then runs this many more steps
 STEP_OFFSET = {"a1111": 1, "a1111 timesteps": -1, "a1111 unipc": 0}
+
+OWN_LEVELS = ("dpm_adaptive", "restart")  # solvers that take other steps than the list's
 
 
 def all_sigmas(request: Request, sampler: Sampler, schedule: Schedule, prefix: str = "") -> list[float]:
@@ -71,6 +77,42 @@ def run_sigmas(
         )
     taken = levels[steps - left :]
     return _respace(sampler, schedule, taken, schedule.timestep(taken[0])) if respaced else taken
+
+
+class Switch(NamedTuple):
+    """Where a refiner takes over.
+
+    Attributes:
+        sigma: The noise level at which, and below which, the refiner is called.
+        step: Number of steps before it, after which the solver begins anew; None if it goes on and remembers them.
+    """
+
+    sigma: float
+    step: int | None
+
+
+def refiner_switch(at: float, sampler: Sampler, schedule: Schedule, sigmas: list[float]) -> Switch:
+    """Return where a refiner takes over.
+
+    In diffusers it takes the steps from timesteps below round(T - at * T), in a pipeline of its own, whose solver knows
+    nothing of the steps before. In A1111 the model is changed at the first call whose timestep is T - 1 - at * T or
+    less, and the solver does not notice. As ComfyUI's nodes begin anew too, its names and ours are as in diffusers.
+
+    Args:
+        at: The share of the timesteps.
+        sampler: The sampler.
+        schedule: The training schedule.
+        sigmas: The noise levels of the run.
+    """
+    timesteps = schedule.num_train_timesteps
+    if sampler.counts.startswith("a1111"):
+        last = math.floor(timesteps - 1 - at * timesteps + 1e-6)  # the nearest timestep counts
+        above = math.inf if last + 1 >= timesteps else (schedule.sigma(last) + schedule.sigma(last + 1)) / 2
+        return Switch(above if last >= 0 else -1.0, None)
+    cutoff = round(timesteps - at * timesteps)
+    starts = [round(timestep_at(sigma, schedule, sampler.timestep, sigmas), 3) for sigma in sigmas[:-1]]
+    step = sum(timestep >= cutoff for timestep in starts)
+    return Switch(sigmas[step] if step < len(starts) else -1.0, None if sampler.solver in OWN_LEVELS else step)
 
 
 def _respace(sampler: Sampler, schedule: Schedule, levels: list[float], top: float | None = None) -> list[float]:

@@ -26,6 +26,7 @@ from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.networks import check_together, fuse_projections, unwrap
 from mezzotint.run.plan import RunFiles, RunPlan, plan_run
 from mezzotint.run.prompts import PromptEncoder
+from mezzotint.run.refiners import Refiners
 from mezzotint.run.safety import PictureChecker
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.lora import Adapters
@@ -42,6 +43,7 @@ class LoadedModel:
         adapters: The LoRA files that were read.
         prompts: Encodes prompts.
         controls: The ControlNets that runs use.
+        refiners: The refiners that runs use.
         files: Reads the files that requests name.
         checker: The safety checker, or None.
     """
@@ -50,6 +52,7 @@ class LoadedModel:
     adapters: Adapters
     prompts: PromptEncoder
     controls: ControlNets
+    refiners: Refiners
     files: RunFiles
 
     def __init__(self, parts: Parts, placement: Placement, exclusive: bool) -> None:
@@ -110,6 +113,7 @@ class LoadedModel:
             "loras": plan.lora_digests,
             "controls": plan.control_digests,
             "upscaler": dict([plan.upscaler.file]) if plan.upscaler else {},
+            "refiner": plan.refiner.digests if plan.refiner else {},
             "merged": self.adapters.merged_digests(),
             "edited": self.edited(),
             "solver": samplers.origin(plan.sampler.solver),
@@ -222,8 +226,13 @@ class LoadedModel:
         self.prompts = PromptEncoder(parts.tokenizers, encoders, self.adapters)
         unet = cast(UNet, unwrap(parts.unet))
         self.controls = ControlNets(unet, self.device, self.dtype, self.executor.placement)
+        self.refiners = Refiners(parts.vae.config, self.device, self.dtype, self.executor.placement)
         self.files = RunFiles(
-            self.adapters, [encoder.config.hidden_size for encoder in encoders], self.controls, self.device
+            self.adapters,
+            [encoder.config.hidden_size for encoder in encoders],
+            self.controls,
+            self.device,
+            self.refiners,
         )
         self._few_step = FewStepUNets(unet, parts.source)
         if self.info.vae_dtype(self.dtype) != self.dtype:

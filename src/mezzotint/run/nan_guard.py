@@ -76,6 +76,7 @@ def guard_outputs(
     controls: Sequence[ControlRun],
     denoiser: Callable[[UNet, Sequence[ControlRun]], Denoiser],
     upcast_parts: list[str],
+    name: str = "unet",
 ) -> Outputs:
     """Return a denoiser's outputs, checked at each call; from the first one that is not finite on, in float32.
 
@@ -83,7 +84,8 @@ def guard_outputs(
         unet: The network.
         controls: The ControlNets, which run in float32 with the UNet.
         denoiser: Makes a denoiser of a UNet and ControlNets.
-        upcast_parts: Receives "unet" if it ran in float32.
+        upcast_parts: Receives the name if it ran in float32.
+        name: What it is called.
 
     Returns:
         A function like `Denoiser.outputs`. It raises MezzotintError if its input is not finite, or its output is not in
@@ -106,9 +108,9 @@ def guard_outputs(
             current = denoiser(copy_in_float32(unet), copies)
             found = current.outputs(x, sigma, count, perturbed)
             if all_finite(found):
-                upcast_parts.append("unet")
+                upcast_parts.append(name)
                 return found
-        raise MezzotintError(f"{_sentence('unet')} (at sigma {sigma:.4g})")
+        raise MezzotintError(f"{_sentence(name)} (at sigma {sigma:.4g})")
 
     return outputs
 

@@ -64,11 +64,20 @@ def _on_schedule(plan: RunPlan) -> Iterator[str]:
 
 
 def _on_refiner(plan: RunPlan) -> Iterator[str]:
-    """Yield a sentence if SDXL's refiner draws a picture from the start."""
+    """Yield a sentence if SDXL's refiner draws a picture from the start, or takes all of a run's steps or none."""
     if plan.model.has_aesthetic_score and plan.request.image is None:
         yield (
             "this model is SDXL's refiner, which was trained on the last fifth of the noise levels and draws poorly "
             "from noise: give a picture to start from (--image), or an SDXL model and this one as its refiner"
+        )
+    last = plan.last_pass
+    if last.switch is None:
+        return
+    refined = sum(sigma <= last.switch.sigma for sigma in last.sigmas[:-1])
+    if refined in (0, len(last.sigmas) - 1):
+        yield (
+            f"the refiner takes {'all' if refined else 'none'} of {len(last.sigmas) - 1} steps: refiner_at is "
+            f"{last.request.refiner_at:g}, and the steps begin at the noise level {last.sigmas[0]:.2g}"
         )
 
 

@@ -30,10 +30,11 @@ from mezzotint.models.upscaler import Upscaler
 from mezzotint.prompt import Part, PromptPlan
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.controls import ControlInput, ControlNets, check_controls
-from mezzotint.run.levels import all_sigmas, run_sigmas, schedule_steps
+from mezzotint.run.levels import Switch, all_sigmas, refiner_switch, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.notices import find_notices
+from mezzotint.run.refiners import RefinerInput, Refiners, plan_refined
 from mezzotint.run.regions import open_masks
 from mezzotint.run.resolve import expand_choices, few_step_of, resolve_request
 from mezzotint.run.safety import check_mode, unchecked_notices
@@ -53,12 +54,14 @@ class RunFiles:
         widths: Hidden size of each text encoder.
         controls: Reads and caches ControlNets.
         device: Where an upscaler computes.
+        refiners: Reads and caches refiners.
     """
 
     adapters: Adapters
     widths: Sequence[int]
     controls: ControlNets
     device: torch.device
+    refiners: Refiners
 
     def read_loras(self, loras: Sequence[tuple[str, Scale]]) -> tuple[Adapter, ...]:
         """Read LoRA files."""
@@ -103,6 +106,9 @@ class RunPlan:
         upscaler: What enlarges the first pass's pictures, if it is a network; None if the plan was made without reading
             files.
         base_steps: In a second pass, `schedule_steps` of the first pass.
+        refiner: The refiner of the last pass; None if the plan was made without reading files.
+        refined: The refiner's plan of this pass, likewise; None if there is another pass.
+        switch: Where the refiner takes over in this pass.
     """
 
     model: ModelInfo
@@ -127,6 +133,9 @@ class RunPlan:
     second_pass: RunPlan | None
     base_steps: int | None = None
     upscaler: Upscaler | None = None
+    refiner: RefinerInput | None = None
+    refined: RunPlan | None = None
+    switch: Switch | None = None
 
     @property
     def steps(self) -> int:
@@ -198,7 +207,9 @@ class RunPlan:
             options["calls"] = max((request.steps or 1) - 3 * skipped, 1)
         if request.eta is not None:
             options["eta"] = request.eta
-        if request.strength is not None and "total_steps" in solver.options:
+        if (request.strength is not None or len(self.sigmas) < len(self.all_sigmas)) and (
+            "total_steps" in solver.options
+        ):
             options["total_steps"] = len(self.all_sigmas) - 1
         return options
 
@@ -270,8 +281,8 @@ class RunPlan:
     def with_batch(self, batch: int, count: int | None = None) -> RunPlan:
         """Return the plan with another batch, and another number of pictures if `count` is given."""
         changes = {"batch": batch} if count is None else {"batch": batch, "count": count}
-        second = self.second_pass and self.second_pass.with_batch(batch, count)
-        return replace(self, request=self.request.replace(**changes), second_pass=second)
+        second, refined = (one and one.with_batch(batch, count) for one in (self.second_pass, self.refined))
+        return replace(self, request=self.request.replace(**changes), second_pass=second, refined=refined)
 
 
 def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) -> RunPlan:
@@ -325,8 +336,19 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         controls=files.controls.read(resolved.control or ()) if files else (),
         second_pass=None,
         upscaler=files.read_upscaler(resolved.upscaler) if files and resolved.upscaler else None,
+        refiner=files.refiners.read(resolved.refiner) if files and resolved.refiner else None,
     )
-    return replace(plan, second_pass=_plan_second(plan)) if resolved.hires else plan
+    if resolved.hires:
+        return replace(plan, second_pass=_add_refiner(_plan_second(plan)))
+    return _add_refiner(plan)
+
+
+def _add_refiner(last: RunPlan) -> RunPlan:
+    """Return the last pass with its refiner's plan, if there is a refiner."""
+    if last.request.refiner is None:
+        return last
+    switch = refiner_switch(last.request.refiner_at or 0.0, last.sampler, last.schedule, last.sigmas)
+    return replace(last, switch=switch, refined=plan_refined(last, last.refiner) if last.refiner else None)
 
 
 def _plan_second(first: RunPlan) -> RunPlan:

@@ -20,6 +20,7 @@ STEPS_LCM, GUIDANCE_LCM = 4, 8.5  # likewise of LatentConsistencyModelPipeline
 GUIDANCE_CFG_PP = 0.6  # corresponds to 7.5 in Chung et al. 2024
 REGION_BASE = 0.0  # regions are drawn by their own prompts alone
 PAG_LAYERS = ("mid",)  # diffusers' default
+REFINER_AT = 0.8  # diffusers' and A1111's documentation
 AESTHETIC_SCORES = 6.0, 2.5  # diffusers' defaults, and A1111's
 GPU_BATCH = 4  # default batch on a GPU; it is 1 on the CPU
 STRENGTH, STRENGTH_XL, STRENGTH_MASKED = 0.8, 0.3, 1.0  # diffusers' img2img, SDXL img2img and inpainting
@@ -40,6 +41,7 @@ EXCLUSIVE = (
     ("tile", "outpaint"),
     ("tile", "seamless"),
     ("tile", "control"),
+    ("tile", "refiner"),
     ("discard_penultimate_sigma", "sigmas"),
     ("discard_penultimate_sigma", "timesteps"),
     ("regions", "only_masked"),
@@ -61,9 +63,9 @@ def resolve_request(model: ModelInfo, request: Request, sampler: Sampler) -> Req
     method = request.guidance_method or model.settings.get("guidance_method", "cfg")
     syntax = request.prompt_syntax or "a1111"
     _check_sampler(request, sampler)
-    _check_model(model, request)
+    _check_model(model, request, sampler)
     _check_method(request, method)
-    _check_pag(model, request, sampler)
+    check_pag(model, request, sampler)
     _check_embedded_guidance(model, sampler)
     _check_syntax(request, syntax)
     _check_dependent(request)
@@ -112,7 +114,7 @@ def _check_sampler(request: Request, sampler: Sampler) -> None:
         )
 
 
-def _check_model(model: ModelInfo, request: Request) -> None:
+def _check_model(model: ModelInfo, request: Request, sampler: Sampler) -> None:
     """Check the fields that only some models are conditioned on."""
     if request.differential and model.unet_channels != model.latent_channels:
         raise RequestError(
@@ -125,8 +127,25 @@ def _check_model(model: ModelInfo, request: Request) -> None:
         if getattr(request, name) is not None and not model.is_sdxl:
             raise RequestError(f"{name} is given; only models of the SDXL family are conditioned on it")
     for name in ONLY_REFINER:
-        if getattr(request, name) is not None and not model.has_aesthetic_score:
+        if getattr(request, name) is not None and not (model.has_aesthetic_score or request.refiner):
             raise RequestError(f"{name} is given; only SDXL's refiner is conditioned on it")
+    if request.refiner is not None:
+        _check_base(model, sampler)
+
+
+def _check_base(model: ModelInfo, sampler: Sampler) -> None:
+    """Check that a refiner can follow the model."""
+    wrong = None
+    if not model.is_sdxl:
+        wrong = f"this model is of the family {model.family}"
+    elif model.has_aesthetic_score:
+        wrong = "this model is SDXL's refiner itself"
+    elif model.unet_channels != model.latent_channels:
+        wrong = "this model's UNet is made for inpainting, and a refiner would repaint what it keeps"
+    elif sampler.timestep == "edm":
+        wrong = "this model has no timesteps (EDM)"
+    if wrong:
+        raise RequestError(f"refiner is given, but {wrong}; it follows a text-to-image model of the SDXL family")
 
 
 def _check_embedded_guidance(model: ModelInfo, sampler: Sampler) -> None:
@@ -147,7 +166,7 @@ def _check_method(request: Request, method: str) -> None:
                 raise RequestError(f"{name} is given; it is for guidance_method {owner}, which here is {method}")
 
 
-def _check_pag(model: ModelInfo, request: Request, sampler: Sampler) -> None:
+def check_pag(model: ModelInfo, request: Request, sampler: Sampler) -> None:
     """Check that the model has the layers of perturbed-attention guidance, and timesteps for its adaptive scale."""
     for part in (request.pag_layers or PAG_LAYERS) if request.pag_scale else ():
         if not any(part in name for name in model.self_attentions):
@@ -178,6 +197,7 @@ def _check_dependent(request: Request) -> None:
         (NEEDS_MASK, request.mask is not None, "there is no mask"),
         (("fix_steps",), _starts_from_picture(request), "there is neither image nor hires"),
         (NEEDS_HIRES, request.hires is not None, "there is no hires, the scale factor of the second pass"),
+        (("refiner_at",), request.refiner is not None, "there is no refiner"),
         (("pag_layers", "pag_adaptive_scale"), request.pag_scale is not None, "there is no pag_scale"),
         (("region_base",), request.regions is not None, "there are no regions"),
         (("variation_seed",), request.variation_strength is not None, "there is no variation_strength"),
@@ -221,12 +241,14 @@ def _sampling_defaults(model: ModelInfo, request: Request, sampler: Sampler) -> 
 
 
 def _size_defaults(model: ModelInfo, request: Request) -> dict[str, Any]:
-    """Return the defaults of the size, and for SDXL of the size conditioning."""
+    """Return the defaults of the size, and for SDXL of the size conditioning and the refiner's."""
     width, height = _size(model, request)
     sizes: dict[str, Any] = {"width": width, "height": height}
     if model.is_sdxl:
         sizes |= {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
-    if model.has_aesthetic_score:
+    if request.refiner is not None:
+        sizes["refiner_at"] = REFINER_AT
+    if model.has_aesthetic_score or request.refiner is not None:
         sizes |= dict(zip(ONLY_REFINER, AESTHETIC_SCORES, strict=True))
     return sizes
 

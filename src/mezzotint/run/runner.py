@@ -26,7 +26,7 @@ from mezzotint.run.initial import encode_batch_image, enlarge_batch, prepare_lat
 from mezzotint.run.model import LoadedModel
 from mezzotint.run.networks import unwrap
 from mezzotint.run.plan import RunPlan
-from mezzotint.run.solve import solve
+from mezzotint.run.solve import Refining, solve
 from mezzotint.run.tiling import Canvas, tile_plan, tiles_of
 
 log = logging.getLogger("mezzotint")
@@ -57,7 +57,7 @@ class Runner:
         """Run the batches of these plans and split their pictures into results."""
         for plan in plans:
             _log_plan(plan)
-        groups = group_pictures(plans, self.model.prompts.batch_shape)
+        groups = group_pictures(plans, self._batch_shape)
         report = step_counter(on_step, sum(group[0][0].steps for group in groups))
         images: list[Image.Image] = []
         finals: list[Tensor] = []
@@ -118,6 +118,11 @@ class Runner:
                 on_estimate(step.denoised)
         return last.x / batch.plan.last_pass.final_scale(last.sigma)
 
+    def _batch_shape(self, plan: RunPlan) -> tuple[object, ...]:
+        """Return what two plans' prompts must have in common to share a batch."""
+        shape, refined = self.model.prompts.batch_shape(plan), plan.last_pass.refined
+        return (*shape, plan.refiner.batch_shape(refined)) if plan.refiner and refined else shape
+
     def _pass(self, batch: Batch) -> Iterator[Step]:
         """Run one pass of a batch: encode the prompts, prepare the initial latents, solve."""
         plan, model, executor = batch.plan, self.model, self.model.executor
@@ -136,18 +141,39 @@ class Runner:
             with executor.inference(plan.request.seamless), active_adapters(changes):
                 yield
 
+        onloaded = ExitStack()
         with inference():
             conditions = model.prompts.encode_batch(batch.plans, batch.upcast_parts)
+            refining = self._refining(batch, onloaded)
             encode_image = partial(executor.encode, model.parts.vae, upcast_parts=batch.upcast_parts)
             initial = prepare_latents(batch, model.parts.vae, encode_image, noise)
             split = executor.effective_placement.guidance == "split"
             networks = model.controls.load(plan.controls)
             controls = prepare_controls(plan, networks)
-            steps = solve(batch, unet, conditions, initial, noise, split, controls)
-        with ExitStack() as onloaded:
+            steps = solve(batch, unet, conditions, initial, noise, split, controls, refining)
+        with onloaded:
             for network in (unet, *networks):
                 onloaded.enter_context(onload(network))
             yield from iterate_inside(inference, steps)
+
+    def _refining(self, batch: Batch, onloaded: ExitStack) -> Refining | None:
+        """Return the refiner of a pass, its prompts encoded.
+
+        Args:
+            batch: The batch.
+            onloaded: Holds the networks that are on the device, which make room for the refiner's when it takes over.
+        """
+        refiner = self.model.refiners.load(batch.plan.refiner)
+        refined = [plan.refined for plan in batch.plans if plan.refined]
+        if refiner is None or not refined:
+            return None
+        unet = refiner.unet
+
+        def take_over() -> None:
+            onloaded.close()
+            onloaded.enter_context(onload(unet))
+
+        return Refining(unet, refiner.prompts.encode_batch(refined, batch.upcast_parts), take_over)
 
     def _tiles(self, batch: Batch) -> Iterator[Step]:
         """Run a batch tile by tile; each step shows the whole pictures, and the last one is their blend."""

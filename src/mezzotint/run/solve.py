@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from mezzotint.denoiser import Denoiser, Timeline, timestep_at
 from mezzotint.diffusion.guidance import METHODS, Guided, Outputs, interpolate_scale, is_guided, step_index
 from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
-from mezzotint.diffusion.solvers import SOLVERS, Noise, Step
+from mezzotint.diffusion.solvers import SOLVERS, Denoise, Noise, Step
 from mezzotint.errors import RequestError
 from mezzotint.models.controlnet import ControlRun
 from mezzotint.models.unet import UNet
@@ -20,8 +20,24 @@ from mezzotint.run.batches import Batch
 from mezzotint.run.initial import InitialLatents
 from mezzotint.run.nan_guard import guard_outputs, require_finite
 from mezzotint.run.plan import RunPlan
+from mezzotint.run.refiners import Handover
 from mezzotint.run.regions import part_weights
 from mezzotint.samplers import OWN
+
+
+@dataclass(frozen=True, eq=False)
+class Refining:
+    """The refiner of a pass.
+
+    Attributes:
+        unet: Its network.
+        conditions: The result of its `PromptEncoder.encode_batch`.
+        take_over: Called before its first step.
+    """
+
+    unet: UNet
+    conditions: list[Timeline]
+    take_over: Callable[[], None]
 
 
 def solve(
@@ -32,6 +48,7 @@ def solve(
     noise: SeededNoise,
     split: bool,
     controls: Sequence[ControlRun] = (),
+    refining: Refining | None = None,
 ) -> Iterator[Step]:
     """Return an iterator of the steps of one pass, from the initial latents to the last noise level.
 
@@ -43,16 +60,60 @@ def solve(
         noise: The noise of the run.
         split: Whether the network is given one condition at a time.
         controls: The ControlNets.
+        refining: The refiner, which takes the last steps.
     """
-    plan = batch.plan
+    plan, stream = batch.plan, step_noise(batch, noise)
     outputs = unet_outputs(batch, unet, conditions, initial, split, controls)
     denoise = initial.wrap(guide(plan, outputs, initial.x.device))
+    if plan.refined and plan.switch and refining:
+        outputs = unet_outputs(batch, refining.unet, refining.conditions, initial, split, plan=plan.refined)
+        last = initial.wrap(guide(plan.refined, outputs, initial.x.device))
+        if plan.switch.step is None:
+            denoise = Handover(denoise, last, plan.switch.sigma, refining.take_over)
+        else:
+            steps = _take_both(plan, plan.switch.step, (denoise, last), initial.x, stream, refining.take_over)
+            return _check_steps(plan, initial, steps)
+    return _check_steps(plan, initial, _take_steps(plan, denoise, initial.x, stream))
+
+
+def _take_steps(plan: RunPlan, denoise: Denoise, x: Tensor, noise: Noise) -> Iterator[Step]:
+    """Return an iterator of the steps of a plan's solver."""
     name, own = plan.sampler.solver, OWN.get(plan.sampler.solver)
     solver = own.function if own else SOLVERS[name]
-    steps = solver(denoise, initial.x, plan.sigmas, step_noise(batch, noise), **plan.solver_options)
-    if own:
-        steps = _check_own_steps(name, initial.x, steps)
-    return _check_steps(plan, initial, steps)
+    steps = solver(denoise, x, plan.sigmas, noise, **plan.solver_options)
+    return _check_own_steps(name, x, steps) if own else steps
+
+
+def _take_both(
+    plan: RunPlan,
+    first_steps: int,
+    denoisers: tuple[Denoise, Denoise],
+    x: Tensor,
+    noise: Noise,
+    take_over: Callable[[], None],
+) -> Iterator[Step]:
+    """Yield the steps of two runs of the solver on one list of noise levels, the second of which begins anew.
+
+    Args:
+        plan: The plan of both.
+        first_steps: Number of steps of the first run, whose solver knows the whole list.
+        denoisers: The denoiser of each run.
+        x: Latents at the first noise level.
+        noise: The noise of both.
+        take_over: Called before the second run, if that has steps.
+    """
+    index, level = 0, plan.sigmas[first_steps]
+    for step in _take_steps(plan, denoisers[0], x, noise) if first_steps else ():
+        yield step
+        x, index = step.x, step.index + 1
+        if step.sigma <= level:
+            break
+    if first_steps == len(plan.sigmas) - 1:
+        return
+    take_over()
+    rest = replace(plan, sigmas=plan.sigmas[first_steps:])
+    for step in _take_steps(rest, denoisers[1], x, noise):
+        yield replace(step, index=index + step.index)
 
 
 def unet_outputs(
@@ -62,9 +123,14 @@ def unet_outputs(
     initial: InitialLatents,
     split: bool,
     controls: Sequence[ControlRun] = (),
+    plan: RunPlan | None = None,
 ) -> Outputs:
-    """Return the UNet's outputs under these conditions, guarded against values that are not finite."""
-    plan = batch.plan
+    """Return the UNet's outputs under these conditions, guarded against values that are not finite.
+
+    With a `plan` that is not the batch's, it is the refiner's.
+    """
+    name = "unet" if plan is None else "refiner"
+    plan = plan or batch.plan
 
     def denoiser(unet: UNet, controls: Sequence[ControlRun]) -> Denoiser:
         return Denoiser(
@@ -83,7 +149,7 @@ def unet_outputs(
             freeu=plan.request.freeu,
         )
 
-    return guard_outputs(unet, controls, denoiser, batch.upcast_parts)
+    return guard_outputs(unet, controls, denoiser, batch.upcast_parts, name)
 
 
 def guidance_scale_at(plan: RunPlan, sigma: float) -> float:

@@ -111,8 +111,12 @@ class Models:
                 found.append(name)
         return found
 
-    def find_model(self, name: str) -> str:
+    def find_model(self, name: str, param: str = "model") -> str:
         """Return the listed name of a model, in any case.
+
+        Args:
+            name: The name.
+            param: The field of the request, for the error.
 
         Raises:
             InvalidError: If it is not listed.
@@ -120,9 +124,13 @@ class Models:
         found = next((known for known in self.paths if known.lower() == name.lower()), None)
         if found is None:
             raise InvalidError(
-                f"model is {name[:100]!r}, which the server does not list; it has {', '.join(self.paths)}", "model"
+                f"{param} is {name[:100]!r}, which the server does not list; it has {', '.join(self.paths)}", param
             )
         return found
+
+    def find_source(self, name: str, param: str) -> str:
+        """Return what a listed model is loaded from, with the arguments of `find_model`."""
+        return self.paths[self.find_model(name, param)] or BUNDLED.name
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe the models: their names, which is the default, which are loaded, and their own settings."""

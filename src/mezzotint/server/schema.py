@@ -30,6 +30,7 @@ _PICTURE = "the id of an upload, or a PNG, JPEG or WebP file in base64, also as 
 _NAMES = {
     "loras": "a list of at most 100 LoRAs: (a name from /api/loras, scale) or (name, UNet scale, text encoder scale)",
     "embeddings": "a list of at most 1000 names from /api/embeddings",
+    "refiner": "a name from /api/models, usually of SDXL's refiner",
 }
 _GROUPS = {
     "prompt": "prompt negative_prompt prompt_syntax emphasis embeddings loras choices clip_skip regions region_base",
@@ -41,7 +42,7 @@ _GROUPS = {
     "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask differential masked_content "
     "only_masked outpaint tile",
     "hires": "hires hires_upscale hires_steps hires_strength",
-    "sdxl": "original_size crop target_size aesthetic_score negative_aesthetic_score",
+    "sdxl": "original_size crop target_size refiner refiner_at aesthetic_score negative_aesthetic_score",
     "safety": "safety",
 }
 GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
@@ -146,6 +147,8 @@ class Translator:
         for name, kind in FILES.items():
             if fields.get(name):
                 fields[name] = [self._find(kind, entry, name) for entry in fields[name]]
+        if fields.get("refiner"):
+            fields["refiner"] = self._models.find_source(str(fields["refiner"]), "refiner")
         if self._settings.loras is not None:
             fields["lora_folder"] = str(self._settings.loras)
         if self._settings.wildcards is not None and fields.get("prompt_syntax") == "comfy":

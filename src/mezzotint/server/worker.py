@@ -368,7 +368,7 @@ class Worker:
         assert record  # each of our files has one
         request = self.translator.request(job.request)
         model = self.models.load(job.model, job.vae, request)
-        names = ("image", "mask", "regions", "embeddings", "loras", "lora_folder", "wildcards")
+        names = ("image", "mask", "regions", "embeddings", "loras", "lora_folder", "wildcards", "refiner")
         with threads(record):
             files = {name: getattr(request, name) for name in names}
             images = model.pipe.draw(record.jobs(files), on_step=self._on_step(jobs))

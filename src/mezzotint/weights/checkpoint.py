@@ -141,17 +141,8 @@ def open_model(
         CheckpointError: If the model cannot be loaded. Almost all causes are found before weights are read.
     """
     found = scan_model(path_or_id, **options)
-    networks: dict[str, Any] = {}
-    for part in found.parts:
-        networks[part.name] = part.network()
-        for problem in part.problems(networks[part.name]):
-            raise CheckpointError(problem)
-        found.notices += part.notices(networks[part.name])
     tokenizers = [make() for make in found.tokenizers]
-    _check_tokenizers(found, tokenizers)
-    for part in found.parts:
-        own = placement if isinstance(placement, Placement) else placement.get(part.name, Placement())
-        part.load(networks[part.name], dtype, torch.device(device), own)
+    networks = load_networks(found, dtype, torch.device(device), placement, tokenizers)
     return Parts(
         family=found.family,
         unet=networks["unet"],
@@ -170,6 +161,41 @@ def open_model(
         checker=found.checker,
         unchecked=found.unchecked,
     )
+
+
+def load_networks(
+    found: ModelFiles,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    placement: Placement | Mapping[str, Placement],
+    tokenizers: Sequence[Tokenizer],
+) -> dict[str, Any]:
+    """Read the networks of a model; its notices receive what was passed over.
+
+    Args:
+        found: The model.
+        dtype: Dtype of all weights; None: that of most weights of each network.
+        device: Where the networks compute.
+        placement: Where large weights are stored, for all networks or by network name.
+        tokenizers: The tokenizer of each text encoder, which are compared with it.
+
+    Returns:
+        The networks by name.
+
+    Raises:
+        CheckpointError: If a weight is missing or has another shape, or a tokenizer does not fit.
+    """
+    networks: dict[str, Any] = {}
+    for part in found.parts:
+        networks[part.name] = part.network()
+        for problem in part.problems(networks[part.name]):
+            raise CheckpointError(problem)
+        found.notices += part.notices(networks[part.name])
+    _check_tokenizers(found, tokenizers)
+    for part in found.parts:
+        own = placement if isinstance(placement, Placement) else placement.get(part.name, Placement())
+        part.load(networks[part.name], dtype, device, own)
+    return networks
 
 
 def _check_tokenizers(found: ModelFiles, tokenizers: Sequence[Tokenizer]) -> None:
@@ -198,6 +224,21 @@ def scan_model(path_or_id: str | Path, **options: Any) -> ModelFiles:
         raise CheckpointError(found.problems[0])
     with _report_read_errors(found.path):
         add_checker(found)
+    return found
+
+
+def scan_refiner(path_or_id: str | Path) -> ModelFiles:
+    """Describe a model that takes the last steps of another one's run, whose VAE and safety checker are used.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+    """
+    given = ModelOptions(vae="", safety_checker=None)  # its own VAE is neither needed nor downloaded
+    path = locate(path_or_id, given)
+    with _report_read_errors(path):
+        found = _scan_own(path, given)
+    if found.problems:
+        raise CheckpointError(found.problems[0])
     return found
 
 

@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -148,6 +149,12 @@ class Library(Mapping[str, tuple[Tensor, ...]]):
                 raise CheckpointError(
                     f"{other.path} and {embedding.path} both hold an embedding named {name!r}; rename one"
                 )
+
+    def for_widths(self, widths: Sequence[int]) -> Library:
+        """Return the same embeddings for text encoders of other widths."""
+        other = copy(self)
+        other._widths = widths
+        return other
 
     def __getitem__(self, name: str) -> tuple[Tensor, ...]:
         if name in self._damaged:

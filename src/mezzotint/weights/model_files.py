@@ -293,6 +293,11 @@ class ModelFiles:
     checker: CheckerFiles | None = None
     unchecked: str = ""  # why the safety checker that model_index.json names cannot be used
 
+    @property
+    def prediction(self) -> str:
+        """What its UNet predicts."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
     def config(self, name: str) -> Config | None:
         """Return the config of a network, or None if the model does not have it."""
         return next((part.config for part in self.parts if part.name == name), None)
