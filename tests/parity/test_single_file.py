@@ -514,6 +514,7 @@ def test_full_size_names_map_one_to_one(name: str, tmp_path: Path) -> None:
     report = inspect_model(hollow_file(tmp_path / "model.safetensors", full_size(name), name))
     assert report.problems == []
     assert report.passed_over == []
+    assert ("refiner" in report.kind) is (name == "refiner")
     assert report.family == ("sdxl" if name in (*XL, "refiner") else "sd2" if name == "sd2.1" else "sd1")
     assert report.prediction == ("v_prediction" if name == "sd2.1" else "epsilon")
     samplers = {"sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import mezzotint
+from mezzotint.images.io import read_metadata
 from mezzotint.prompt import expand
 from mezzotint.request import Request
 from stub_server import HOST, submit, wait_for
@@ -177,6 +179,7 @@ def test_errors_name_the_field(stub: TestClient) -> None:
         "mask": "0" * 64,
         "loras": [["../../secret", 1.0]],
         "embeddings": ["/etc/passwd"],
+        "refiner": "../../secret",
         "count": 101,
         "sampler": "nosuch",
         "guidance_scale": "7",
@@ -196,6 +199,19 @@ def test_errors_name_the_field(stub: TestClient) -> None:
     assert stub.get("/api/nosuch").json()["error"]["code"] == "not_found"
     assert stub.put("/api/jobs").json()["error"]["code"] == "method_not_allowed"
     assert stub.get("/api/queue").json()["order"] == []
+
+
+def test_a_refiner_is_a_listed_model(make_stub, tmp_path: Path) -> None:
+    path = tmp_path / "xl refiner.safetensors"
+    path.touch()
+    client = make_stub(models=("emoji", str(path)))
+    job = wait_for(client, submit(client, prompt="a", width=64, height=64, refiner="XL Refiner"))
+    assert job["state"] == "done" and job["request"]["refiner"] == "XL Refiner"
+    service = client.app.state.service
+    assert service.translator.request(job["request"]).refiner == str(path)
+    (picture,) = job["pictures"]
+    texts = read_metadata(service.folder.file("pictures", picture["id"] if isinstance(picture, dict) else picture))
+    assert json.loads(texts["mezzotint"])["request"]["refiner"] == path.name
 
 
 def test_limits_are_checked_before_work(stub: TestClient) -> None:

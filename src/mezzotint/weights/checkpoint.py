@@ -36,6 +36,7 @@ from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
 from mezzotint.weights.kinds import CONTROLNET, describe_kind
 from mezzotint.weights.model_files import (
+    AESTHETIC,
     ENCODERS,
     TINY_VAE,
     CheckerFiles,
@@ -398,7 +399,7 @@ def _report(found: ModelFiles) -> Report:
     files = {file.path: file for part in parts for file in part.files.values()}
     report = Report(
         str(found.path),
-        f"{FAMILIES[found.family]} ({found.layout})",
+        f"{FAMILIES[found.family]}{' refiner' if found.model_index.get(AESTHETIC) else ''} ({found.layout})",
         found.family,
         found.scheduler_config.get("prediction_type", "epsilon"),
         found.prediction_source,
