@@ -17,6 +17,7 @@ import mezzotint
 from mezzotint import Request
 from mezzotint.again import again, judge, read_source
 from mezzotint.errors import CheckpointError, RequestError
+from mezzotint.explain.maps import explain
 from mezzotint.images.io import read_metadata
 from mezzotint.memory.footprint import predict
 from mezzotint.memory.headers import ModelHeaders
@@ -147,6 +148,13 @@ def test_embeddings_of_the_second_encoder(sdxl: mezzotint.Pipeline, place: Path,
     assert sdxl.generate(asked).latents.equal(latents)
     save_file(pair | {"clip_g": pair["clip_g"] + 1.0}, tmp_path / "style.safetensors")
     assert not sdxl.generate(asked).latents.equal(latents)
+
+
+def test_word_maps_are_the_first_models(base: mezzotint.Pipeline, place: Path) -> None:
+    explanation = explain(base, request(place))
+    assert explanation.steps == ((0, 1),)  # of six
+    with pytest.raises(RequestError, match="the refiner takes all steps"):
+        explain(base, request(place, refiner_at=0.0))
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------

@@ -200,13 +200,15 @@ def explain(
 
     Raises:
         BudgetError: If the maps of a single step exceed the limit.
-        RequestError: If the prompt has no words.
+        RequestError: If the prompt has no words, or a refiner takes all steps.
     """
     plan = pipe.plan(request)
     request, steps = plan.request, len(plan.sigmas) - 1
     tokens, words, positions = _locate_tokens(plan.positive, pipe.tokenizers[0], plan.embeddings)
     if not words:
         raise RequestError(f"prompt is {request.prompt[:60]!r}, which has no words to explain")
+    if plan.switch and plan.sigmas[0] <= plan.switch.sigma:
+        raise RequestError("the refiner takes all steps, and only the first model's are recorded; give a refiner_at")
     side = pipe.vae.config.downscale
     unet = cast(UNet, unwrap(pipe.unet_for(plan)))
     layers = _layers(unet, ((request.height or 0) // side, (request.width or 0) // side))
@@ -334,6 +336,8 @@ class _Recorder:
 
     def __call__(self, layer: Attention, q: Tensor, k: Tensor) -> None:
         """Record the rows of the prompt, one per picture and part; Denoiser puts them first."""
+        if layer not in self.grids:  # another network's, such as a refiner's
+            return
         last = len(self.positions) - 1
         now, following = (self.positions[min(step, last)] for step in (self.step, self.step + 1))
         self.length = self.length or k.shape[2]
