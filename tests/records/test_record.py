@@ -47,6 +47,7 @@ OPTIONAL = (
     "loras",
     "controls",
     "upscaler",
+    "refiner",
     "merged",
     "embeddings",
     "placement",
