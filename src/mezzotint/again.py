@@ -66,7 +66,7 @@ DEPENDENT_FIELDS = {
 }
 UNKNOWN_SIDE, UNKNOWN_STEPS = 1024, 50  # of another program's picture whose text has none
 # fields of a Request that name files; their values in a record are never used
-FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder", "control")
+FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder", "control", "refiner")
 
 
 @dataclass(frozen=True)
