@@ -19,6 +19,7 @@ from mezzotint.again import again, judge, read_source
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.explain.maps import explain
 from mezzotint.images.io import read_metadata
+from mezzotint.memory import headers
 from mezzotint.memory.footprint import predict
 from mezzotint.memory.headers import ModelHeaders
 from mezzotint.models import offload
@@ -29,23 +30,34 @@ from mezzotint.weights import save_folder
 
 
 @pytest.fixture(scope="module")
-def place(sdxl: mezzotint.Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: a refiner, and the base model itself."""
-    place = tmp_path_factory.mktemp("models")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders: a refiner, and a base model."""
+    place, projects = tmp_path_factory.mktemp("models"), "CLIPTextModelWithProjection"
+    scheduler = SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
     with torch.random.fork_rng():
-        tokenizer = Tokenizer.clip(pad="!")
+        tokenizer = Tokenizer.subset(["a lemon on a blue background"])
         save_folder(
             place / "refiner",
             unet=tiny_unet(30, **SDXL | {"projection_class_embeddings_input_dim": 5 * 4 + WIDTH}),
             vae=tiny_vae(31),
             text_encoder=None,
             tokenizer=None,
-            second=(tiny_clip(32, tokenizer, "CLIPTextModelWithProjection"), tokenizer),
-            scheduler_config=SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+            second=(tiny_clip(32, tokenizer, projects), tokenizer),
+            scheduler_config=scheduler,
             model_index={"requires_aesthetics_score": True},
             dtype=torch.float32,
         )
-    sdxl.save(place / "base")
+        save_folder(
+            place / "base",
+            unet=tiny_unet(3, cross_attention_dim=2 * WIDTH, **SDXL),
+            vae=tiny_vae(4),
+            text_encoder=tiny_clip(5, tokenizer),
+            tokenizer=tokenizer,
+            second=(tiny_clip(6, tokenizer, projects), tokenizer),
+            scheduler_config=scheduler,
+            model_index={"force_zeros_for_empty_prompt": True},
+            dtype=torch.float32,
+        )
     return place
 
 
@@ -76,18 +88,16 @@ def mask() -> Image.Image:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sampler": "euler", "count": 3, "batch": 2},
+        {"sampler": "euler", "count": 2, "batch": 2},
         {"sampler": "euler_a", "negative_prompt": "blue"},
         {"sampler": "ddim", "image": drawing(), "strength": 0.8},
         {"sampler": "euler", "image": drawing(), "mask": mask(), "strength": 0.9},
-        {"sampler": "dpmpp_sde", "image": drawing(), "mask": mask(), "masked_content": "noise"},
         {"sampler": "euler", "image": drawing(), "mask": mask(), "differential": True, "strength": 1.0},
         {"sampler": "euler", "hires": 1.5, "hires_strength": 1.0, "seamless": "x"},
         {"sampler": "heun", "prompt": "a lemon AND a lime :0.5", "guidance_method": "cfg_zero"},
         {"sampler": "DPM++ 2M Karras"},
         {"sampler": "DPM++ 3M SDE", "noise": "philox"},
-        {"sampler": "euler_a_cfg_pp"},
-        {"sampler": "restart", "steps": 20},
+        {"sampler": "restart", "steps": 8},
     ],
     ids=lambda fields: str(fields["sampler"]),
 )
@@ -104,21 +114,21 @@ def test_the_same_model_after_itself_changes_nothing(
     assert not base.generate(asked.replace(refiner=str(place / "refiner"))).latents.equal(plain.latents)
 
 
-def test_a_multistep_solver_begins_anew_except_by_a1111s_names(sdxl: mezzotint.Pipeline, place: Path) -> None:
+def test_a_multistep_solver_begins_anew_except_by_a1111s_names(base: mezzotint.Pipeline, place: Path) -> None:
     asked = request(place, "base", sampler="dpmpp_2m")
-    assert not sdxl.generate(asked).latents.equal(sdxl.generate(asked.replace(refiner=None, refiner_at=None)).latents)
-    plan = sdxl.plan(asked)
+    assert not base.generate(asked).latents.equal(base.generate(asked.replace(refiner=None, refiner_at=None)).latents)
+    plan = base.plan(asked)
     assert plan.switch and plan.switch.step == 3 and plan.switch.sigma == plan.sigmas[3]
-    steps = list(sdxl.stream(asked))
+    steps = list(base.stream(asked))
     assert [step.index for step in steps] == [*range(6)]
     assert [step.sigma for step in steps] == plan.sigmas[1:]
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 0.55, 0.8, 0.999, 1.0])
 @pytest.mark.parametrize("name", ["DPM++ 2M Karras", "Euler a", "DDIM", "Heun"])
-def test_a1111_changes_the_model_by_the_nearest_timestep(sdxl: mezzotint.Pipeline, name: str, at: float) -> None:
+def test_a1111_changes_the_model_by_the_nearest_timestep(base: mezzotint.Pipeline, name: str, at: float) -> None:
     """Its apply_refiner, written out: (999 - index of the nearest level) / 1000 is at least the share."""
-    plan = sdxl.plan(Request("a", sampler=name, steps=30))
+    plan = base.plan(Request("a", sampler=name, steps=30))
     table = torch.from_numpy(plan.schedule.sigmas)
     switch = refiner_switch(at, plan.sampler, plan.schedule, plan.sigmas)
     assert switch.step is None
@@ -127,27 +137,27 @@ def test_a1111_changes_the_model_by_the_nearest_timestep(sdxl: mezzotint.Pipelin
         assert (sigma <= switch.sigma) == bool((999 - timestep) / 1000 >= at), sigma
 
 
-def test_only_the_first_model_has_loras_and_freeu(sdxl: mezzotint.Pipeline, place: Path) -> None:
+def test_only_the_first_model_has_loras_and_freeu(base: mezzotint.Pipeline, place: Path) -> None:
     asked = request(place, freeu=(1.3, 1.4, 0.9, 0.2), sampler="euler", refiner_at=0.0)
-    assert sdxl.generate(asked).latents.equal(sdxl.generate(asked.replace(freeu=None)).latents)
-    plan = sdxl.plan(asked).refined
+    assert base.generate(asked).latents.equal(base.generate(asked.replace(freeu=None)).latents)
+    plan = base.plan(asked).refined
     assert plan and plan.request.negative_prompt == "" and plan.model.has_aesthetic_score and not plan.loras
 
 
-def test_embeddings_of_the_second_encoder(sdxl: mezzotint.Pipeline, place: Path, tmp_path: Path) -> None:
+def test_embeddings_of_the_second_encoder(base: mezzotint.Pipeline, place: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
     pair = {name: torch.randn(2, WIDTH, generator=generator) for name in ("clip_l", "clip_g")}
     save_file(pair, tmp_path / "style.safetensors")
     asked = request(place, prompt="a style lemon", embeddings=tmp_path / "style.safetensors", refiner_at=0.0)
-    plan = sdxl.plan(asked).refined
+    plan = base.plan(asked).refined
     assert plan and [each.tolist() for each in plan.embeddings["style"]] == [pair["clip_g"].tolist()]
-    latents = sdxl.generate(asked).latents
+    latents = base.generate(asked).latents
     save_file(pair | {"clip_l": pair["clip_l"] + 1.0}, tmp_path / "style.safetensors")
-    assert sdxl.generate(asked).latents.equal(latents)
+    assert base.generate(asked).latents.equal(latents)
     save_file(pair | {"clip_g": pair["clip_g"] + 1.0}, tmp_path / "style.safetensors")
-    assert not sdxl.generate(asked).latents.equal(latents)
+    assert not base.generate(asked).latents.equal(latents)
 
 
 def test_word_maps_are_the_first_models(base: mezzotint.Pipeline, place: Path) -> None:
@@ -161,7 +171,7 @@ def test_word_maps_are_the_first_models(base: mezzotint.Pipeline, place: Path) -
 
 
 def test_what_does_not_fit_is_a_sentence(
-    sd1: mezzotint.Pipeline, sd1_folder: Path, sdxl: mezzotint.Pipeline, place: Path, tmp_path: Path
+    sd1: mezzotint.Pipeline, sd1_folder: Path, base: mezzotint.Pipeline, place: Path, tmp_path: Path
 ) -> None:
     def refused(pipe: mezzotint.Pipeline, **fields: Any) -> str:
         with pytest.raises((RequestError, CheckpointError)) as error:
@@ -169,19 +179,19 @@ def test_what_does_not_fit_is_a_sentence(
         return str(error.value)
 
     assert "but this model is of the family sd1; it follows a text-to-image model" in refused(sd1, refiner="x")
-    assert "refiner: " in (sentence := refused(sdxl, refiner=sd1_folder)) and "a model of the family sd1" in sentence
-    assert refused(sdxl, refiner="nowhere.safetensors").startswith("refiner: 'nowhere.safetensors' does not exist")
-    assert "refiner_at is given, but there is no refiner" in refused(sdxl, refiner_at=0.5)
-    assert "tile and refiner are both given" in refused(sdxl, refiner="x", image=drawing(), tile=64)
+    assert "refiner: " in (sentence := refused(base, refiner=sd1_folder)) and "a model of the family sd1" in sentence
+    assert refused(base, refiner="nowhere.safetensors").startswith("refiner: 'nowhere.safetensors' does not exist")
+    assert "refiner_at is given, but there is no refiner" in refused(base, refiner_at=0.5)
+    assert "tile and refiner are both given" in refused(base, refiner="x", image=drawing(), tile=64)
     assert "refiner_at is nan; it must be a number from 0 to 1" in _error(refiner="x", refiner_at=float("nan"))
     assert "aesthetic_score is 11; it must be a number from 0 to 10" in _error(aesthetic_score=11)
     alone = mezzotint.load(place / "refiner", device="cpu")
     assert "but this model is SDXL's refiner itself" in refused(alone, refiner=place / "refiner")
     layers = {"pag_scale": 2.0, "pag_layers": ["down_blocks.0"]}
-    assert sdxl.plan(request(place, **layers)).refined
+    assert base.plan(request(place, **layers)).refined
     for at, words in ((0.0, "takes all of 6 steps"), (1.0, "takes none of 6 steps")):
-        assert any(words in notice for notice in sdxl.plan(request(place, refiner_at=at)).notices)
-    assert not sdxl.plan(request(place)).notices
+        assert any(words in notice for notice in base.plan(request(place, refiner_at=at)).notices)
+    assert not base.plan(request(place)).notices
 
 
 def _error(**fields: Any) -> str:
@@ -193,9 +203,9 @@ def _error(**fields: Any) -> str:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_and_the_picture_again(sdxl: mezzotint.Pipeline, place: Path, tmp_path: Path) -> None:
+def test_the_record_and_the_picture_again(base: mezzotint.Pipeline, place: Path, tmp_path: Path) -> None:
     asked = request(place, count=2, batch=2, sampler="dpmpp_2m", aesthetic_score=7.0)
-    pictures = sdxl.generate(asked).images
+    pictures = base.generate(asked).images
     pictures[1].save(tmp_path / "a.png")
     texts = read_metadata(tmp_path / "a.png")
     record = json.loads(texts["mezzotint"])
@@ -205,18 +215,18 @@ def test_the_record_and_the_picture_again(sdxl: mezzotint.Pipeline, place: Path,
     assert "Refiner: refiner, Refiner switch at: 0.5" in texts["parameters"]
     source = read_source(tmp_path / "a.png")
     with pytest.raises(RequestError, match=r"with the refiner 'refiner' \(SHA-256 \w{10}\.\.\.\); give it with --ref"):
-        again(sdxl, source)
-    drawn = again(sdxl, source, refiner=str(place / "refiner"))[0]
+        again(base, source)
+    drawn = again(base, source, refiner=str(place / "refiner"))[0]
     assert judge(source, drawn).identical
-    other = again(sdxl, source, refiner=str(place / "base"))[0]
+    other = again(base, source, refiner=str(place / "base"))[0]
     sentences = judge(source, other).sentences
     assert sentences[0].startswith("differs") and any("the refiner's unet" in sentence for sentence in sentences)
 
 
-def test_a1111s_text(sdxl: mezzotint.Pipeline) -> None:
+def test_a1111s_text(base: mezzotint.Pipeline) -> None:
     from mezzotint.records.infotext import parse, to_request, write
 
-    resolved = sdxl.resolve(
+    resolved = base.resolve(
         Request("a", refiner="C:\\models\\sd_xl_refiner_1.0.safetensors", seed=1, sampler="Euler a")
     )
     text = write(resolved, 1, "base", "1", "0123456789", "7440042bbd")
@@ -230,7 +240,8 @@ def test_a1111s_text(sdxl: mezzotint.Pipeline) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_both_models_are_counted_one_after_the_other(place: Path) -> None:
+def test_both_models_are_counted_one_after_the_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "MIN_OFFLOAD_NUMEL", 100)
     model, asked = ModelHeaders.of(place / "base", device="cpu"), request(place)
     resident, offloaded = (
         {refiner: predict(model, asked.replace(refiner=refiner, refiner_at=at), Placement(weights=weights), base=0)
