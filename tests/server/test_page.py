@@ -15,8 +15,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import mezzotint
-from browser import LONG, Page, serving
+from browser import GIVE, LONG, Page, serving
+from controls import write_control
+from mezzotint.memory.headers import ModelHeaders
 
+DROP_ON = f"""{GIVE}
+document.querySelector(arguments[1]).dispatchEvent(
+  new DragEvent("drop", {{bubbles: true, cancelable: true, dataTransfer: data}}));
+"""
 pytestmark = pytest.mark.browser
 
 
@@ -32,6 +38,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "loras" / "fast.safetensors").symlink_to(bundled / "lcm_lora.safetensors")
     save_file({"emb_params": torch.zeros(2, 192)}, root / "embeddings" / "dotted.safetensors")
     (root / "wildcards" / "fruit.txt").write_text("lemon\ncherry\n")
+    (root / "controls").mkdir()
+    write_control(root / "controls" / "outline.safetensors", ModelHeaders.of().unet)
+    options += ["--controls", str(root / "controls")]
     with serving(root / "data", *options) as found:
         yield found
 
@@ -169,6 +178,41 @@ def test_pickers_write_into_the_prompt(page: Page) -> None:
     assert job["request"]["embeddings"] == ["dotted"]
     record = page.api("GET", f"/api/pictures/{picture['id']}/record")
     assert "fast" in json.dumps(record["facts"])  # the file that the prompt names
+
+
+def test_a_controlnet_follows_a_picture(page: Page) -> None:
+    page.draw("a lemon on a blue background", steps=1)
+    first = page.finished("a lemon on a blue background")
+    page.click("#control summary")
+    page.wait(lambda: "once it has a picture" in page.text(".control-card .note"))
+    assert page.value("#control-file-0") == "outline"
+    page.script(DROP_ON, page.file(first), "#control-picture-0")
+    page.wait(lambda: page.all(".control-image"))
+    page.click("#control-canny-0")
+    page.wait(lambda: page.all(".control-image[src*='canny']"))
+    page.write("#control-low-0", "50\t")
+    page.wait(lambda: page.all(".control-image[src*='low=50']"))
+    Select(page.one("#control-mode-0")).select_by_value("control")
+    page.script(
+        "const range = document.getElementById('control-scale-0'); range.value = 0.5; "
+        "range.dispatchEvent(new Event('input'))"
+    )
+    page.open()  # it is kept over a reload
+    page.wait(lambda: page.all(".control-image[src*='low=50']"))
+    page.check_axe()
+    page.draw("a lemon", steps=1)
+    picture = page.finished("a lemon")
+    (unit,) = page.job(picture)["request"]["control"]
+    assert {**unit, "image": ""} == {"file": "outline", "image": "", "mode": "control", "scale": 0.5}
+    page.click("#badge")
+    page.wait(lambda: page.text("#badge").startswith("Verified"))
+    page.click("#control-remove-0")
+    page.wait(lambda: not page.all(".control-card"))
+    page.click("#use-settings")
+    page.wait(lambda: page.all(f".control-image[src$='{unit['image']}']"))
+    page.click(".menu summary")
+    page.click("#use-control")
+    page.wait(lambda: not page.all(f".control-image[src$='{unit['image']}']") and page.all(".control-image"))
 
 
 def test_a_wildcard_is_offered_and_chosen(page: Page) -> None:

@@ -200,6 +200,9 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
         {"mask": text},
         {"sampler": text},
         {"control": [text]},
+        {"control": [{"file": text, "image": PICTURE}]},
+        {"control": [{"file": "lemon", "image": text}]},
+        {"regions": [{"prompt": "a", "mask": text}]},
     ):
         yield "/api/jobs", {"request": {"prompt": "a", "seed": 1, **field}}, True
     for field in ("lora_folder", "wildcards"):
@@ -223,6 +226,10 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
     yield "/sdapi/v1/options", {"outdir_samples": text, text: text}, False
     yield "/sdapi/v1/img2img", {**small, "init_images": [text]}, True
     yield "/sdapi/v1/img2img", {**small, "init_images": [PICTURE], "mask": text}, text != ""
+    for field in ("model", "module", "image"):
+        unit = {"model": "lemon", "image": PICTURE, field: text}
+        yield "/sdapi/v1/txt2img", {**small, "alwayson_scripts": {"controlnet": {"args": [unit]}}}, True
+    yield "/controlnet/detect", {"controlnet_module": "canny", "controlnet_input_images": [text]}, True
     yield "/sdapi/v1/png-info", {"image": text}, True
     for field in ("image", "upscaler_1"):
         yield "/sdapi/v1/extra-single-image", {"image": PICTURE, field: text}, True
@@ -233,7 +240,7 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
 
 
 def test_names_are_never_paths(make_stub, tmp_path: Path, opened: list[str]) -> None:
-    folders = {name: tmp_path / name for name in ("loras", "embeddings", "vaes", "wildcards")}
+    folders = {name: tmp_path / name for name in ("loras", "embeddings", "vaes", "controls", "wildcards")}
     for folder in folders.values():
         folder.mkdir()
     (tmp_path / "secret.safetensors").write_bytes(b"secret")

@@ -27,6 +27,9 @@ def serve(
     vaes: Annotated[Path | None, option("Folder of VAE files.", "FOLDER", MODEL)] = None,
     loras: Annotated[Path | None, option("Folder of LoRA files.", "FOLDER", MODEL)] = None,
     embeddings: Annotated[Path | None, option("Folder of textual inversions.", "FOLDER", MODEL)] = None,
+    controls: Annotated[
+        Path | None, option("Folder of ControlNets: files, and folders of diffusers.", "FOLDER", MODEL)
+    ] = None,
     wildcards: Annotated[Path | None, option("Folder of wildcard files.", "FOLDER", MODEL)] = None,
     host: Annotated[
         str, option("Address to listen on; another than this machine's own needs a token.", "ADDRESS", SERVER)
@@ -55,6 +58,16 @@ def serve(
     preview_every: Annotated[
         int, option("Steps between two previews; 0 is none.", "N", OUTPUT, default="1", name="--preview-every")
     ] = 1,
+    preview_vae: Annotated[
+        list[str] | None,
+        option(
+            "TAESD that shows the previews of a model. May be repeated, in the order of --model.",
+            "FILE",
+            OUTPUT,
+            default="a matrix that is fitted to the model's VAE",
+            name="--preview-vae",
+        ),
+    ] = None,
     memory: Memory = None,
     device: Annotated[
         list[str] | None,
@@ -95,6 +108,7 @@ def serve(
         vaes=vaes,
         loras=loras,
         embeddings=embeddings,
+        controls=controls,
         wildcards=wildcards,
         devices=tuple(device or ()),
         share_batches=share_batches,
@@ -104,6 +118,7 @@ def serve(
         allow_hosts=tuple(allow_host or ()),
         cors=tuple(cors or ()),
         preview_every=preview_every,
+        preview_vaes=tuple(preview_vae or ()),
     )
     run(settings, lambda url: show(url))
 

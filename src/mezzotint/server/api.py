@@ -21,12 +21,18 @@ router = APIRouter(prefix="/api", tags=["jobs"])
 Id = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 EXAMPLE: dict[str, Any] = {"request": {"prompt": "a lemon on a blue background", "seed": 7, "steps": 20}}
+CONTROLLED: dict[str, Any] = {
+    "request": {
+        "prompt": "a house",
+        "control": [{"file": "canny", "image": "iVBORw0KGgo=", "preprocessor": "canny", "scale": 0.8, "end": 0.6}],
+    }
+}
 
 
 class Submission(BaseModel):
     """One request or several, each of which becomes a job."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE, CONTROLLED]})
 
     request: JobBody | None = None  # type: ignore[valid-type]
     requests: list[JobBody] | None = Field(default=None, min_length=1, max_length=100)  # type: ignore[valid-type]

@@ -31,7 +31,7 @@ from mezzotint.server.settings import Settings
 from mezzotint.server.static import add_page
 
 log = logging.getLogger("mezzotint.server")
-ROUTERS = [health.router, a1111.router, openai.router]
+ROUTERS = [health.router, *a1111.routers, openai.router]
 ROUTERS_WITH_STATE = [api.router, history_api.router, words_api.router]
 # what a stateless server does not have: another replica may get the next request
 ABSENT = ("/metrics", "/v1/images/files/{token}", *(f"/sdapi/v1/{name}" for name in ("progress", "interrupt", "skip")))

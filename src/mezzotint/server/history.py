@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mezzotint.server.entries import pictures_of
 from mezzotint.server.errors import NotFoundError
 from mezzotint.server.files import DataFolder
 from mezzotint.server.store import Picture, Store, as_picture
@@ -142,7 +143,7 @@ class History:
             waiting = self._store.rows("SELECT request FROM jobs WHERE state IN ('queued', 'running')")
             requests = [json.loads(row["request"]) for row in waiting]
             needed = {str(request.get(name)) for request in requests for name in ("image", "mask")}
-            needed |= {str(region.get("mask")) for request in requests for region in request.get("regions") or ()}
+            needed |= {id for request in requests for id in pictures_of(request)}
             kept = self._store.rows("SELECT id, bytes FROM uploads WHERE used < ? ORDER BY used", [now - FRESH])
             for row in kept:
                 if excess > 0 and row["id"] not in needed:

@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, Response
 
 from mezzotint.server.api import Core, Id
 from mezzotint.server.bodies import JSONResponse, body_schema, read_json, read_upload, upload_schema
+from mezzotint.server.entries import HIGH, LOW, edges
 from mezzotint.server.errors import NotFoundError
 from mezzotint.server.worker import make_thumbnail
 
@@ -145,6 +146,20 @@ def uploaded(core: Core, id: UploadId, if_none_match: Annotated[str, Header()] =
     """Return an uploaded file."""
     found: dict[str, Any] = core.history.find_upload(id)
     return _file(core.folder.file("uploads", id), f"image/{found['format'].lower()}", f'"{id}"', if_none_match)
+
+
+@router.get("/uploads/{id}/canny", responses=PNG)
+def canny(
+    core: Core,
+    id: UploadId,
+    low: Annotated[float, Query(ge=0, le=10_000)] = LOW,
+    high: Annotated[float, Query(ge=0, le=10_000)] = HIGH,
+) -> Response:
+    """Return the edges of an uploaded picture, as a ControlNet with the preprocessor canny gets them."""
+    core.history.find_upload(id)
+    data = core.folder.file("uploads", id).read_bytes()
+    made = edges(data, low, high, "file", core.settings.limits.batch_pixels)
+    return Response(made, media_type="image/png", headers={"Cache-Control": MAX_AGE})
 
 
 def _file(path: Path, kind: str, etag: str, if_none_match: str) -> Response:

@@ -78,7 +78,7 @@ class Guard:
                 fields["X-Request-Id"] = request_id
                 for name, value in SECURITY.items():
                     fields.setdefault(name, value)
-                if scope["path"].startswith(("/api", "/sdapi", "/v1")):
+                if scope["path"].startswith(("/api", "/sdapi", "/controlnet", "/v1")):
                     fields.setdefault("Cache-Control", "no-store")
                 if origin.lower() in self._cors:
                     fields["Access-Control-Allow-Origin"] = origin

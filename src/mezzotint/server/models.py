@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezzotint.errors import BudgetError, MezzotintError
+from mezzotint.errors import BudgetError, CheckpointError, MezzotintError
 from mezzotint.server.errors import InvalidError
 from mezzotint.server.settings import Settings
 from mezzotint.weights.hub import BUNDLED
@@ -25,14 +26,17 @@ if TYPE_CHECKING:
     from mezzotint.memory.planner import MemoryPlan
     from mezzotint.pipeline import Pipeline
     from mezzotint.request import Request
-    from mezzotint.run.preview import LatentPreview
+    from mezzotint.run.preview import LatentPreview, TinyPreview
 
+log = logging.getLogger("mezzotint.server")
 SUFFIXES = {
     "vaes": (".safetensors", ".pt", ".ckpt"),
     "loras": (".safetensors", ".pt", ".bin"),
     "embeddings": (".safetensors", ".pt", ".bin", ".png", ".webp"),
+    "controls": (".safetensors", ".pth", ".pt", ".bin", ".ckpt"),
     "wildcards": (".txt",),
 }
+DIFFUSERS = "diffusion_pytorch_model"  # how the weights in a folder of diffusers are called
 MAX_FILES = 10_000
 
 
@@ -41,7 +45,7 @@ class LoadedModel:
     """A model in memory."""
 
     pipe: Pipeline
-    preview: LatentPreview | None = None
+    preview: LatentPreview | TinyPreview | None = None
 
 
 class Models:
@@ -74,16 +78,23 @@ class Models:
         return next(iter(self.paths))
 
     def names(self, kind: str) -> dict[str, Path]:
-        """Return the files of a kind ("vaes", "loras", "embeddings" or "wildcards") by name.
+        """Return the files of a kind ("vaes", "loras", "embeddings", "controls" or "wildcards") by name.
 
         A name is the file's path below its folder without the suffix, with / between folders. Where two files differ
-        in the suffix alone, the first by name has it.
+        in the suffix alone, the first by name has it. A ControlNet's folder of diffusers has the folder's name.
         """
         folder = self._settings.folders().get(kind)
         if folder is None:
             return {}
         files = sorted(list_files(folder, SUFFIXES[kind]))[:MAX_FILES]
-        return {name.rpartition(".")[0]: folder / name for name in reversed(files)}
+        found: dict[str, Path] = {}
+        for file in reversed(files):
+            place, _, last = file.rpartition("/")
+            if kind == "controls" and place and last.startswith(DIFFUSERS):
+                found[place] = folder / place
+            else:
+                found[file.rpartition(".")[0]] = folder / file
+        return found
 
     def find(self, kind: str, name: str, param: str) -> str:
         """Return the path of a listed file.
@@ -210,10 +221,19 @@ class Models:
             torch.cuda.set_device(self.device)  # of this thread, for kernels that are not told their device
         dtype = self._settings.dtype
         pipe = mezzotint.load(self.paths[key[0]], device=self.device, dtype=dtype, **place, **options)
-        return LoadedModel(pipe, self._preview(pipe))
+        return LoadedModel(pipe, self._preview(pipe, key[0]))
 
-    def _preview(self, pipe: Pipeline) -> LatentPreview | None:
-        return pipe.preview() if self._settings.preview_every else None
+    def _preview(self, pipe: Pipeline, model: str) -> LatentPreview | TinyPreview | None:
+        """Return what shows a model's latents, the TAESD that is given for it or a matrix; None without previews."""
+        if not self._settings.preview_every:
+            return None
+        given = dict(zip(self.paths, self._settings.preview_vaes, strict=False)).get(model)
+        if given is not None:
+            try:
+                return pipe.preview(given)
+            except CheckpointError as error:
+                log.warning("previews of %s are shown without its TAESD: %s", model, error)
+        return pipe.preview()
 
     def _fits(self, pipe: Pipeline, request: Request) -> bool:
         """Return whether a request fits the budget that a pipeline was loaded with."""
@@ -229,6 +249,22 @@ class Models:
         """Return the width and height that a model draws when none is given; its files' headers are read once."""
         info = _headers(self.paths[model], self.device, self._settings.dtype, ()).info
         return info.settings.get("width", info.native_size), info.settings.get("height", info.native_size)
+
+    def check_controls(self, model: str, request: Request) -> None:
+        """Check that the ControlNets of a request are for a model, by the headers of their files.
+
+        Raises:
+            CheckpointError: If one is not, or is damaged.
+        """
+        path = self.paths[model]
+        if path is not None and not Path(path).exists():
+            return  # a hub id, whose files may not be here yet
+        headers = _headers(path, self.device, self._settings.dtype, ())
+        for k, entry in enumerate(request.control or ()):
+            try:
+                headers.control(entry.file)
+            except CheckpointError as error:
+                raise CheckpointError(f"control[{k}].file: {error}") from None
 
     def plan(self, model: str, vae: str | None, request: Request, memory: str | None = None) -> MemoryPlan:
         """Plan the memory of a request, without loading the model.

@@ -50,7 +50,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
         for name in app.state.absent:
             document["paths"].pop(name, None)
         for name, path in document["paths"].items():
-            content = {"application/json": {"schema": either if name.startswith("/sdapi/") else error}}
+            content = {
+                "application/json": {"schema": either if name.startswith(("/sdapi/", "/controlnet/")) else error}
+            }
             for method in METHODS:
                 if method in path:
                     path[method]["responses"].pop("422", None)

@@ -38,6 +38,7 @@ class Options(BaseModel):
         vaes: A folder of VAE files.
         loras: A folder of LoRA files.
         embeddings: A folder of textual inversions.
+        controls: A folder of ControlNets.
         wildcards: A folder of wildcard files.
         allow_host: Names of reverse proxies.
         cors: Origins whose pages may read replies.
@@ -55,6 +56,7 @@ class Options(BaseModel):
     vaes: Path | None = None
     loras: Path | None = None
     embeddings: Path | None = None
+    controls: Path | None = None
     wildcards: Path | None = None
     allow_host: Names = ()
     cors: Names = ()
@@ -74,6 +76,7 @@ class Options(BaseModel):
             vaes=self.vaes,
             loras=self.loras,
             embeddings=self.embeddings,
+            controls=self.controls,
             wildcards=self.wildcards,
             devices=("cuda" if self.gpus else "cpu",),
             dtype=self.dtype,

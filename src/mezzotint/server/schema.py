@@ -1,7 +1,7 @@
 """The body of a job: the fields of Request, with pictures by value or upload id and files by listed name.
 
 `JobBody` is derived from Request, so that a new field of Request is a new field here. Folders are left out: those that
-the server was started with are used; and so are ControlNets.
+the server was started with are used.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import binascii
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.request import Request
+from mezzotint.server import entries
+from mezzotint.server.entries import PICTURE
 from mezzotint.server.errors import InvalidError
 from mezzotint.server.files import ID, DataFolder
 from mezzotint.server.history import History
@@ -23,14 +25,15 @@ from mezzotint.server.models import Models
 from mezzotint.server.settings import Limits, Settings
 
 FOLDERS = ("lora_folder", "wildcards")
-LEFT_OUT = (*FOLDERS, "control")  # its entries name files of this machine, which a client may not
+LEFT_OUT = (*FOLDERS, *entries.LEFT_OUT)
 PICTURES = ("image", "mask")
 FILES = {"loras": "loras", "embeddings": "embeddings"}  # fields of names, and the kinds of their listings
-_PICTURE = "the id of an upload, or a PNG, JPEG or WebP file in base64, also as a data: URI"
 _NAMES = {
     "loras": "a list of at most 100 LoRAs: (a name from /api/loras, scale) or (name, UNet scale, text encoder scale)",
     "embeddings": "a list of at most 1000 names from /api/embeddings",
     "refiner": "a name from /api/models, usually of SDXL's refiner",
+    "control": "a list of at most 16 ControlNets, each an object with file (a name from /api/controls), image, scale, "
+    "start, end, mode, resize_mode and preprocessor",
 }
 _GROUPS = {
     "prompt": "prompt negative_prompt prompt_syntax emphasis embeddings loras choices clip_skip regions region_base",
@@ -41,6 +44,7 @@ _GROUPS = {
     "pag_adaptive_scale freeu",
     "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask differential masked_content "
     "only_masked outpaint tile",
+    "control": "control",
     "hires": "hires hires_upscale hires_steps hires_strength",
     "sdxl": "original_size crop target_size refiner refiner_at aesthetic_score negative_aesthetic_score",
     "safety": "safety",
@@ -56,14 +60,15 @@ def _fields() -> dict[str, Any]:
             continue
         if name in PICTURES:
             text = Annotated[str, Field(min_length=1)]
-            fields[name] = (text | None, Field(default=None, description=_PICTURE))
+            fields[name] = (text | None, Field(default=None, description=PICTURE))
         elif name == "hires_upscale":  # a client names no file of an upscaler
             words = Literal["latent", "pixels"]
             fields[name] = (words | None, Field(default=None, description="latent or pixels: what is enlarged"))
         else:
             changed = field._copy()
             changed.description = _NAMES.get(name, field.description)
-            fields[name] = (field.annotation, changed)
+            kind = entries.KINDS.get(name)
+            fields[name] = (tuple[kind.body, ...] | None if kind else field.annotation, changed)  # type: ignore[name-defined]
     return fields
 
 
@@ -115,9 +120,10 @@ class Translator:
         stored = {name: value for name, value in fields.items() if value is not None}
         for name in LEFT_OUT:
             stored.pop(name, None)
+        stored |= entries.normalise(stored)
         if "embeddings" not in stored:
             prompts = [str(stored.get(name, "")) for name in ("prompt", "negative_prompt")]
-            prompts += [str(dict(region).get("prompt", "")) for region in _regions(stored)]
+            prompts += [str(region.get("prompt", "")) for region in stored.get("regions", ())]
             if named := self._models.embeddings_in("\n".join(prompts)):
                 stored["embeddings"] = named
         check_limits(stored, self._settings.limits)
@@ -125,8 +131,9 @@ class Translator:
             if name in stored:
                 stored[name] = self._upload(stored[name], name)
         self._check_size(stored, model)
-        if _regions(stored):
-            stored["regions"] = _map_masks(_regions(stored), self._upload)
+        for k, entry in enumerate(stored.get("control", ())):
+            entries.preprocess(entry, self._bytes_of, f"control[{k}]", self._settings.limits.batch_pixels)
+        stored |= entries.convert(stored, self._upload)
         if stored.get("seed") is None:
             stored["seed"] = secrets.randbelow(2**32)  # drawn now, so that a restart gives the same bits
         self.request(stored)
@@ -142,8 +149,7 @@ class Translator:
         for name in PICTURES:
             if name in fields:
                 fields[name] = self._read_upload(str(fields[name]), name)
-        if _regions(fields):
-            fields["regions"] = _map_masks(_regions(fields), self._read_upload)
+        fields |= entries.convert(fields, lambda id, place: self._read_upload(str(id), place), self._find_file)
         for name, kind in FILES.items():
             if fields.get(name):
                 fields[name] = [self._find(kind, entry, name) for entry in fields[name]]
@@ -157,7 +163,7 @@ class Translator:
             return Request(**fields)
         except RequestError as error:
             message = str(error)
-            word = message.split(" ", 1)[0]
+            word = message.split(" ", 1)[0].partition("[")[0]
             raise InvalidError(message, word if word in Request.model_fields else None) from None
 
     def message(self, error: MezzotintError) -> str:
@@ -174,12 +180,21 @@ class Translator:
             return [self._models.find(kind, entry[0], param), *entry[1:]]
         raise InvalidError(f"{param} must be {_NAMES[param]}", param)
 
+    def _find_file(self, kind: str, name: Any, param: str) -> str:
+        if not isinstance(name, str):
+            raise InvalidError(f"{param} must be a name from /api/{kind}", param)
+        return self._models.find(kind, name, param)
+
+    def _bytes_of(self, value: Any, param: str) -> bytes:
+        """Return a picture that is given by value or id."""
+        return value if isinstance(value, bytes) else self._read_upload(self._upload(value, param), param)
+
     def _upload(self, value: Any, param: str) -> str:
         """Return the id of the upload of a picture that is given by value or id."""
         if isinstance(value, bytes):
             return str(self._history.upload(value, param)["id"])
         if not isinstance(value, str):
-            raise InvalidError(f"{param} must be {_PICTURE}", param)
+            raise InvalidError(f"{param} must be {PICTURE}", param)
         if ID.fullmatch(value):
             self._read_upload(value, param)
             return value
@@ -226,22 +241,6 @@ class Translator:
             raise InvalidError(f"{param} is the upload {id[:64]!r}, which does not exist", param) from None
 
 
-def _regions(fields: Mapping[str, Any]) -> list[Any]:
-    """Return the regions of a body that are objects, as they should be; others are Request's to refuse."""
-    regions = fields.get("regions")
-    whole = isinstance(regions, list | tuple) and all(isinstance(each, Mapping | BaseModel) for each in regions)
-    return list(regions or ()) if whole else []
-
-
-def _map_masks(regions: Sequence[Any], convert: Callable[[Any, str], Any]) -> list[dict[str, Any]]:
-    """Return regions with their masks converted; `convert` takes a mask and its name."""
-    entries = [dict(region) for region in regions]
-    for k, entry in enumerate(entries):
-        if entry.get("mask") is not None:
-            entry["mask"] = convert(entry["mask"], f"regions[{k}].mask")
-    return entries
-
-
 def decode_base64(text: str, param: str) -> bytes:
     """Return the bytes of base64 text, which may be a data: URI. Raises InvalidError."""
     if text[:5].lower() == "data:":
@@ -249,7 +248,7 @@ def decode_base64(text: str, param: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error):
-        raise InvalidError(f"{param} must be {_PICTURE}", param) from None
+        raise InvalidError(f"{param} must be {PICTURE}", param) from None
 
 
 def check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
@@ -266,8 +265,8 @@ def check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
     for name in ("prompt", "negative_prompt"):
         if isinstance(fields.get(name), str):
             check(name, len(fields[name]), limits.prompt, "characters")
-    for region in _regions(fields):
-        check("regions", len(str(dict(region).get("prompt", ""))), limits.prompt, "characters")
+    for region in fields.get("regions") or ():
+        check("regions", len(str(region.get("prompt", ""))), limits.prompt, "characters")
     for name in ("steps", "hires_steps", "cfg_zero_init_steps"):
         check(name, fields.get(name), limits.steps, "steps")
     for name in ("sigmas", "timesteps"):

@@ -306,11 +306,15 @@ class Service:
             raise UnavailableError("the disk of the data folder is full", retry_after=30)
 
     def _check_fits(self, model: str, vae: str | None, stored: Mapping[str, Any]) -> None:
-        """Check that a request fits the memory that the server was given."""
-        if self.settings.memory is None:
+        """Check that a request fits the memory that the server was given, and its ControlNets the model."""
+        if self.settings.memory is None and not stored.get("control"):
             return
         try:
-            self.models.plan(model, vae, self.translator.request(stored))
+            request = self.translator.request(stored)
+            if self.settings.memory is None:
+                self.models.check_controls(model, request)
+            else:
+                self.models.plan(model, vae, request)
         except ServerError:
             raise
         except MezzotintError as error:

@@ -13,6 +13,7 @@ from mezzotint.placement import parse_size
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", re.IGNORECASE)
 ORIGIN = re.compile(r"https?://[a-z0-9.\[\]:-]{1,260}", re.IGNORECASE)
 CUDA = re.compile(r"cuda:\d{1,3}")
+FOLDERS = ("vaes", "loras", "embeddings", "controls", "wildcards")  # of files that a request may name
 MIN_TOKEN = 16  # characters
 
 
@@ -56,6 +57,7 @@ class Settings:
         vaes: A folder of VAE files, or None.
         loras: A folder of LoRA files, or None.
         embeddings: A folder of textual inversions, or None.
+        controls: A folder of ControlNets, or None.
         wildcards: A folder of wildcard files, or None.
         devices: The devices that draw, each a job at a time; empty means every CUDA device, else the best one.
         share_batches: Whether jobs that differ only in prompt and seed share a batch, on CUDA devices alone.
@@ -65,6 +67,7 @@ class Settings:
         allow_hosts: Names, besides the address, under which a browser may reach the server.
         cors: Origins of other pages that may read the replies.
         preview_every: Steps between two previews; 0 is none.
+        preview_vaes: TAESDs that decode the previews, in the order of the models; others are shown by a matrix.
         stateless: Whether nothing is kept after a reply: no history, links or options, and jobs in memory alone.
         limits: What one request may ask for.
     """
@@ -77,6 +80,7 @@ class Settings:
     vaes: Path | None = None
     loras: Path | None = None
     embeddings: Path | None = None
+    controls: Path | None = None
     wildcards: Path | None = None
     devices: tuple[str, ...] = ()
     share_batches: bool = False
@@ -86,6 +90,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     preview_every: int = 1
+    preview_vaes: tuple[str, ...] = ()
     stateless: bool = False
     limits: Limits = Limits()
 
@@ -120,7 +125,7 @@ class Settings:
 
     def folders(self) -> dict[str, Path]:
         """Return the given folders of files that a request may name."""
-        given = {name: getattr(self, name) for name in ("vaes", "loras", "embeddings", "wildcards")}
+        given = {name: getattr(self, name) for name in FOLDERS}
         return {name: folder for name, folder in given.items() if folder is not None}
 
 

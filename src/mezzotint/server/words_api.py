@@ -89,6 +89,12 @@ def embeddings(core: Core) -> JSONResponse:
     return JSONResponse({"embeddings": [*core.models.names("embeddings")]})
 
 
+@router.get("/controls")
+def controls(core: Core) -> JSONResponse:
+    """List the ControlNets."""
+    return JSONResponse({"controls": sorted(core.models.names("controls"))})
+
+
 @router.get("/wildcards")
 def wildcards(core: Core) -> JSONResponse:
     """List the wildcards of prompts in the comfy syntax."""

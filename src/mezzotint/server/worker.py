@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mezzotint.errors import MezzotintError, WriteError
 from mezzotint.files import DISK_ERRORS
 from mezzotint.server.batches import find_alike
+from mezzotint.server.entries import KINDS
 from mezzotint.server.events import Events
 from mezzotint.server.files import SPARE_DISK, DataFolder, encode, thumbnail
 from mezzotint.server.history import History
@@ -368,7 +369,7 @@ class Worker:
         assert record  # each of our files has one
         request = self.translator.request(job.request)
         model = self.models.load(job.model, job.vae, request)
-        names = ("image", "mask", "regions", "embeddings", "loras", "lora_folder", "wildcards", "refiner")
+        names = ("image", "mask", *KINDS, "embeddings", "loras", "lora_folder", "wildcards", "refiner")
         with threads(record):
             files = {name: getattr(request, name) for name in names}
             images = model.pipe.draw(record.jobs(files), on_step=self._on_step(jobs))

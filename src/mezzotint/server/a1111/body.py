@@ -19,6 +19,7 @@ from mezzotint.records.infotext import Infotext, to_request
 from mezzotint.request import MAX_SIDE, brief
 from mezzotint.samplers import Spellings
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE
+from mezzotint.server.a1111 import controlnet
 from mezzotint.server.dialects import LooseBody, decode_picture
 from mezzotint.server.errors import InvalidError
 
@@ -285,6 +286,8 @@ def translate(body: Text2Image, options: Mapping[str, Any], *, loads_networks: b
     if options["img2img_fix_steps"] and "resize_mode" in fields:
         fields["fix_steps"] = True
     requests = [*_iterations(body, fields, seed, subseed if varies else None)]
+    if units := controlnet.units((body.model_extra or {}).get("alwayson_scripts"), notes):
+        requests = [one | {"control": controlnet.with_pictures(units, one.get("image"))} for one in requests]
     return Task(requests, options, seed, subseed, (sampler, schedule), notes)
 
 
@@ -344,7 +347,7 @@ def unsupported(body: Text2Image) -> Iterator[str]:
         if name == "script_name":
             raise InvalidError(f"Script {str(value)[:60]!r} not found; there are no scripts", name)
         if name == "alwayson_scripts" and isinstance(value, dict):
-            for script in list(value)[:20]:
+            for script in [each for each in value if not controlnet.is_ours(each)][:20]:
                 yield f"alwayson_scripts: {script[:100]}"
         else:
             yield f"{name}: {str(value)[:100]}"

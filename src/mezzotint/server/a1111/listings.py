@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from mezzotint.memory import system
 from mezzotint.samplers.presets import A1111_SAMPLERS, A1111_SCHEDULES, A1111_WITHOUT_SCHEDULE
 from mezzotint.server.a1111.body import ALIASES, AUTOMATIC
+from mezzotint.server.a1111.controlnet import NAME
 from mezzotint.server.a1111.pictures import UPSCALERS
 from mezzotint.server.a1111.route import Route
 from mezzotint.server.api import Core
@@ -87,9 +88,10 @@ def latent_upscale_modes() -> JSONResponse:
 
 
 @router.get("/scripts")
-def scripts() -> JSONResponse:
-    """List the scripts, of which there are none."""
-    return JSONResponse({"txt2img": [], "img2img": []})
+def scripts(core: Core) -> JSONResponse:
+    """List the scripts: controlnet, if there is a folder of ControlNets."""
+    found = [NAME] if core.settings.controls else []
+    return JSONResponse({"txt2img": found, "img2img": found})
 
 
 @router.get("/cmd-flags")

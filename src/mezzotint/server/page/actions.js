@@ -68,6 +68,8 @@ export const useAsImage = guarded(async (picture) => {
   toast("The next picture starts from this one.");
 });
 
+export const useInControl = guarded(async (picture) => (await import("./control.js")).controlWith(picture));
+
 /** Open the canvas over a picture, with its prompt and settings in the form. */
 export const inpaint = guarded(async (picture) => {
   const blob = await download(picture);

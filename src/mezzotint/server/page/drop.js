@@ -49,6 +49,8 @@ function show(facts, buttons, reply, dialog) {
   const kept = Object.fromEntries(Object.entries(request).filter(([name, value]) => value !== null && !LEFT_OUT.includes(name)));
   kept.loras &&= kept.loras.map(([path, ...scales]) => [fileName(path), ...scales]);
   kept.embeddings &&= kept.embeddings.map(fileName);
+  kept.control &&= kept.control.map(({ file, image: _, ...settings }) => ({ ...settings, file: fileName(file) }));
+  if (kept.regions?.some((region) => region.mask)) delete kept.regions; // masks are another machine's too
   buttons.prepend(textButton("settings", "Use settings", () => {
     dialog.close();
     take({ request: kept, model: reply.model });

@@ -86,6 +86,12 @@ export function current() {
   if (!request.mask) drop("invert_mask", "only_masked");
   if (!request.mask && !request.outpaint) drop("mask_blur", "masked_content");
   if (request.outpaint) drop("only_masked");
+  const control = (request.control ?? []).flatMap((unit) => {
+    if (!unit.file || !(unit.image || request.image)) return [];
+    return [unit.preprocessor && !unit.image ? { ...unit, image: request.image } : unit];
+  });
+  if (control.length) request.control = control;
+  else drop("control");
   return request;
 }
 

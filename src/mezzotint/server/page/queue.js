@@ -13,7 +13,7 @@ export function summary(job) {
   const size = request.width && request.height ? `${request.width}×${request.height}` : "";
   const kind = { verify: "verify", maps: "word maps" }[job.kind];
   const parts = [kind, request.count > 1 ? `${request.count} pictures` : "", size, request.steps ? `${request.steps} steps` : "",
-    request.hires ? `hires ×${request.hires}` : "", request.mask ? "inpaint" : request.image ? "from image" : ""];
+    request.hires ? `hires ×${request.hires}` : "", request.mask ? "inpaint" : request.image ? "from image" : "", request.control ? "ControlNet" : ""];
   return parts.filter(Boolean).join(" · ");
 }
 

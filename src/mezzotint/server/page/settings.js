@@ -1,5 +1,6 @@
 // The settings under the prompt: sampler, schedule, size, steps, guidance, seed, and any other field by its name.
 
+import { controlField } from "./control.js";
 import { el, iconButton } from "./dom.js";
 import { bind, form, number, ownSettings, seedRow, set, watch } from "./form.js";
 import { on, state } from "./store.js";
@@ -7,7 +8,7 @@ import { on, state } from "./store.js";
 const SHAPES = [["1:1", 1, 1], ["4:3", 4, 3], ["3:4", 3, 4], ["3:2", 3, 2], ["2:3", 2, 3], ["16:9", 16, 9], ["9:16", 9, 16]];
 // Fields with a place of their own on the page; all others are added by name
 const PLACED = new Set(["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "spacing", "seed",
-  "count", "image", "mask", "strength", "outpaint", "mask_blur", "invert_mask", "masked_content", "only_masked"]);
+  "count", "image", "mask", "strength", "outpaint", "mask_blur", "invert_mask", "masked_content", "only_masked", "control"]);
 
 function field(label, input) {
   return el("div", { class: "field" }, el("label", { for: input.id, text: label }), input);
@@ -212,6 +213,7 @@ export function buildSettings(root) {
     slider("guidance_scale", "guidance_scale", "Guidance", { min: 1, max: 15, step: 0.5, usual: 7.5 }),
     el("div", { class: "field wide" }, seed.label, seed.row),
     sizeField(),
+    controlField(),
     moreFields(),
   );
 }

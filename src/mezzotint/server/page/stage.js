@@ -110,6 +110,7 @@ function showPicture(picture) {
   const more = el("details", { class: "menu" }, el("summary", { class: "icon-button", "aria-label": "More", title: "More" }, icon("more")),
     el("div", { class: "menu-items" },
       textButton("settings", "X/Y grid", () => actions.openGrid(picture)),
+      state.controls.length ? textButton("edges", "Use in ControlNet", () => actions.useInControl(picture), { id: "use-control" }) : null,
       textButton("compare", "Compare with…", () => actions.armCompare(picture)),
       el("a", { class: "button", href: fileUrl(picture), download: `${picture.seed}.png` }, icon("save"), el("span", { text: "Save the file" })),
       textButton("trash", "Delete", () => actions.remove(picture))));

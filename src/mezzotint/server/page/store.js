@@ -14,6 +14,7 @@ export const state = {
   more: true, // whether there are older pictures
   models: [],
   vaes: [],
+  controls: [],
   samplers: [],
   spacings: [],
   fields: [],
@@ -38,12 +39,13 @@ export async function start() {
 }
 
 async function loadListings() {
-  const [models, samplers, schema] = await Promise.all(["models", "samplers", "schema"].map((name) => get(`/api/${name}`)));
+  const [models, samplers, schema, controls] = await Promise.all(["models", "samplers", "schema", "controls"].map((name) => get(`/api/${name}`)));
   state.models = models.models;
   state.vaes = models.vaes;
   state.samplers = samplers.samplers;
   state.spacings = samplers.spacings;
   state.fields = schema.fields;
+  state.controls = controls.controls;
   emit("listings");
 }
 
