@@ -54,7 +54,6 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
 SKIPPED_PYTHON = {
     "from_pretrained": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
     "pipe.load_textual_inversion": "a pipeline of diffusers; tests/parity/test_teach.py reads the same files",
-    "sd_xl_": "the tiny model is not SDXL; tests/run/test_refiner.py has a refiner",
     "openai": "needs a running server; tests/server/test_openai.py has one",
 }
 REPLACED = {  # what a page names, and what stands for it here
@@ -62,6 +61,7 @@ REPLACED = {  # what a page names, and what stands for it here
     "~/loras": "loras",
     "vae-ft-mse-840000.safetensors": "tiny/vae",
     "madebyollin/taesd": "taesd_decoder.pth",
+    "whale.png@2": "ramp.png@2",
     "/shared/pictures": "pictures-of-bulk",
     "layers=[6], steps=range(10, 20)": "layers=[0], steps=range(2)",
     "maps[picture][layer]": "maps[0][0]",

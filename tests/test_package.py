@@ -39,6 +39,7 @@ PUBLIC = {
     "load",
     "plan",
     "prompt",
+    "regions",
     "samplers",
     "upscale",
 }
