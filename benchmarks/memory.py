@@ -5,9 +5,9 @@
     python benchmarks/memory.py show FILE.json                     the file as a table in Markdown
     python benchmarks/memory.py predict FILE.json                  predicted peaks alone, without running a model
 
-The models are the bundled one and those that benchmarks/random_model.py writes into DIR: half, sd15, sdxl. A child
-(`draw`) prints one JSON object: the peak of each stage (VmHWM, reset between them) with what was predicted before
-the model was opened, and seconds. Linux only.
+The models are the bundled one and those that benchmarks/random_model.py writes into DIR: half, sd15, controlnet, sdxl.
+A child (`draw`) prints one JSON object: the peak of each stage (VmHWM, reset between them) with what was predicted
+before the model was opened, and seconds. Linux only.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ TABLE = [  # short ones first
     combination("sd15", 512, STREAM | STRIPS, steps=1, guidance_scale=1.0),
     combination("sd15", 512, OFFLOAD | STRIPS, steps=1),
     combination("sd15", 512, steps=1, guidance_scale=1.0),
+    combination("sd15", 256, steps=1, control=True),
+    combination("sd15", 512, STREAM | STRIPS, steps=1, control=True),
     combination("sdxl", 256, STREAM | STRIPS, steps=1, guidance_scale=1.0),
     combination("sdxl", 512, OFFLOAD | HALF | STRIPS, steps=1, guidance_scale=1.0),
     combination("sdxl", 1024, OFFLOAD | HALF | STRIPS, steps=1, guidance_scale=1.0),
@@ -86,6 +88,7 @@ BUDGETS = [
     combination("sd15", 512, memory="2GiB", steps=1),
     combination("sd15", 512, memory="1GiB", steps=1, guidance_scale=1.0),
     combination("sdxl", 1024, memory="6GiB", steps=2),
+    combination("sd15", 512, memory="3GiB", steps=1, control=True),
 ]
 
 
@@ -110,7 +113,7 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
         system.return_freed()
     folder, dtype, memory = row.pop("model"), row.pop("dtype", "float32"), row.pop("memory", None)
     placement = Placement(**row.pop("placement"))
-    request = mezzotint.Request(prompt="a lemon on a blue background", seed=1, **{"steps": 2, **row})
+    request = as_request(folder, row)
     measured: dict[str, int] = {}
     seconds: dict[str, float] = {}
     last = time.perf_counter()
@@ -155,9 +158,20 @@ def draw(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def as_request(folder: str, row: dict[str, Any]) -> Any:
+    """Return the request of a row's fields; with control, a ControlNet beside the model reads a grey picture."""
+    from PIL import Image
+
+    import mezzotint
+
+    if row.pop("control", False):
+        grey = Image.new("RGB", (row["width"], row["height"]), "grey")
+        row["control"] = [{"file": str(Path(folder).with_name("controlnet")), "image": grey}]
+    return mezzotint.Request(prompt="a lemon on a blue background", seed=1, **{"steps": 2, **row})
+
+
 def predict_only(row: dict[str, Any]) -> dict[str, Any]:
     """Predict the peak of a combination in this process, from headers; a budget's placement is planned."""
-    import mezzotint
     from mezzotint.memory.footprint import predict
     from mezzotint.memory.headers import ModelHeaders
     from mezzotint.memory.planner import plan
@@ -165,7 +179,7 @@ def predict_only(row: dict[str, Any]) -> dict[str, Any]:
 
     folder, dtype, memory = row.pop("model"), row.pop("dtype", "float32"), row.pop("memory", None)
     placement = Placement(**row.pop("placement"))
-    request = mezzotint.Request(prompt="a lemon on a blue background", seed=1, **{"steps": 2, **row})
+    request = as_request(folder, row)
     if memory is None:
         return {"predicted": predict(ModelHeaders.of(folder, device="cpu", dtype=dtype), request, placement).peak}
     made = plan(folder, memory, request, device="cpu", dtype=dtype)
@@ -176,7 +190,7 @@ def predict_all(path: Path) -> None:
     """Predict every combination, each in a fresh process, with sparse files in the place of the models."""
     with tempfile.TemporaryDirectory() as name:
         models = Path(name)
-        for model in ("half", "sd15", "sdxl"):
+        for model in ("half", "sd15", "controlnet", "sdxl"):
             script = Path(__file__).with_name("random_model.py")
             subprocess.run([sys.executable, str(script), model, str(models / model), "--sparse"], check=True)
         done = []

@@ -1,6 +1,7 @@
-"""Write a model folder with random weights: `random_model.py sd15|sdxl|half FOLDER [DTYPE] [--sparse]`.
+"""Write a folder with random weights: `random_model.py sd15|sdxl|half|controlnet FOLDER [DTYPE] [--sparse]`.
 
-sd15 and sdxl have the published configurations (2.1 and 7.0 GB in float16), half is SD 1.5 with half its channels. A
+sd15 and sdxl have the published configurations (2.1 and 7.0 GB in float16), half is SD 1.5 with half its channels, and
+controlnet is a ControlNet of SD 1.5 (0.7 GB), alone in its folder. A
 matrix has the variance 1 / inputs, so that what is drawn stays in range: for measuring memory and time. With --sparse
 the files have their headers and no data, which is enough to predict memory.
 """
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.config import CLIPConfig, ControlNetConfig, UNetConfig, VAEConfig
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
@@ -97,8 +99,11 @@ def main() -> None:
 
 
 def create(shape: str, folder: Path, dtype_name: str = "float16", sparse: bool = False) -> None:
-    """Write the folder of a model; `sparse` files have headers and no data."""
+    """Write the folder of a model or a ControlNet; `sparse` files have headers and no data."""
     dtype = getattr(torch, dtype_name)
+    if shape == "controlnet":
+        create_controlnet(folder, dtype, sparse)
+        return
     index: dict[str, Any] = {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     torch.manual_seed(0)
     block = torch.randn(BLOCK)
@@ -123,6 +128,17 @@ def create(shape: str, folder: Path, dtype_name: str = "float16", sparse: bool =
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     family = "StableDiffusionXLPipeline" if shape == "sdxl" else "StableDiffusionPipeline"
     (folder / "model_index.json").write_text(json.dumps({"_class_name": family, **index}))
+
+
+def create_controlnet(folder: Path, dtype: torch.dtype, sparse: bool) -> None:
+    """Write the folder of a ControlNet for sd15."""
+    fields = {"_class_name": "ControlNetModel", "cross_attention_dim": 768, "down_block_types": DOWN}
+    with torch.device("meta"):
+        module = ControlNet(ControlNetConfig(cross_attention_dim=768, down_block_types=DOWN))
+    torch.manual_seed(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    write(folder / "diffusion_pytorch_model.safetensors", module, torch.randn(BLOCK), dtype, sparse)
 
 
 def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype, sparse: bool = False) -> None:
