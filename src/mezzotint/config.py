@@ -287,6 +287,26 @@ class ControlNetConfig(UNetConfig):
         return 1 << (len(self.conditioning_embedding_out_channels) - 1)
 
 
+class T2IAdapterConfig(_Config):
+    """A T2I-Adapter (`config.json` of diffusers' T2IAdapter)."""
+
+    in_channels: Literal[1, 3] = 3
+    channels: Sizes = (320, 640, 1280, 1280)
+    num_res_blocks: Layers = 2
+    downscale_factor: Annotated[int, Field(ge=1, le=256)] = 8
+    adapter_type: Literal["full_adapter", "full_adapter_xl", "light_adapter"] = "full_adapter"
+
+    @property
+    def features(self) -> list[tuple[int, int]]:
+        """Channels of each feature, and pixels of the picture to one place of it along a side."""
+        if self.adapter_type == "full_adapter_xl":
+            powers, widths = [int(k >= 2) for k in range(len(self.channels))], self.channels
+        else:
+            widths = self.channels + self.channels[-1:] * (self.adapter_type == "light_adapter")
+            powers = list(range(len(widths)))
+        return [(width, self.downscale_factor << power) for width, power in zip(widths, powers, strict=True)]
+
+
 def _layer_depths(depths: Depths, layers: tuple[int, ...], kinds: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """Return the depth of each layer of each block; `depths`, `layers` (their numbers) and `kinds` are by block."""
     return tuple(

@@ -20,6 +20,7 @@ from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.attention import perturbing
 from mezzotint.models.controlnet import ControlRun, add_residuals
 from mezzotint.models.freeu import FreeU
+from mezzotint.models.t2i_adapter import T2IRun, add_features
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.samplers.sampler import TimestepKind
 
@@ -46,7 +47,7 @@ class Denoiser:
             latents of the masked picture.
         split: Whether the network is given one condition at a time.
         guidance_scale: Returns the guidance scale at a noise level, for a network that takes it as an input.
-        controls: The ControlNets.
+        controls: The ControlNets and T2I-Adapters.
         prompts: How many of the conditions, the first ones, are parts of the prompt.
         perturbed_layers: Parts of the names of the self-attentions that are the identity in perturbed outputs.
         freeu: b1, b2, s1 and s2 of FreeU.
@@ -63,7 +64,7 @@ class Denoiser:
         inpaint_channels: Tensor | None = None,
         split: bool = False,
         guidance_scale: Callable[[float], float] | None = None,
-        controls: Sequence[ControlRun] = (),
+        controls: Sequence[ControlRun | T2IRun] = (),
         prompts: int = 1,
         perturbed_layers: Sequence[str] = (),
         freeu: FreeU | None = None,
@@ -127,20 +128,28 @@ class Denoiser:
     def _residuals(
         self, sigma: float, sample: Tensor, conditions: Sequence[Condition], same: Sequence[int], plain: int
     ) -> dict[str, list[Tensor] | Tensor]:
-        """Return what the ControlNets add for the conditions `same`, as arguments of the UNet; none if none acts.
+        """Return what the controls add for the conditions `same`, as arguments of the UNet; none if none acts.
 
         From the number `plain` on, conditions are perturbed ones, which are parts of the prompt too.
         """
         if not self.controls:
             return {}
         total, step = None, step_index(sigma, self.levels or ())
+        features: list[Tensor] = []
         own, acts = [conditions[k] for k in same], [k < self.prompts or k >= plain for k in same]
         for control in self.controls:
-            total = add_residuals(total, control.residuals(step, sample, self.timestep(sigma), own, acts))
-        if total is None:
-            return {}
-        down, mid = total
-        return {"down_residuals": [residual.to(self.dtype) for residual in down], "mid_residual": mid.to(self.dtype)}
+            if isinstance(control, T2IRun):
+                features = add_features(features, control.features(step, len(sample), acts) or ())
+            else:
+                total = add_residuals(total, control.residuals(step, sample, self.timestep(sigma), own, acts))
+        added: dict[str, list[Tensor] | Tensor] = {}
+        if features:
+            added["features"] = [feature.to(self.dtype) for feature in features]
+        if total is not None:
+            down, mid = total
+            added["down_residuals"] = [residual.to(self.dtype) for residual in down]
+            added["mid_residual"] = mid.to(self.dtype)
+        return added
 
     def conditions(self, sigma: float) -> list[Condition]:
         """Return the conditions of the step that a call at this noise level belongs to."""

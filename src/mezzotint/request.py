@@ -244,8 +244,8 @@ class Request(BaseModel):
         f"(width, height), each {_SIDE}: the size whose noise is placed in the centre"
     )
     control: tuple[Control, ...] | None = _optional(
-        "a list of at most 16 ControlNets: each a file, or an object with file, image, scale, start, end, mode and "
-        "resize_mode",
+        "a list of at most 16 ControlNets or T2I-Adapters: each a file, or an object with file, image, scale, start, "
+        "end, mode and resize_mode",
         max_length=16,
     )
     regions: tuple[Region, ...] | None = _optional(

@@ -173,8 +173,8 @@ Lora = Annotated[
 Controls = Annotated[
     list[str] | None,
     option(
-        "ControlNet: file, folder or hub id, and its picture; also start and end (shares of the steps), mode "
-        "(balanced, prompt, control or guess) and resize_mode. May be repeated.",
+        "ControlNet or T2I-Adapter: file, folder or hub id, and its picture; also start and end (shares of the steps), "
+        "mode (balanced, prompt, control or guess) and resize_mode. May be repeated.",
         "FILE[:image=FILE,scale=X,...]",
         CONTROL,
         default="image: the one of --image; scale 1",

@@ -1,4 +1,4 @@
-"""ControlNets of a Request, and the one kind of conditioning picture that is arithmetic. Does not import torch.
+"""ControlNets and T2I-Adapters of a Request, and the conditioning picture that is arithmetic. Does not import torch.
 
 edges = mezzotint.control.canny("photo.png")
 mezzotint.Request("a house", control=[{"file": "control_v11p_sd15_canny.pth", "image": edges, "end": 0.6}])
@@ -20,22 +20,22 @@ RESIZE_MODES = ("resize", "crop", "fill")
 
 
 class Control(BaseModel):
-    """A ControlNet of a Request.
+    """A ControlNet or T2I-Adapter of a Request.
 
     Attributes:
-        file: A file, a folder or a hub id.
+        file: A file, a folder or a hub id; a T2I-Adapter is told apart by its keys.
         image: The conditioning picture; None is the picture that the run starts from, -1 where it is masked.
         scale: Factor of what it adds to the UNet's features.
         start: Share of the steps after which it begins to act.
         end: Share of the steps after which it no longer acts.
         mode: "balanced"; "prompt" and "control", A1111's "My prompt is more important" and "ControlNet is more
-            important"; or "guess", diffusers' guess mode.
+            important"; or "guess", diffusers' guess mode, of ControlNets alone.
         resize_mode: How a picture of another shape is fitted, as an image to start from is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    file: Name = Field(description="a ControlNet: a file, a folder or a hub id (owner/name)")
+    file: Name = Field(description="a ControlNet or T2I-Adapter: a file, a folder or a hub id (owner/name)")
     image: Picture | None = Field(
         default=None,
         description="a picture: the path of a file, its bytes, or a PIL image (None: the image to start from)",

@@ -39,12 +39,14 @@ from mezzotint.models.tiles import Half
 from mezzotint.models.upscaler import TILE
 from mezzotint.placement import Placement
 from mezzotint.request import Request
+from mezzotint.run.controls import check_files
 from mezzotint.run.plan import RunPlan
 from mezzotint.run.safety import checker_dtype, checker_placement
 from mezzotint.run.tiling import tile_plan, tiles_of
 from mezzotint.weights.control_files import ControlFiles
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.model_files import CheckerFiles
+from mezzotint.weights.t2i_files import T2IFiles
 from mezzotint.weights.upscaler_files import load_upscaler
 
 # On the CPU a share of the bytes of libraries that are mapped after the import; on CUDA bytes, mostly cuBLAS's.
@@ -129,6 +131,8 @@ class _Run:
         # those of a refiner are "refiner text" and "refiner unet"
         self.weights = {**model.weights, **_with_prefix(self.refiner.weights if self.refiner else {})}
         encoders = [*model.encoders, *(self.refiner.encoders if self.refiner else ())]
+        for each in (plan, *([plan.second_pass] if plan.second_pass else [])):
+            check_files(each, self.controls, model.unet)
         self.constant = self.base
         if self.cpu:
             self.constant += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in encoders)
@@ -190,15 +194,15 @@ class _Run:
                     made = 3 * 4 * max(w.largest for w in self.model.weights.values())
         return total + made
 
-    def control_bytes(self, files: ControlFiles) -> int:
-        """Return the bytes of a ControlNet that stay in memory: all, or those that cannot be offloaded."""
+    def control_bytes(self, files: ControlFiles | T2IFiles) -> int:
+        """Return the bytes of such a network that stay in memory: all, or those that cannot be offloaded."""
         weights = Weights.of(files.network)
         resident = self.placement.weights == "resident" or files.depends_on_unet
         large = weights.stored_bytes(None if files.depends_on_unet else self.storage, self.itemsize) if resident else 0
         return weights.small * self.itemsize + large
 
     def control(self, plan: RunPlan, rows: int, calls: int, tokens: int) -> tuple[int, int, int]:
-        """Return what the ControlNets add to a step.
+        """Return what the ControlNets and T2I-Adapters add to a step.
 
         Args:
             plan: The plan of the pass.
@@ -207,12 +211,25 @@ class _Run:
             tokens: Length of the context.
 
         Returns:
-            The bytes that stay for the whole run or step, the bytes of the residuals, and the largest peak of a call.
+            The bytes that stay for the whole run or step, those of the residuals and features, and the largest peak of
+            a call.
         """
         stays = residuals = peak = 0
         _, height, width = plan.latent_shape
         size = plan.request.height or 0, plan.request.width or 0
-        for files in self.controls:
+        for entry, files in zip(plan.request.control or (), self.controls, strict=True):
+            weights = Weights.of(files.network)
+            if self.placement.weights == "offload" and not files.depends_on_unet:
+                stays += weights.stored_bytes(self.storage, self.itemsize)
+                self.bytes_moved += weights.stored
+            if isinstance(files, T2IFiles):
+                one = walk.walk_t2i(files.config, *size, self.itemsize)
+                peak = max(peak, residuals + one.peak(self.workspace))
+                copies = rows if entry.mode == "control" else 1  # all rows share one if all have it
+                residuals += 2 * one.result * copies  # scaled, and the sum
+                stays += 3 * 4 * size[0] * size[1] + one.result
+                self.macs += one.macs
+                continue
             one = walk.walk_control(files.config, height, width, tokens, self.itemsize)
             hint = walk.walk_hint(files.config, *size, self.itemsize).peak(self.workspace)
             peak = max(peak, residuals + one.peak(self.workspace, rows), hint)
@@ -220,10 +237,6 @@ class _Run:
             stays += (3 * 4 * size[0] * size[1]) + files.config.block_out_channels[0] * height * width * self.itemsize
             kept = walk.keys_values_numel(files.config, tokens, ControlNet) * rows * self.itemsize
             stays += kept * self.count_variants()
-            weights = Weights.of(files.network)
-            if self.placement.weights == "offload" and not files.depends_on_unet:
-                stays += weights.stored_bytes(self.storage, self.itemsize)
-                self.bytes_moved += weights.stored
             self.macs += calls * rows * one.macs
             if self.workspace.materializes_weights:
                 read = weights.stored if self.placement.weights == "stream" else 0

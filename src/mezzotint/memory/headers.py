@@ -26,6 +26,7 @@ from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.control_files import ControlFiles, scan_control
 from mezzotint.weights.hub import BUNDLED
 from mezzotint.weights.model_files import ModelFiles, NetworkFiles
+from mezzotint.weights.t2i_files import T2IFiles
 
 STORAGE_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}
 
@@ -156,8 +157,8 @@ class ModelHeaders:
         """What a run plan needs to know of the model."""
         return ModelInfo.of(self.found, self.unet, self.vae, self.device.type)
 
-    def control(self, name: str) -> ControlFiles:
-        """Describe a ControlNet; each is read once.
+    def control(self, name: str) -> ControlFiles | T2IFiles:
+        """Describe a ControlNet or T2I-Adapter; each is read once.
 
         Raises:
             CheckpointError: If it is missing, damaged, or for another model.
@@ -167,7 +168,7 @@ class ModelHeaders:
         return self._controls[name]
 
     @cached_property
-    def _controls(self) -> dict[str, ControlFiles]:
+    def _controls(self) -> dict[str, ControlFiles | T2IFiles]:
         return {}
 
     def refiner(self, name: str) -> ModelHeaders:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mezzotint.config import CLIPConfig, ControlNetConfig, SafetyCheckerConfig, UNetConfig, VAEConfig
+from mezzotint.config import CLIPConfig, ControlNetConfig, SafetyCheckerConfig, T2IAdapterConfig, UNetConfig, VAEConfig
 from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
@@ -39,6 +39,7 @@ from mezzotint.models.freeu import FreeU
 from mezzotint.models.offload import WeightSource, can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.strips import Strips
+from mezzotint.models.t2i_adapter import T2IAdapter
 from mezzotint.models.tiles import Half
 from mezzotint.models.tiny_vae import TinyVAE, make_vae
 from mezzotint.models.unet import Condition, DownPath, UNet
@@ -345,6 +346,23 @@ def walk_hint(config: ControlNetConfig, height: int, width: int, itemsize: int =
     dtype = _dtype(itemsize)
     network: ControlNet = _build(ControlNet, config, dtype)
     return _walk(network, lambda: network.embed(_empty(1, config.conditioning_channels, height, width, dtype=dtype)))
+
+
+@lru_cache(maxsize=64)
+def walk_t2i(config: T2IAdapterConfig, height: int, width: int, itemsize: int = 4) -> Footprint:
+    """Walk a T2I-Adapter on a picture of this size in pixels. The result is all features."""
+    dtype = _dtype(itemsize)
+    network: T2IAdapter = _build(T2IAdapter, config, dtype)
+    sizes: list[int] = []
+
+    def call() -> Tensor:
+        features: list[Tensor] = network(_empty(1, config.in_channels, height, width, dtype=dtype))
+        sizes.extend(feature.nbytes for feature in features)
+        return features[-1]
+
+    footprint = _walk(network, call)
+    footprint.result = sum(sizes)
+    return footprint
 
 
 def keys_values_numel(config: UNetConfig, tokens: int, kind: Callable[[Any], DownPath] = UNet) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import TypeVar
 
 import torch
@@ -114,15 +114,24 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([] if downsample is None else [Downsample(downsample)])
 
-    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]) -> list[Tensor]:
-        """Return the feature map after every layer, for the skip connections; the last is the next block's input."""
+    def forward(
+        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], feature: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return the feature map after every layer, for the skip connections; the last is the next block's input.
+
+        A T2I-Adapter's `feature` is added before the downsampling where the level has attention, else after it.
+        """
         skips = []
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             x = resnet(x, next(times))
             x = x if transformer is None else transformer(x, contexts)
             skips.append(x)
+        if feature is not None and len(self.attentions):
+            skips[-1] = x = x + feature
         for downsample in self.downsamplers:
             skips.append(downsample(x))
+        if feature is not None and not len(self.attentions):
+            skips[-1] = skips[-1] + feature
         return skips
 
 
@@ -231,13 +240,18 @@ class DownPath(nn.Module):
         )
 
     def descend(
-        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues]
+        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], features: Iterable[Tensor] = ()
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the skip connections, of which x (B, channels[0], h, w) is the first, and the output of the middle."""
-        skips = [x]
+        """Return the skip connections, of which x (B, channels[0], h, w) is the first, and the output of the middle.
+
+        `features` are those of T2I-Adapters, one for each level and then one for the middle, or fewer.
+        """
+        skips, given = [x], iter(features)
         for block in self.down_blocks:
-            skips += block(skips[-1], times, contexts)  # the last: (B, channels[-1], h / 2^(levels-1), w / ...)
-        return skips, skips[-1] if self.mid_block is None else self.mid_block(skips[-1], times, contexts)
+            # the last: (B, channels[-1], h / 2^(levels-1), w / ...)
+            skips += block(skips[-1], times, contexts, *islice(given, 1))
+        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], times, contexts)
+        return skips, sum(given, x)
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:
         """Return the keys and values of every cross-attention, in module order; they are the same at every step."""
@@ -348,6 +362,7 @@ class UNet(DownPath):
         timestep_cond: Tensor | None = None,
         down_residuals: Sequence[Tensor] | None = None,
         mid_residual: Tensor | None = None,
+        features: Sequence[Tensor] = (),
         freeu_factors: freeu.FreeU | None = None,
     ) -> Tensor:
         """Return the network's output, (B, C_out, h, w).
@@ -361,6 +376,7 @@ class UNet(DownPath):
             timestep_cond: Guidance embedding of LCM models, (B, time_cond_proj_dim).
             down_residuals: Residuals that ControlNet adds to the skip connections, one for each.
             mid_residual: Residual that ControlNet adds to the output of the middle block.
+            features: What T2I-Adapters add: one for each level of the way down, then one for the middle, or fewer.
             freeu_factors: b1, b2, s1 and s2 of FreeU.
 
         Raises:
@@ -373,7 +389,7 @@ class UNet(DownPath):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
 
-        skips, x = self.descend(self.conv_in(sample), times, contexts)
+        skips, x = self.descend(self.conv_in(sample), times, contexts, features)
         if down_residuals is not None:
             if len(down_residuals) != len(skips):
                 raise RequestError(f"{len(down_residuals)} down_residuals were given; this UNet takes {len(skips)}.")

@@ -1,4 +1,4 @@
-"""The ControlNets of a run: their files, networks, pictures and scales."""
+"""The ControlNets and T2I-Adapters of a run: their files, networks, pictures and scales."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mezzotint.config import UNetConfig
 from mezzotint.entries.control import Control
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.images.init_image import HALF, digests, fit, open_picture
 from mezzotint.models.controlnet import ControlNet, ControlRun
+from mezzotint.models.t2i_adapter import T2IAdapter, T2IRun
 from mezzotint.models.unet import UNet
 from mezzotint.placement import Placement
 from mezzotint.request import Request
 from mezzotint.weights.control_files import ControlFiles, scan_control
+from mezzotint.weights.t2i_files import T2IFiles, feature_places
 
 if TYPE_CHECKING:
     from mezzotint.run.plan import RunPlan
 
 SOFT = 0.825  # A1111's factor from one residual to the next, for "prompt" and "control"
+SOFT_FEATURES = (0.25, 0.62, 0.825, 1.0)  # A1111's factors of a T2I-Adapter's features, likewise
 LEVELS = 13  # the residuals of Stable Diffusion 1 and 2, from which A1111 counts; SDXL has the first ten
 GUESS = (-1.0, 0.0)  # powers of ten between which diffusers' guess mode spreads the factors
 
 
+Files = ControlFiles | T2IFiles
+Network = ControlNet | T2IAdapter
+
+
 @dataclass(frozen=True, eq=False)
 class ControlInput:
-    """A ControlNet of a planned run.
+    """A ControlNet or T2I-Adapter of a planned run.
 
     Attributes:
         entry: The request's entry.
@@ -40,12 +48,12 @@ class ControlInput:
     """
 
     entry: Control
-    files: ControlFiles
+    files: Files
     digest: str
 
 
 class ControlNets:
-    """The ControlNets of one model. Files are described once; the networks of the last run are kept."""
+    """The ControlNets and T2I-Adapters of one model: files are described once, and the last run's networks are kept."""
 
     def __init__(self, unet: UNet, device: torch.device, dtype: torch.dtype, placement: Placement) -> None:
         """Keep what networks are loaded for.
@@ -57,8 +65,8 @@ class ControlNets:
             placement: The model's placement.
         """
         self._unet, self._device, self._dtype, self._placement = unet, device, dtype, placement
-        self._scanned: dict[str, tuple[object, ControlFiles, str]] = {}
-        self._networks: dict[str, ControlNet] = {}
+        self._scanned: dict[str, tuple[object, Files, str]] = {}
+        self._networks: dict[str, Network] = {}
         self._lock = threading.Lock()
 
     def read(self, entries: Sequence[Control]) -> tuple[ControlInput, ...]:
@@ -75,15 +83,20 @@ class ControlNets:
                 raise CheckpointError(f"control[{k}].file: {error}") from None
         return tuple(found)
 
-    def load(self, inputs: Sequence[ControlInput]) -> list[ControlNet]:
+    def load(self, inputs: Sequence[ControlInput]) -> list[Network]:
         """Return the networks, and forget those that are not among them."""
         with self._lock:
-            kept: dict[str, ControlNet] = {}
+            kept: dict[str, Network] = {}
             for one in inputs:
                 network = kept.get(one.digest) or self._networks.get(one.digest)
                 kept[one.digest] = network or one.files.load(self._unet, self._dtype, self._device, self._placement)
             self._networks = kept
             return [kept[one.digest] for one in inputs]
+
+    def check(self, plan: RunPlan) -> None:
+        """Check the entries of a plan, with hires those of both passes; see `check_files`."""
+        for each in (plan, *([plan.second_pass] if plan.second_pass else [])):
+            check_files(each, [one.files for one in plan.controls], self._unet.config)
 
     def _scan(self, entry: Control) -> ControlInput:
         with self._lock:
@@ -94,7 +107,7 @@ class ControlNets:
             return ControlInput(entry, known[1], known[2])
 
 
-def _state(files: ControlFiles) -> object:
+def _state(files: Files) -> object:
     """Return what changes when a ControlNet's files are written."""
     try:
         found = [path.stat() for path in files.paths]
@@ -113,6 +126,38 @@ def check_controls(request: Request) -> None:
         if entry.image is None and request.image is None:
             raise RequestError(
                 f"control[{k}].image is missing; it must be the conditioning picture, or the request must have an image"
+            )
+
+
+def check_files(plan: RunPlan, found: Sequence[Files], unet: UNetConfig) -> None:
+    """Check that the entries of a pass fit their files, and the files the size.
+
+    Args:
+        plan: The plan of the pass.
+        found: The files of each entry.
+        unet: The UNet's configuration.
+
+    Raises:
+        RequestError: If one does not fit.
+    """
+    width, height = plan.request.width or 0, plan.request.height or 0
+    for k, (entry, files) in enumerate(zip(plan.request.control or (), found, strict=True)):
+        if not isinstance(files, T2IFiles):
+            continue
+        if entry.mode == "guess":
+            raise RequestError(
+                f"control[{k}].mode is guess, which a T2I-Adapter does not have; it must be balanced, prompt or control"
+            )
+        pixels = files.config.features[0][1]
+        if width % pixels or height % pixels:
+            raise RequestError(
+                f"control[{k}] is a T2I-Adapter for {files.families}, which needs a width and height that {pixels} "
+                f"divides; they are {width} and {height}"
+            )
+        own = plan.model.downscale * feature_places(unet)[0][1]
+        if pixels != own:
+            raise RequestError(
+                f"control[{k}] is a T2I-Adapter with a feature for each {pixels} pixels; the model has one for {own}"
             )
 
 
@@ -140,8 +185,20 @@ def control_scales(entry: Control, residuals: int, steps: int, second_pass: bool
     ]
 
 
-def prepare_controls(plan: RunPlan, networks: Sequence[ControlNet]) -> list[ControlRun]:
-    """Return the ControlNets of one pass, with their pictures opened.
+def feature_scales(entry: Control, features: int, steps: int, second_pass: bool) -> list[tuple[float, ...] | None]:
+    """Return the factor of each feature of a T2I-Adapter at each step; see `control_scales`.
+
+    As diffusers' `adapter_conditioning_factor`, `end` is rounded down to whole steps.
+    """
+    soft = entry.mode != "balanced" or second_pass
+    factors = [SOFT_FEATURES[min(k, 3)] if soft else 1.0 for k in range(features)]
+    scales = tuple(entry.scale * factor for factor in factors)
+    end = int(steps * entry.end)
+    return [scales if k / steps >= entry.start and k < end and entry.scale else None for k in range(steps)]
+
+
+def prepare_controls(plan: RunPlan, networks: Sequence[Network]) -> list[ControlRun | T2IRun]:
+    """Return the ControlNets and T2I-Adapters of one pass, with their pictures opened.
 
     Args:
         plan: The plan of the pass.
@@ -150,8 +207,14 @@ def prepare_controls(plan: RunPlan, networks: Sequence[ControlNet]) -> list[Cont
     Raises:
         RequestError: If a picture cannot be opened.
     """
-    runs, steps = [], len(plan.sigmas) - 1
+    runs: list[ControlRun | T2IRun] = []
+    steps, second = len(plan.sigmas) - 1, plan.base_steps is not None
     for k, (one, network) in enumerate(zip(plan.controls, networks, strict=True)):
+        if isinstance(network, T2IAdapter):
+            hint = _hint(plan, one.entry, f"control[{k}].image", "L" if network.config.in_channels == 1 else "RGB")
+            factors = feature_scales(one.entry, len(network.config.features), steps, second)
+            runs.append(T2IRun(network, hint, factors, one.entry.mode == "control"))
+            continue
         config = network.config
         pooled = config.global_pool_conditions  # such a network has guess mode's conditional half, not its factors
         entry = one.entry
@@ -159,9 +222,9 @@ def prepare_controls(plan: RunPlan, networks: Sequence[ControlNet]) -> list[Cont
             entry.replace(mode="balanced") if pooled and entry.mode == "guess" else entry,
             network.residual_count,
             steps,
-            second_pass=plan.base_steps is not None,
+            second,
         )
-        hint = _hint(plan, entry, f"control[{k}].image")
+        hint = _hint(plan, entry, f"control[{k}].image", masked=True)
         runs.append(ControlRun(network, hint, scales, pooled or entry.mode in ("control", "guess")))
     return runs
 
@@ -172,22 +235,25 @@ def control_digests(plan: RunPlan) -> dict[str, dict[str, str | None]]:
     return digests({name: source for name, source in sources.items() if source is not None})
 
 
-def _hint(plan: RunPlan, entry: Control, name: str) -> Tensor:
-    """Return a conditioning picture at the size of the run, (1, 3, H, W) in [0, 1], or -1 where it is masked."""
+def _hint(plan: RunPlan, entry: Control, name: str, mode: str = "RGB", *, masked: bool = False) -> Tensor:
+    """Return a conditioning picture at the size of the run, (1, 3, H, W) in [0, 1], of mode "L" (1, 1, H, W).
+
+    With `masked` the picture that the run starts from is -1 where the request masks it.
+    """
     size = plan.request.width or 0, plan.request.height or 0
     start = plan.init_image
     if entry.image is None:
         assert start is not None
-        hint = _to_tensor(start.image)
-        return hint if start.mask is None else torch.where(_to_tensor(start.mask)[:, :1] >= HALF / 255, -1.0, hint)
+        hint = _to_tensor(start.image, mode)
+        return torch.where(_to_tensor(start.mask, "L") >= HALF / 255, -1.0, hint) if masked and start.mask else hint
     picture = open_picture(entry.image, name)
     if start is not None and start.box is not None and start.canvas is not None:
         whole = fit(picture, start.canvas.size, entry.resize_mode)  # type: ignore[arg-type]  # checked by Control
-        return _to_tensor(fit(whole.crop(start.box), size, "fill"))
-    return _to_tensor(fit(picture, size, entry.resize_mode))  # type: ignore[arg-type]
+        return _to_tensor(fit(whole.crop(start.box), size, "fill"), mode)
+    return _to_tensor(fit(picture, size, entry.resize_mode), mode)  # type: ignore[arg-type]
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    """Return a picture or mask as (1, 3, H, W) float32 in [0, 1]."""
-    levels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
-    return torch.from_numpy(levels).permute(2, 0, 1)[None]
+def _to_tensor(picture: Image.Image, mode: str) -> Tensor:
+    """Return a picture or mask as (1, 3, H, W) float32 in [0, 1]; of mode "L" (1, 1, H, W)."""
+    levels = np.asarray(picture.convert("RGB").convert(mode), dtype=np.float32) / 255.0
+    return torch.from_numpy(np.atleast_3d(levels)).permute(2, 0, 1)[None]

@@ -20,6 +20,7 @@ from mezzotint.diffusion.guidance import Outputs
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import MezzotintError
 from mezzotint.models.controlnet import ControlRun
+from mezzotint.models.t2i_adapter import T2IRun
 from mezzotint.models.unet import DownPath, UNet
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -73,8 +74,8 @@ def with_fp32_fallback(
 
 def guard_outputs(
     unet: UNet,
-    controls: Sequence[ControlRun],
-    denoiser: Callable[[UNet, Sequence[ControlRun]], Denoiser],
+    controls: Sequence[ControlRun | T2IRun],
+    denoiser: Callable[[UNet, Sequence[ControlRun | T2IRun]], Denoiser],
     upcast_parts: list[str],
     name: str = "unet",
 ) -> Outputs:
@@ -82,7 +83,7 @@ def guard_outputs(
 
     Args:
         unet: The network.
-        controls: The ControlNets, which run in float32 with the UNet.
+        controls: The ControlNets and T2I-Adapters, which run in float32 with the UNet.
         denoiser: Makes a denoiser of a UNet and ControlNets.
         upcast_parts: Receives the name if it ran in float32.
         name: What it is called.
@@ -104,7 +105,8 @@ def guard_outputs(
                 "from the sampler, or from the latents that were given"
             )
         if current.unet is unet and not _is_float32(unet):
-            copies = [control.of(copy_in_float32(control.network)) for control in controls]
+            # each kind of control takes its own kind of network
+            copies = [control.of(copy_in_float32(control.network)) for control in controls]  # type: ignore[arg-type]
             current = denoiser(copy_in_float32(unet), copies)
             found = current.outputs(x, sigma, count, perturbed)
             if all_finite(found):

@@ -195,7 +195,7 @@ def _on_loras(plan: RunPlan) -> Iterator[str]:
 
 
 def _on_controls(plan: RunPlan) -> Iterator[str]:
-    """Yield sentences on ControlNets that never act, and on conditioning pictures that are stretched."""
+    """Yield sentences on entries of `control` that never act, and on conditioning pictures that are stretched."""
     request, steps = plan.request, len(plan.sigmas) - 1
     for k, entry in enumerate(request.control or ()):
         if not any(control_scales(entry, 1, steps, second_pass=False)):

@@ -101,7 +101,8 @@ class RunPlan:
         adapters: The same files, read; empty if the plan was made without reading files.
         embeddings: The textual inversions that the prompts may name; empty likewise.
         few_step: The model's few-step form, if this run uses it.
-        controls: The ControlNets of the request, described; empty if the plan was made without reading files.
+        controls: The ControlNets and T2I-Adapters of the request, described; empty if the plan was made without reading
+            files.
         second_pass: Hires-fix's second pass, or None.
         upscaler: What enlarges the first pass's pictures, if it is a network; None if the plan was made without reading
             files.
@@ -338,9 +339,10 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         upscaler=files.read_upscaler(resolved.upscaler) if files and resolved.upscaler else None,
         refiner=files.refiners.read(resolved.refiner) if files and resolved.refiner else None,
     )
-    if resolved.hires:
-        return replace(plan, second_pass=_add_refiner(_plan_second(plan)))
-    return _add_refiner(plan)
+    plan = replace(plan, second_pass=_add_refiner(_plan_second(plan))) if resolved.hires else _add_refiner(plan)
+    if files:
+        files.controls.check(plan)
+    return plan
 
 
 def _add_refiner(last: RunPlan) -> RunPlan:

@@ -15,6 +15,7 @@ from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Denoise, Noise, Step
 from mezzotint.errors import RequestError
 from mezzotint.models.controlnet import ControlRun
+from mezzotint.models.t2i_adapter import T2IRun
 from mezzotint.models.unet import UNet
 from mezzotint.run.batches import Batch
 from mezzotint.run.initial import InitialLatents
@@ -47,7 +48,7 @@ def solve(
     initial: InitialLatents,
     noise: SeededNoise,
     split: bool,
-    controls: Sequence[ControlRun] = (),
+    controls: Sequence[ControlRun | T2IRun] = (),
     refining: Refining | None = None,
 ) -> Iterator[Step]:
     """Return an iterator of the steps of one pass, from the initial latents to the last noise level.
@@ -59,7 +60,7 @@ def solve(
         initial: What the run starts from.
         noise: The noise of the run.
         split: Whether the network is given one condition at a time.
-        controls: The ControlNets.
+        controls: The ControlNets and T2I-Adapters.
         refining: The refiner, which takes the last steps.
     """
     plan, stream = batch.plan, step_noise(batch, noise)
@@ -122,7 +123,7 @@ def unet_outputs(
     conditions: list[Timeline],
     initial: InitialLatents,
     split: bool,
-    controls: Sequence[ControlRun] = (),
+    controls: Sequence[ControlRun | T2IRun] = (),
     plan: RunPlan | None = None,
 ) -> Outputs:
     """Return the UNet's outputs under these conditions, guarded against values that are not finite.
@@ -132,7 +133,7 @@ def unet_outputs(
     name = "unet" if plan is None else "refiner"
     plan = plan or batch.plan
 
-    def denoiser(unet: UNet, controls: Sequence[ControlRun]) -> Denoiser:
+    def denoiser(unet: UNet, controls: Sequence[ControlRun | T2IRun]) -> Denoiser:
         return Denoiser(
             unet,
             plan.schedule,

@@ -34,7 +34,7 @@ from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
 from mezzotint.weights.keys import Family
-from mezzotint.weights.kinds import CONTROLNET, describe_kind
+from mezzotint.weights.kinds import CONTROLNET, T2I_ADAPTER, describe_kind
 from mezzotint.weights.model_files import (
     AESTHETIC,
     ENCODERS,
@@ -47,6 +47,7 @@ from mezzotint.weights.model_files import (
 )
 from mezzotint.weights.safety import add_checker
 from mezzotint.weights.single import plan_file
+from mezzotint.weights.t2i_files import is_t2i_folder, read_t2i
 from mezzotint.weights.vae_files import replace_vae
 
 MAX_LINES = 40  # of each kind in the text of a Report
@@ -361,14 +362,15 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
     file = None if path.is_dir() else TensorFile(path)
     with _report_read_errors(path):
         if file is None and is_control_folder(path):
-            return _report_control(path, {f.path: f for f in read_control(path, UNetConfig()).network.files.values()})
+            network = (read_t2i(path) if is_t2i_folder(path) else read_control(path, UNetConfig())).network
+            return _report_control(path, {file.path: file for file in network.files.values()})
     try:
         with _report_read_errors(path):
             found = _scan_own(path, given, file)
     except CheckpointError:
         if file is None:
             raise
-        if describe_kind(file.shapes) == CONTROLNET:
+        if describe_kind(file.shapes) in (CONTROLNET, T2I_ADAPTER):
             return _report_control(path, {path: file})
         dtypes: Counter[str] = Counter()
         for entry in file.entries.values():
@@ -384,12 +386,13 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
 
 
 def _report_control(path: Path, files: Mapping[Path, TensorFile]) -> Report:
-    """Describe a ControlNet, whose files are open."""
+    """Describe a ControlNet or a T2I-Adapter, whose files are open."""
     dtypes: Counter[str] = Counter()
     for entry in (entry for file in files.values() for entry in file.entries.values()):
         dtypes[dtype_name(entry.dtype)] += entry.count
     kind, problems = describe_control(path, {key: s for file in files.values() for key, s in file.shapes.items()})
-    part = PartReport("controlnet", dtypes.total(), sum(len(f.entries) for f in files.values()), dict(dtypes))
+    name = "t2i_adapter" if T2I_ADAPTER in kind else "controlnet"
+    part = PartReport(name, dtypes.total(), sum(len(f.entries) for f in files.values()), dict(dtypes))
     size, texts = sum(file.size for file in files.values()), next(iter(files.values())).metadata
     return Report(str(path), kind, keys=part.keys, bytes=size, parts=[part], problems=problems, metadata=texts)
 

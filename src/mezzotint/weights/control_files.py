@@ -1,5 +1,7 @@
 """Find and describe a ControlNet: a diffusers folder, a single file in any of its forms, or a hub id.
 
+What is found may be a T2I-Adapter too, which t2i_files.py describes.
+
 Two forms hold a difference from the UNet that it is used with: a Control-LoRA (the tensor `lora_controlnet`) has
 factors of some changes and takes all else from the UNet, and the other (`difference`) is added to it tensor by tensor.
 """
@@ -29,6 +31,8 @@ from mezzotint.weights.hub import network_files, resource
 from mezzotint.weights.keys import Family, Shapes, Sources
 from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import NetworkFiles
+from mezzotint.weights.t2i_files import CLASS as T2I_CLASS
+from mezzotint.weights.t2i_files import T2IFiles, describe_t2i, is_t2i_file, is_t2i_folder, read_t2i
 
 NAME = "controlnet"  # of its folder in a model
 CLASS = "ControlNetModel"
@@ -127,37 +131,46 @@ class ControlFiles:
             return torch.Size(shape)
 
 
-def scan_control(name: str, unet: UNetConfig) -> ControlFiles:
-    """Describe a ControlNet without reading weights.
+def scan_control(name: str, unet: UNetConfig) -> ControlFiles | T2IFiles:
+    """Describe a ControlNet or a T2I-Adapter without reading weights.
 
     Args:
         name: A file, a folder or a hub id.
         unet: The configuration of the UNet that it is used with.
 
     Raises:
-        CheckpointError: If it is missing, damaged, not a ControlNet, or one for another model.
+        CheckpointError: If it is missing, damaged, neither of them, or one for another model.
     """
-    found = read_control(_find(resource(name, "ControlNet", partial(_choose, name))), unet)
-    if reason := _mismatch(found, unet):
+    path = _find(resource(name, "ControlNet", partial(_choose, name)))
+    found = read_t2i(path) if _is_t2i(path) else read_control(path, unet)
+    if reason := found.mismatch(unet) if isinstance(found, T2IFiles) else _mismatch(found, unet):
         raise CheckpointError(f"{found.network.path} {reason}")
-    for problem in [] if found.factors else found.network.problems(found.network.network()):
+    whole = isinstance(found, T2IFiles) or not found.factors
+    for problem in found.network.problems(found.network.network()) if whole else ():
         raise CheckpointError(problem)
     return found
 
 
+def _is_t2i(path: Path) -> bool:
+    """Return whether a folder or file is a T2I-Adapter's."""
+    return is_t2i_folder(path) if path.is_dir() else path.is_file() and is_t2i_file(TensorFile(path).shapes)
+
+
 def is_control_folder(path: Path) -> bool:
-    """Return whether a folder is a ControlNet's."""
+    """Return whether a folder is a ControlNet's or a T2I-Adapter's."""
     config = path / "config.json"
-    return config.is_file() and read_json(config).get("_class_name") == CLASS
+    return config.is_file() and read_json(config).get("_class_name") in (CLASS, T2I_CLASS)
 
 
 def describe_control(path: Path, shapes: Shapes) -> tuple[str, list[str]]:
-    """Describe a ControlNet's folder or file in words, and what is wrong with it.
+    """Describe a ControlNet's or T2I-Adapter's folder or file in words, and what is wrong with it.
 
     Args:
         path: The folder or file.
         shapes: The shapes in the file.
     """
+    if is_t2i_folder(path) if path.is_dir() else is_t2i_file(shapes):
+        return describe_t2i(path)
     if keys.MARKERS[0] in shapes:
         pairs = [shape[1] for key, shape in shapes.items() if key.endswith(keys.FACTORS[0]) and len(shape) > 1]
         added = any(key.startswith("label_emb.") for key in shapes)
@@ -188,7 +201,7 @@ def read_control(path: Path, unet: UNetConfig) -> ControlFiles:
     file = TensorFile(path)
     shapes = file.shapes
     if not any(key.startswith(HINTS) for key in shapes):
-        raise CheckpointError(f"{path} holds {describe_kind(shapes)}, not a ControlNet")
+        raise CheckpointError(f"{path} holds {describe_kind(shapes)}, not a ControlNet or T2I-Adapter")
     if "task_embedding" in shapes:
         raise CheckpointError(f"{path} is a ControlNet Union, which is not supported; give one for a single kind")
     is_lora, is_difference = (marker in shapes for marker in keys.MARKERS)

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 
 
 CONTROLNET = "a ControlNet"
+T2I_ADAPTER = "a T2I-Adapter"
 ADAPTERS = [
     Kind("an IP-Adapter", (r"^image_proj\.", r"^ip_adapter\.")),
     Kind("a ControlNet-LLLite", (r"^lllite_",)),
@@ -40,7 +41,7 @@ ADAPTERS = [
         CONTROLNET,
         (r"^(control_model|control_add_embedding)\.|^controlnet_|^(control_model\.)?(input_hint_block|zero_convs)\.",),
     ),
-    Kind("a T2I-Adapter", (r"^(adapter\.)?body\.\d+\.(resnets\.\d+\.)?(block1|in_conv)\.",)),
+    Kind(T2I_ADAPTER, (r"^(adapter\.)?body\.\d+\.(resnets\.\d+\.)?(block1|in_conv)\.",)),
 ]
 
 # Other families of models; the first that matches. None of them has a key of Stable Diffusion.

@@ -23,6 +23,7 @@ from mezzotint.config import (
     ControlNetConfig,
     ImageProcessorConfig,
     SafetyCheckerConfig,
+    T2IAdapterConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
@@ -33,6 +34,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
+from mezzotint.models.t2i_adapter import T2IAdapter
 from mezzotint.models.tiny_vae import make_vae
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
@@ -43,7 +45,7 @@ from mezzotint.weights.keys import Family, Source, Sources
 from mezzotint.weights.offload import FileWeight, WeightPlacer
 from mezzotint.weights.quantized import pair_scales
 
-Config = UNetConfig | VAEConfig | CLIPConfig | SafetyCheckerConfig
+Config = UNetConfig | VAEConfig | CLIPConfig | SafetyCheckerConfig | T2IAdapterConfig
 
 TINY_VAE = "AutoencoderTiny"  # a VAE of diffusers with a config and a module of its own
 
@@ -55,6 +57,7 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
     "text_encoder_2": (("CLIPTextModelWithProjection", "CLIPTextModel"), CLIPConfig, CLIPTextModel),
     "safety_checker": (("StableDiffusionSafetyChecker",), SafetyCheckerConfig, SafetyChecker),
     "controlnet": (("ControlNetModel",), ControlNetConfig, ControlNet),
+    "t2i_adapter": (("T2IAdapter",), T2IAdapterConfig, T2IAdapter),
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 AESTHETIC = "requires_aesthetics_score"  # the field of model_index.json that only SDXL's refiner has set
@@ -86,6 +89,7 @@ COUNTS = (
     "layers_per_block",
     "num_encoder_blocks",
     "num_decoder_blocks",
+    "num_res_blocks",
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
 )

@@ -40,8 +40,9 @@ STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-# tables whose values count as the file's own, those of a later one first; the last three are of upscalers
-NESTED = ("model", "module", "state_dict", "params", "params-ema", "params_ema")
+# tables whose values count as the file's own, those of a later one first: the first is of T2I-Adapters, the last three
+# are of upscalers
+NESTED = ("adapter", "model", "module", "state_dict", "params", "params-ema", "params_ema")
 SKIPPED = {"ComplexDoubleStorage": 16, "QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4, "QUInt4x2Storage": 1}
 DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 ARRAYS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"}  # numpy's dtypes
