@@ -180,6 +180,7 @@ def workspace(tiny: Path, tiny_pipe: Pipeline, tmp_path: Path, monkeypatch: pyte
         for k in (1, 2):
             Image.effect_noise((32, 32), 90).convert("RGB").save(f"{folder}/hat-{k}.png")
             Path(folder, f"hat-{k}.txt").write_text("a red <hat> <boo>")
+    shutil.copytree("pictures", "edges")  # conditioning pictures
     lora = {"unet": {"conv_in": (torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1))}}
     for name in ("watercolour", "sharper", "loras/watercolour", "model"):
         save_lora(Path(f"{name}.safetensors"), lora)

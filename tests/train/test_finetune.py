@@ -40,6 +40,7 @@ class Batch:
     captions: tuple[str, ...]
     latents: Tensor
     time_ids: Tensor
+    hints: Tensor | None = None
 
 
 class Made:

@@ -102,15 +102,15 @@ def test_a_budget_is_kept_down_to_the_least(
     [
         ("textual-inversion", {"start": "lemon"}),
         ("dreambooth", {"prompt": "a sks", "class_prompt": "a"}),
+        ("controlnet", {"condition_widths": (4, 4, 8, 8), "random_crop": True, "shuffle_tags": True}),
         ("lora", {"text_encoder": True, "random_crop": True, "precision": "bfloat16", "convolutions": True}),
     ],
 )
 def test_other_ways_to_train_are_foreseen(sd1_folder: Path, base: None, method: str, fields: dict[str, Any]) -> None:
     plain = plan_of(sd1_folder, "20GiB", method, **fields)
     assert all(BASE < stage < 2 * BASE for stage in plain.stages.values()) and plain.step_bytes > 0
-    assert ("class" in plain.stages) == (method == "dreambooth") and ("captions" in plain.stages) == (
-        method == "dreambooth"
-    )
+    assert ("class" in plain.stages) == (method == "dreambooth")
+    assert ("captions" in plain.stages) == (method in ("dreambooth", "controlnet"))
 
 
 def test_what_a_step_is_made_of(sd1_folder: Path, base: None) -> None:

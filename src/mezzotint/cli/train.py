@@ -1,4 +1,4 @@
-"""`mezzotint train lora|full|dreambooth|textual-inversion`: train a LoRA, a model or a word on pictures."""
+"""`mezzotint train lora|full|dreambooth|textual-inversion|controlnet`: train on pictures."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ METHODS = {
     "full": "all weights of the model",
     "dreambooth": "one subject, named by a rare word",
     "textual-inversion": "the embedding of a new word",
+    "controlnet": "a network that makes pictures follow a conditioning picture",
 }
 
 
@@ -75,7 +76,7 @@ def train(
     steps: Annotated[int | None, option("Number of optimizer steps.", "N", default="1000, dreambooth 400")] = None,
     batch: Annotated[int | None, option("Number of pictures per step.", "N", default="1")] = None,
     lr: Annotated[
-        float | None, option("Learning rate.", "X", default="1e-4, full 1e-5, textual-inversion 5e-3")
+        float | None, option("Learning rate.", "X", default="1e-4, full and controlnet 1e-5, textual-inversion 5e-3")
     ] = None,
     rank: Annotated[int | None, option("Rank of the LoRA.", "N", default="8")] = None,
     seed: Annotated[int | None, option("Seed of all random draws.", "N", default="0")] = None,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mezzotint.config import ControlNetConfig
 from mezzotint.models.blocks import KeysValues
 from mezzotint.models.convolution import Conv2d
-from mezzotint.models.unet import Condition, DownPath
+from mezzotint.models.unet import Condition, DownPath, UNet
 
 Residuals = tuple[list[Tensor], Tensor]  # for each skip connection, and for the middle block
 
@@ -64,6 +64,15 @@ class ControlNet(DownPath):
         self.controlnet_mid_block = Conv2d(widths[-1], widths[-1], 1)
         for layer in (*self.controlnet_down_blocks, self.controlnet_mid_block):
             _fill_with_zeros(layer)
+
+    @classmethod
+    def from_unet(cls, unet: UNet, condition_widths: Sequence[int]) -> ControlNet:
+        """Return a ControlNet that is a copy of a UNet's way down and adds nothing yet, to be trained."""
+        fields = {**unet.config.model_dump(), "conditioning_embedding_out_channels": tuple(condition_widths)}
+        network = cls(ControlNetConfig.model_validate({**fields, "time_cond_proj_dim": None}))
+        own, state = network.state_dict(), unet.state_dict()
+        network.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
+        return network.to(unet.conv_in.weight.device, unet.conv_in.weight.dtype)
 
     def forward(
         self,

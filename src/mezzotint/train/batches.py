@@ -20,6 +20,7 @@ from torch import Tensor
 from mezzotint.errors import RequestError
 from mezzotint.train import keyed_rng
 from mezzotint.train.buckets import Size, bucket_sizes, epoch_batches, nearest_bucket
+from mezzotint.train.conditions import to_hint
 from mezzotint.train.data import BrokenPolicy, Dataset, Example
 from mezzotint.train.latents import Latents, View
 
@@ -68,6 +69,7 @@ class Batch:
         captions: after dropout and shuffling.
         latents: (B, C, h, w), sampled and scaled, float32 on the CPU.
         time_ids: (B, 6), SDXL's micro-conditioning.
+        hints: conditioning pictures (B, 3, H, W) in [0, 1], cropped as their pictures, if the data has them.
     """
 
     epoch: int
@@ -75,6 +77,7 @@ class Batch:
     captions: tuple[str, ...]
     latents: Tensor
     time_ids: Tensor
+    hints: Tensor | None = None
 
 
 class Batches:
@@ -120,7 +123,16 @@ class Batches:
             for place, view in zip(places, views, strict=True)
         ]
         captions = tuple(self._caption(epoch, place) for place in places)
-        return Batch(epoch, ids, captions, torch.cat(latents), torch.tensor(numbers, dtype=torch.float32))
+        conditions = [(self.examples[place].condition, view) for place, view in zip(places, views, strict=True)]
+        hints = [to_hint(view(condition.open())) for condition, view in conditions if condition]
+        return Batch(
+            epoch,
+            ids,
+            captions,
+            torch.cat(latents),
+            torch.tensor(numbers, dtype=torch.float32),
+            torch.stack(hints) if hints else None,
+        )
 
     def _view(self, epoch: int, place: int) -> View:
         def draw(what: str) -> float:
@@ -172,6 +184,8 @@ def prepare_dataset(
     skipped = list(dataset.skipped)
     for count, example in enumerate(dataset, 1):
         try:
+            if example.condition:
+                example.condition.open()
             if options.random_crop:
                 example.open()
             else:

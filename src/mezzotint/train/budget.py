@@ -309,6 +309,7 @@ class _Run:
             text = max(walk.walk_text_encoder(config, self.itemsize).peak(workspace) for config in model.encoders)
             stages["captions"] = (loaded + training_state if recipe.shuffle_tags else before) + brought["text"] + text
         copied = 4 * (weights["unet"].large + weights["text"].large)
+        copied += own if self.change == "controlnet" else 0
         if recipe.method == "dreambooth" and recipe.class_prompt:
             stages["class"] = before + weights["unet"].large * self.itemsize + self.sampling_bytes()
         stages["step"] = loaded + states + max(work, gradients + UPDATE_BYTES * self.largest)
@@ -365,19 +366,23 @@ class _Run:
         width, height = max(self.buckets, key=lambda one: one[0] * one[1])
         scale = self.model.vae.downscale
         shape = micro_batch, self.model.vae.latent_channels, height // scale, width // scale
-        networks = [trainable.unet, *trainable.text_encoders.values()] if checkpointed else []
+        learning = [trainable.controlnet] if trainable.controlnet is not None else []
+        networks = [trainable.unet, *learning, *trainable.text_encoders.values()] if checkpointed else []
+        hints = torch.zeros(micro_batch, 3, height, width) if learning else None
         twice = self.recipe.accumulate * self.recipe.batch > micro_batch
         with torch.device("meta"), torch.random.fork_rng(devices=[]), backend(_Fused()):
             trainable.zero_grad(set_to_none=True)
             with walk.TensorCounter(trainable) as counter:
                 for _ in range(1 + twice):
-                    self._step(trainable, shape, networks)
+                    self._step(trainable, shape, networks, hints)
             trainable.zero_grad(set_to_none=True)
         # in sixteen bits the gradients are float32's all the same, and autocast has its copies of what learns
         most: int = counter.peak + (4 * self.numbers if self.itemsize == 2 else 0)
         return most
 
-    def _step(self, trainable: TrainableModel, shape: tuple[int, ...], checkpointed: list[nn.Module]) -> None:
+    def _step(
+        self, trainable: TrainableModel, shape: tuple[int, ...], checkpointed: list[nn.Module], hints: Tensor | None
+    ) -> None:
         caption = f"a {self.recipe.token}" if self.change == "word" else ""
         with ExitStack() as stack:
             for network in checkpointed:
@@ -385,7 +390,8 @@ class _Run:
             total = torch.zeros(())
             for _ in range(2 if self.recipe.class_prompt and self.recipe.method == "dreambooth" else 1):
                 draws = torch.zeros(shape[0], dtype=torch.long), torch.zeros(shape)
-                losses = trainable.losses(torch.zeros(shape), [caption] * shape[0], torch.zeros(shape[0], 6), *draws)
+                time_ids = torch.zeros(shape[0], 6)
+                losses = trainable.losses(torch.zeros(shape), [caption] * shape[0], time_ids, *draws, hints)
                 total = total + losses.mean()
             torch.autograd.backward(total)
 

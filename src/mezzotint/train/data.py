@@ -23,7 +23,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, overload
@@ -35,6 +35,7 @@ from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.files import open_regular, read_bytes
 from mezzotint.images import init_image
 from mezzotint.request import MAX_PROMPT
+from mezzotint.train.conditions import FIELDS, ConditioningPicture
 
 BrokenPolicy = Literal["stop", "skip"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -59,6 +60,7 @@ class Example:
         place: where it is, for error messages.
         read: returns the bytes of its file.
         repeats: uses in an epoch, by the name of its folder.
+        condition: its conditioning picture, for a ControlNet.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Example:
     place: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
     repeats: int = 1
+    condition: ConditioningPicture | None = None
 
     def open(self) -> Image.Image:
         """Return the picture in RGB. Raises RequestError if it does not decode or has changed."""
@@ -289,13 +292,28 @@ def _metadata(path: Path, default: str | None, prefix: str = "") -> Iterator[Fou
             yield f"line {number} of {str(path)!r}: {row}"
             continue
         name, caption = row.get("file_name"), _caption_in(row, default)
-        if not isinstance(name, str) or not name or "\0" in name:
+        condition = next((row[key] for key in FIELDS if isinstance(row.get(key), str) and row[key]), None)
+        outside = [one for one in (name, condition) if isinstance(one, str) and _leaves_folder(one)]
+        if not isinstance(name, str) or not name or "\0" in f"{name}{condition}":
             yield f"line {number} of {str(path)!r} names no picture; {EXPECTED_LINE}"
-        elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            yield f"line {number} of {str(path)!r} names {name!r}; it must be below the folder of {path.name}"
+        elif outside:
+            yield f"line {number} of {str(path)!r} names {outside[0]!r}; it must be below the folder of {path.name}"
         else:
             file = str(path.parent / name)
-            yield _example(prefix + name, file, caption, partial(init_image.read, file, "the picture"), True)
+            found = _example(prefix + name, file, caption, partial(init_image.read, file, "the picture"), True)
+            yield _with_condition(found, str(path.parent / condition)) if condition else found
+
+
+def _leaves_folder(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+
+
+def _with_condition(found: Found, place: str, read: Callable[[], bytes] | None = None) -> Found:
+    """Give an example its conditioning picture, from a file unless `read` returns the bytes."""
+    if isinstance(found, str):
+        return found
+    picture = ConditioningPicture(place, read or partial(init_image.read, place, "the conditioning picture"))
+    return replace(found, condition=picture)
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -391,7 +409,8 @@ def _parquet(path: Path, default: str | None, name: str = "") -> Iterator[Found]
                 raise RequestError(
                     f"{str(path)!r} has the columns {', '.join(columns)[:200]}; it must have image and text"
                 )
-            groups = _Groups(path)
+            groups = {column: _Groups(path, column) for column in ("image", *FIELDS) if column in columns}
+            conditions = next((groups[name] for name in FIELDS if name in groups), None)
             number = 0
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["image", *([text] if text else [])])
@@ -400,16 +419,18 @@ def _parquet(path: Path, default: str | None, name: str = "") -> Iterator[Found]
                     number += 1
                     words = caption if isinstance(caption, str) else default
                     id, place = f"{name or path.name}:{number}", f"{path}, row {number}"
-                    yield _example(id, place, words, partial(groups.picture, group, row, place))
+                    found = _example(id, place, words, partial(groups["image"].picture, group, row, place))
+                    read = conditions and partial(conditions.picture, group, row, place)
+                    yield _with_condition(found, place, read) if read else found
     except pyarrow.ArrowException as error:
         raise RequestError(f"{str(path)!r} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
 
 
 class _Groups:
-    """The pictures of a Parquet file, with the last used row group in memory."""
+    """A column of pictures of a Parquet file, with the last used row group in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column = path, column
         self._lock = threading.Lock()
         self._group: tuple[int, Any] = (-1, None)
 
@@ -419,9 +440,9 @@ class _Groups:
         with self._lock:
             if self._group[0] != group:
                 with pyarrow.parquet.ParquetFile(self.path) as file:
-                    self._group = group, file.read_row_group(group, columns=["image"]).column("image")
+                    self._group = group, file.read_row_group(group, columns=[self.column]).column(self.column)
             cell = self._group[1][row].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
-            raise RequestError(f"the picture {place!r} has no bytes; the column image must contain them")
+            raise RequestError(f"the picture {place!r} has no bytes; the column {self.column} must contain them")
         return data

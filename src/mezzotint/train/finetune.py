@@ -1,4 +1,4 @@
-"""Fine-tuning by a recipe: LoRA, full, DreamBooth or textual inversion, on one CPU or GPU or, with accelerate, several.
+"""Fine-tuning by a recipe (LoRA, full, DreamBooth, textual inversion, ControlNet), on one or several CPUs or GPUs.
 
     model = finetune(TrainableModel(parts, recipe), batches, folder)
 
@@ -200,7 +200,8 @@ def split_batch(
 
 
 def _slice(batch: Any, part: slice) -> Batch:
-    sliced: Batch = replace(batch, **{n: getattr(batch, n)[part] for n in ("ids", "captions", "latents", "time_ids")})
+    names = ("ids", "captions", "latents", "time_ids", *(("hints",) if batch.hints is not None else ()))
+    sliced: Batch = replace(batch, **{name: getattr(batch, name)[part] for name in names})
     return sliced
 
 
@@ -256,7 +257,7 @@ def validation_loss(model: TrainableModel, batches: Batches) -> float:
             timestep = (2 * level + 1) * model.schedule.num_train_timesteps // (2 * VALIDATION_LEVELS)
             _, noise = model.draw_noise(batch, purpose=f"validation {level}")
             timesteps = torch.full((len(batch.ids),), timestep)
-            losses = model.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise)
+            losses = model.losses(batch.latents, batch.captions, batch.time_ids, timesteps, noise, batch.hints)
             total, count = total + float(losses.sum()), count + len(losses)
     return total / count
 
@@ -277,7 +278,9 @@ def _prepare(model: TrainableModel, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         if model.recipe.checkpointing:
-            stack.enter_context(checkpointing(model.unet))
+            for network in (model.unet, model.controlnet):
+                if network is not None:
+                    stack.enter_context(checkpointing(network))
             for name, encoder in model.text_encoders.items():
                 if model.vectors or any(key.startswith(f"{name}.") for key in model.trainable_parameters()):
                     stack.enter_context(checkpointing(encoder))

@@ -17,7 +17,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,7 +25,7 @@ from mezzotint.errors import RequestError
 from mezzotint.files import read_text
 from mezzotint.model_options import parse_config
 
-Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
+Method = Literal["lora", "full", "dreambooth", "textual-inversion", "controlnet"]
 
 # Defaults of a method that differ from the field's.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -33,11 +33,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-5, "ema": 0.999},
     "dreambooth": {"caption_dropout": 0.0, "steps": 400},
     "textual-inversion": {"lr": 5e-3, "caption_dropout": 0.0, "weight_decay": 0.0},
+    "controlnet": {"lr": 1e-5},
 }
 # Fields that may change when a run is resumed.
-FREE = ("data", "model", "variant", "vae", "class_folder", "cache", "validation", "save_every", "keep", "sample_every",
-        "sample_prompts", "sample_seed", "validate_every", "log_every", "tensorboard", "checkpointing", "memory",
-        "accumulate", "layout")  # fmt: skip
+FREE = ("data", "conditions", "model", "variant", "vae", "class_folder", "cache", "validation", "save_every", "keep",
+        "sample_every", "sample_prompts", "sample_conditions", "sample_seed", "validate_every", "log_every",
+        "tensorboard", "checkpointing", "memory", "accumulate", "layout")  # fmt: skip
 
 
 class Recipe(BaseModel):
@@ -45,7 +46,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Method = Field(description="lora, full, dreambooth or textual-inversion")
+    method: Method = Field(description="lora, full, dreambooth, textual-inversion or controlnet")
     model: str | None = Field(default=None, description="a model folder, file or hub id (unset: the bundled model)")
     family: str | None = Field(default=None, description="sd1, sd2 or sdxl (unset: by the model's tensors)")
     variant: str | None = Field(default=None, description="a variant of the model folder's weights, such as fp16")
@@ -56,6 +57,10 @@ class Recipe(BaseModel):
 
     # data
     data: str = Field(description="a folder, Parquet file or WebDataset shards")
+    conditions: str | None = Field(
+        default=None,
+        description="a folder of conditioning pictures, each under its picture's name (unset: the data names them)",
+    )
     resolution: int | None = Field(
         default=None,
         ge=16,
@@ -133,6 +138,15 @@ class Recipe(BaseModel):
         description="existing words of at most 200 characters, each token of which initialises a vector of the token",
     )
     vectors: int = Field(default=1, ge=1, le=75, description="a whole number from 1 to 75: vectors of the token")
+    controlnet: str | None = Field(
+        default=None,
+        description="a ControlNet's folder, file or hub id to start from (unset: a copy of the UNet's encoder)",
+    )
+    condition_widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        default=(16, 32, 96, 256),
+        min_length=2,
+        description="a list of whole numbers: widths of the convolutions that read the conditioning picture",
+    )
     prompt: str | None = Field(default=None, description="a caption for pictures that have none")
     class_prompt: str | None = Field(
         default=None, description="a prompt for class pictures (prior preservation), such as 'a dog'"
@@ -153,6 +167,10 @@ class Recipe(BaseModel):
         default=None, gt=0, description="a number above 0: Min-SNR's gamma, 5 in the paper (unset: no weighting)"
     )
     noise_offset: float = Field(default=0.0, ge=0, le=1, description="a number from 0 to 1: noise offset")
+    timesteps: Literal["uniform", "cubic"] = Field(
+        default="uniform",
+        description="uniform, or cubic: more of those with much noise, which decide the layout",
+    )
     zero_snr: bool = Field(default=False, description="true or false: rescale the schedule to zero terminal SNR")
 
     # output
@@ -165,6 +183,9 @@ class Recipe(BaseModel):
     tensorboard: bool = Field(default=True, description="true or false: log to TensorBoard if it is installed")
     sample_every: int = Field(default=0, ge=0, description="a whole number of steps (0: never)")
     sample_prompts: tuple[str, ...] = Field(default=(), description="a list of prompts")
+    sample_conditions: tuple[str, ...] = Field(
+        default=(), description="a list of the sample prompts' conditioning pictures, of a ControlNet"
+    )
     sample_seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
     validate_every: int = Field(default=0, ge=0, description="a whole number of steps (0: never)")
     validation: str | None = Field(default=None, description="held-out pictures, given like data")
@@ -181,6 +202,17 @@ class Recipe(BaseModel):
             raise RequestError("validate_every is set and validation is not; it must name held-out pictures")
         if self.sample_every and not self.sample_prompts:
             raise RequestError("sample_every is set and sample_prompts is not; it must be a list of prompts")
+        if self.method == "controlnet":
+            if self.sample_every and len(self.sample_conditions) != len(self.sample_prompts):
+                raise RequestError(
+                    f"sample_conditions has {len(self.sample_conditions)} pictures and sample_prompts "
+                    f"{len(self.sample_prompts)} prompts; each prompt must have one"
+                )
+            for name in ("text_encoder", "prediction", "zero_snr"):
+                if getattr(self, name):
+                    raise RequestError(f"{name} is set, which a ControlNet cannot change; leave it unset")
+        elif self.conditions or self.controlnet or self.sample_conditions:
+            raise RequestError(f"conditions are for the method controlnet; the method is {self.method}")
         return self
 
     @classmethod

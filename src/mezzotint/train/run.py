@@ -24,14 +24,16 @@ from mezzotint.train import checkpoints
 from mezzotint.train.batches import Batches, DataOptions, prepare_dataset
 from mezzotint.train.buckets import nearest_bucket
 from mezzotint.train.budget import TrainingPlan, offload_placements, plan_training
-from mezzotint.train.data import Dataset, open_data
+from mezzotint.train.conditions import pair_conditions
+from mezzotint.train.data import PICTURES, Dataset, open_data
 from mezzotint.train.finetune import OnStep, Report, finetune, make_accelerator
 from mezzotint.train.latents import Latents, Texts
 from mezzotint.train.recipe import Recipe
-from mezzotint.train.saving import check_saving, inference_parts, save_embedding, save_results
+from mezzotint.train.saving import CONTROLNET, check_saving, inference_parts, save_embedding, save_results
 from mezzotint.train.trainable import TrainableModel
 from mezzotint.weights.checkpoint import open_model
 from mezzotint.weights.hub import BUNDLED
+from mezzotint.weights.save import save_control
 
 Say = Callable[[str], None]
 
@@ -69,6 +71,8 @@ def run(
     cache = Path(recipe.cache) if recipe.cache else folder / "cache"
     caption = recipe.prompt or (f"a picture of {recipe.token}" if inversion else None)
     dataset = open_data(recipe.data, recipe.broken, caption)
+    if recipe.method == "controlnet":
+        dataset = pair_conditions(dataset, recipe.conditions, PICTURES, recipe.broken)
     for notice in dataset.notices:
         tell(notice)
     if inversion:
@@ -83,6 +87,8 @@ def run(
     native = (model.unet.sample_size or 64) * model.vae.downscale
     recipe = recipe.model_copy(update={"resolution": recipe.resolution or native})
     held_out = open_data(recipe.validation, recipe.broken, caption) if recipe.validation else None
+    if held_out and recipe.method == "controlnet":
+        held_out = pair_conditions(held_out, recipe.conditions, PICTURES, recipe.broken)
     if recipe.memory:
         accelerator.prepare(torch.nn.Linear(1, 1))  # imports 75 MB, which the plan must find in memory
     plan = _plan_memory(recipe, model, [dataset, held_out], tell)
@@ -164,12 +170,15 @@ def run(
 
 def draw_samples(model: TrainableModel, folder: Path, step: int) -> None:
     """Generate the recipe's sample prompts with the model as it is, as folder/step-00000100-0.png and so on."""
-    recipe, embeddings = model.recipe, None
+    recipe, embeddings, controls = model.recipe, None, [None] * len(model.recipe.sample_prompts)
+    if model.controlnet is not None:
+        save_control(folder / CONTROLNET, model.controlnet, None)
+        controls = [({"file": str(folder / CONTROLNET), "image": name},) for name in recipe.sample_conditions]
     if model.change == "word":
         embeddings = (str(save_embedding(model, folder / f"{recipe.token.strip('<>')}.safetensors")),)
     pipe = Pipeline(inference_parts(model))
-    for number, text in enumerate(recipe.sample_prompts):
-        request = Request(prompt=text, seed=recipe.sample_seed + number, embeddings=embeddings)
+    for number, (text, control) in enumerate(zip(recipe.sample_prompts, controls, strict=True)):
+        request = Request(prompt=text, seed=recipe.sample_seed + number, embeddings=embeddings, control=control)
         image = pipe.generate(request).images[0]
         _save_picture(image, folder / f"step-{step:08}-{number}.png")
 

@@ -1,7 +1,7 @@
 """Save training results, and build a model for generation from one in training.
 
-A LoRA is saved in the formats of peft and kohya, a full model as a diffusers folder or single file, and a textual
-inversion as learned_embeds.safetensors.
+A LoRA is saved in the formats of peft and kohya, a full model as a diffusers folder or single file, a textual inversion
+as learned_embeds.safetensors, and a ControlNet as a diffusers folder.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from mezzotint.train.recipe import Recipe
 from mezzotint.train.trainable import ENCODERS, TEXT_TARGETS, TrainableModel, lora_pairs, merged_state_dict
 from mezzotint.weights.checkpoint import Parts
 from mezzotint.weights.keys import Levels, rename_keys, unet_table
+from mezzotint.weights.save import save_control
 from mezzotint.weights.save_lora import save_lora
 from mezzotint.weights.save_model import save_parts
 from mezzotint.weights.save_single import check_single, save_single
 from mezzotint.weights.save_tensors import write_tensors
 
 PEFT, KOHYA, WORD, MODEL = "pytorch_lora_weights.safetensors", "kohya.safetensors", "{}.safetensors", "model"
+CONTROLNET = "controlnet"
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's ss_base_model_version
 
 
@@ -36,6 +38,9 @@ def save_results(model: TrainableModel, folder: Path, step: int, dtype: torch.dt
         return [save_peft(model, folder / PEFT, dtype), save_kohya(model, folder / KOHYA, step, dtype)]
     if model.change == "word":
         return [save_embedding(model, folder / WORD.format(model.recipe.token.strip("<>")))]
+    if model.controlnet is not None:
+        save_control(folder / CONTROLNET, model.controlnet, dtype)
+        return [folder / CONTROLNET]
     return save_model(model, folder / MODEL, dtype)
 
 

@@ -6,6 +6,8 @@
 The target follows diffusion/prediction.py (epsilon or v). w is 1, or Min-SNR's (Hang et al. 2023, eq. 8; for v divided
 by SNR + 1). Noise, noise offset (Guttenberg 2023: one constant per channel, so that the model can learn a picture's
 mean) and timesteps are functions of (seed, epoch, picture) only.
+
+A ControlNet (Zhang et al. 2023) is trained beside the frozen network, whose features it adds to.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.errors import RequestError
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.offload import count_parameters
 from mezzotint.models.unet import Condition, UNet
+from mezzotint.placement import Placement
 from mezzotint.train.keyed_rng import generator
 from mezzotint.train.latents import Texts
 from mezzotint.train.recipe import Recipe
 from mezzotint.weights.checkpoint import Parts
+from mezzotint.weights.control_files import scan_control
 
 ADAPTER = "default"  # peft's name of a network's only adapter
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -37,7 +42,10 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class Batch(Protocol):
-    """Pictures of one size. latents: (B, C, h, w), float32, scaled; time_ids: (B, 6), SDXL's micro-conditioning."""
+    """Pictures of one size. latents: (B, C, h, w), float32, scaled; time_ids: (B, 6), SDXL's micro-conditioning.
+
+    hints: conditioning pictures (B, 3, H, W) in [0, 1], of a ControlNet.
+    """
 
     @property
     def epoch(self) -> int: ...
@@ -49,13 +57,15 @@ class Batch(Protocol):
     def latents(self) -> Tensor: ...
     @property
     def time_ids(self) -> Tensor: ...
+    @property
+    def hints(self) -> Tensor | None: ...
 
 
 class TrainableModel(nn.Module):
     """The networks of a model with the parameters that a recipe trains.
 
-    Submodules: `unet`, `text_encoder` (for SDXL also `text_encoder_2`), and for textual inversion `vectors`, one
-    parameter (n, width) for each text encoder. A LoRA starts as no change.
+    Submodules: `unet`, `text_encoder` (for SDXL also `text_encoder_2`), for textual inversion `vectors`, one parameter
+    (n, width) for each text encoder, and for a ControlNet `controlnet`. A LoRA and a new ControlNet start as no change.
     """
 
     def __init__(self, parts: Parts, recipe: Recipe, cache: Path | None = None) -> None:
@@ -76,6 +86,7 @@ class TrainableModel(nn.Module):
         for name, encoder in zip(ENCODERS, parts.text_encoders, strict=False):
             self.add_module(name, encoder.requires_grad_(False).train())
         self.vectors = nn.ParameterList()
+        self.controlnet: ControlNet | None = None
         config = samplers.resolve(None, parts.scheduler_config).schedule
         if recipe.prediction:
             config = config.model_copy(update={"prediction_type": recipe.prediction})
@@ -91,17 +102,22 @@ class TrainableModel(nn.Module):
         self.texts = Texts(parts.tokenizers, parts.text_encoders, cache)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # LoRA's down matrices start random
-            {"lora": self._add_lora, "full": self._unfreeze, "word": self._add_vectors}[self.change]()
+            {
+                "lora": self._add_lora,
+                "full": self._unfreeze,
+                "word": self._add_vectors,
+                "controlnet": self._add_controlnet,
+            }[self.change]()
         for parameter in self.trainable_parameters().values():
             parameter.data = parameter.data.float()  # updates are too small for 16 bits
 
     @property
     def change(self) -> str:
-        """What is trained: "lora", "full", or "word" (textual inversion)."""
+        """What is trained: "lora", "full", "word" (textual inversion), or "controlnet"."""
         recipe = self.recipe
         if recipe.method == "dreambooth":
             return recipe.change
-        return {"lora": "lora", "full": "full", "textual-inversion": "word"}[recipe.method]
+        return {"textual-inversion": "word"}.get(recipe.method, recipe.method)
 
     @property
     def text_encoders(self) -> dict[str, CLIPTextModel]:
@@ -139,12 +155,19 @@ class TrainableModel(nn.Module):
             (prior, "prior", shares[1] * self.recipe.prior_weight),
         ):
             if one is not None:
-                losses = self.losses(one.latents, one.captions, one.time_ids, *self.draw_noise(one, purpose=purpose))
+                drawn = self.draw_noise(one, purpose=purpose)
+                losses = self.losses(one.latents, one.captions, one.time_ids, *drawn, one.hints)
                 loss = loss + weight * losses.mean()
         return loss
 
     def losses(
-        self, latents: Tensor, captions: Sequence[str], time_ids: Tensor, timesteps: Tensor, noise: Tensor
+        self,
+        latents: Tensor,
+        captions: Sequence[str],
+        time_ids: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        hints: Tensor | None = None,
     ) -> Tensor:
         """Return each picture's loss (B,). latents and noise: (B, C, h, w), float32; timesteps: (B,); any device."""
         device = self.unet.conv_in.weight.device
@@ -153,16 +176,27 @@ class TrainableModel(nn.Module):
         sigma = levels.to(device)[timesteps].view(-1, 1, 1, 1)
         sample = (x0 + sigma * noise) / (sigma.square() + self.prediction.sigma_data**2).sqrt()
         sample = sample.to(self.unet.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
-        output = self.unet(sample, timesteps, self.encode_captions(captions, time_ids)).float()
+        condition, residuals = self.encode_captions(captions, time_ids), {}
+        if self.controlnet is not None:
+            assert hints is not None
+            features = self.controlnet.embed(hints.to(sample).contiguous(memory_format=torch.channels_last))
+            down, mid = self.controlnet(sample, timesteps, condition, features)
+            residuals = {"down_residuals": down, "mid_residual": mid}
+        output = self.unet(sample, timesteps, condition, **residuals).float()
         error: Tensor = (output - self.prediction.target(x0, noise, sigma)).square().mean((1, 2, 3))
         return error * self._loss_weights(sigma.flatten())
 
     def draw_noise(self, batch: Batch, *, purpose: str = "train") -> tuple[Tensor, Tensor]:
         """Return timesteps (B,) and noise (B, C, h, w), drawn for each picture from (seed, epoch, picture, purpose)."""
         timesteps, noises = [], []
+        last = self.schedule.num_train_timesteps - 1
         for id, latents in zip(batch.ids, batch.latents, strict=True):
             rng = generator(self.recipe.seed, batch.epoch, id, purpose)
-            timesteps.append(torch.randint(self.schedule.num_train_timesteps, (), generator=rng))
+            if self.recipe.timesteps == "cubic":  # Mou et al. 2023, section 3.3
+                share = 1 - torch.rand((), generator=rng, dtype=torch.float64) ** 3
+                timesteps.append((share * self.schedule.num_train_timesteps).long().clamp(max=last))
+            else:
+                timesteps.append(torch.randint(last + 1, (), generator=rng))
             noise = torch.randn(latents.shape, generator=rng)
             if self.recipe.noise_offset:
                 noise = noise + self.recipe.noise_offset * torch.randn(len(latents), 1, 1, generator=rng)
@@ -224,6 +258,26 @@ class TrainableModel(nn.Module):
         if self.recipe.text_encoder:
             for encoder in self.text_encoders.values():
                 encoder.requires_grad_(True)
+
+    def _add_controlnet(self) -> None:
+        recipe, unet = self.recipe, self.unet
+        weight = unet.conv_in.weight
+        if unet.config.in_channels != unet.config.out_channels:
+            raise RequestError(
+                f"this model's UNet takes {unet.config.in_channels} channels, as for inpainting; a ControlNet is "
+                "trained with the model that it comes from"
+            )
+        if recipe.controlnet:
+            files = scan_control(recipe.controlnet, unet.config)
+            if weight.is_meta:  # while memory is planned
+                self.controlnet = cast(ControlNet, files.network.network()).to(weight.dtype)
+            else:
+                self.controlnet = files.load(unet, weight.dtype, weight.device, Placement())
+        else:
+            self.controlnet = ControlNet.from_unet(unet, recipe.condition_widths)
+        for parameter in self.controlnet.parameters():
+            parameter.data = parameter.data.clone()  # a Control-LoRA shares what it does not change with the UNet
+        self.controlnet.requires_grad_(True).train()
 
     def _add_vectors(self) -> None:
         recipe = self.recipe

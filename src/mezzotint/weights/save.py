@@ -15,9 +15,11 @@ from mezzotint.config import TinyVAEConfig, VAEConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.files import atomic_path, remove_leftovers, report_write_errors, write_atomically
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.models.vae import VAE
+from mezzotint.weights.control_files import CLASS
 from mezzotint.weights.model_files import TINY_VAE
 from mezzotint.weights.save_tensors import own_copy, save_safetensors
 
@@ -113,6 +115,18 @@ def save_folder(
         if settings is not None:
             _write_json(root / "mezzotint.json", settings)
         _write_json(root / "model_index.json", index | dict(model_index or {}))
+
+
+def save_control(folder: Path, network: ControlNet, dtype: torch.dtype | None = torch.float16) -> None:
+    """Write a ControlNet as a diffusers folder, replacing one that is there. Raises WriteError."""
+    others = {"up_block_types", "sample_size", "out_channels", "time_cond_proj_dim", "center_input_sample"}
+    others |= {"reverse_transformer_layers_per_block"}  # of a UNet, but not of diffusers' ControlNetModel
+    fields = {name: value for name, value in network.config.model_dump().items() if name not in others}
+    with report_write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _new_folder(folder) as new:
+            _write_json(new / "config.json", {"_class_name": CLASS, "_diffusers_version": DIFFUSERS, **fields})
+            _write_weights(new, "diffusion_pytorch_model", network.state_dict(), dtype, 2**62)
 
 
 def _vae_fields(config: VAEConfig) -> dict[str, Any]:
