@@ -19,10 +19,10 @@ from mezzotint.train import keyed_rng
 from mezzotint.train.batches import Batch
 from mezzotint.train.finetune import Report, finetune
 from mezzotint.train.recipe import Recipe
-from mezzotint.train.saving import save_control
 from mezzotint.train.trainable import TrainableModel
 from mezzotint.weights.checkpoint import open_model
 from mezzotint.weights.hub import BUNDLED
+from mezzotint.weights.save import save_control
 from outlines import TRAINING_SEED, Outlines, outline
 
 PART = 1_000  # scenes in each file of the cache
@@ -75,8 +75,8 @@ def cache_scenes(folder: Path, vae: VAE, count: int) -> tuple[Tensor, Tensor, li
             path.with_suffix(".part").replace(path)
             print(f"{first + PART} of {count} scenes encoded", flush=True)
         parts.append(torch.load(path, weights_only=True))
-    moments, lines = (torch.cat([part[k] for part in parts]) for k in (0, 1))
-    return moments, lines, [caption for part in parts for caption in part[2]]
+    means, outlines = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+    return means, outlines, [caption for part in parts for caption in part[2]]
 
 
 def main() -> None:

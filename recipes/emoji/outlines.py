@@ -19,7 +19,7 @@ from random import Random
 import numpy as np
 import torch
 from PIL import Image, ImageFont
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 
 from scenes import CELL, FONT, FONT_SIZE, SIDE, build_grounds, draw_glyph, over, to_images
 from words import (

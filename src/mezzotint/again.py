@@ -31,7 +31,7 @@ from mezzotint.records.record import Record, difference, pixels_digest
 from mezzotint.records.record import changes as record_changes
 from mezzotint.records.record import read as read_record
 from mezzotint.request import Request
-from mezzotint.weights.hub import BUNDLED
+from mezzotint.weights.hub import BUNDLED, BUNDLED_CONTROL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -393,6 +393,10 @@ def _controls(
 ) -> tuple[Control, ...] | None:
     """Return the ControlNets of a record, with these files and the input pictures in place of the names in it."""
     entries = source.request.control or ()
+    bundled = [entry.file == BUNDLED_CONTROL.name for entry in entries]
+    if len(given) == bundled.count(False):  # the bundled one is always there
+        others = iter(given)
+        given = [{} if own else next(others) for own in bundled]
     if len(entries) != len(given):
         names = ", ".join(entry.file for entry in entries)
         what = f"it was generated with the ControlNets {names[:200]}" if entries else "it has no ControlNet"

@@ -68,7 +68,7 @@ def pair_conditions(dataset: Dataset, folder: str | None, suffixes: tuple[str, .
     for example in dataset:
         if folder:
             path = own.get(_stem(example.id))
-            example = replace(example, condition=path and _picture(path))
+            example = replace(example, condition=_picture(path) if path else None)
         if fault := _fault(example, folder):
             if broken == "stop":
                 raise RequestError(fault)

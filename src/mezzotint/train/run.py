@@ -170,7 +170,8 @@ def run(
 
 def draw_samples(model: TrainableModel, folder: Path, step: int) -> None:
     """Generate the recipe's sample prompts with the model as it is, as folder/step-00000100-0.png and so on."""
-    recipe, embeddings, controls = model.recipe, None, [None] * len(model.recipe.sample_prompts)
+    recipe, embeddings = model.recipe, None
+    controls: list[Any] = [None] * len(recipe.sample_prompts)
     if model.controlnet is not None:
         save_control(folder / CONTROLNET, model.controlnet, None)
         controls = [({"file": str(folder / CONTROLNET), "image": name},) for name in recipe.sample_conditions]

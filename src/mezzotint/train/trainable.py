@@ -34,7 +34,7 @@ from mezzotint.train.keyed_rng import generator
 from mezzotint.train.latents import Texts
 from mezzotint.train.recipe import Recipe
 from mezzotint.weights.checkpoint import Parts
-from mezzotint.weights.control_files import scan_control
+from mezzotint.weights.control_files import ControlFiles, scan_control
 
 ADAPTER = "default"  # peft's name of a network's only adapter
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -269,6 +269,8 @@ class TrainableModel(nn.Module):
             )
         if recipe.controlnet:
             files = scan_control(recipe.controlnet, unet.config)
+            if not isinstance(files, ControlFiles):
+                raise RequestError(f"controlnet is {recipe.controlnet[:200]!r}, a T2I-Adapter; it must be a ControlNet")
             if weight.is_meta:  # while memory is planned
                 self.controlnet = cast(ControlNet, files.network.network()).to(weight.dtype)
             else:

@@ -27,7 +27,7 @@ from mezzotint.placement import Placement
 from mezzotint.weights import controlnet_keys as keys
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import choose_weights, read_json, read_part
-from mezzotint.weights.hub import network_files, resource
+from mezzotint.weights.hub import BUNDLED_CONTROL, network_files, resource
 from mezzotint.weights.keys import Family, Shapes, Sources
 from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import NetworkFiles
@@ -135,13 +135,13 @@ def scan_control(name: str, unet: UNetConfig) -> ControlFiles | T2IFiles:
     """Describe a ControlNet or a T2I-Adapter without reading weights.
 
     Args:
-        name: A file, a folder or a hub id.
+        name: A file, a folder, a hub id, or the bundled one's name.
         unet: The configuration of the UNet that it is used with.
 
     Raises:
         CheckpointError: If it is missing, damaged, neither of them, or one for another model.
     """
-    path = _find(resource(name, "ControlNet", partial(_choose, name)))
+    path = _find(_locate(name))
     found = read_t2i(path) if _is_t2i(path) else read_control(path, unet)
     if reason := found.mismatch(unet) if isinstance(found, T2IFiles) else _mismatch(found, unet):
         raise CheckpointError(f"{found.network.path} {reason}")
@@ -290,6 +290,13 @@ def family_of(unet: UNetConfig) -> Family:
     if unet.addition_embed_type == "text_time":
         return "sdxl"
     return "sd2" if unet.cross_attention_dim == 1024 or unet.use_linear_projection else "sd1"
+
+
+def _locate(name: str) -> Path:
+    """Return an existing path, the bundled ControlNet for its name, or a snapshot from the hub."""
+    if name == BUNDLED_CONTROL.name and not Path(name).exists():
+        return BUNDLED_CONTROL
+    return resource(name, "ControlNet", partial(_choose, name))
 
 
 def _find(path: Path) -> Path:

@@ -18,6 +18,7 @@ from mezzotint.weights.folder import choose_weights, plan_folder, read_json
 from mezzotint.weights.model_files import NETWORKS
 
 BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
+BUNDLED_CONTROL = BUNDLED.with_name("emoji-outline")  # its ControlNet
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 TIMEOUT = 10.0  # seconds for the hub's first answer
