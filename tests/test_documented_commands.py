@@ -49,6 +49,7 @@ SKIPPED = {  # a regular expression of commands that are not run, and why
     r"^mezzotint upscale .*--model": "needs spandrel; tests/models/test_upscaler.py has it",
     r"--safety-checker": "downloads a safety checker",
     r"sd_xl_": "the tiny model is not SDXL; tests/run/test_refiner.py has a refiner",
+    r"--ip-adapter |mezzotint embed ": "the tiny model has no IP-Adapter; tests/run/test_ip_adapters.py has one",
     r"--control ": "the tiny model has no ControlNet; tests/run/test_controls.py has one",
 }  # those of mezzotint are parsed all the same: their options exist and their values are valid
 SKIPPED_PYTHON = {

@@ -35,6 +35,7 @@ PUBLIC = {
     "attention",
     "control",
     "diffusion",
+    "embed_images",
     "image",
     "load",
     "plan",

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mezzotint.entries.control import Control
+from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.entries.regions import Region
 from mezzotint.errors import RequestError
 from mezzotint.images import io
@@ -90,6 +91,18 @@ FULL: dict[str, Any] = {
         },
     ),
     "tile": 512,
+    "ip_adapter": (
+        {
+            "file": "plus.safetensors",
+            "image": ("face.png", "other.png"),
+            "embeds": "face.safetensors",
+            "encoder": "image_encoder",
+            "scale": (("mid", 0.5), ("up.block_0", (0.0, (1.0, 0.5), 0.0))),
+            "start": 0.1,
+            "end": 0.6,
+            "mask": ("mask.png",),
+        },
+    ),
     "hires": 2.0,
     "hires_upscale": "pixels",
     "hires_steps": 12,
@@ -132,7 +145,8 @@ def test_a_repr_shows_the_fields_that_are_set() -> None:
     request = Request("", image=b"x" * 12_345, loras=["a.safetensors"])
     assert repr(request) == "Request(prompt='', loras=(('a.safetensors', 1.0),), image=<12,345 bytes>)"
     full = Request(**{**FULL, "mask": "mask.png"})
-    assert eval(repr(full), {"Request": Request, "Control": Control, "Region": Region}) == full
+    names = {"Request": Request, "Control": Control, "IPAdapter": IPAdapter, "Region": Region}
+    assert eval(repr(full), names) == full
     region = Region(prompt="a", mask=b"x" * 12_345)
     assert repr(region) == "Region(prompt='a', mask=<12,345 bytes>)"
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mezzotint.placement import Placement
     from mezzotint.request import Request
     from mezzotint.result import Result
+    from mezzotint.run.image_prompts import embed_images
 
 __version__ = "0.2.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "attention",
     "control",
     "diffusion",
+    "embed_images",
     "image",
     "load",
     "plan",
@@ -72,6 +74,7 @@ _SOURCES = {  # the module that defines each name
     "Result": "result",
     "TrainingError": "errors",
     "WriteError": "errors",
+    "embed_images": "run.image_prompts",
     "load": "pipeline",
     "plan": "memory.planner",
     "upscale": "enlarge",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mezzotint.entries.control import Control
+from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.entries.regions import Region
 from mezzotint.errors import MezzotintError, RequestError
 from mezzotint.images.init_image import digest, read
@@ -66,7 +67,7 @@ DEPENDENT_FIELDS = {
 }
 UNKNOWN_SIDE, UNKNOWN_STEPS = 1024, 50  # of another program's picture whose text has none
 # fields of a Request that name files; their values in a record are never used
-FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder", "control", "refiner")
+FILE_FIELDS = ("image", "mask", "embeddings", "wildcards", "loras", "lora_folder", "control", "ip_adapter", "refiner")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def find_inputs(
     recorded = source.record.inputs if source.record else {}
     files = [name for name, path in given.items() if path and not os.path.isdir(path)]
     for name in dict.fromkeys([*recorded, *source.request.sources, *files]):
-        option = "--mask" if name.startswith("regions") else f"--{name}"
+        option = _input_option(name)
         folder = given.get("mask") if option == "--mask" and os.path.isdir(given.get("mask") or "") else None
         path, input = given.get(name) or folder, recorded.get(name)
         if path is not None and not os.path.isdir(path):
@@ -201,7 +202,6 @@ def find_inputs(
                 warnings.append(f"{name} is {path!r}, whose SHA-256 is not the one in the record")
             paths[name] = path
             continue
-        option = "--control FILE:image=PICTURE" if name.startswith("control") else option
         if input is None:
             raise RequestError(f"the record does not identify the input picture ({name}); give it with {option}")
         found = _find_by_sha256(input.sha256, [Path(path)] if path else folders)
@@ -216,6 +216,14 @@ def find_inputs(
     return paths, warnings
 
 
+def _input_option(name: str) -> str:
+    """Return the option that gives an input, such as "control[0].image"."""
+    entry, _, field = name.partition(".")
+    if not field or entry.startswith("regions"):
+        return f"--{field or name}"
+    return f"--{entry.partition('[')[0].replace('_', '-')} FILE:{field.partition('[')[0]}=PICTURE"
+
+
 def _find_by_sha256(sha256: str, folders: Iterable[Path]) -> Path | None:
     """Find a picture file by its SHA-256 in the folders, without subfolders."""
     for folder in folders:
@@ -225,7 +233,7 @@ def _find_by_sha256(sha256: str, folders: Iterable[Path]) -> Path | None:
             continue
         for name in names:
             path = folder / name
-            if path.suffix.lower() in PICTURE_SUFFIXES:
+            if path.suffix.lower() in (*PICTURE_SUFFIXES, ".safetensors"):
                 with suppress(RequestError):  # not a regular file, or too large
                     if digest(read(str(path), name)) == sha256:
                         return path
@@ -311,6 +319,7 @@ def again(
     embeddings: tuple[str, ...] | None = None,
     loras: Sequence[Any] | None = None,
     controls: Sequence[Mapping[str, Any]] = (),
+    ip_adapters: Sequence[Mapping[str, Any]] = (),
     upscaler: str | None = None,
     refiner: str | None = None,
     on_step: OnStep | None = None,
@@ -329,6 +338,7 @@ def again(
         embeddings: Files, folders or hub ids of the embeddings.
         loras: The LoRAs, as a Request takes them.
         controls: The `file` of each ControlNet, in the order of the request, and other fields of it to override.
+        ip_adapters: Likewise of each IP-Adapter.
         upscaler: The file of the upscaler of hires-fix, if the picture was drawn with one.
         refiner: The refiner, if the picture was drawn with one.
         on_step: Called with (steps done, steps in total) after each step.
@@ -347,6 +357,8 @@ def again(
         files["control"] = _controls(source, controls, inputs or {})
     if "regions" not in (changes or {}):
         files["regions"] = _regions(source, inputs or {})
+    if "ip_adapter" not in (changes or {}):
+        files["ip_adapter"] = _ip_adapters(source, ip_adapters, inputs or {})
     if record and record.model.embeddings and not embeddings:
         names = ", ".join(sorted(record.model.embeddings))
         raise RequestError(f"it was generated with the embeddings {names[:200]}; give their files with --embedding")
@@ -397,10 +409,7 @@ def _controls(
     if len(given) == bundled.count(False):  # the bundled one is always there
         others = iter(given)
         given = [{} if own else next(others) for own in bundled]
-    if len(entries) != len(given):
-        names = ", ".join(entry.file for entry in entries)
-        what = f"it was generated with the ControlNets {names[:200]}" if entries else "it has no ControlNet"
-        raise RequestError(f"{what}, and {len(given)} were given; give the file of each, in this order, with --control")
+    _check_given([entry.file for entry in entries], given, "ControlNet", "--control")
     found = [
         entry.replace(**{**own, "image": inputs.get(f"control[{k}].image")})
         for k, (entry, own) in enumerate(zip(entries, given, strict=True))
@@ -412,6 +421,30 @@ def _regions(source: Source, inputs: Mapping[str, str]) -> tuple[Region, ...] | 
     """Return the regions of a record, with the input pictures in place of the names of their masks."""
     entries = enumerate(source.request.regions or ())
     return tuple(entry.replace(mask=inputs.get(f"regions[{k}].mask")) for k, entry in entries) or None
+
+
+def _ip_adapters(
+    source: Source, given: Sequence[Mapping[str, Any]], inputs: Mapping[str, str]
+) -> tuple[IPAdapter, ...] | None:
+    """Return the IP-Adapters of a record, with these files and the input pictures in place of the names in it."""
+    entries = source.request.ip_adapter or ()
+    _check_given([entry.file for entry in entries], given, "IP-Adapter", "--ip-adapter")
+    found = []
+    for k, (entry, own) in enumerate(zip(entries, given, strict=True)):
+        begin = f"ip_adapter[{k}]."
+        files: dict[str, Any] = {"embeds": inputs.get(f"{begin}embeds")}
+        for name in ("image", "mask"):
+            files[name] = [path for field, path in inputs.items() if field.startswith(f"{begin}{name}[")] or None
+        found.append(entry.replace(**{"encoder": None, **own, **files}))
+    return tuple(found) or None
+
+
+def _check_given(files: Sequence[str], given: Sequence[Any], kind: str, option: str) -> None:
+    """Check that as many files were given as a picture was drawn with. Raises RequestError."""
+    if len(files) != len(given):
+        names = ", ".join(files)
+        what = f"it was generated with the {kind}s {names[:200]}" if files else f"it has no {kind}"
+        raise RequestError(f"{what}, and {len(given)} were given; give the file of each, in this order, with {option}")
 
 
 def _draws_another(changes: Mapping[str, Any] | None) -> bool:

@@ -18,14 +18,15 @@ from mezzotint.diffusion.guidance import step_index
 from mezzotint.diffusion.prediction import Prediction
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.models.attention import perturbing
+from mezzotint.models.blocks import ImageAttention, KeysValues
 from mezzotint.models.controlnet import ControlRun, add_residuals
 from mezzotint.models.freeu import FreeU
+from mezzotint.models.ip_adapter import ImagePrompt, is_active
 from mezzotint.models.t2i_adapter import T2IRun, add_features
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.samplers.sampler import TimestepKind
 
 Timeline = Sequence[tuple[int, Condition]]  # (last step, counted from 0, that the condition holds for; condition)
-KeysValues = list[tuple[Tensor, Tensor]]  # of each cross-attention
 
 
 class Denoiser:
@@ -51,6 +52,8 @@ class Denoiser:
         prompts: How many of the conditions, the first ones, are parts of the prompt.
         perturbed_layers: Parts of the names of the self-attentions that are the identity in perturbed outputs.
         freeu: b1, b2, s1 and s2 of FreeU.
+        image_prompts: The pictures that the run is prompted with, by IP-Adapters; conditions that are no part of the
+            prompt are given what the adapters make of no picture.
     """
 
     def __init__(
@@ -68,11 +71,12 @@ class Denoiser:
         prompts: int = 1,
         perturbed_layers: Sequence[str] = (),
         freeu: FreeU | None = None,
+        image_prompts: Sequence[ImagePrompt] = (),
     ) -> None:
         parameter = next(unet.parameters())
         self.unet, self.schedule, self.prediction, self.kind = unet, schedule, prediction, timestep
         self.levels, self.split, self.guidance_scale = levels, split, guidance_scale
-        self.controls, self.prompts = controls, prompts
+        self.controls, self.prompts, self.image_prompts = controls, prompts, image_prompts
         self.inpaint_channels = (
             None if inpaint_channels is None else inpaint_channels.to(parameter.device, parameter.dtype)
         )
@@ -81,8 +85,9 @@ class Denoiser:
         self.perturbed_layers = own.self_attentions(perturbed_layers) if perturbed_layers else ()
         self._options = {"freeu_factors": freeu} if freeu else {}  # networks of a user's own need not take any
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
-        self._projected: dict[Condition, tuple[Condition, KeysValues]] = {}  # on the device
-        self._batched: dict[tuple[object, ...], tuple[Condition, KeysValues]] = {}
+        self._projected: dict[Condition, tuple[Condition, list[KeysValues]]] = {}  # on the device
+        self._batched: dict[tuple[object, ...], tuple[Condition, list[KeysValues]]] = {}
+        self._images: dict[Hashable, list[list[ImageAttention]]] = {}  # of the IP-Adapters, by layer
         self._weights: Hashable = None  # the state of the weights that both were computed with
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -110,6 +115,8 @@ class Denoiser:
         for call in dict.fromkeys(calls):
             same = [k for k, own in enumerate(calls) if own == call]
             condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
+            negatives = tuple(self.prompts <= k < len(plain) for k in same)
+            keys_values = self._with_images(sigma, len(x), condition, keys_values, negatives)
             samples = torch.cat([whole] * len(same))  # (len(same) * B, C, h, w)
             rows = len(x) * sum(k >= len(plain) for k in same)  # perturbed conditions are the last of their batch
             with perturbing(self.perturbed_layers, rows) if rows else nullcontext():
@@ -156,11 +163,19 @@ class Denoiser:
         step = step_index(sigma, self.levels or ()) if any(len(timeline) > 1 for timeline in self.timelines) else 0
         return [next((c for until, c in timeline if step <= until), timeline[-1][1]) for timeline in self.timelines]
 
+    def _active_images(self, sigma: float) -> tuple[ImagePrompt, ...]:
+        """Return the pictures that prompt the step which a call at this noise level belongs to."""
+        if not self.image_prompts:
+            return ()
+        levels = self.levels or ()
+        step, steps = step_index(sigma, levels), len(levels) - 1
+        return tuple(image for image in self.image_prompts if is_active(step, steps, image.start, image.end))
+
     def timestep(self, sigma: float) -> float:
         """Return the timestep that the UNet is given."""
         return timestep_at(sigma, self.schedule, self.kind, self.levels)
 
-    def _batch(self, batch: int, conditions: Sequence[Condition]) -> tuple[Condition, KeysValues]:
+    def _batch(self, batch: int, conditions: Sequence[Condition]) -> tuple[Condition, list[KeysValues]]:
         """Concatenate the conditions, each `batch` times, with their keys and values; computed once."""
         key = (batch, *conditions)
         if key not in self._batched:
@@ -168,11 +183,38 @@ class Denoiser:
             used = [c if len(c.context) == batch else c.repeat(batch) for c, _ in placed]
             # for each layer its (keys, values) of each condition
             layers = zip(*(keys_values for _, keys_values in placed), strict=True)
-            joined = [(_stack([k for k, _ in layer], batch), _stack([v for _, v in layer], batch)) for layer in layers]
+            joined: list[KeysValues] = [
+                (_stack([k for k, *_ in layer], batch), _stack([v for _, v, *_ in layer], batch)) for layer in layers
+            ]
             self._batched[key] = Condition.cat(used), joined
         return self._batched[key]
 
-    def _placed(self, condition: Condition) -> tuple[Condition, KeysValues]:
+    def _with_images(
+        self, sigma: float, batch: int, condition: Condition, keys_values: list[KeysValues], negatives: tuple[bool, ...]
+    ) -> list[KeysValues]:
+        """Add what the IP-Adapters add in a step to the keys and values of conditions that share a batch.
+
+        Args:
+            sigma: The noise level.
+            batch: The number of pictures that are drawn.
+            condition: The conditions, after one another.
+            keys_values: Their keys and values; empty where the network must compute them at each call.
+            negatives: For each condition whether it takes no picture.
+        """
+        images = self._active_images(sigma)
+        if not images:
+            return keys_values
+        key = (batch, images, negatives)
+        if key not in self._images:
+            layers = range(len(images[0].scales))
+            self._images[key] = [
+                [_image_term(image, layer, negatives, batch) for image in images if image.scales[layer]]
+                for layer in layers
+            ]
+        own = keys_values or self.unet.keys_values(condition)
+        return [(k, v, terms) for (k, v, *_), terms in zip(own, self._images[key], strict=True)]
+
+    def _placed(self, condition: Condition) -> tuple[Condition, list[KeysValues]]:
         """Return the condition on the network's device, and its keys and values; computed once.
 
         There are none where the network must compute them at each call.
@@ -205,6 +247,13 @@ def _keys_values_state(unet: nn.Module) -> Hashable:
     """Return `UNet.keys_values_state`, also of a compiled UNet; of another network what says that nothing changes."""
     own = getattr(unet, "_orig_mod", unet)
     return own.keys_values_state() if isinstance(own, UNet) else ()
+
+
+def _image_term(image: ImagePrompt, layer: int, negatives: Sequence[bool], batch: int) -> ImageAttention:
+    """Return a picture's term in a cross-attention, for conditions that take it or none, each `batch` times."""
+    parts = [(image.negative if negative else image.positive)[layer] for negative in negatives]
+    keys, values = (_stack(each, batch) for each in zip(*parts, strict=True))
+    return ImageAttention(keys, values, image.scales[layer], image.mask)
 
 
 def _stack(parts: Sequence[Tensor], batch: int) -> Tensor:

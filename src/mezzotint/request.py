@@ -31,6 +31,7 @@ from mezzotint import samplers
 from mezzotint.entries.control import Control
 from mezzotint.entries.fields import MAX_PROMPT as MAX_PROMPT
 from mezzotint.entries.fields import Bytes, Name, Picture, Share, Text, picture_source, to_uri
+from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.entries.regions import MAX_REGIONS, Region
 from mezzotint.errors import REQUEST_ALIASES, RequestError, suggest
 
@@ -74,7 +75,11 @@ def _choice(*names: str, meaning: str = "") -> Any:
 
 
 # by the field whose entries they are, as pydantic locates it
-ENTRIES: dict[tuple[str, ...], type[BaseModel]] = {("control",): Control, ("regions",): Region}
+ENTRIES: dict[tuple[str, ...], type[BaseModel]] = {
+    ("control",): Control,
+    ("ip_adapter",): IPAdapter,
+    ("regions",): Region,
+}
 
 
 class Request(BaseModel):
@@ -255,6 +260,11 @@ class Request(BaseModel):
     region_base: Scale | None = _optional(
         "a number from 0 (none) to 1000, the weight of the prompt within the regions (1: as a region's own)"
     )
+    ip_adapter: tuple[IPAdapter, ...] | None = _optional(
+        "a list of at most 16 IP-Adapters: each an object with file, image or embeds, encoder, scale, start, end and "
+        "mask",
+        max_length=16,
+    )
     safety: str | None = _choice(
         "off", "flag", "blur", "black", meaning="what is done with a picture that the model's safety checker flags"
     )
@@ -304,10 +314,10 @@ class Request(BaseModel):
             value = [value]  # one alone
         return tuple(map(_lora, value)) if isinstance(value, list | tuple) else value
 
-    @field_validator("control", "regions", mode="before")
+    @field_validator("control", "ip_adapter", "regions", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | PathLike | Mapping | Control | Region) else value
+        return [value] if isinstance(value, str | PathLike | Mapping | Control | IPAdapter | Region) else value
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -413,13 +423,13 @@ def _sentence(error: ValidationError, data: Any) -> str:
     given: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
     # one sentence a field, and at most five: pydantic reports both halves of a pair, and every item of a list
     findings: dict[Any, set[str]] = {}
-    sentences = []
+    of_entries: dict[Any, str] = {}  # likewise one for each field of an entry
     for finding in error.errors():
         if finding["loc"][:1] in ENTRIES and len(finding["loc"]) > 1:
-            sentences.append(_entry_sentence(finding))
+            of_entries.setdefault(finding["loc"][:3], _entry_sentence(finding))
         else:
             findings.setdefault(finding["loc"][0] if finding["loc"] else None, set()).add(finding["type"])
-    sentences = [*dict.fromkeys(sentences)][:5]
+    sentences = [*of_entries.values()][:5]
     for name, kinds in list(findings.items())[:5]:
         field = Request.model_fields.get(str(name))
         if name is None:

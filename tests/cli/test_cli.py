@@ -128,6 +128,7 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
         "--outpaint right=64,top=8 --hires 2 --hires-upscale pixels --hires-steps 9 --hires-strength 0.5 --seamless x "
         "--variation-seed 3 --variation-strength 0.2 --seed-size 64x72 --safety blur "
         "--discard-penultimate-sigma --control f.pth:image=g.png,scale=0.8,end=0.6 --control owner/net "
+        "--ip-adapter a.bin:image=b.png,image=c.png,scale=0.6,encoder=enc --ip-adapter d.pt:embeds=e,mask=m.png "
         "--region left=a --region-base 0.3 --pag-scale 3 --pag-layers mid,up_blocks.0 --pag-adaptive-scale 0.005 "
         "--freeu 1.5,1.6,0.9,0.2 --tile 64 "
         "--refiner r.safetensors --refiner-at 0.75 --aesthetic-score 6.5 --negative-aesthetic-score 2"
@@ -197,6 +198,10 @@ def test_every_field_reaches_the_request(run: Run, pipe: FakePipeline) -> None:
             seed_size=(64, 72),
             safety="blur",
             control=({"file": "f.pth", "image": "g.png", "scale": 0.8, "end": 0.6}, "owner/net"),
+            ip_adapter=(
+                {"file": "a.bin", "image": ["b.png", "c.png"], "scale": 0.6, "encoder": "enc"},
+                {"file": "d.pt", "embeds": "e", "mask": "m.png"},
+            ),
             pag_scale=3.0,
             regions=[{"prompt": "a", "box": (0.0, 0.0, 0.5, 1.0)}],
             region_base=0.3,

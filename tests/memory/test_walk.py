@@ -19,6 +19,7 @@ from mezzotint.memory import walk
 from mezzotint.memory.walk import Moment, Workspace, vae_peak, walk_text_encoder, walk_unet, walk_vae
 from mezzotint.models import tiles, vae_modes
 from mezzotint.models.attention import backend
+from mezzotint.models.blocks import ImageAttention
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.strips import decode_in_strips, encode_in_strips
 from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles
@@ -127,6 +128,21 @@ def test_a_step_with_freeu_needs_what_the_walk_predicts() -> None:
     options = {"keys_values": given, "time_projections": times, "freeu_factors": factors}
     held = live(lambda: network(x, 1.0, condition, **options))
     assert walk_unet(config, 32, 24, 77, freeu=factors).peak(TENSORS) == pytest.approx(held, rel=0.03)
+
+
+@torch.inference_mode()
+def test_a_step_under_a_picture_needs_what_the_walk_predicts() -> None:
+    """The term of an IP-Adapter in every cross-attention, with a mask."""
+    config = UNetConfig.model_validate(UNET)
+    network = UNet(config).eval().to(memory_format=torch.channels_last)
+    x, condition = torch.zeros(1, 4, 32, 24), Condition(torch.zeros(1, 77, 64))
+    given, times = network.keys_values(condition), network.time_projections(1.0, condition)
+    tokens = network.keys_values(Condition(torch.zeros(1, 16, 64)))
+    terms = [ImageAttention(k, v, 0.5, torch.ones(1, 1, 256, 192)) for k, v, *_ in tokens]
+    options = {"keys_values": [(k, v, [own]) for (k, v, *_), own in zip(given, terms, strict=True)]}
+    network(x, 1.0, condition, time_projections=times, **options)  # resizes the masks, once for a run
+    held = live(lambda: network(x, 1.0, condition, time_projections=times, **options))
+    assert walk_unet(config, 32, 24, 77, image_tokens=(16,)).peak(TENSORS) == pytest.approx(held, rel=0.03)
 
 
 @torch.inference_mode()

@@ -46,6 +46,8 @@ OPTIONAL = (
     "lora",
     "loras",
     "controls",
+    "ip_adapters",
+    "image_encoders",
     "upscaler",
     "refiner",
     "merged",

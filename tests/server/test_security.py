@@ -203,6 +203,7 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
         {"control": [{"file": text, "image": PICTURE}]},
         {"control": [{"file": "lemon", "image": text}]},
         {"regions": [{"prompt": "a", "mask": text}]},
+        {"ip_adapter": [text]},
     ):
         yield "/api/jobs", {"request": {"prompt": "a", "seed": 1, **field}}, True
     for field in ("lora_folder", "wildcards"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mezzotint.cli.draw import generate, wrote
-from mezzotint.cli.fields import control_of, fields_of, lora_of, read_prompt
+from mezzotint.cli.fields import control_of, fields_of, ip_adapter_of, lora_of, read_prompt
 from mezzotint.cli.naming import SUFFIXES, check_out, names_several, save_one
 from mezzotint.cli.options import (
     FROM_PICTURE,
@@ -92,6 +92,7 @@ def again(
 
     given_options = take_model_options(options)
     controls = [control_of(text) for text in options.pop("control") or ()]
+    adapters = [ip_adapter_of(text) for text in options.pop("ip_adapter") or ()]
     changes = fields_of(options)
     if options.get("prompt") is not None:
         changes["prompt"] = read_prompt(options["prompt"])
@@ -111,6 +112,10 @@ def again(
 
     places = {"image": image, "mask": mask}
     places |= {f"control[{k}].image": entry["image"] for k, entry in enumerate(controls) if "image" in entry}
+    for k, entry in enumerate(adapters):
+        for name, files_of in ((name, entry[name]) for name in ("image", "mask") if name in entry):
+            places |= {f"ip_adapter[{k}].{name}[{i}]": path for i, path in enumerate(files_of)}
+        places |= {f"ip_adapter[{k}].embeds": entry["embeds"]} if "embeds" in entry else {}
     pipelines = PipelineCache(model, device, dtype)
     cache: dict[Any, Any] = {}
     reports: list[dict[str, Any]] = []
@@ -138,6 +143,7 @@ def again(
                     embeddings=tuple(embedding) if embedding else None,
                     loras=tuple(map(lora_of, lora)) if lora else None,
                     controls=controls,
+                    ip_adapters=adapters,
                     upscaler=upscaler,
                     refiner=refiner,
                     on_step=on_step,

@@ -21,6 +21,7 @@ from mezzotint.cli.again import again
 from mezzotint.cli.bulk import bulk
 from mezzotint.cli.defaults import defaults_of
 from mezzotint.cli.draw import generate
+from mezzotint.cli.embed import embed
 from mezzotint.cli.explain import explain
 from mezzotint.cli.grid import grid
 from mezzotint.cli.info import info
@@ -75,6 +76,7 @@ EXAMPLES: dict[Callable[..., None], str] = {  # in the order of --help
     plan: "plan --model MODEL --size 1024x1024 --count 4 --memory 6GiB",
     again: "again lemon.png --verify",
     upscale: "upscale lemon.png --model 4x.safetensors -o large.png",
+    embed: "embed face.png --ip-adapter ip-adapter_sd15.safetensors -o face.safetensors",
     info: "info lemon.png",
     explain: 'explain "a lemon left of a whale" --seed 7 --out page.png',
     tokens: 'tokens "a (lemon:1.3) left of a whale"',

@@ -29,6 +29,7 @@ from mezzotint.cli.options import (
     Dtype,
     Embedding,
     Guidance,
+    IPAdapters,
     Json,
     Lora,
     Memory,
@@ -274,6 +275,7 @@ def generate(
         option("Pixels to add on each side, such as right=64 or left=32,top=32.", "SIDE=PIXELS,...", FROM_PICTURE),
     ] = None,
     control: Controls = None,
+    ip_adapter: IPAdapters = None,
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "loras": tuple(map(lora_of, get("lora") or ())) or None,
         "control": tuple(map(control_of, get("control") or ())) or None,
         "regions": regions_of(get("region") or (), get("columns"), get("rows")),
+        "ip_adapter": tuple(map(ip_adapter_of, get("ip_adapter") or ())) or None,
         "width": width,
         "height": height,
         "guidance_scale": _scales(get("guidance")),
@@ -166,12 +167,26 @@ def control_of(text: str) -> dict[str, str]:
     """
     from mezzotint.entries.control import Control
 
-    names = "|".join(Control.model_fields)
-    begin = re.search(rf":(?=({names})=)", text)  # a file's name may have a colon, and a value a comma
+    file, values = _entry_of(text, Control.model_fields)
+    return {"file": file, **dict(values)}
+
+
+def ip_adapter_of(text: str) -> dict[str, Any]:
+    """Parse "a.safetensors:image=face.png,image=other.png,scale=0.6" to the fields of an IP-Adapter."""
+    from mezzotint.entries.ip_adapter import IPAdapter
+
+    file, values = _entry_of(text, IPAdapter.model_fields)
+    lists = {kind: [value for name, value in values if name == kind] for kind in ("image", "mask")}
+    return {"file": file, **dict(values), **{name: given for name, given in lists.items() if given}}
+
+
+def _entry_of(text: str, names: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+    """Return the file of "FILE:FIELD=VALUE,...", and the fields with their values."""
+    begin = re.search(rf":(?=({'|'.join(names)})=)", text)  # a file's name may have a colon, and a value a comma
     if begin is None:
-        return {"file": text}
-    parts = re.split(r",(?=[a-z_]+=)", text[begin.end() :])
-    return {"file": text[: begin.start()]} | {name: value for name, _, value in (part.partition("=") for part in parts)}
+        return text, []
+    parts = (part.partition("=") for part in re.split(r",(?=[a-z_]+=)", text[begin.end() :]))
+    return text[: begin.start()], [(name, value) for name, _, value in parts]
 
 
 def _scales(text: str | None) -> float | tuple[float, ...] | None:

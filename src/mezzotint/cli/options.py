@@ -189,6 +189,17 @@ RefinerAt = Annotated[
     float | None,
     option("Share of the timesteps after which it takes over, 0 to 1.", "X", SDXL, default="0.8"),
 ]
+IPAdapters = Annotated[
+    list[str] | None,
+    option(
+        "IP-Adapter: file, folder or hub id, and the picture that it makes a prompt of (several: repeat image=); also "
+        "mask (where it acts), encoder (folder or file), embeds (instead of image), start and end. May be repeated.",
+        "FILE:image=FILE[,scale=X,...]",
+        CONTROL,
+        default="scale 1; encoder: image_encoder near the file",
+        name="--ip-adapter",
+    ),
+]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw. - reads standard input.")]
 Negative = Annotated[str | None, option("What to keep out of the picture.", "TEXT", PROMPT, name="--negative")]
 Syntax = Annotated[

@@ -15,6 +15,7 @@ from mezzotint.cli.options import (
     Device,
     Dtype,
     Guidance,
+    IPAdapters,
     Json,
     MemoryOrAuto,
     Model,
@@ -50,6 +51,7 @@ def plan(
     sampler: Sampler = None,
     image: Annotated[str | None, option("Picture to start from.", "FILE", FROM_PICTURE)] = None,
     control: Controls = None,
+    ip_adapter: IPAdapters = None,
     tile: Annotated[int | None, option("Draw in tiles of at most this side.", "PIXELS", FROM_PICTURE)] = None,
     hires: Annotated[
         float | None, option("Draw a second pass, larger by this factor (1 to 8).", "FACTOR", HIRES)

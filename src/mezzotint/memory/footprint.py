@@ -33,8 +33,9 @@ import torch
 from mezzotint.config import SafetyCheckerConfig
 from mezzotint.memory import system, walk
 from mezzotint.memory.headers import STORAGE_ITEMSIZE, ModelHeaders, Weights
-from mezzotint.memory.walk import Workspace, count_upscaler
+from mezzotint.memory.walk import Footprint, Workspace, count_upscaler
 from mezzotint.models.controlnet import ControlNet
+from mezzotint.models.ip_adapter import cross_layers
 from mezzotint.models.tiles import Half
 from mezzotint.models.upscaler import TILE
 from mezzotint.placement import Placement
@@ -53,6 +54,7 @@ from mezzotint.weights.upscaler_files import load_upscaler
 LIBRARY_MEMORY = {"cpu": 0.42, "cuda": 40 * 2**20}
 DEFAULT_MAPPED_BYTES = 90 * 10**6  # bytes of mapped libraries where the system does not tell
 TOKENIZER_BYTES_PER_TOKEN = 650
+PATCHES = 257  # tokens of embeddings with one for each patch, whose encoder is not known
 READ_BUFFER_BYTES = 2 * 2**22  # a piece of a weight as it is in its file, and converted
 FULL_SIZE_KEYS = ("hada_", "lokr_", "dora_scale", "magnitude", ".diff")  # of adapters that are not a pair of factors
 MACS_PER_BYTE = 20  # multiply-accumulates in the time of one byte, read from the page cache or written to new memory
@@ -63,9 +65,9 @@ class MemoryEstimate:
     """The predicted memory of a run, in bytes.
 
     Attributes:
-        stages: The peak of each stage: load, encode (the prompts), upscale (by hires-fix's upscaler), image (of an
-            initial image), step (of a tile, if the picture is drawn in tiles), refine (a refiner's step), decode, check
-            (by the safety checker), png.
+        stages: The peak of each stage: load, encode (the prompts), picture prompts (of IP-Adapters), upscale (by
+            hires-fix's upscaler), image (of an initial image), step (of a tile, if the picture is drawn in tiles),
+            refine (a refiner's step), decode, check (by the safety checker), png.
         workspace: The part of it that a stage needs only while it runs, at most.
         macs: Multiply-accumulates of the run.
         bytes_moved: Bytes of weights that are read or converted again, which the default placement does not do.
@@ -133,6 +135,7 @@ class _Run:
         encoders = [*model.encoders, *(self.refiner.encoders if self.refiner else ())]
         for each in (plan, *([plan.second_pass] if plan.second_pass else [])):
             check_files(each, self.controls, model.unet)
+        self.adapters = [model.ip_adapter(entry) for entry in plan.request.ip_adapter or ()]
         self.constant = self.base
         if self.cpu:
             self.constant += TOKENIZER_BYTES_PER_TOKEN * sum(config.vocab_size for config in encoders)
@@ -148,6 +151,8 @@ class _Run:
     def estimate(self) -> MemoryEstimate:
         """Estimate all stages, with hires those of both passes."""
         first, stages = self.plan, {"load": self.load(), "encode": self.encode()}
+        if self.adapters:
+            stages["picture prompts"] = self.picture_prompts()
         if first.request.upscaler:
             stages["upscale"] = self.upscaler()
         passes = [first, *([first.second_pass] if first.second_pass else [])]
@@ -165,6 +170,29 @@ class _Run:
             stages["check"] = self.check(passes[-1].request)
         stages["png"] = self.constant + 4 * self.picture_bytes(passes[-1].request) * 3
         return MemoryEstimate(stages, self.workspace_peak, self.macs, self.bytes_moved)
+
+    def picture_prompts(self) -> int:
+        """Return the peak of encoding the pictures of IP-Adapters, of which keys and values stay in memory."""
+        peak, width = 0, sum(layer.dim for layer in cross_layers(self.model.unet))
+        for (adapter, encoder), tokens, pictures in zip(self.adapters, *self.image_tokens(), strict=True):
+            numbers = sum(math.prod(shape) for shape in adapter.shapes.values())
+            largest = max(math.prod(shape) for shape in adapter.shapes.values())
+            peak = max(peak, (numbers + largest) * self.itemsize)
+            if encoder is not None:
+                one = walk.walk_vision(encoder.config, self.itemsize)
+                peak = max(peak, self.reader(encoder, Weights.of(encoder.network), one, self.itemsize, pictures))
+                self.macs += 2 * pictures * one.macs
+            self.constant += 2 * 2 * tokens * width * self.itemsize  # of the pictures and of no picture
+        return self.constant + peak
+
+    def image_tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the number of tokens of each IP-Adapter's pictures, and the number of its pictures."""
+        pictures = tuple(len(entry.image or "1") for entry in self.request.ip_adapter or ())
+        tokens = tuple(
+            count * (adapter.projection.tokens or (encoder.config.positions if encoder else PATCHES))
+            for (adapter, encoder), count in zip(self.adapters, pictures, strict=True)
+        )
+        return tokens, pictures
 
     def upscaler(self) -> int:
         """Return the peak of hires-fix's upscaler, which stays in memory from its first picture on."""
@@ -291,7 +319,8 @@ class _Run:
         conditions = self.plan.condition_count
         split = self.placement.guidance == "split"
         batch = pictures * (1 if split else conditions)
-        step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize, plan.request.freeu)
+        images, _ = self.image_tokens()
+        step = walk.walk_unet(self.model.unet, height, width, tokens, self.itemsize, plan.request.freeu, images)
         peak = step.peak(self.workspace, batch)
         groups = math.ceil(plan.request.count / pictures)
         refined = self.refined_steps(plan)
@@ -305,6 +334,7 @@ class _Run:
         self.workspace_peak = max(self.workspace_peak, peak)
         run = walk.keys_values_numel(self.model.unet, tokens) * conditions * (1 + pictures) * self.itemsize
         run = run * self.count_variants() + stays
+        run += walk.keys_values_numel(self.model.unet, sum(images)) * batch * self.itemsize
         run += 16 * pictures * channels * height * width * 4
         merged = self.weight_bytes("unet") if plan.few_step and self.placement.weights == "resident" else 0
         return self.constant + self.onload_bytes("unet") + merged + run + peak
@@ -356,9 +386,22 @@ class _Run:
     def check(self, request: Request) -> int:
         """Return the peak of the safety checker, which takes one picture at a time, with the finished pictures."""
         files = cast(CheckerFiles, self.model.found.checker)
-        weights, config = self.model.checker, cast(SafetyCheckerConfig, files.network.config)
-        placement = checker_placement(files, self.model.device, self.placement)
         itemsize = checker_dtype(self.model.device, self.model.dtype).itemsize
+        one = walk.walk_checker(cast(SafetyCheckerConfig, files.network.config), itemsize)
+        self.macs += request.count * one.macs
+        return self.constant + self.reader(files, self.model.checker, one, itemsize) + self.picture_bytes(request)
+
+    def reader(self, files: CheckerFiles, weights: Weights, one: Footprint, itemsize: int, pictures: int = 1) -> int:
+        """Return what a network that reads pictures needs at most.
+
+        Args:
+            files: Its files.
+            weights: Its weights.
+            one: Its walk for one picture.
+            itemsize: Bytes of a number that it computes in.
+            pictures: How many pictures it reads at once.
+        """
+        placement = checker_placement(files, self.model.device, self.placement)
         streams = placement.weights == "stream"
         workspace = replace(
             self.workspace,
@@ -367,14 +410,12 @@ class _Run:
             materializes_weights=streams or placement.storage is not None,
             buffer=READ_BUFFER_BYTES if streams else 0,
         )
-        one = walk.walk_checker(config, itemsize)
-        self.macs += request.count * one.macs
         onloaded = 0 if streams else weights.stored_bytes(placement.storage, itemsize)
         if placement.storage:  # each weight is read in float32 first
             onloaded += 4 * weights.largest
-        pixels = 3 * 4 * config.vision_config.image_size**2 * 8  # the picture while it is resized and normalized
-        need = onloaded + weights.small * itemsize + pixels + one.peak(workspace)
-        return self.constant + need + self.picture_bytes(request)
+        height, width = files.processor.crop_size
+        pixels = 3 * 4 * height * width * (7 + pictures)  # a picture while it is resized and normalized
+        return onloaded + weights.small * itemsize + pixels + one.peak(workspace, pictures)
 
     def picture_bytes(self, request: Request) -> int:
         """Return the bytes of the finished pictures."""

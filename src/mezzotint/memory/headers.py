@@ -17,6 +17,7 @@ import torch
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.devices import best_device, device_of, dtype_of
+from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.placement import MIN_OFFLOAD_NUMEL
 from mezzotint.request import Request
 from mezzotint.run.model_info import ModelInfo
@@ -25,8 +26,10 @@ from mezzotint.run.refiners import describe_refiner
 from mezzotint.weights.checkpoint import scan_model
 from mezzotint.weights.control_files import ControlFiles, scan_control
 from mezzotint.weights.hub import BUNDLED
+from mezzotint.weights.ip_adapter_files import AdapterFiles, scan_encoder, scan_ip_adapter
 from mezzotint.weights.model_files import ModelFiles, NetworkFiles
 from mezzotint.weights.t2i_files import T2IFiles
+from mezzotint.weights.vision_files import VisionFiles
 
 STORAGE_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int8_dynamic": 1}
 
@@ -166,6 +169,22 @@ class ModelHeaders:
         if name not in self._controls:
             self._controls[name] = scan_control(name, self.unet)
         return self._controls[name]
+
+    def ip_adapter(self, entry: IPAdapter) -> tuple[AdapterFiles, VisionFiles | None]:
+        """Describe an IP-Adapter, and its vision encoder unless embeddings are given; each is read once.
+
+        Raises:
+            CheckpointError: If one is missing, damaged, or does not fit.
+        """
+        key = entry.file, entry.encoder, entry.embeds is None
+        if key not in self._ip_adapters:
+            files = scan_ip_adapter(entry.file, self.unet)
+            self._ip_adapters[key] = files, scan_encoder(entry.encoder, files) if entry.embeds is None else None
+        return self._ip_adapters[key]
+
+    @cached_property
+    def _ip_adapters(self) -> dict[object, tuple[AdapterFiles, VisionFiles | None]]:
+        return {}
 
     @cached_property
     def _controls(self) -> dict[str, ControlFiles | T2IFiles]:

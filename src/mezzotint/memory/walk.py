@@ -28,12 +28,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mezzotint.config import CLIPConfig, ControlNetConfig, SafetyCheckerConfig, T2IAdapterConfig, UNetConfig, VAEConfig
+from mezzotint.config import (
+    CLIPConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    SafetyCheckerConfig,
+    T2IAdapterConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
+from mezzotint.models.blocks import ImageAttention, KeysValues
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.clip_vision import CLIPVisionModel
 from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.freeu import FreeU
 from mezzotint.models.offload import WeightSource, can_offload, offload_weight
@@ -299,13 +309,28 @@ def _dtype(itemsize: int) -> torch.dtype:
 
 @lru_cache(maxsize=64)
 def walk_unet(
-    config: UNetConfig, height: int, width: int, tokens: int, itemsize: int = 4, freeu: FreeU | None = None
+    config: UNetConfig,
+    height: int,
+    width: int,
+    tokens: int,
+    itemsize: int = 4,
+    freeu: FreeU | None = None,
+    image_tokens: tuple[int, ...] = (),
 ) -> Footprint:
-    """Walk one call of the UNet on latents of this size; the keys and values of `tokens` are inputs."""
+    """Walk one call of the UNet on latents of this size.
+
+    The keys and values of `tokens`, and of those of each IP-Adapter's pictures, are inputs.
+    """
     dtype = _dtype(itemsize)
     network: UNet = _build(UNet, config, dtype)
     with torch.inference_mode():
-        keys_values = _empty_keys_values(network, tokens, dtype)
+        keys_values: list[KeysValues] = [*_empty_keys_values(network, tokens, dtype)]
+        if image_tokens:
+            terms = [_empty_keys_values(network, each, dtype) for each in image_tokens]
+            keys_values = [
+                (k, v, [ImageAttention(*one) for one in own])
+                for (k, v, *_), own in zip(keys_values, zip(*terms, strict=True), strict=True)
+            ]
         times = [_empty(1, resnet.conv1.out_channels, dtype=dtype) for resnet in network.resnets()]
         x, condition = _empty(1, config.in_channels, height, width, dtype=dtype), Condition(_empty(1, dtype=dtype))
     options = {"keys_values": keys_values, "time_projections": times, "freeu_factors": freeu}
@@ -379,6 +404,15 @@ def walk_text_encoder(config: CLIPConfig, itemsize: int = 4) -> Footprint:
     window = config.max_position_embeddings
     encoder = network.text_model.encoder
     return _walk(network, lambda: encoder(_empty(1, window, config.hidden_size, dtype=dtype))[-1])
+
+
+@lru_cache(maxsize=64)
+def walk_vision(config: CLIPVisionConfig, itemsize: int = 4) -> Footprint:
+    """Walk a CLIP vision encoder on one picture."""
+    dtype = _dtype(itemsize)
+    network: CLIPVisionModel = _build(CLIPVisionModel, config, dtype)
+    pixels = _empty(1, config.num_channels, config.image_size, config.image_size, dtype=dtype)
+    return _walk(network, lambda: network(pixels).pooled)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,9 @@ et al. 2022 (transformer blocks) and Shazeer 2020 (GEGLU).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,43 @@ from mezzotint.models.attention import attention, perturbation, watcher
 from mezzotint.models.convolution import Conv2d
 from mezzotint.models.edits import has_hooks
 
-KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, d)
+
+@dataclass(frozen=True, eq=False)
+class ImageAttention:
+    """What an IP-Adapter adds to one cross-attention: scale * mask * attention(q, keys, values).
+
+    Attributes:
+        keys: Of the pictures' tokens, (B, heads, T, d).
+        values: Likewise.
+        scale: The adapter's scale in this layer.
+        mask: How much each place of the picture takes from it, 0 to 1, (1, 1, H, W); None is 1 everywhere.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scale: float = 1.0
+    mask: Tensor | None = None
+    _weights: dict[int, Tensor] = field(default_factory=dict)  # by the number of queries
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """Return the term for queries (B, heads, h * w, d), of the shape of q."""
+        out = attention(q, self.keys.to(q.dtype), self.values.to(q.dtype))
+        return out * (self.scale if self.mask is None else self._weights_of(self.mask, q))
+
+    def _weights_of(self, mask: Tensor, q: Tensor) -> Tensor:
+        """Return scale * mask at the resolution of the queries, (h * w, 1), as diffusers resizes it."""
+        tokens = q.shape[2]
+        if tokens not in self._weights:
+            height, width = mask.shape[-2:]
+            rows = max(int(math.sqrt(tokens * height / width)), 1)
+            rows += tokens % rows != 0
+            small = F.interpolate(mask, size=(rows, max(tokens // rows, 1)), mode="bicubic").flatten()
+            self._weights[tokens] = self.scale * F.pad(small, (0, tokens - len(small)))[:, None].to(q)
+        return self._weights[tokens]
+
+
+# what a cross-attention attends to: keys and values, each (B, heads, T, d), and the terms of IP-Adapters
+KeysValues = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[ImageAttention]]
 
 
 def activation(x: Tensor) -> Tensor:
@@ -66,7 +104,7 @@ class Attention(nn.Module):
         if keys_values is None:
             q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)  # (B, heads, T, d)
         else:
-            (q,), (k, v) = self._project(x, self.to_q), keys_values
+            (q,), (k, v) = self._project(x, self.to_q), keys_values[:2]
             if (record := watcher.get()) is not None:
                 record(self, q, k)
         identity = perturbation.get()
@@ -77,13 +115,16 @@ class Attention(nn.Module):
         else:
             own = slice(len(v) - identity.rows)
             out = torch.cat([self._attend(q[own], k[own], v[own]), v[own.stop :]])
+        if keys_values is not None and len(keys_values) == 3:
+            for image in keys_values[2]:
+                out = out + image(q)
         y: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, T, dim)
         return y
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q.float(), k.float(), v.float()).to(q.dtype) if self.upcast else attention(q, k, v)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a context (B, T, context_dim), each (B, heads, T, d)."""
         k, v = self._project(context, self.to_k, self.to_v)
         return k, v

@@ -28,7 +28,13 @@ from mezzotint.records import infotext
 from mezzotint.request import MAX_SEED, Job, Request
 
 FOLDER_INDEX = "model_index.json"  # among a model's files if it is a folder, which A1111's text has no hash for
-NAMED_FILES = ("loras", "controls", "merged")  # tables of a Model whose names are paths
+NAMED_FILES = (
+    "loras",
+    "controls",
+    "ip_adapters",
+    "image_encoders",
+    "merged",
+)  # tables of a Model whose names are paths
 MAX_NOTICE = 4096  # characters of one
 MAX_DEPTH = 20  # nesting of the JSON; our own records have 5 levels
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -57,12 +63,12 @@ class Options(_Part):
 class Model(_Part):
     """The model and the machine that a picture was generated with.
 
-    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets), `upscaler` (of hires-fix),
-    `refiner` and `merged` (LoRAs merged into the weights) map a name to the SHA-256 of a file, and `embeddings` to that
-    of vectors.
-    `safety_checker` does so where flagged pictures are blurred or black. `options` are those that overruled the files.
-    `edited` names the networks that were not as in the files: another network, edited weights or modules, hooks.
-    `solver` is the module and name of the function that a program registered as the sampler.
+    `files`, `vae` (given in place of the model's own), `loras`, `controls` (ControlNets), `ip_adapters`,
+    `image_encoders` (of IP-Adapters), `upscaler` (of hires-fix), `refiner` and `merged` (LoRAs merged into the weights)
+    map a name to the SHA-256 of a file, and `embeddings` to that of vectors. `safety_checker` does so where flagged
+    pictures are blurred or black. `options` are those that overruled the files. `edited` names the networks that were
+    not as in the files: another network, edited weights or modules, hooks. `solver` is the module and name of the
+    function that a program registered as the sampler.
     """
 
     name: Word = ""
@@ -75,6 +81,8 @@ class Model(_Part):
     embeddings: dict[Word, Sha256] = {}
     loras: dict[Word, Sha256] = {}
     controls: dict[Word, Sha256] = {}
+    ip_adapters: dict[Word, Sha256] = {}
+    image_encoders: dict[Word, Sha256] = {}
     upscaler: dict[Word, Sha256] = {}
     refiner: dict[Word, Sha256] = {}
     merged: dict[Word, Sha256] = {}
@@ -179,6 +187,8 @@ class Record(_Part):
             **{f"the embedding {name}": digest for name, digest in model.embeddings.items()},
             **{f"the LoRA {name}": digest for name, digest in model.loras.items()},
             **{f"the ControlNet {name}": digest for name, digest in model.controls.items()},
+            **{f"the IP-Adapter {name}": digest for name, digest in model.ip_adapters.items()},
+            **{f"the image encoder {name}": digest for name, digest in model.image_encoders.items()},
             **{f"the upscaler {name}": digest for name, digest in model.upscaler.items()},
             **{f"the refiner's {name}": digest for name, digest in model.refiner.items()},
             **{f"the LoRA merged, {name},": digest for name, digest in model.merged.items()},
@@ -231,7 +241,7 @@ def describe(
         if latents is None
         else hashlib.sha256(latents.detach().cpu().float().numpy().tobytes()).hexdigest(),
         "notices": [
-            _with_base_names(notice, [*model.get("loras", ()), *model.get("controls", ())])[:MAX_NOTICE]
+            _with_base_names(notice, [path for name in NAMED_FILES for path in model.get(name, ())])[:MAX_NOTICE]
             for notice in notices
         ],
     }
@@ -295,9 +305,19 @@ def _fields(request: Request) -> dict[str, Any]:
         entry["image"] = _base_name(own.image) if isinstance(own.image, str) else None
     for entry, region in zip(fields.get("regions") or (), request.regions or (), strict=True):
         entry["mask"] = _base_name(region.mask) if isinstance(region.mask, str) else None
+    for entry, given in zip(fields.get("ip_adapter") or (), request.ip_adapter or (), strict=True):
+        entry |= {"file": _base_name(given.file), "encoder": _base_name(given.encoder)}
+        entry |= {"image": _names(given.image), "mask": _names(given.mask)}
+        entry["embeds"] = _base_name(given.embeds) if isinstance(given.embeds, str) else None
     if request.loras:
         fields["loras"] = [[_base_name(path), *scales] for path, *scales in fields["loras"]]
     return fields
+
+
+def _names(sources: Sequence[str | bytes] | None) -> list[str | None] | None:
+    """Return the last part of each picture's path; None if one was given as bytes."""
+    paths = [source for source in sources or () if isinstance(source, str)]
+    return [*map(_base_name, paths)] if paths and len(paths) == len(sources or ()) else None
 
 
 def _base_name(path: str | None) -> str | None:

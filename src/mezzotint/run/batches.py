@@ -18,6 +18,7 @@ from mezzotint.records.record import describe
 from mezzotint.request import Job, Request
 from mezzotint.result import Result
 from mezzotint.run.controls import control_digests
+from mezzotint.run.image_prompts import ip_adapter_digests
 from mezzotint.run.notices import mask_notices
 from mezzotint.run.plan import RunPlan
 from mezzotint.run.regions import mask_digests
@@ -156,8 +157,7 @@ def finish_pictures(
         conceal(image, plan.safety) if flag else image
         for image, plan, flag in zip(images, batch.plans, batch.flagged, strict=True)
     ]
-    controls = control_digests(batch.plan)
-    masks = mask_digests(batch.request)
+    given = control_digests(batch.plan) | ip_adapter_digests(batch.plan) | mask_digests(batch.request)
     finished: list[Image.Image] = [Picture.from_image(image) for image in images]  # whose save() keeps the record
     for k, (plan, seed, image) in enumerate(zip(batch.plans, batch.seeds, finished, strict=True)):
         record = describe(
@@ -170,7 +170,7 @@ def finish_pictures(
             flagged=batch.flagged[k],
             float32=batch.upcast_parts,
             latents=None if batch.latents is None else batch.latents[k],
-            inputs={**(opened[0].digests if opened else {}), **controls, **masks},
+            inputs={**(opened[0].digests if opened else {}), **given},
             notices=(*batch.image_notices, *plan.request_notices),
         )
         image.info.update(record)

@@ -21,6 +21,7 @@ from mezzotint.request import Request
 from mezzotint.run.controls import ControlNets
 from mezzotint.run.execute import Executor
 from mezzotint.run.few_step import FewStepUNets
+from mezzotint.run.image_prompts import ImagePrompts
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.networks import check_together, fuse_projections, unwrap
@@ -44,6 +45,7 @@ class LoadedModel:
         prompts: Encodes prompts.
         controls: The ControlNets that runs use.
         refiners: The refiners that runs use.
+        image_prompts: The pictures that runs are prompted with.
         files: Reads the files that requests name.
         checker: The safety checker, or None.
     """
@@ -53,6 +55,7 @@ class LoadedModel:
     prompts: PromptEncoder
     controls: ControlNets
     refiners: Refiners
+    image_prompts: ImagePrompts
     files: RunFiles
 
     def __init__(self, parts: Parts, placement: Placement, exclusive: bool) -> None:
@@ -112,6 +115,8 @@ class LoadedModel:
             "embeddings": plan.embedding_digests,
             "loras": plan.lora_digests,
             "controls": plan.control_digests,
+            "ip_adapters": plan.ip_adapter_digests,
+            "image_encoders": plan.image_encoder_digests,
             "upscaler": dict([plan.upscaler.file]) if plan.upscaler else {},
             "refiner": plan.refiner.digests if plan.refiner else {},
             "merged": self.adapters.merged_digests(),
@@ -227,12 +232,14 @@ class LoadedModel:
         unet = cast(UNet, unwrap(parts.unet))
         self.controls = ControlNets(unet, self.device, self.dtype, self.executor.placement)
         self.refiners = Refiners(parts.vae.config, self.device, self.dtype, self.executor.placement)
+        self.image_prompts = ImagePrompts(unet.config, self.device, self.dtype, self.executor.placement)
         self.files = RunFiles(
             self.adapters,
             [encoder.config.hidden_size for encoder in encoders],
             self.controls,
             self.device,
             self.refiners,
+            self.image_prompts,
         )
         self._few_step = FewStepUNets(unet, parts.source)
         if self.info.vae_dtype(self.dtype) != self.dtype:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mezzotint import prompt
 from mezzotint.images.init_image import HALF, picture_size
+from mezzotint.models.ip_adapter import is_active
 from mezzotint.run.controls import control_scales
 from mezzotint.run.loras import KINDS
 from mezzotint.weights.model_files import join_names
@@ -53,6 +54,7 @@ def find_notices(plan: RunPlan) -> Iterator[str]:
     yield from _on_ignored_fields(plan)
     yield from _on_loras(plan)
     yield from _on_controls(plan)
+    yield from _on_ip_adapters(plan)
     yield from _on_prompts(plan)
 
 
@@ -210,6 +212,17 @@ def _on_controls(plan: RunPlan) -> Iterator[str]:
             yield (
                 f"control[{k}].image is {width}x{height} and is stretched to {request.width}x{request.height}; give "
                 "resize_mode crop or fill to keep its shape"
+            )
+
+
+def _on_ip_adapters(plan: RunPlan) -> Iterator[str]:
+    """Yield sentences on IP-Adapters that never act."""
+    steps = len(plan.sigmas) - 1
+    for k, entry in enumerate(plan.request.ip_adapter or ()):
+        if not any(is_active(step, steps, entry.start, entry.end) for step in range(steps)) or not entry.scale:
+            yield (
+                f"ip_adapter[{k}] acts in none of {steps} steps: from {entry.start:g} to {entry.end:g} there is no "
+                "whole step, or its scale is 0"
             )
 
 

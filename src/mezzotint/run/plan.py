@@ -30,6 +30,7 @@ from mezzotint.models.upscaler import Upscaler
 from mezzotint.prompt import Part, PromptPlan
 from mezzotint.request import MAX_SIDE, Request
 from mezzotint.run.controls import ControlInput, ControlNets, check_controls
+from mezzotint.run.image_prompts import AdapterInput, ImagePrompts, check_ip_adapters
 from mezzotint.run.levels import Switch, all_sigmas, refiner_switch, run_sigmas, schedule_steps
 from mezzotint.run.loras import named_loras
 from mezzotint.run.model_info import ModelInfo
@@ -55,6 +56,7 @@ class RunFiles:
         controls: Reads and caches ControlNets.
         device: Where an upscaler computes.
         refiners: Reads and caches refiners.
+        image_prompts: Describes IP-Adapters.
     """
 
     adapters: Adapters
@@ -62,6 +64,7 @@ class RunFiles:
     controls: ControlNets
     device: torch.device
     refiners: Refiners
+    image_prompts: ImagePrompts
 
     def read_loras(self, loras: Sequence[tuple[str, Scale]]) -> tuple[Adapter, ...]:
         """Read LoRA files."""
@@ -103,6 +106,7 @@ class RunPlan:
         few_step: The model's few-step form, if this run uses it.
         controls: The ControlNets and T2I-Adapters of the request, described; empty if the plan was made without reading
             files.
+        ip_adapters: The IP-Adapters of the request, likewise.
         second_pass: Hires-fix's second pass, or None.
         upscaler: What enlarges the first pass's pictures, if it is a network; None if the plan was made without reading
             files.
@@ -131,6 +135,7 @@ class RunPlan:
     embeddings: Library
     few_step: FewStep | None
     controls: tuple[ControlInput, ...]
+    ip_adapters: tuple[AdapterInput, ...]
     second_pass: RunPlan | None
     base_steps: int | None = None
     upscaler: Upscaler | None = None
@@ -248,6 +253,16 @@ class RunPlan:
         return {one.entry.file: one.digest for one in self.controls}
 
     @property
+    def ip_adapter_digests(self) -> dict[str, str]:
+        """SHA-256 of the weights of each IP-Adapter."""
+        return {one.entry.file: one.digest for one in self.ip_adapters}
+
+    @property
+    def image_encoder_digests(self) -> dict[str, str]:
+        """SHA-256 of the weights of each vision encoder that pictures are encoded with."""
+        return {str(one.encoder.network.path): one.encoder_digest for one in self.ip_adapters if one.encoder}
+
+    @property
     def embedding_digests(self) -> dict[str, str]:
         """SHA-256 of the embeddings that occur in the prompts, by trigger word."""
         regions = " ".join(prompt.source for prompt in self.regions)
@@ -304,6 +319,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
     resolved = resolve_request(model, request, sampler)
     check_mode(model, resolved)
     check_controls(resolved)
+    check_ip_adapters(resolved)
     schedule = Schedule.from_config(sampler.schedule)
     levels = all_sigmas(resolved, sampler, schedule)
     sigmas = run_sigmas(resolved, sampler, schedule, levels)  # raises RequestError
@@ -335,6 +351,7 @@ def plan_run(model: ModelInfo, request: Request, files: RunFiles | None = None) 
         embeddings=files.read_embeddings([*(resolved.embeddings or ()), *bundled]) if files else Library((), ()),
         few_step=few_step_of(model, sampler),
         controls=files.controls.read(resolved.control or ()) if files else (),
+        ip_adapters=files.image_prompts.read(resolved.ip_adapter or ()) if files else (),
         second_pass=None,
         upscaler=files.read_upscaler(resolved.upscaler) if files and resolved.upscaler else None,
         refiner=files.refiners.read(resolved.refiner) if files and resolved.refiner else None,

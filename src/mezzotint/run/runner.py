@@ -150,7 +150,8 @@ class Runner:
             split = executor.effective_placement.guidance == "split"
             networks = model.controls.load(plan.controls)
             controls = prepare_controls(plan, networks)
-            steps = solve(batch, unet, conditions, initial, noise, split, controls, refining)
+            images = model.image_prompts.prepare(plan)
+            steps = solve(batch, unet, conditions, initial, noise, split, controls, images, refining)
         with onloaded:
             for network in (unet, *networks):
                 onloaded.enter_context(onload(network))

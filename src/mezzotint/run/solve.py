@@ -15,6 +15,7 @@ from mezzotint.diffusion.noise import BrownianNoise, SeededNoise
 from mezzotint.diffusion.solvers import SOLVERS, Denoise, Noise, Step
 from mezzotint.errors import RequestError
 from mezzotint.models.controlnet import ControlRun
+from mezzotint.models.ip_adapter import ImagePrompt
 from mezzotint.models.t2i_adapter import T2IRun
 from mezzotint.models.unet import UNet
 from mezzotint.run.batches import Batch
@@ -49,6 +50,7 @@ def solve(
     noise: SeededNoise,
     split: bool,
     controls: Sequence[ControlRun | T2IRun] = (),
+    images: Sequence[ImagePrompt] = (),
     refining: Refining | None = None,
 ) -> Iterator[Step]:
     """Return an iterator of the steps of one pass, from the initial latents to the last noise level.
@@ -61,10 +63,11 @@ def solve(
         noise: The noise of the run.
         split: Whether the network is given one condition at a time.
         controls: The ControlNets and T2I-Adapters.
+        images: The pictures that the run is prompted with; a refiner does not see them.
         refining: The refiner, which takes the last steps.
     """
     plan, stream = batch.plan, step_noise(batch, noise)
-    outputs = unet_outputs(batch, unet, conditions, initial, split, controls)
+    outputs = unet_outputs(batch, unet, conditions, initial, split, controls, images)
     denoise = initial.wrap(guide(plan, outputs, initial.x.device))
     if plan.refined and plan.switch and refining:
         outputs = unet_outputs(batch, refining.unet, refining.conditions, initial, split, plan=plan.refined)
@@ -124,6 +127,7 @@ def unet_outputs(
     initial: InitialLatents,
     split: bool,
     controls: Sequence[ControlRun | T2IRun] = (),
+    images: Sequence[ImagePrompt] = (),
     plan: RunPlan | None = None,
 ) -> Outputs:
     """Return the UNet's outputs under these conditions, guarded against values that are not finite.
@@ -148,6 +152,7 @@ def unet_outputs(
             prompts=len(plan.weights),
             perturbed_layers=plan.request.pag_layers or (),
             freeu=plan.request.freeu,
+            image_prompts=images,
         )
 
     return guard_outputs(unet, controls, denoiser, batch.upcast_parts, name)

@@ -33,8 +33,9 @@ from mezzotint.weights.embeddings import IMAGE, read_embeddings
 from mezzotint.weights.files import TensorFile
 from mezzotint.weights.folder import plan_folder
 from mezzotint.weights.hub import local, locate
+from mezzotint.weights.ip_adapter_files import describe_ip_adapter
 from mezzotint.weights.keys import Family
-from mezzotint.weights.kinds import CONTROLNET, T2I_ADAPTER, describe_kind
+from mezzotint.weights.kinds import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, describe_kind
 from mezzotint.weights.model_files import (
     AESTHETIC,
     ENCODERS,
@@ -372,12 +373,16 @@ def inspect_model(path: str | Path, **options: Any) -> Report:
             raise
         if describe_kind(file.shapes) in (CONTROLNET, T2I_ADAPTER):
             return _report_control(path, {path: file})
+        problems: list[str] = []
+        kind = describe_adapter(path, file) or describe_kind(file.shapes)
+        if kind == IP_ADAPTER:
+            kind, problems = describe_ip_adapter(path, file)
         dtypes: Counter[str] = Counter()
         for entry in file.entries.values():
             dtypes[dtype_name(entry.dtype)] += entry.count
         part = PartReport("tensors", dtypes.total(), len(file.entries), dict(dtypes.most_common()))
-        kind = describe_adapter(path, file) or describe_kind(file.shapes)
-        return Report(str(path), kind, keys=part.keys, bytes=file.size, parts=[part], metadata=file.metadata)
+        texts = file.metadata
+        return Report(str(path), kind, keys=part.keys, bytes=file.size, parts=[part], problems=problems, metadata=texts)
     with _report_read_errors(path):
         if given.vae is not None:
             replace_vae(found)

@@ -28,9 +28,10 @@ class Kind(NamedTuple):
 
 
 CONTROLNET = "a ControlNet"
+IP_ADAPTER = "an IP-Adapter"
 T2I_ADAPTER = "a T2I-Adapter"
 ADAPTERS = [
-    Kind("an IP-Adapter", (r"^image_proj\.", r"^ip_adapter\.")),
+    Kind(IP_ADAPTER, (r"^image_proj\.", r"^ip_adapter\.")),
     Kind("a ControlNet-LLLite", (r"^lllite_",)),
     Kind(CONTROLNET, (r"^lora_controlnet$",)),
     Kind(

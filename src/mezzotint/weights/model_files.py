@@ -20,6 +20,7 @@ from torch import nn
 from mezzotint import samplers
 from mezzotint.config import (
     CLIPConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
     ImageProcessorConfig,
     SafetyCheckerConfig,
@@ -31,6 +32,7 @@ from mezzotint.config import (
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
 from mezzotint.models.clip import CLIPTextModel
+from mezzotint.models.clip_vision import CLIPVisionModel
 from mezzotint.models.controlnet import ControlNet
 from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
@@ -45,7 +47,7 @@ from mezzotint.weights.keys import Family, Source, Sources
 from mezzotint.weights.offload import FileWeight, WeightPlacer
 from mezzotint.weights.quantized import pair_scales
 
-Config = UNetConfig | VAEConfig | CLIPConfig | SafetyCheckerConfig | T2IAdapterConfig
+Config = UNetConfig | VAEConfig | CLIPConfig | CLIPVisionConfig | SafetyCheckerConfig | T2IAdapterConfig
 
 TINY_VAE = "AutoencoderTiny"  # a VAE of diffusers with a config and a module of its own
 
@@ -58,6 +60,7 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
     "safety_checker": (("StableDiffusionSafetyChecker",), SafetyCheckerConfig, SafetyChecker),
     "controlnet": (("ControlNetModel",), ControlNetConfig, ControlNet),
     "t2i_adapter": (("T2IAdapter",), T2IAdapterConfig, T2IAdapter),
+    "image_encoder": (("CLIPVisionModelWithProjection",), CLIPVisionConfig, CLIPVisionModel),
 }
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 AESTHETIC = "requires_aesthetics_score"  # the field of model_index.json that only SDXL's refiner has set
@@ -235,7 +238,7 @@ class NetworkFiles:
 
 @dataclass(frozen=True)
 class CheckerFiles:
-    """A safety checker before its weights are read.
+    """A network that reads pictures, a safety checker or an adapter's vision encoder, before its weights are read.
 
     Attributes:
         network: Its network.

@@ -59,11 +59,7 @@ def scan_checker(folder: Path, options: ModelOptions, class_name: str | None = N
     network = read_part(own, NAME, class_name, options)
     for problem in network.problems(network.network()):
         raise CheckpointError(problem)
-    places = [own / PROCESSOR]
-    if own.name == NAME:
-        places.insert(0, own.parent / "feature_extractor" / PROCESSOR)
-    described = next(filter(Path.exists, places), None)
-    processor = _read_processor(described)
+    processor, described = find_processor(own, *([own.parent / "feature_extractor"] if own.name == NAME else []))
     assert isinstance(network.config, SafetyCheckerConfig)
     side = network.config.vision_config.image_size
     if processor.crop_size != (side, side):
@@ -73,13 +69,24 @@ def scan_checker(folder: Path, options: ModelOptions, class_name: str | None = N
             f"{side}; both must be the same"
         )
     weights = sorted({file.path for file in network.files.values()})
-    return CheckerFiles(network, processor, [own / "config.json", *weights, *([described] if described else [])])
+    return CheckerFiles(network, processor, [own / "config.json", *weights, *described])
 
 
-def _read_processor(path: Path | None) -> ImageProcessorConfig:
-    """Read a preprocessor_config.json; without one it is CLIP's."""
+def find_processor(folder: Path, *before: Path) -> tuple[ImageProcessorConfig, list[Path]]:
+    """Return how an encoder's pictures are prepared, and the file that says so; without one it is CLIP's.
+
+    Args:
+        folder: The encoder's own folder.
+        before: Folders that are searched before it.
+
+    Raises:
+        CheckpointError: If the file is wrong.
+    """
+    path = next(filter(Path.exists, (place / PROCESSOR for place in (*before, folder))), None)
+    if path is None:
+        return ImageProcessorConfig(), []
     try:
-        return ImageProcessorConfig() if path is None else ImageProcessorConfig.model_validate(read_json(path))
+        return ImageProcessorConfig.model_validate(read_json(path)), [path]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its fields"
