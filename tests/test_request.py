@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mezzotint.entries.control import Control
+from mezzotint.entries.control import Control, ControlPicture
 from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.entries.regions import Region
 from mezzotint.errors import RequestError
@@ -88,6 +88,8 @@ FULL: dict[str, Any] = {
             "end": 0.6,
             "mode": "prompt",
             "resize_mode": "crop",
+            "type": "canny",
+            "more": ({"image": "depth.png", "type": 1, "scale": 0.5},),
         },
     ),
     "tile": 512,
@@ -145,7 +147,7 @@ def test_a_repr_shows_the_fields_that_are_set() -> None:
     request = Request("", image=b"x" * 12_345, loras=["a.safetensors"])
     assert repr(request) == "Request(prompt='', loras=(('a.safetensors', 1.0),), image=<12,345 bytes>)"
     full = Request(**{**FULL, "mask": "mask.png"})
-    names = {"Request": Request, "Control": Control, "IPAdapter": IPAdapter, "Region": Region}
+    names = {each.__name__: each for each in (Request, Control, ControlPicture, IPAdapter, Region)}
     assert eval(repr(full), names) == full
     region = Region(prompt="a", mask=b"x" * 12_345)
     assert repr(region) == "Region(prompt='a', mask=<12,345 bytes>)"

@@ -411,7 +411,9 @@ def _controls(
         given = [{} if own else next(others) for own in bundled]
     _check_given([entry.file for entry in entries], given, "ControlNet", "--control")
     found = [
-        entry.replace(**{**own, "image": inputs.get(f"control[{k}].image")})
+        entry.replace(**{field: value for field, value in own.items() if field != "more"}).with_pictures(
+            {field: inputs.get(f"control[{k}].{field}") for field in entry.pictures}
+        )
         for k, (entry, own) in enumerate(zip(entries, given, strict=True))
     ]
     return tuple(found) or None

@@ -287,6 +287,24 @@ class ControlNetConfig(UNetConfig):
         return 1 << (len(self.conditioning_embedding_out_channels) - 1)
 
 
+class ControlNetUnionConfig(ControlNetConfig):
+    """A ControlNet Union (`config.json` of diffusers' ControlNetUnionModel)."""
+
+    conditioning_embedding_out_channels: Annotated[Sizes, Field(min_length=2)] = (48, 96, 192, 384)
+    num_control_type: Annotated[int, Field(ge=1, le=64)] = 6
+    num_trans_channel: Size = 320
+    num_trans_layer: Layers = 1
+    num_proj_channel: Size = 320
+
+    @model_validator(mode="after")
+    def _widths_agree(self) -> Self:
+        if {self.num_trans_channel, self.num_proj_channel} != {self.block_out_channels[0]}:
+            raise ValueError("num_trans_channel and num_proj_channel must be the first of block_out_channels")
+        if not self.addition_time_embed_dim:
+            raise ValueError("addition_time_embed_dim is missing, which embeds the types")
+        return self
+
+
 class T2IAdapterConfig(_Config):
     """A T2I-Adapter (`config.json` of diffusers' T2IAdapter)."""
 

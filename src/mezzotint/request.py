@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mezzotint import samplers
-from mezzotint.entries.control import Control
+from mezzotint.entries.control import Control, ControlPicture
 from mezzotint.entries.fields import MAX_PROMPT as MAX_PROMPT
 from mezzotint.entries.fields import Bytes, Name, Picture, Share, Text, picture_source, to_uri
 from mezzotint.entries.ip_adapter import IPAdapter
@@ -250,7 +250,7 @@ class Request(BaseModel):
     )
     control: tuple[Control, ...] | None = _optional(
         "a list of at most 16 ControlNets or T2I-Adapters: each a file, or an object with file, image, scale, start, "
-        "end, mode and resize_mode",
+        "end, mode, resize_mode, type and more",
         max_length=16,
     )
     regions: tuple[Region, ...] | None = _optional(
@@ -448,6 +448,8 @@ def _entry_sentence(finding: Mapping[str, Any]) -> str:
     """Return a finding in an entry of a list as a sentence that names the field and the entry."""
     name, index, *inner = finding["loc"]
     entry, fields = f"{name}[{index}]", ENTRIES[name,].model_fields
+    if inner[:1] == ["more"] and len(inner) > 2:
+        entry, fields, inner = f"{entry}.more[{inner[1]}]", ControlPicture.model_fields, inner[2:]
     if not inner:
         return f"{entry} is {brief(finding['input'])}; it must be an object with {', '.join(fields)}"
     if inner[0] not in fields:

@@ -122,6 +122,7 @@ def test_without_a_picture_it_is_the_one_that_the_run_starts_from(
         ({"preprocessor": "depth"}, "preprocessor is 'depth'"),
         ({"preprocessor": "canny", "low": 300}, "low is 300 and high 200"),
         ({"weight": 1}, "weight"),
+        ({"more": [{"image": "/etc/passwd", "type": 1}]}, "more"),
     ],
 )
 def test_wrong_entries_get_a_sentence(client: TestClient, folder: Path, entry: dict[str, Any], word: str) -> None:

@@ -111,7 +111,9 @@ def again(
         raise RequestError(f"out is {out!r} and there are {len(files)} files; it must be a folder, or a pattern")
 
     places = {"image": image, "mask": mask}
-    places |= {f"control[{k}].image": entry["image"] for k, entry in enumerate(controls) if "image" in entry}
+    for k, entry in enumerate(controls):
+        pictures = {"image": entry, **{f"more[{j}].image": one for j, one in enumerate(entry.get("more", ()))}}
+        places |= {f"control[{k}].{field}": one["image"] for field, one in pictures.items() if "image" in one}
     for k, entry in enumerate(adapters):
         for name, files_of in ((name, entry[name]) for name in ("image", "mask") if name in entry):
             places |= {f"ip_adapter[{k}].{name}[{i}]": path for i, path in enumerate(files_of)}

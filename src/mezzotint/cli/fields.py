@@ -159,16 +159,25 @@ def lora_of(text: str) -> tuple[str | float, ...]:
     return (text, *(scales or [1.0]))
 
 
-def control_of(text: str) -> dict[str, str]:
+def control_of(text: str) -> dict[str, Any]:
     """Parse "a.safetensors:image=edge.png,scale=0.8" to the fields of a ControlNet.
+
+    From a second image on, image, type and scale are those of a further picture.
 
     Raises:
         RequestError: If a part is not FIELD=VALUE.
     """
-    from mezzotint.entries.control import Control
+    from mezzotint.entries.control import Control, ControlPicture
 
     file, values = _entry_of(text, Control.model_fields)
-    return {"file": file, **dict(values)}
+    entry: dict[str, Any] = {"file": file}
+    own = entry  # of the picture that was named last
+    for name, value in values:
+        if name == "image" and name in own:
+            own = {}
+            entry.setdefault("more", []).append(own)
+        (own if name in ControlPicture.model_fields else entry)[name] = value
+    return entry
 
 
 def ip_adapter_of(text: str) -> dict[str, Any]:

@@ -174,7 +174,8 @@ Controls = Annotated[
     list[str] | None,
     option(
         "ControlNet or T2I-Adapter: file, folder or hub id, and its picture; also start and end (shares of the steps), "
-        "mode (balanced, prompt, control or guess) and resize_mode. May be repeated.",
+        "mode (balanced, prompt, control or guess) and resize_mode; of a ControlNet Union the type, and a second image "
+        "for a further picture. May be repeated.",
         "FILE[:image=FILE,scale=X,...]",
         CONTROL,
         default="image: the one of --image; scale 1",

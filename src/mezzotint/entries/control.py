@@ -6,17 +6,90 @@ mezzotint.Request("a house", control=[{"file": "control_v11p_sd15_canny.pth", "i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mezzotint.entries.fields import Bytes, Name, Picture, Share, given_fields, picture_source, to_uri
+from mezzotint.entries.fields import (
+    Bytes,
+    Name,
+    Picture,
+    Share,
+    given_fields,
+    picture_source,
+    refuse_boolean,
+    to_uri,
+)
 
 MODES = ("balanced", "prompt", "control", "guess")
 RESIZE_MODES = ("resize", "crop", "fill")
+TYPES = {  # of ControlNet Union
+    **dict.fromkeys(("openpose", "pose"), 0),
+    "depth": 1,
+    **dict.fromkeys(("softedge", "hed", "scribble"), 2),
+    **dict.fromkeys(("canny", "lineart", "mlsd"), 3),
+    "normal": 4,
+    "segment": 5,
+    **dict.fromkeys(("tile", "blur"), 6),
+    **dict.fromkeys(("repaint", "inpaint"), 7),
+}
+REPAINT = 7
+MAX_TYPE = 63
+_TYPE = "openpose, depth, softedge, canny, normal, segment, tile, repaint or a number (of a ControlNet Union)"
+
+PictureType = Annotated[int, Field(ge=0, le=MAX_TYPE)] | Annotated[str, Field(pattern=f"^({'|'.join(TYPES)})$")]
+
+
+def _given(value: Any) -> Any:
+    """Return an entry's fields without empty cells, and the number of a type as one."""
+    value = given_fields(value)
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    return {**value, "type": int(kind)} if isinstance(kind, str) and kind.isdecimal() else value
+
+
+class ControlPicture(BaseModel):
+    """A further picture that a ControlNet Union reads in the same pass.
+
+    Attributes:
+        image: The conditioning picture.
+        type: What it is; see `Control`.
+        scale: Factor of its features.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    image: Picture | None = Field(  # a record has none where bytes were given
+        default=None, description="a picture: the path of a file, its bytes, or a PIL image"
+    )
+    type: PictureType = Field(description=_TYPE)
+    scale: Annotated[float, Field(ge=0.0, le=100.0)] = Field(default=1.0, description="a number from 0 to 100")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return _given(value)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        return refuse_boolean(value)
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _pictures_are_files(cls, value: Any) -> Any:
+        return picture_source(value)
+
+    @field_serializer("image", when_used="json-unless-none")
+    def _to_uri(self, value: str | bytes) -> str:
+        return to_uri(value)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the fields, without the bytes of a picture."""
+        for name, value in super().__repr_args__():
+            yield name, Bytes(value) if isinstance(value, bytes) else value
 
 
 class Control(BaseModel):
@@ -31,6 +104,9 @@ class Control(BaseModel):
         mode: "balanced"; "prompt" and "control", A1111's "My prompt is more important" and "ControlNet is more
             important"; or "guess", diffusers' guess mode, of ControlNets alone.
         resize_mode: How a picture of another shape is fitted, as an image to start from is.
+        type: What the picture of a ControlNet Union is, by name or number.
+        more: Further pictures that a ControlNet Union reads in the same pass. Each picture's features then have the
+            picture's own scale, and what the network adds has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -51,18 +127,21 @@ class Control(BaseModel):
         pattern=f"^({'|'.join(RESIZE_MODES)})$",
         description="resize (stretch), crop or fill (how a picture of another shape is fitted)",
     )
+    type: PictureType | None = Field(default=None, description=_TYPE)
+    more: Annotated[tuple[ControlPicture, ...], Field(min_length=1, max_length=15)] | None = Field(
+        default=None,
+        description="a list of at most 15 further pictures of a ControlNet Union, each with image, type and scale",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, value: Any) -> Any:
-        return given_fields({"file": value} if isinstance(value, str | PathLike) else value)
+        return _given({"file": value} if isinstance(value, str | PathLike) else value)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # Python's True would pass as 1
-            raise PydanticCustomError("boolean", "a boolean")
-        return value
+        return refuse_boolean(value)
 
     @field_validator("file", mode="before")
     @classmethod
@@ -89,6 +168,27 @@ class Control(BaseModel):
         """Yield the fields, without the bytes of a picture."""
         for name, value in super().__repr_args__():
             yield name, Bytes(value) if isinstance(value, bytes) else value
+
+    @property
+    def pictures(self) -> dict[str, str | bytes | None]:
+        """The pictures, by field."""
+        return {"image": self.image, **{f"more[{j}].image": one.image for j, one in enumerate(self.more or ())}}
+
+    @property
+    def types(self) -> list[int | None]:
+        """The number of each picture's type."""
+        given = [self.type, *(one.type for one in self.more or ())]
+        return [TYPES[kind] if isinstance(kind, str) else kind for kind in given]
+
+    @property
+    def scales(self) -> list[float]:
+        """The scale of each picture."""
+        return [self.scale, *(one.scale for one in self.more or ())]
+
+    def with_pictures(self, pictures: Mapping[str, str | None]) -> Self:
+        """Return a copy with other pictures, by field."""
+        more = [one.model_dump() | {"image": pictures.get(f"more[{j}].image")} for j, one in enumerate(self.more or ())]
+        return self.replace(image=pictures.get("image"), more=more or None)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, validated again."""

@@ -45,6 +45,13 @@ def to_uri(value: str | bytes) -> str:
     return value if isinstance(value, str) else f"{DATA_URI};base64,{base64.b64encode(value).decode()}"
 
 
+def refuse_boolean(value: Any) -> Any:
+    """Return a value that is not True or False, which Python would pass as 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean", "a boolean")
+    return value
+
+
 def given_fields(value: Any) -> Any:
     """Return an entry without the fields that are None, as tables have them where another row has a value."""
     return {name: each for name, each in value.items() if each is not None} if isinstance(value, Mapping) else value

@@ -262,7 +262,8 @@ class _Run:
             hint = walk.walk_hint(files.config, *size, self.itemsize).peak(self.workspace)
             peak = max(peak, residuals + one.peak(self.workspace, rows), hint)
             residuals += one.result * rows * (1 if files is self.controls[0] else 2)  # and their sum
-            stays += (3 * 4 * size[0] * size[1]) + files.config.block_out_channels[0] * height * width * self.itemsize
+            stays += 3 * 4 * size[0] * size[1] * len(entry.pictures)
+            stays += files.config.block_out_channels[0] * height * width * self.itemsize
             kept = walk.keys_values_numel(files.config, tokens, ControlNet) * rows * self.itemsize
             stays += kept * self.count_variants()
             self.macs += calls * rows * one.macs

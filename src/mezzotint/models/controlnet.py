@@ -8,6 +8,7 @@ residual for each skip connection of the UNet and one for its middle block, the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from itertools import pairwise
 
 import torch
@@ -83,6 +84,7 @@ class ControlNet(DownPath):
         *,
         keys_values: Iterable[KeysValues] | None = None,
         scales: Sequence[float] | None = None,
+        time_embedding: Tensor | None = None,
     ) -> Residuals:
         """Return the residuals for each skip connection of the UNet and for its middle block.
 
@@ -93,8 +95,9 @@ class ControlNet(DownPath):
             hint: The result of `embed`, of batch B or 1.
             keys_values: The result of `keys_values`, which saves computing it at each step.
             scales: Factor of each residual, that of the middle block last.
+            time_embedding: What is added to the embedding of the timestep, of batch B or 1.
         """
-        times = iter(self.time_projections(timestep, condition))
+        times = iter(self.time_projections(timestep, condition, added=time_embedding))
         contexts = iter(self.keys_values(condition) if keys_values is None else keys_values)
         skips, x = self.descend(self.conv_in(sample) + hint, times, contexts)
         convolutions = (*self.controlnet_down_blocks, self.controlnet_mid_block)
@@ -141,12 +144,18 @@ class ControlRun:
         conditional_only: bool = False,
     ) -> None:
         self.network, self.hint, self.scales, self.conditional_only = network, hint, scales, conditional_only
-        self._features: Tensor | None = None
+        self._prepared: tuple[Tensor, Tensor | None] | None = None
         self._batched: dict[tuple[object, ...], tuple[Condition, list[KeysValues]]] = {}
 
     def of(self, network: ControlNet) -> ControlRun:
         """Return the same with another network."""
-        return ControlRun(network, self.hint, self.scales, self.conditional_only)
+        run = copy(self)
+        run.network, run._prepared, run._batched = network, None, {}
+        return run
+
+    def prepare(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the picture's features, on the device and in the dtype of a weight, and what the times are added."""
+        return self.network.embed(self.hint.to(weight.device, weight.dtype)), None
 
     def residuals(
         self, step: int, sample: Tensor, timestep: float, conditions: Sequence[Condition], acts: Sequence[bool]
@@ -165,16 +174,18 @@ class ControlRun:
         if scales is None or not rows:
             return None
         weight = self.network.conv_in.weight
-        if self._features is None:
-            self._features = self.network.embed(self.hint.to(weight.device, weight.dtype))
+        if self._prepared is None:
+            self._prepared = self.prepare(weight)
+        features, embedding = self._prepared
         condition, keys_values = self._batch(len(sample), [conditions[k] for k in rows])
         down, mid = self.network(
             torch.cat([sample.to(weight.dtype)] * len(rows)),
             timestep,
             condition,
-            self._features,
+            features,
             keys_values=keys_values,
             scales=scales,
+            time_embedding=embedding,
         )
         if len(rows) == len(acts):
             return down, mid

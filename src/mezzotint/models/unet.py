@@ -258,12 +258,20 @@ class DownPath(nn.Module):
         return [attn.keys_values(condition.context) for attn in self.cross_attentions()]
 
     def time_projections(
-        self, timestep: Tensor | float, condition: Condition, timestep_cond: Tensor | None = None
+        self,
+        timestep: Tensor | float,
+        condition: Condition,
+        timestep_cond: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> list[Tensor]:
-        """Return the time embedding's projection for every residual block, in module order: (B or 1, channels)."""
+        """Return the time embedding's projection for every residual block, in module order: (B or 1, channels).
+
+        `added` is a further embedding, (B or 1, 4 * channels[0]).
+        """
         weight = self.conv_in.weight
         timestep = torch.as_tensor(timestep, device=weight.device).reshape(-1)
         embedding = self.time_embedding(self._sinusoid(timestep, self.config.block_out_channels[0]), timestep_cond)
+        embedding = embedding if added is None else embedding + added
         if self.add_embedding is not None:
             if condition.pooled is None or condition.time_ids is None:
                 raise RequestError("This UNet (addition_embed_type text_time) needs condition.pooled and .time_ids.")

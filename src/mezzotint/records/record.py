@@ -302,7 +302,9 @@ def _fields(request: Request) -> dict[str, Any]:
         fields["embeddings"] = [*map(_base_name, request.embeddings)]
     for entry, own in zip(fields.get("control") or (), request.control or (), strict=True):
         entry["file"] = _base_name(own.file)
-        entry["image"] = _base_name(own.image) if isinstance(own.image, str) else None
+        bases = [_base_name(source) if isinstance(source, str) else None for source in own.pictures.values()]
+        for one, base in zip((entry, *(entry["more"] or ())), bases, strict=True):
+            one["image"] = base
     for entry, region in zip(fields.get("regions") or (), request.regions or (), strict=True):
         entry["mask"] = _base_name(region.mask) if isinstance(region.mask, str) else None
     for entry, given in zip(fields.get("ip_adapter") or (), request.ip_adapter or (), strict=True):

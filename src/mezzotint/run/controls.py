@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.config import UNetConfig
-from mezzotint.entries.control import Control
+from mezzotint.entries.control import REPAINT, TYPES, Control
 from mezzotint.errors import CheckpointError, RequestError
 from mezzotint.images.init_image import HALF, digests, fit, open_picture
 from mezzotint.models.controlnet import ControlNet, ControlRun
+from mezzotint.models.controlnet_union import ControlNetUnion, UnionRun
 from mezzotint.models.t2i_adapter import T2IAdapter, T2IRun
 from mezzotint.models.unet import UNet
 from mezzotint.placement import Placement
@@ -127,6 +128,8 @@ def check_controls(request: Request) -> None:
             raise RequestError(
                 f"control[{k}].image is missing; it must be the conditioning picture, or the request must have an image"
             )
+        for field in (field for field, picture in entry.pictures.items() if picture is None and field != "image"):
+            raise RequestError(f"control[{k}].{field} is missing; it must be a conditioning picture")
 
 
 def check_files(plan: RunPlan, found: Sequence[Files], unet: UNetConfig) -> None:
@@ -142,6 +145,7 @@ def check_files(plan: RunPlan, found: Sequence[Files], unet: UNetConfig) -> None
     """
     width, height = plan.request.width or 0, plan.request.height or 0
     for k, (entry, files) in enumerate(zip(plan.request.control or (), found, strict=True)):
+        _check_types(f"control[{k}]", entry, files)
         if not isinstance(files, T2IFiles):
             continue
         if entry.mode == "guess":
@@ -161,10 +165,31 @@ def check_files(plan: RunPlan, found: Sequence[Files], unet: UNetConfig) -> None
             )
 
 
+def _check_types(name: str, entry: Control, files: Files) -> None:
+    """Raise RequestError if the types of an entry's pictures are not ones that its network has."""
+    count = 0 if isinstance(files, T2IFiles) else files.types
+    given = [field for field in ("type", "more") if getattr(entry, field) is not None]
+    if given and not count:
+        raise RequestError(f"{name}.{given[0]} is given, and the file is not a ControlNet Union; leave it out")
+    if not count:
+        return
+    fields = ["type", *(f"more[{j}].type" for j in range(len(entry.more or ())))]
+    words = [entry.type, *(one.type for one in entry.more or ())]
+    names = ", ".join(f"{word} ({k})" for k in range(count) if (word := next((w for w in TYPES if TYPES[w] == k), "")))
+    for field, asked, kind in zip(fields, words, entry.types, strict=True):
+        if kind is None or kind >= count:
+            state = "is missing" if kind is None else f"is {asked}"
+            raise RequestError(f"{name}.{field} {state}; this ControlNet Union has {count} types: {names}")
+    if len({*entry.types}) < len(entry.types):
+        raise RequestError(f"{name} has two pictures of one type; give the second one as an entry of its own")
+
+
 def control_scales(entry: Control, residuals: int, steps: int, second_pass: bool) -> list[tuple[float, ...] | None]:
     """Return the factor of each residual at each step; None where the ControlNet does not act.
 
     As in diffusers, step i of n acts if it lies wholly between the shares `start` and `end` of the steps.
+
+    With several pictures in one pass, each picture's features have its scale, and the residuals have none.
 
     Args:
         entry: The request's entry.
@@ -178,9 +203,9 @@ def control_scales(entry: Control, residuals: int, steps: int, second_pass: bool
         factors = [SOFT ** (LEVELS - 1 - k) for k in range(residuals)]
     else:
         factors = [1.0] * residuals
-    scales = tuple(entry.scale * factor for factor in factors)
+    scales = tuple(factors if entry.more else (entry.scale * factor for factor in factors))
     return [
-        None if k / steps < entry.start or (k + 1) / steps > entry.end or not entry.scale else scales
+        None if k / steps < entry.start or (k + 1) / steps > entry.end or not any(entry.scales) else scales
         for k in range(steps)
     ]
 
@@ -224,28 +249,42 @@ def prepare_controls(plan: RunPlan, networks: Sequence[Network]) -> list[Control
             steps,
             second,
         )
-        hint = _hint(plan, entry, f"control[{k}].image", masked=True)
-        runs.append(ControlRun(network, hint, scales, pooled or entry.mode in ("control", "guess")))
+        only = pooled or entry.mode in ("control", "guess")
+        pictures = [
+            _hint(plan, entry.replace(image=picture), f"control[{k}].{field}", masked=0.0 if kind == REPAINT else -1.0)
+            for (field, picture), kind in zip(entry.pictures.items(), entry.types, strict=True)
+        ]
+        if isinstance(network, ControlNetUnion):
+            types = [kind or 0 for kind in entry.types]
+            runs.append(UnionRun(network, pictures, types, entry.scales, scales, only))
+        else:
+            runs.append(ControlRun(network, pictures[0], scales, only))
     return runs
 
 
 def control_digests(plan: RunPlan) -> dict[str, dict[str, str | None]]:
     """Return the path (None if bytes were given) and SHA-256 of each conditioning picture, by its field."""
-    sources = {f"control[{k}].image": one.entry.image for k, one in enumerate(plan.controls)}
+    sources = {
+        f"control[{k}].{field}": picture
+        for k, one in enumerate(plan.controls)
+        for field, picture in one.entry.pictures.items()
+    }
     return digests({name: source for name, source in sources.items() if source is not None})
 
 
-def _hint(plan: RunPlan, entry: Control, name: str, mode: str = "RGB", *, masked: bool = False) -> Tensor:
+def _hint(plan: RunPlan, entry: Control, name: str, mode: str = "RGB", *, masked: float | None = None) -> Tensor:
     """Return a conditioning picture at the size of the run, (1, 3, H, W) in [0, 1], of mode "L" (1, 1, H, W).
 
-    With `masked` the picture that the run starts from is -1 where the request masks it.
+    With `masked` the picture that the run starts from has this value where the request masks it.
     """
     size = plan.request.width or 0, plan.request.height or 0
     start = plan.init_image
     if entry.image is None:
         assert start is not None
         hint = _to_tensor(start.image, mode)
-        return torch.where(_to_tensor(start.mask, "L") >= HALF / 255, -1.0, hint) if masked and start.mask else hint
+        if masked is None or start.mask is None:
+            return hint
+        return torch.where(_to_tensor(start.mask, "L") >= HALF / 255, masked, hint)
     picture = open_picture(entry.image, name)
     if start is not None and start.box is not None and start.canvas is not None:
         whole = fit(picture, start.canvas.size, entry.resize_mode)  # type: ignore[arg-type]  # checked by Control

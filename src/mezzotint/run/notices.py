@@ -205,14 +205,17 @@ def _on_controls(plan: RunPlan) -> Iterator[str]:
                 f"control[{k}] acts in none of {steps} steps: from {entry.start:g} to {entry.end:g} there is no whole "
                 "step, or its scale is 0"
             )
-        if entry.image is None or entry.resize_mode != "resize" or not (plan.controls and request.width):
+        if entry.resize_mode != "resize" or not (plan.controls and request.width):
             continue
-        width, height = picture_size(entry.image, f"control[{k}].image")
-        if abs(width * (request.height or 0) - height * request.width) > STRETCHED * height * request.width:
-            yield (
-                f"control[{k}].image is {width}x{height} and is stretched to {request.width}x{request.height}; give "
-                "resize_mode crop or fill to keep its shape"
-            )
+        for field, picture in entry.pictures.items():
+            if picture is None:
+                continue
+            width, height = picture_size(picture, f"control[{k}].{field}")
+            if abs(width * (request.height or 0) - height * request.width) > STRETCHED * height * request.width:
+                yield (
+                    f"control[{k}].{field} is {width}x{height} and is stretched to {request.width}x{request.height}; "
+                    "give resize_mode crop or fill to keep its shape"
+                )
 
 
 def _on_ip_adapters(plan: RunPlan) -> Iterator[str]:

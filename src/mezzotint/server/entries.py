@@ -79,6 +79,7 @@ KINDS = {
         Control,
         {"file": "controls"},
         ("image",),
+        without=("more",),  # whose pictures could be files of this machine
         preprocessor=(
             Literal["none", "canny"],
             Field(default="none", description="none or canny: what is made of the picture first"),

@@ -33,7 +33,7 @@ _NAMES = {
     "embeddings": "a list of at most 1000 names from /api/embeddings",
     "refiner": "a name from /api/models, usually of SDXL's refiner",
     "control": "a list of at most 16 ControlNets, each an object with file (a name from /api/controls), image, scale, "
-    "start, end, mode, resize_mode and preprocessor",
+    "start, end, mode, resize_mode, type and preprocessor",
 }
 _GROUPS = {
     "prompt": "prompt negative_prompt prompt_syntax emphasis embeddings loras choices clip_skip regions region_base",

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mezzotint.config import ControlNetConfig, UNetConfig
+from mezzotint.config import ControlNetConfig, ControlNetUnionConfig, UNetConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.files import hash_file
 from mezzotint.model_options import FAMILIES, ModelOptions
@@ -30,12 +30,14 @@ from mezzotint.weights.folder import choose_weights, read_json, read_part
 from mezzotint.weights.hub import BUNDLED_CONTROL, network_files, resource
 from mezzotint.weights.keys import Family, Shapes, Sources
 from mezzotint.weights.kinds import describe_kind
-from mezzotint.weights.model_files import NetworkFiles
+from mezzotint.weights.model_files import NETWORKS, NetworkFiles
 from mezzotint.weights.t2i_files import CLASS as T2I_CLASS
 from mezzotint.weights.t2i_files import T2IFiles, describe_t2i, is_t2i_file, is_t2i_folder, read_t2i
 
 NAME = "controlnet"  # of its folder in a model
 CLASS = "ControlNetModel"
+UNION = "controlnet_union"
+CLASSES = (CLASS, *NETWORKS[UNION][0])
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 HINTS = ("controlnet_cond_embedding.", "input_hint_block.", "control_model.")  # how keys of a ControlNet begin
 
@@ -70,6 +72,11 @@ class ControlFiles:
         if config.addition_embed_type:
             return "sdxl"
         return "sd2" if config.cross_attention_dim == 1024 or config.use_linear_projection else "sd1"
+
+    @property
+    def types(self) -> int:
+        """How many types of picture a ControlNet Union has; of others 0."""
+        return self.config.num_control_type if isinstance(self.config, ControlNetUnionConfig) else 0
 
     @property
     def digest(self) -> str:
@@ -159,7 +166,7 @@ def _is_t2i(path: Path) -> bool:
 def is_control_folder(path: Path) -> bool:
     """Return whether a folder is a ControlNet's or a T2I-Adapter's."""
     config = path / "config.json"
-    return config.is_file() and read_json(config).get("_class_name") in (CLASS, T2I_CLASS)
+    return config.is_file() and read_json(config).get("_class_name") in (*CLASSES, T2I_CLASS)
 
 
 def describe_control(path: Path, shapes: Shapes) -> tuple[str, list[str]]:
@@ -179,7 +186,8 @@ def describe_control(path: Path, shapes: Shapes) -> tuple[str, list[str]]:
         return f"a Control-LoRA for {family}, {len(pairs)} changes of rank {max(pairs, default=0)}", []
     try:
         found = read_control(path, UNetConfig())
-        kind = f"a ControlNet for {FAMILIES[found.family]} ({found.layout})"
+        types = f" Union of {found.types} types" if found.types else ""
+        kind = f"a ControlNet{types} for {FAMILIES[found.family]} ({found.layout})"
         return kind, found.network.problems(found.network.network())
     except CheckpointError as error:
         return "a ControlNet", [str(error)]
@@ -193,17 +201,16 @@ def read_control(path: Path, unet: UNetConfig) -> ControlFiles:
     """
     if path.is_dir():
         described = read_json(path / "config.json").get("_class_name", CLASS)
-        if described != CLASS:
-            raise CheckpointError(f"{path} is a {str(described)[:100]}; it must be a {CLASS}")
-        network = read_part(path, NAME, CLASS, ModelOptions())
+        if described not in CLASSES:
+            raise CheckpointError(f"{path} is a {str(described)[:100]}; it must be a {' or '.join(CLASSES[:2])}")
+        network = _read_folder(path, described)
         weights = sorted({file.path for file in network.files.values()})
         return ControlFiles(network, "diffusers folder", paths=(path / "config.json", *weights))
     file = TensorFile(path)
     shapes = file.shapes
     if not any(key.startswith(HINTS) for key in shapes):
         raise CheckpointError(f"{path} holds {describe_kind(shapes)}, not a ControlNet or T2I-Adapter")
-    if "task_embedding" in shapes:
-        raise CheckpointError(f"{path} is a ControlNet Union, which is not supported; give one for a single kind")
+    is_union = any(key.endswith(keys.TASKS) for key in shapes)
     is_lora, is_difference = (marker in shapes for marker in keys.MARKERS)
     try:
         sources, unknown = keys.sources_of(shapes, unet)
@@ -212,6 +219,7 @@ def read_control(path: Path, unet: UNetConfig) -> ControlFiles:
             fields = unet.model_dump() | keys.embedding_fields(by_name)
         else:
             fields = _described(path) or keys.config_fields(by_name, unet)
+            fields |= keys.union_fields(by_name) if is_union else {}
     except KeyError as error:
         raise CheckpointError(f"{path} (a ControlNet) lacks {error.args[0]}") from None
     except (ValueError, IndexError, TypeError) as error:
@@ -219,11 +227,28 @@ def read_control(path: Path, unet: UNetConfig) -> ControlFiles:
     factors = _factors(sources) if is_lora else {}
     whole = {target: source for target, source in sources.items() if not target.endswith(keys.FACTORS)}
     files = dict.fromkeys(file.entries, file)
-    network = NetworkFiles.of(NAME, path, {**fields, "time_cond_proj_dim": None}, files, whole, unknown)
+    network = NetworkFiles.of(
+        UNION if is_union else NAME, path, {**fields, "time_cond_proj_dim": None}, files, whole, unknown
+    )
     of_unet = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
     adds = frozenset(target for target in whole if target.startswith(of_unet)) if is_difference else frozenset()
     layout = "Control-LoRA" if is_lora else "difference" if is_difference else "single file"
     return ControlFiles(network, layout, factors, adds, (path,))
+
+
+def _read_folder(path: Path, described: str) -> NetworkFiles:
+    """Describe a folder's network. A Union's shapes decide, since a folder may hold weights for 6 types and for 8."""
+    if described == CLASS:
+        network = read_part(path, NAME, CLASS, ModelOptions())
+        if keys.TASKS not in network.files:
+            return network
+    network = read_part(path, UNION, CLASSES[1], ModelOptions())
+    try:
+        own = keys.union_fields({key: file.entries[key].shape for key, file in network.files.items()})
+        network.config = ControlNetUnionConfig.model_validate(network.config.model_dump() | own)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a ControlNet Union that can be read: {error}") from None
+    return network
 
 
 def _factors(sources: Sources) -> dict[str, tuple[str, str]]:
@@ -237,7 +262,7 @@ def _described(path: Path) -> dict[str, Any] | None:
     """Return the config.json beside a file of diffusers, if it is a ControlNet's."""
     config = path.with_name("config.json")
     fields = read_json(config) if config.exists() else {}
-    return fields if fields.get("_class_name") == CLASS else None
+    return fields if fields.get("_class_name") in CLASSES else None
 
 
 def _mismatch(found: ControlFiles, unet: UNetConfig) -> str | None:

@@ -15,6 +15,8 @@ from mezzotint.weights.keys import Family, Levels, Shapes, Sources, Table, count
 PREFIX = "control_model."
 MARKERS = ("lora_controlnet", "difference")  # tensors that only say what kind of file it is
 EMBEDDING = "controlnet_cond_embedding"
+TASKS = "task_embedding"  # a tensor that only a ControlNet Union has
+OF_UNION = (TASKS, "transformer_layes", "spatial_ch_projs", "control_add_embedding")
 FACTORS = (".up", ".down")  # of a change of a weight, up @ down
 OF_EMBEDDING = rf"{EMBEDDING}\.blocks\.(\d+)\."
 
@@ -43,7 +45,7 @@ def sources_of(shapes: Shapes, unet: UNetConfig) -> tuple[Sources, list[str]]:
 def _table(shapes: Shapes, levels: Levels) -> Table:
     """Return the table from original to module names."""
     last = count_numbers(shapes, r"input_hint_block\.(\d+)\.") - 1
-    table = unet_table(levels) | {"middle_block_out.0": "controlnet_mid_block"}
+    table = unet_table(levels) | {"middle_block_out.0": "controlnet_mid_block"} | {name: name for name in OF_UNION}
     table |= {f"input_hint_block.{i}": f"{EMBEDDING}.blocks.{i // 2 - 1}" for i in range(2, last, 2)}
     table |= {"input_hint_block.0": f"{EMBEDDING}.conv_in", f"input_hint_block.{last}": f"{EMBEDDING}.conv_out"}
     zeros = count_numbers(shapes, r"zero_convs\.(\d+)\.")
@@ -105,6 +107,18 @@ def embedding_fields(shapes: Shapes) -> dict[str, Any]:
             first[0],
             *(shapes[f"{EMBEDDING}.blocks.{i}.weight"][0] for i in wider),
         ],
+    }
+
+
+def union_fields(shapes: Shapes) -> dict[str, Any]:
+    """Return the fields that only a ControlNet Union has. Raises KeyError if a tensor is missing."""
+    types, width = shapes[TASKS]
+    return {
+        "num_control_type": types,
+        "num_trans_channel": width,
+        "num_trans_layer": count_numbers(shapes, r"transformer_layes\.(\d+)\."),
+        "num_proj_channel": shapes["spatial_ch_projs.weight"][0],
+        "addition_time_embed_dim": shapes["control_add_embedding.linear_1.weight"][1] // types,
     }
 
 

@@ -183,7 +183,8 @@ def needed(listing: Iterable[str], options: ModelOptions) -> list[str]:
     """Return the files of a repository that generation needs: configs, and each network's weights in one format."""
     listing = set(listing)
     files = ["model_index.json", "mezzotint.json", "lcm_lora.safetensors"]
-    spared = {"controlnet", "t2i_adapter", "image_encoder"}  # a Request names those that it uses
+    # a Request names those that it uses
+    spared = {"controlnet", "controlnet_union", "t2i_adapter", "image_encoder"}
     if options.vae is not None:
         spared.add("vae")
         files.append("vae/config.json")  # it says what the UNet's latents are

@@ -22,6 +22,7 @@ from mezzotint.config import (
     CLIPConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    ControlNetUnionConfig,
     ImageProcessorConfig,
     SafetyCheckerConfig,
     T2IAdapterConfig,
@@ -34,6 +35,7 @@ from mezzotint.model_options import ModelOptions
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.clip_vision import CLIPVisionModel
 from mezzotint.models.controlnet import ControlNet
+from mezzotint.models.controlnet_union import ControlNetUnion
 from mezzotint.models.offload import can_offload, offload_weight
 from mezzotint.models.safety_checker import SafetyChecker
 from mezzotint.models.t2i_adapter import T2IAdapter
@@ -59,6 +61,7 @@ NETWORKS: dict[str, tuple[tuple[str, ...], type[Config], Callable[[Any], nn.Modu
     "text_encoder_2": (("CLIPTextModelWithProjection", "CLIPTextModel"), CLIPConfig, CLIPTextModel),
     "safety_checker": (("StableDiffusionSafetyChecker",), SafetyCheckerConfig, SafetyChecker),
     "controlnet": (("ControlNetModel",), ControlNetConfig, ControlNet),
+    "controlnet_union": (("ControlNetUnionModel", "ControlNetModel_Union"), ControlNetUnionConfig, ControlNetUnion),
     "t2i_adapter": (("T2IAdapter",), T2IAdapterConfig, T2IAdapter),
     "image_encoder": (("CLIPVisionModelWithProjection",), CLIPVisionConfig, CLIPVisionModel),
 }
@@ -93,6 +96,7 @@ COUNTS = (
     "num_encoder_blocks",
     "num_decoder_blocks",
     "num_res_blocks",
+    "num_trans_layer",
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
 )
