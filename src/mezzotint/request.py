@@ -261,8 +261,8 @@ class Request(BaseModel):
         "a number from 0 (none) to 1000, the weight of the prompt within the regions (1: as a region's own)"
     )
     ip_adapter: tuple[IPAdapter, ...] | None = _optional(
-        "a list of at most 16 IP-Adapters: each an object with file, image or embeds, encoder, scale, start, end and "
-        "mask",
+        "a list of at most 16 IP-Adapters: each an object with file (a file, a folder or a hub id), image or embeds, "
+        "encoder, scale, start, end and mask",
         max_length=16,
     )
     safety: str | None = _choice(
