@@ -90,6 +90,7 @@ OPEN = {  # None stays None: it means "not asked for"
     "hires",
     "hires_upscale",
     "hires_steps",
+    "ip_adapter",
     "hires_strength",
     "seamless",
     "variation_seed",

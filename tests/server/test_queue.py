@@ -273,7 +273,7 @@ def test_the_least_recently_used_model_is_let_go(tmp_path: Path, monkeypatch: py
         return Pipe()
 
     monkeypatch.setattr(found, "_plan", plan)
-    monkeypatch.setattr(found, "_preview", lambda pipe: None)
+    monkeypatch.setattr(found, "_preview", lambda pipe, model: None)
     monkeypatch.setattr(mezzotint, "load", load)
     request = Request(prompt="a")
     for name in ("a", "b", "a", "c", "a", "b"):
