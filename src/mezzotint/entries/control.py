@@ -6,23 +6,13 @@ mezzotint.Request("a house", control=[{"file": "control_v11p_sd15_canny.pth", "i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_serializer, field_validator, model_validator
 
-from mezzotint.entries.fields import (
-    Bytes,
-    Name,
-    Picture,
-    Share,
-    given_fields,
-    picture_source,
-    refuse_boolean,
-    to_uri,
-)
+from mezzotint.entries.fields import Entry, Name, Picture, Share, given_fields, picture_source, to_uri
 
 MODES = ("balanced", "prompt", "control", "guess")
 RESIZE_MODES = ("resize", "crop", "fill")
@@ -50,7 +40,7 @@ def _given(value: Any) -> Any:
     return {**value, "type": int(kind)} if isinstance(kind, str) and kind.isdecimal() else value
 
 
-class ControlPicture(BaseModel):
+class ControlPicture(Entry):
     """A further picture that a ControlNet Union reads in the same pass.
 
     Attributes:
@@ -58,8 +48,6 @@ class ControlPicture(BaseModel):
         type: What it is; see `Control`.
         scale: Factor of its features.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     image: Picture | None = Field(  # a record has none where bytes were given
         default=None, description="a picture: the path of a file, its bytes, or a PIL image"
@@ -72,11 +60,6 @@ class ControlPicture(BaseModel):
     def _complete(cls, value: Any) -> Any:
         return _given(value)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        return refuse_boolean(value)
-
     @field_validator("image", mode="before")
     @classmethod
     def _pictures_are_files(cls, value: Any) -> Any:
@@ -86,13 +69,8 @@ class ControlPicture(BaseModel):
     def _to_uri(self, value: str | bytes) -> str:
         return to_uri(value)
 
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Yield the fields, without the bytes of a picture."""
-        for name, value in super().__repr_args__():
-            yield name, Bytes(value) if isinstance(value, bytes) else value
 
-
-class Control(BaseModel):
+class Control(Entry):
     """A ControlNet or T2I-Adapter of a Request.
 
     Attributes:
@@ -108,8 +86,6 @@ class Control(BaseModel):
         more: Further pictures that a ControlNet Union reads in the same pass. Each picture's features then have the
             picture's own scale, and what the network adds has none.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     file: Name = Field(description="a ControlNet or T2I-Adapter: a file, a folder or a hub id (owner/name)")
     image: Picture | None = Field(
@@ -138,11 +114,6 @@ class Control(BaseModel):
     def _complete(cls, value: Any) -> Any:
         return _given({"file": value} if isinstance(value, str | PathLike) else value)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        return refuse_boolean(value)
-
     @field_validator("file", mode="before")
     @classmethod
     def _paths_are_names(cls, value: Any) -> Any:
@@ -156,18 +127,6 @@ class Control(BaseModel):
     @field_serializer("image", when_used="json-unless-none")
     def _to_uri(self, value: str | bytes) -> str:
         return to_uri(value)
-
-    @field_validator("end")
-    @classmethod
-    def _end_follows_start(cls, value: float, info: Any) -> float:
-        if value <= info.data.get("start", 0.0):
-            raise PydanticCustomError("order", "not above start")
-        return value
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Yield the fields, without the bytes of a picture."""
-        for name, value in super().__repr_args__():
-            yield name, Bytes(value) if isinstance(value, bytes) else value
 
     @property
     def pictures(self) -> dict[str, str | bytes | None]:
@@ -189,7 +148,3 @@ class Control(BaseModel):
         """Return a copy with other pictures, by field."""
         more = [one.model_dump() | {"image": pictures.get(f"more[{j}].image")} for j, one in enumerate(self.more or ())]
         return self.replace(image=pictures.get("image"), more=more or None)
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})

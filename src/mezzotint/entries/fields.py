@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
@@ -29,6 +29,42 @@ class Bytes:
         return f"<{self.size:,} bytes>"
 
 
+class Entry(BaseModel):
+    """Base of what a Request may have several of: frozen, without unknown fields, NaN and booleans for numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return given_fields(value)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # Python's True would pass as 1
+            raise PydanticCustomError("boolean", "a boolean")
+        return value
+
+    @field_validator("end", check_fields=False)  # of entries that act in a part of the steps
+    @classmethod
+    def _end_follows_start(cls, value: float, info: Any) -> float:
+        if value <= info.data.get("start", 0.0):
+            raise PydanticCustomError("order", "not above start")
+        return value
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the fields, without the bytes of pictures."""
+        for name, value in super().__repr_args__():
+            if isinstance(value, tuple):
+                value = tuple(Bytes(each) if isinstance(each, bytes) else each for each in value)
+            yield name, Bytes(value) if isinstance(value, bytes) else value
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
 def picture_source(value: Any) -> Any:
     """Return a given picture as it is stored: a path, or the bytes of a file."""
     if value is None or isinstance(value, bytes):
@@ -43,13 +79,6 @@ def picture_source(value: Any) -> Any:
 def to_uri(value: str | bytes) -> str:
     """Return a picture's source for JSON: its path, or its bytes as a data: URI."""
     return value if isinstance(value, str) else f"{DATA_URI};base64,{base64.b64encode(value).decode()}"
-
-
-def refuse_boolean(value: Any) -> Any:
-    """Return a value that is not True or False, which Python would pass as 1 and 0."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("boolean", "a boolean")
-    return value
 
 
 def given_fields(value: Any) -> Any:

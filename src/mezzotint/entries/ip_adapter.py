@@ -9,12 +9,11 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from os import PathLike, fspath
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_serializer, field_validator, model_validator
 
-from mezzotint.entries.fields import Bytes, Name, Picture, Share, given_fields, picture_source, to_uri
+from mezzotint.entries.fields import Entry, Name, Picture, Share, given_fields, picture_source, to_uri
 
 MAX_PICTURES = 16
 TENSOR = "image_embeds"  # name of the tensor in a file of embeddings
@@ -29,7 +28,7 @@ Pictures = Annotated[tuple[Picture, ...], Field(min_length=1, max_length=MAX_PIC
 _LIST = f"a picture, or a list of at most {MAX_PICTURES}: paths of files, their bytes, or PIL images"
 
 
-class IPAdapter(BaseModel):
+class IPAdapter(Entry):
     """An IP-Adapter of a Request, and the pictures that it makes prompts of.
 
     Attributes:
@@ -43,8 +42,6 @@ class IPAdapter(BaseModel):
         end: Share of the steps after which it no longer acts.
         mask: Where each picture acts: one mask for all, or one for each; None is everywhere.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     file: Name = Field(description="an IP-Adapter: a file, a folder or a hub id (owner/name)")
     image: Pictures | None = Field(default=None, description=_LIST)
@@ -65,13 +62,6 @@ class IPAdapter(BaseModel):
     @classmethod
     def _complete(cls, value: Any) -> Any:
         return given_fields({"file": value} if isinstance(value, str | PathLike) else value)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # Python's True would pass as 1
-            raise PydanticCustomError("boolean", "a boolean")
-        return value
 
     @field_validator("file", "encoder", mode="before")
     @classmethod
@@ -112,30 +102,12 @@ class IPAdapter(BaseModel):
     def _to_uri(self, value: str | bytes) -> str:
         return to_uri(value)
 
-    @field_validator("end")
-    @classmethod
-    def _end_follows_start(cls, value: float, info: Any) -> float:
-        if value <= info.data.get("start", 0.0):
-            raise PydanticCustomError("order", "not above start")
-        return value
-
     @property
     def sources(self) -> dict[str, str | bytes]:
         """Its pictures, masks and embeddings, by the part of a field's name that follows the entry's."""
         lists = {"image": self.image, "mask": self.mask}
         found = {f"{name}[{k}]": each for name, given in lists.items() for k, each in enumerate(given or ())}
         return found | ({} if self.embeds is None else {"embeds": self.embeds})
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Yield the fields, without the bytes of pictures."""
-        for name, value in super().__repr_args__():
-            if isinstance(value, tuple) and name != "scale":
-                value = tuple(Bytes(each) if isinstance(each, bytes) else each for each in value)
-            yield name, Bytes(value) if isinstance(value, bytes) else value
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
 
 
 def _pairs(scales: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

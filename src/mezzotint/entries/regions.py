@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator
 from pydantic_core import PydanticCustomError
 
-from mezzotint.entries.fields import MAX_PROMPT, Bytes, Picture, Share, Text, given_fields, picture_source, to_uri
+from mezzotint.entries.fields import MAX_PROMPT, Bytes, Entry, Picture, Share, Text, picture_source, to_uri
 from mezzotint.errors import RequestError
 
 MAX_REGIONS = 32
@@ -25,7 +25,7 @@ MAX_REGIONS = 32
 Box = tuple[Share, Share, Share, Share]
 
 
-class Region(BaseModel):
+class Region(Entry):
     """A part of the picture with a prompt of its own.
 
     Attributes:
@@ -34,8 +34,6 @@ class Region(BaseModel):
         mask: A picture, stretched to that of the run: white is the region, and grey a share of it.
         weight: Weight of the prompt in its region, against those of other regions there and `Request.region_base`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompt: Text = Field(description=f"a text (valid Unicode) of at most {MAX_PROMPT:,} characters")
     box: Box | None = Field(
@@ -57,18 +55,6 @@ class Region(BaseModel):
             if field.is_required() or value != field.default:
                 yield name, Bytes(value) if isinstance(value, bytes) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, value: Any) -> Any:
-        return given_fields(value)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # Python's True would pass as 1
-            raise PydanticCustomError("boolean", "a boolean")
-        return value
-
     @field_validator("box", mode="before")
     @classmethod
     def _lists_are_tuples(cls, value: Any) -> Any:
@@ -89,10 +75,6 @@ class Region(BaseModel):
     @field_serializer("mask", when_used="json-unless-none")
     def _to_uri(self, value: str | bytes) -> str:
         return to_uri(value)
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
 
 
 def columns(ratios: str, prompts: Sequence[str]) -> list[Region]:
