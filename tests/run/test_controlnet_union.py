@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import tiny_unet
-from tests.run.test_controls import drawing, tiny_control
+from tests.run.test_controls import drawing
 
 import mezzotint
+from controls import WEIGHTS, write_control, write_union
 from mezzotint import Request
 from mezzotint.again import again, find_inputs, judge, read_source
 from mezzotint.cli.fields import control_of
-from mezzotint.config import ControlNetUnionConfig
 from mezzotint.entries.control import TYPES
 from mezzotint.errors import RequestError
 from mezzotint.memory.footprint import predict
 from mezzotint.memory.headers import ModelHeaders
-from mezzotint.models.controlnet_union import ControlNetUnion
 from mezzotint.run.controls import control_scales
-from mezzotint.weights.save_tensors import write_tensors
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Union of six types for the tiny SD1-shaped model, a ControlNet, and a picture."""
     place = tmp_path_factory.mktemp("union")
-    unet = tiny_unet(0).config
-    width = unet.block_out_channels[0]
-    more = {"addition_time_embed_dim": 8, "num_trans_channel": width, "num_proj_channel": width}
-    more |= {"conditioning_embedding_out_channels": (4, 4, 8, 8)}
     with torch.random.fork_rng():
-        torch.manual_seed(21)
-        network = ControlNetUnion(ControlNetUnionConfig.model_validate(unet.model_dump() | more))
-        for name, parameter in network.named_parameters():
-            if "controlnet_" in name:
-                parameter.data.normal_(std=0.3)
-        plain = tiny_control()
-    for name, net, kind in (("net", network, "ControlNetUnionModel"), ("plain", plain, "ControlNetModel")):
-        (place / name).mkdir()
-        fields = net.config.model_dump(mode="json") | {"_class_name": kind}
-        (place / name / "config.json").write_text(json.dumps(fields))
-        write_tensors(place / name / "diffusion_pytorch_model.safetensors", net.state_dict())
+        unet = tiny_unet(0).config
+    write_union(place / "net" / WEIGHTS, unet)
+    write_control(place / "plain" / WEIGHTS, unet)
     drawing().save(place / "edge.png")
     drawing(seed=4).save(place / "depth.png")
     return place

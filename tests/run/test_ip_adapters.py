@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from ip_adapters import VISION, face, tensors, write_adapters, write_encoder
 from PIL import Image
 from tests.conftest import WIDTH, tiny_unet
-from torch import nn
 
 import mezzotint
 from mezzotint import Request
@@ -27,7 +25,7 @@ from mezzotint.memory.footprint import predict
 from mezzotint.memory.headers import ModelHeaders
 from mezzotint.models.clip_vision import CLIPVisionModel
 from mezzotint.models.ip_adapter import ImagePrompt, cross_layers
-from mezzotint.models.unet import Condition, UNet
+from mezzotint.models.unet import Condition
 from mezzotint.run.image_prompts import layer_scales
 from mezzotint.weights import vision_files
 from mezzotint.weights.checkpoint import inspect_model
@@ -35,57 +33,13 @@ from mezzotint.weights.ip_adapter_files import save_embeds
 from mezzotint.weights.save_tensors import write_tensors
 from mezzotint.weights.vision_files import KnownEncoder
 
-EMBED, HIDDEN = 12, 16
-VISION = {
-    "hidden_size": HIDDEN, "intermediate_size": 32, "projection_dim": EMBED, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "image_size": 14, "patch_size": 7, "hidden_act": "gelu",
-}  # fmt: skip
-
-
-def face(seed: int = 0, size: tuple[int, int] = (20, 20)) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-
-
-def tensors(unet: UNet, kind: str = "plain", context: int = WIDTH) -> dict[str, torch.Tensor]:
-    """An adapter's tensors for a UNet, random."""
-    shapes: dict[str, tuple[int, ...]] = {"proj.weight": (4 * context, EMBED), "proj.bias": (4 * context,)}
-    shapes |= {"norm.weight": (context,), "norm.bias": (context,)}
-    if kind == "full":
-        shapes = {"proj.0.weight": (HIDDEN, HIDDEN), "proj.0.bias": (HIDDEN,), "proj.2.weight": (context, HIDDEN)}
-        shapes |= dict.fromkeys(("proj.2.bias", "proj.3.weight", "proj.3.bias"), (context,))
-    if kind == "face id":
-        shapes = {"proj.0.weight": (24, 12), "proj.2.weight": (4 * context, 24), "norm.weight": (context,)}
-    shapes = {f"image_proj.{name}": shape for name, shape in shapes.items()}
-    layers = sorted(cross_layers(unet.config), key=lambda layer: layer.name.startswith("mid_block"))
-    for number, layer in enumerate(layers):
-        shapes |= {f"ip_adapter.{2 * number + 1}.to_{kv}_ip.weight": (layer.dim, context) for kv in "kv"}
-    draw = torch.Generator().manual_seed(5)
-    return {name: 0.5 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-
-
-def write_encoder(folder: Path, **fields: Any) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        network = CLIPVisionModel(CLIPVisionConfig.model_validate({**VISION, **fields}))
-        for parameter in network.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    folder.mkdir(parents=True)
-    named = {"architectures": ["CLIPVisionModelWithProjection"], **VISION, **fields}
-    (folder / "config.json").write_text(json.dumps(named))
-    write_tensors(folder / "model.safetensors", network.state_dict())
-    return folder
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters and their encoder as h94/IP-Adapter has them, and pictures."""
     place = tmp_path_factory.mktemp("adapters")
     with torch.random.fork_rng():
-        unet = tiny_unet(0)
-    write_encoder(place / "models" / "image_encoder")
-    for name in ("plain", "full", "face id"):
-        write_tensors(place / "models" / f"{name}.safetensors", tensors(unet, name))
+        write_adapters(place, tiny_unet(0).config, "plain", "full", "face id")
     for k in range(3):
         face(k).save(place / f"{k}.png")
     return place
@@ -147,7 +101,7 @@ def test_what_does_not_fit_is_a_sentence(
     refused(entry(folder), "this model's cross-attentions take 32", sdxl)
     refused(entry(folder, file=models / "face id.safetensors"), "a FaceID adapter, which reads .*insightface")
     refused(entry(folder, file=models / "image_encoder" / "model.safetensors"), "must be an IP-Adapter")
-    alone = write_tensors(tmp_path / "own" / "a.safetensors", tensors(sd1.unet))
+    alone = write_tensors(tmp_path / "own" / "a.safetensors", tensors(sd1.unet.config))
     refused(entry(folder, file=alone), r"ip_adapter\[0\].encoder: a.safetensors needs its image encoder, .*of 12")
     other = write_encoder(tmp_path / "other", projection_dim=20)
     refused(entry(folder, encoder=other), "has hidden states of 16 and an embedding of 20; give the one")
@@ -164,7 +118,7 @@ def test_what_does_not_fit_is_a_sentence(
 
 def test_where_people_get_an_encoder_is_said(sd1: mezzotint.Pipeline, tmp_path: Path) -> None:
     """For a file of the public sizes: which encoder it is, the hub id and the folder there."""
-    shapes = tensors(sd1.unet) | {"image_proj.proj.weight": torch.zeros(4 * WIDTH, 1024)}
+    shapes = tensors(sd1.unet.config) | {"image_proj.proj.weight": torch.zeros(4 * WIDTH, 1024)}
     file = write_tensors(tmp_path / "a.safetensors", shapes)
     with pytest.raises(CheckpointError, match=r"CLIP ViT-H/14 \(embedding of 1024\).*h94/IP-Adapter has in models"):
         sd1.plan(Request("a", ip_adapter=[{"file": file, "image": face()}]))
@@ -187,7 +141,7 @@ def test_an_encoder_is_found_and_may_be_a_file(
     """Beside the adapter, in models beside its folder (as sdxl_models/ip-adapter_sdxl_vit-h needs it), a file."""
     request = Request("a lemon", seed=1, ip_adapter=[entry(folder)])
     expected = sd1.generate(request).latents
-    elsewhere = write_tensors(folder / "sdxl_models" / "a.safetensors", tensors(sd1.unet))
+    elsewhere = write_tensors(folder / "sdxl_models" / "a.safetensors", tensors(sd1.unet.config))
     assert sd1.generate(request.replace(ip_adapter=[entry(folder, file=elsewhere)])).latents.equal(expected)
     file = (tmp_path / "clip.safetensors").resolve()
     file.write_bytes((folder / "models" / "image_encoder" / "model.safetensors").read_bytes())

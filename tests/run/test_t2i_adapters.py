@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import WIDTH, tiny_unet
-from tests.run.test_controls import drawing, tiny_control
+from tests.run.test_controls import drawing
 
 import mezzotint
+from controls import WEIGHTS, write_control
 from mezzotint import Request
 from mezzotint.again import again, find_inputs, judge, read_source
 from mezzotint.config import ScheduleConfig, T2IAdapterConfig
@@ -45,11 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     xl = tiny_adapter(adapter_type="full_adapter_xl", downscale_factor=16)
     write_tensors(place / "xl.safetensors", xl.state_dict())
     with torch.random.fork_rng():
-        network = tiny_control()
-    (place / "net").mkdir()
-    fields = network.config.model_dump(mode="json") | {"_class_name": "ControlNetModel"}
-    (place / "net" / "config.json").write_text(json.dumps(fields))
-    write_tensors(place / "net" / "diffusion_pytorch_model.safetensors", network.state_dict())
+        write_control(place / "net" / WEIGHTS, tiny_unet(0).config)
     drawing().save(place / "edge.png")
     return place
 

@@ -122,7 +122,10 @@ def test_without_a_picture_it_is_the_one_that_the_run_starts_from(
         ({"preprocessor": "depth"}, "preprocessor is 'depth'"),
         ({"preprocessor": "canny", "low": 300}, "low is 300 and high 200"),
         ({"weight": 1}, "weight"),
-        ({"more": [{"image": "/etc/passwd", "type": 1}]}, "more"),
+        ({"more": [{"image": "/etc/passwd", "type": 1}]}, "control[0].more[0].image must be the id of an upload"),
+        ({"more": [{"type": 1, "preprocessor": "canny"}]}, "control[0].more[0].image is missing; canny needs"),
+        ({"more": [{"image": text(picture()), "type": "lemon"}]}, "type"),
+        ({"more": ["a"]}, "more"),
     ],
 )
 def test_wrong_entries_get_a_sentence(client: TestClient, folder: Path, entry: dict[str, Any], word: str) -> None:

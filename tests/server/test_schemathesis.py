@@ -15,6 +15,7 @@ import pytest
 from live import listening
 from mezzotint.server import Limits, Settings, create_app
 from mezzotint.server.service import Service
+from mezzotint.server.settings import FOLDERS
 from stub_server import StubModels
 
 PROGRAM = os.environ.get("SCHEMATHESIS", "")
@@ -25,7 +26,7 @@ CHECKS = "not_a_server_error,status_code_conformance,unsupported_method"
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(not PROGRAM, reason="SCHEMATHESIS names no program; make test-slow installs it")
 def test_no_example_is_a_server_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = {name: tmp_path / name for name in ("loras", "embeddings", "vaes", "controls", "wildcards")}
+    folders = {name: tmp_path / name for name in FOLDERS}
     for folder in folders.values():
         folder.mkdir()
         (folder / "lemon.safetensors").write_bytes(b"")

@@ -22,6 +22,7 @@ import mezzotint
 from mezzotint.errors import RequestError
 from mezzotint.server import Limits, Settings
 from mezzotint.server.middleware import Guard
+from mezzotint.server.settings import FOLDERS
 from stub_server import submit, wait_for
 
 TOKEN = "a-token-of-32-characters-for-test"
@@ -204,6 +205,10 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
         {"control": [{"file": "lemon", "image": text}]},
         {"regions": [{"prompt": "a", "mask": text}]},
         {"ip_adapter": [text]},
+        *({"ip_adapter": [{"file": text, name: PICTURE}]} for name in ("image", "mask")),
+        *({"ip_adapter": [{"file": "lemon", "image": PICTURE, name: text}]} for name in ("image", "mask", "encoder")),
+        {"ip_adapter": [{"file": "lemon", "embeds": text}]},
+        {"control": [{"file": "lemon", "image": PICTURE, "more": [{"image": text, "type": 1}]}]},
     ):
         yield "/api/jobs", {"request": {"prompt": "a", "seed": 1, **field}}, True
     for field in ("lora_folder", "wildcards"):
@@ -241,7 +246,7 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
 
 
 def test_names_are_never_paths(make_stub, tmp_path: Path, opened: list[str]) -> None:
-    folders = {name: tmp_path / name for name in ("loras", "embeddings", "vaes", "controls", "wildcards")}
+    folders = {name: tmp_path / name for name in FOLDERS}
     for folder in folders.values():
         folder.mkdir()
     (tmp_path / "secret.safetensors").write_bytes(b"secret")

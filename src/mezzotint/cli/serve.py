@@ -28,7 +28,17 @@ def serve(
     loras: Annotated[Path | None, option("Folder of LoRA files.", "FOLDER", MODEL)] = None,
     embeddings: Annotated[Path | None, option("Folder of textual inversions.", "FOLDER", MODEL)] = None,
     controls: Annotated[
-        Path | None, option("Folder of ControlNets: files, and folders of diffusers.", "FOLDER", MODEL)
+        Path | None,
+        option("Folder of ControlNets and T2I-Adapters: files, and diffusers folders.", "FOLDER", MODEL),
+    ] = None,
+    ip_adapters: Annotated[
+        Path | None,
+        option(
+            "Folder of IP-Adapters, their image encoders, and embeddings that `mezzotint embed` wrote.",
+            "FOLDER",
+            MODEL,
+            name="--ip-adapters",
+        ),
     ] = None,
     wildcards: Annotated[Path | None, option("Folder of wildcard files.", "FOLDER", MODEL)] = None,
     host: Annotated[
@@ -109,6 +119,7 @@ def serve(
         loras=loras,
         embeddings=embeddings,
         controls=controls,
+        ip_adapters=ip_adapters,
         wildcards=wildcards,
         devices=tuple(device or ()),
         share_batches=share_batches,

@@ -28,6 +28,7 @@ TYPES = {  # of ControlNet Union
 }
 REPAINT = 7
 MAX_TYPE = 63
+MAX_MORE = 15  # further pictures of an entry
 _TYPE = "openpose, depth, softedge, canny, normal, segment, tile, repaint or a number (of a ControlNet Union)"
 
 PictureType = Annotated[int, Field(ge=0, le=MAX_TYPE)] | Annotated[str, Field(pattern=f"^({'|'.join(TYPES)})$")]
@@ -104,9 +105,9 @@ class Control(Entry):
         description="resize (stretch), crop or fill (how a picture of another shape is fitted)",
     )
     type: PictureType | None = Field(default=None, description=_TYPE)
-    more: Annotated[tuple[ControlPicture, ...], Field(min_length=1, max_length=15)] | None = Field(
+    more: Annotated[tuple[ControlPicture, ...], Field(min_length=1, max_length=MAX_MORE)] | None = Field(
         default=None,
-        description="a list of at most 15 further pictures of a ControlNet Union, each with image, type and scale",
+        description=f"a list of at most {MAX_MORE} further pictures of a ControlNet Union: each has image, type, scale",
     )
 
     @model_validator(mode="before")

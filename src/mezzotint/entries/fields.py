@@ -83,7 +83,14 @@ def to_uri(value: str | bytes) -> str:
 
 def given_fields(value: Any) -> Any:
     """Return an entry without the fields that are None, as tables have them where another row has a value."""
-    return {name: each for name, each in value.items() if each is not None} if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    return {name: as_tuples(each) for name, each in value.items() if each is not None}
+
+
+def as_tuples(value: Any, depth: int = 4) -> Any:
+    """Return lists within lists as tuples: JSON has none, and the server is strict."""
+    return tuple(as_tuples(each, depth - 1) for each in value) if depth and isinstance(value, list | tuple) else value
 
 
 def _from_uri(text: str) -> bytes:

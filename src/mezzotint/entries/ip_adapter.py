@@ -6,14 +6,14 @@ mezzotint.Request("a portrait", ip_adapter=[{"file": "ip-adapter_sd15.safetensor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from os import PathLike, fspath
 from typing import Annotated, Any
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from mezzotint.entries.fields import Entry, Name, Picture, Share, given_fields, picture_source, to_uri
+from mezzotint.entries.fields import Entry, Name, Picture, Share, as_tuples, given_fields, picture_source, to_uri
 
 MAX_PICTURES = 16
 TENSOR = "image_embeds"  # name of the tensor in a file of embeddings
@@ -92,7 +92,7 @@ class IPAdapter(Entry):
         if isinstance(value, str) and value[:1] in ("{", "["):  # of a table or the command line
             with suppress(ValueError, RecursionError):
                 value = json.loads(value)
-        return tuple(_pairs(value)) if isinstance(value, Mapping) else value
+        return as_tuples(_pairs(value) if isinstance(value, Mapping) else value)
 
     @field_serializer("image", "mask", when_used="json-unless-none")
     def _to_uris(self, value: tuple[str | bytes, ...]) -> list[str]:
@@ -110,10 +110,10 @@ class IPAdapter(Entry):
         return found | ({} if self.embeds is None else {"embeds": self.embeds})
 
 
-def _pairs(scales: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield diffusers' dictionaries {"up": {"block_0": 1}} as pairs ("up.block_0", 1)."""
+def _pairs(scales: Mapping[Any, Any]) -> list[tuple[str, Any]]:
+    """Return diffusers' dictionaries {"up": {"block_0": 1}} as pairs ("up.block_0", 1)."""
+    found: list[tuple[str, Any]] = []
     for name, value in scales.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", each) for inner, each in value.items())
-        else:
-            yield str(name), value
+        inside = isinstance(value, Mapping)
+        found += [(f"{name}.{inner}", each) for inner, each in value.items()] if inside else [(str(name), value)]
+    return found

@@ -55,11 +55,6 @@ class Region(Entry):
             if field.is_required() or value != field.default:
                 yield name, Bytes(value) if isinstance(value, bytes) else value
 
-    @field_validator("box", mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value  # JSON has no tuples, and the server is strict
-
     @field_validator("box")
     @classmethod
     def _box_is_not_empty(cls, value: Box | None) -> Box | None:

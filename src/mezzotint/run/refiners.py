@@ -167,12 +167,13 @@ def describe_refiner(source: str, vae: VAEConfig, device_type: str) -> RefinerIn
 def plan_refined(plan: RunPlan, refiner: RefinerInput) -> RunPlan:
     """Return the refiner's plan for the end of a pass, with the same noise levels.
 
-    LoRAs, ControlNets and FreeU are the first model's alone. A negative prompt that was not given is the refiner's own.
+    LoRAs, ControlNets, IP-Adapters and FreeU are the first model's alone. A negative prompt that was not given is the
+    refiner's own.
 
     Raises:
         RequestError: If the refiner lacks the layers of perturbed-attention guidance.
     """
-    request = plan.request.replace(freeu=None, control=None)
+    request = plan.request.replace(freeu=None, control=None, ip_adapter=None)
     if request.negative_prompt is None:
         request = request.replace(negative_prompt=refiner.info.empty_prompt)
     try:
@@ -190,6 +191,7 @@ def plan_refined(plan: RunPlan, refiner: RefinerInput) -> RunPlan:
         embeddings=plan.embeddings.for_widths(refiner.widths),
         few_step=None,
         controls=(),
+        ip_adapters=(),
         second_pass=None,
         upscaler=None,
         refiner=None,

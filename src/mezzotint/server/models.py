@@ -34,6 +34,7 @@ SUFFIXES = {
     "loras": (".safetensors", ".pt", ".bin"),
     "embeddings": (".safetensors", ".pt", ".bin", ".png", ".webp"),
     "controls": (".safetensors", ".pth", ".pt", ".bin", ".ckpt"),
+    **dict.fromkeys(("ip_adapters", "encoders", "image_embeds"), (".safetensors", ".bin", ".pt")),
     "wildcards": (".txt",),
 }
 DIFFUSERS = "diffusion_pytorch_model"  # how the weights in a folder of diffusers are called
@@ -78,19 +79,25 @@ class Models:
         return next(iter(self.paths))
 
     def names(self, kind: str) -> dict[str, Path]:
-        """Return the files of a kind ("vaes", "loras", "embeddings", "controls" or "wildcards") by name.
+        """Return the files of a kind, a key of SUFFIXES, by name.
 
         A name is the file's path below its folder without the suffix, with / between folders. Where two files differ
-        in the suffix alone, the first by name has it. A ControlNet's folder of diffusers has the folder's name.
+        in the suffix alone, the first by name has it. A ControlNet's folder of diffusers has the folder's name, and so
+        has an image encoder's. IP-Adapters, encoders and embeddings of pictures are in one folder.
         """
-        folder = self._settings.folders().get(kind)
+        of_adapters = kind in ("ip_adapters", "encoders", "image_embeds")
+        folder = self._settings.folders().get("ip_adapters" if of_adapters else kind)
         if folder is None:
             return {}
         files = sorted(list_files(folder, SUFFIXES[kind]))[:MAX_FILES]
         found: dict[str, Path] = {}
         for file in reversed(files):
             place, _, last = file.rpartition("/")
-            if kind == "controls" and place and last.startswith(DIFFUSERS):
+            if of_adapters:
+                known, path = _kind_near_adapters(folder / file)
+                if known == kind:
+                    found[path.relative_to(folder).as_posix().removesuffix(path.suffix)] = path
+            elif kind == "controls" and place and last.startswith(DIFFUSERS):
                 found[place] = folder / place
             else:
                 found[file.rpartition(".")[0]] = folder / file
@@ -251,11 +258,17 @@ class Models:
         return info.settings.get("width", info.native_size), info.settings.get("height", info.native_size)
 
     def check_controls(self, model: str, request: Request) -> None:
-        """Check that the ControlNets of a request are for a model, by the headers of their files.
+        """Check that the ControlNets and IP-Adapters of a request are for a model, by the headers of their files.
 
         Raises:
             CheckpointError: If one is not, or is damaged.
+            RequestError: If one lacks its picture.
         """
+        from mezzotint.run.controls import check_controls
+        from mezzotint.run.image_prompts import check_ip_adapters
+
+        check_controls(request)
+        check_ip_adapters(request)
         path = self.paths[model]
         if path is not None and not Path(path).exists():
             return  # a hub id, whose files may not be here yet
@@ -265,6 +278,11 @@ class Models:
                 headers.control(entry.file)
             except CheckpointError as error:
                 raise CheckpointError(f"control[{k}].file: {error}") from None
+        for k, adapter in enumerate(request.ip_adapter or ()):
+            try:
+                headers.ip_adapter(adapter)
+            except CheckpointError as error:
+                raise CheckpointError(f"ip_adapter[{k}].file: {error}") from None
 
     def plan(self, model: str, vae: str | None, request: Request, memory: str | None = None) -> MemoryPlan:
         """Plan the memory of a request, without loading the model.
@@ -307,6 +325,30 @@ def _own_settings(model: str | None, device: str | None, dtype: str | None) -> d
     resolved = _headers(model, device, dtype, ()).plan(Request(prompt="")).request
     names = ("width", "height", "steps", "guidance_scale", "sampler", "spacing")
     return {name: getattr(resolved, name) for name in names}
+
+
+def _kind_near_adapters(path: Path) -> tuple[str, Path]:
+    """Return which listing a file in the folder of IP-Adapters is in, and the path that is listed."""
+    try:
+        found = path.stat()
+        return _adapter_kind(path, found.st_mtime_ns, found.st_size)
+    except (OSError, CheckpointError):
+        return "", path
+
+
+@lru_cache(maxsize=1024)
+def _adapter_kind(path: Path, _changed: int, _size: int) -> tuple[str, Path]:
+    from mezzotint.entries.ip_adapter import TENSOR
+    from mezzotint.weights.files import TensorFile
+    from mezzotint.weights.ip_adapter_files import PREFIXES
+    from mezzotint.weights.vision_files import CLASS_TOKEN, is_vision_folder
+
+    keys = TensorFile(path).entries.keys()
+    if any(key.startswith(PREFIXES) for key in keys):
+        return "ip_adapters", path
+    if is_vision_folder(path.parent):
+        return "encoders", path.parent
+    return ("encoders" if CLASS_TOKEN in keys else "image_embeds" if TENSOR in keys else ""), path
 
 
 def _name_models(given: Sequence[str]) -> dict[str, str | None]:

@@ -38,7 +38,8 @@ class Options(BaseModel):
         vaes: A folder of VAE files.
         loras: A folder of LoRA files.
         embeddings: A folder of textual inversions.
-        controls: A folder of ControlNets.
+        controls: A folder of ControlNets and T2I-Adapters.
+        ip_adapters: A folder of IP-Adapters, their encoders, and saved embeddings of pictures.
         wildcards: A folder of wildcard files.
         allow_host: Names of reverse proxies.
         cors: Origins whose pages may read replies.
@@ -57,6 +58,7 @@ class Options(BaseModel):
     loras: Path | None = None
     embeddings: Path | None = None
     controls: Path | None = None
+    ip_adapters: Path | None = None
     wildcards: Path | None = None
     allow_host: Names = ()
     cors: Names = ()
@@ -77,6 +79,7 @@ class Options(BaseModel):
             loras=self.loras,
             embeddings=self.embeddings,
             controls=self.controls,
+            ip_adapters=self.ip_adapters,
             wildcards=self.wildcards,
             devices=("cuda" if self.gpus else "cpu",),
             dtype=self.dtype,

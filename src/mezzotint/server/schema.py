@@ -32,8 +32,10 @@ _NAMES = {
     "loras": "a list of at most 100 LoRAs: (a name from /api/loras, scale) or (name, UNet scale, text encoder scale)",
     "embeddings": "a list of at most 1000 names from /api/embeddings",
     "refiner": "a name from /api/models, usually of SDXL's refiner",
-    "control": "a list of at most 16 ControlNets, each an object with file (a name from /api/controls), image, scale, "
-    "start, end, mode, resize_mode, type and preprocessor",
+    "control": "a list of at most 16 ControlNets and T2I-Adapters, each an object with file (a name from "
+    "/api/controls), image, scale, start, end, mode, resize_mode, type, more and preprocessor",
+    "ip_adapter": "a list of at most 16 IP-Adapters, each an object with file (a name from /api/ip_adapters), image or "
+    "embeds (a name from /api/image_embeds), encoder (a name from /api/encoders), scale, start, end and mask",
 }
 _GROUPS = {
     "prompt": "prompt negative_prompt prompt_syntax emphasis embeddings loras choices clip_skip regions region_base",
@@ -44,7 +46,7 @@ _GROUPS = {
     "pag_adaptive_scale freeu",
     "picture": "image mask fix_steps strength resize_mode mask_blur invert_mask differential masked_content "
     "only_masked outpaint tile",
-    "control": "control",
+    "control": "control ip_adapter",
     "hires": "hires hires_upscale hires_steps hires_strength",
     "sdxl": "original_size crop target_size refiner refiner_at aesthetic_score negative_aesthetic_score",
     "safety": "safety",
@@ -131,8 +133,7 @@ class Translator:
             if name in stored:
                 stored[name] = self._upload(stored[name], name)
         self._check_size(stored, model)
-        for k, entry in enumerate(stored.get("control", ())):
-            entries.preprocess(entry, self._bytes_of, f"control[{k}]", self._settings.limits.batch_pixels)
+        entries.preprocess(stored, self._bytes_of, self._settings.limits.batch_pixels)
         stored |= entries.convert(stored, self._upload)
         if stored.get("seed") is None:
             stored["seed"] = secrets.randbelow(2**32)  # drawn now, so that a restart gives the same bits

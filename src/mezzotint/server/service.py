@@ -306,8 +306,8 @@ class Service:
             raise UnavailableError("the disk of the data folder is full", retry_after=30)
 
     def _check_fits(self, model: str, vae: str | None, stored: Mapping[str, Any]) -> None:
-        """Check that a request fits the memory that the server was given, and its ControlNets the model."""
-        if self.settings.memory is None and not stored.get("control"):
+        """Check that a request fits the memory that the server was given, and what controls it the model."""
+        if self.settings.memory is None and not (stored.get("control") or stored.get("ip_adapter")):
             return
         try:
             request = self.translator.request(stored)

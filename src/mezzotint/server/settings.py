@@ -13,7 +13,7 @@ from mezzotint.placement import parse_size
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", re.IGNORECASE)
 ORIGIN = re.compile(r"https?://[a-z0-9.\[\]:-]{1,260}", re.IGNORECASE)
 CUDA = re.compile(r"cuda:\d{1,3}")
-FOLDERS = ("vaes", "loras", "embeddings", "controls", "wildcards")  # of files that a request may name
+FOLDERS = ("vaes", "loras", "embeddings", "controls", "ip_adapters", "wildcards")  # of files that a request may name
 MIN_TOKEN = 16  # characters
 
 
@@ -57,7 +57,8 @@ class Settings:
         vaes: A folder of VAE files, or None.
         loras: A folder of LoRA files, or None.
         embeddings: A folder of textual inversions, or None.
-        controls: A folder of ControlNets, or None.
+        controls: A folder of ControlNets and T2I-Adapters, or None.
+        ip_adapters: A folder of IP-Adapters, their encoders, and saved embeddings of pictures, or None.
         wildcards: A folder of wildcard files, or None.
         devices: The devices that draw, each a job at a time; empty means every CUDA device, else the best one.
         share_batches: Whether jobs that differ only in prompt and seed share a batch, on CUDA devices alone.
@@ -81,6 +82,7 @@ class Settings:
     loras: Path | None = None
     embeddings: Path | None = None
     controls: Path | None = None
+    ip_adapters: Path | None = None
     wildcards: Path | None = None
     devices: tuple[str, ...] = ()
     share_batches: bool = False

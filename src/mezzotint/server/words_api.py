@@ -91,8 +91,26 @@ def embeddings(core: Core) -> JSONResponse:
 
 @router.get("/controls")
 def controls(core: Core) -> JSONResponse:
-    """List the ControlNets."""
+    """List the ControlNets and T2I-Adapters."""
     return JSONResponse({"controls": sorted(core.models.names("controls"))})
+
+
+@router.get("/ip_adapters")
+def ip_adapters(core: Core) -> JSONResponse:
+    """List the IP-Adapters."""
+    return JSONResponse({"ip_adapters": sorted(core.models.names("ip_adapters"))})
+
+
+@router.get("/encoders")
+def encoders(core: Core) -> JSONResponse:
+    """List the image encoders of IP-Adapters."""
+    return JSONResponse({"encoders": sorted(core.models.names("encoders"))})
+
+
+@router.get("/image_embeds")
+def image_embeds(core: Core) -> JSONResponse:
+    """List the saved embeddings of pictures, for IP-Adapters."""
+    return JSONResponse({"image_embeds": sorted(core.models.names("image_embeds"))})
 
 
 @router.get("/wildcards")

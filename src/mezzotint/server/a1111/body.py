@@ -287,7 +287,7 @@ def translate(body: Text2Image, options: Mapping[str, Any], *, loads_networks: b
         fields["fix_steps"] = True
     requests = [*_iterations(body, fields, seed, subseed if varies else None)]
     if units := controlnet.units((body.model_extra or {}).get("alwayson_scripts"), notes):
-        requests = [one | {"control": controlnet.with_pictures(units, one.get("image"))} for one in requests]
+        requests = [one | controlnet.with_pictures(units, one.get("image")) for one in requests]
     return Task(requests, options, seed, subseed, (sampler, schedule), notes)
 
 

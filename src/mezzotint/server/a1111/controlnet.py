@@ -1,6 +1,7 @@
 """The extension sd-webui-controlnet, as Forge has it too: its units of a body, and what there is for them.
 
-Of its preprocessors there is canny, which is arithmetic; the edges are found at the picture's own size.
+Of its preprocessors there is canny, which is arithmetic; the edges are found at the picture's own size. A unit whose
+module begins with "ip-adapter" is an IP-Adapter, whose encoder follows from its file and not from the module.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ router = APIRouter(prefix="/controlnet", route_class=Route, tags=["AUTOMATIC1111
 NAME = "controlnet"  # of the script
 UNITS = 16
 MODULES = ("none", "canny")
+IP_ADAPTER = "ip-adapter"  # how its modules begin
+IP_MODULES = (
+    "ip-adapter-auto",
+    "ip-adapter_clip_h",
+    "ip-adapter_clip_g",
+    "ip-adapter_clip_sd15",
+    "ip-adapter_clip_sdxl",
+    "ip-adapter_clip_sdxl_plus_vith",
+)
 CONTROL_MODES = {
     "Balanced": "balanced",
     "My prompt is more important": "prompt",
@@ -47,12 +57,12 @@ TYPES = {
     "Shuffle": "shuffle",
     "Tile": "tile",
     "Inpaint": "inpaint",
+    "IP-Adapter": IP_ADAPTER,
 }
 # keys of a unit that ask for something that is not supported, unless their value is one of these
 IDLE: dict[str, tuple[Any, ...]] = {
     "mask": ("",),
     "mask_image": ("",),
-    "effective_region_mask": ("",),
     "advanced_weighting": ([],),
     "ipadapter_input": ([],),
     "batch_images": ("", []),
@@ -85,6 +95,7 @@ class Unit(LooseBody):
     threshold_b: float = -1.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    effective_region_mask: Any = None
 
 
 class DetectBody(LooseBody):
@@ -102,8 +113,8 @@ class DetectBody(LooseBody):
     controlnet_threshold_b: float = -1.0
 
 
-def units(scripts: Any, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the entries of a request's `control` that a body's alwayson_scripts ask for.
+def units(scripts: Any, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the entries of a request's `control` and `ip_adapter` that a body's alwayson_scripts ask for.
 
     Args:
         scripts: The value of alwayson_scripts.
@@ -116,20 +127,21 @@ def units(scripts: Any, notes: list[str]) -> list[dict[str, Any]]:
         next((value for name, value in scripts.items() if is_ours(name)), None) if isinstance(scripts, dict) else None
     )
     if script is None:
-        return []
+        return {}
     given = script.get("args") if isinstance(script, dict) else script
     if not isinstance(given, list) or len(given) > UNITS:
         raise InvalidError(
             f"{NAME}.args is {brief(given)}; it must be a list of at most {UNITS} units", "alwayson_scripts"
         )
-    found = []
+    found: dict[str, list[dict[str, Any]]] = {}
     for k, value in enumerate(given):
         place = f"{NAME}.args[{k}]"
         if not isinstance(value, dict):
             raise InvalidError(f"{place} is {brief(value)}; it must be an object", "alwayson_scripts")
         unit = validate(Unit, value)
         if unit.enabled:
-            found.append(_entry(unit, place, notes))
+            name, entry = _entry(unit, place, notes)
+            found.setdefault(name, []).append(entry)
     return found
 
 
@@ -138,16 +150,20 @@ def is_ours(script: str) -> bool:
     return script.lower() == NAME
 
 
-def with_pictures(entries: list[dict[str, Any]], image: bytes | None) -> list[dict[str, Any]]:
+def with_pictures(entries: Mapping[str, list[dict[str, Any]]], image: bytes | None) -> dict[str, list[dict[str, Any]]]:
     """Return entries whose missing pictures are the one that the run starts from, as the extension has it.
 
-    One for inpainting takes that picture by itself, with the masked part marked.
+    A ControlNet for inpainting takes that picture by itself, with the masked part marked.
     """
     start = {"image": image} if image is not None else {}
-    return [entry if "image" in entry or "inpaint" in entry["file"].lower() else start | entry for entry in entries]
+    return {
+        name: [one if name == "control" and "inpaint" in one["file"].lower() else start | one for one in found]
+        for name, found in entries.items()
+    }
 
 
-def _entry(unit: Unit, place: str, notes: list[str]) -> dict[str, Any]:
+def _entry(unit: Unit, place: str, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    """Return the field that a unit becomes an entry of, and the entry."""
     module = _module(unit.module, place)
     if unit.model in ("", "None"):
         raise InvalidError(
@@ -169,28 +185,43 @@ def _entry(unit: Unit, place: str, notes: list[str]) -> dict[str, Any]:
         "scale": unit.weight,
         "start": unit.guidance_start,
         "end": unit.guidance_end,
+    }
+    if picture:
+        entry["image"] = _decode(picture, f"{place}.image")
+    if module in IP_MODULES:
+        if unit.effective_region_mask:
+            entry["mask"] = _decode(unit.effective_region_mask, f"{place}.effective_region_mask")
+        return "ip_adapter", entry
+    if unit.effective_region_mask:
+        notes.append(f"{place}.effective_region_mask")
+    entry |= {
         "mode": "guess" if unit.guessmode else _choice(unit.control_mode, CONTROL_MODES, f"{place}.control_mode"),
         "resize_mode": _choice(unit.resize_mode, RESIZE_MODES | OLD_RESIZE_MODES, f"{place}.resize_mode"),
     }
     if module == "canny":
         entry |= {"preprocessor": "canny", "low": _level(unit.threshold_a, LOW), "high": _level(unit.threshold_b, HIGH)}
-    if picture:
-        if not isinstance(picture, str):
-            raise InvalidError(f"{place}.image is {brief(picture)}; it must be a picture in base64", "alwayson_scripts")
-        entry["image"] = decode_picture(picture, f"{place}.image")
-    return entry
+    return "control", entry
+
+
+def _decode(picture: Any, place: str) -> bytes:
+    if not isinstance(picture, str):
+        raise InvalidError(f"{place} is {brief(picture)}; it must be a picture in base64", "alwayson_scripts")
+    return decode_picture(picture, place)
 
 
 def _module(name: str, place: str) -> str:
     """Return the name of a preprocessor. Raises InvalidError if there is no such one here."""
     module = name.lower()
-    if module not in MODULES:
-        raise InvalidError(
-            f"{place}.module is {name[:60]!r}; it must be none or canny: others need networks, so send the "
-            "picture that one has made, with none",
-            "alwayson_scripts",
+    if module.startswith(IP_ADAPTER) and module not in IP_MODULES:
+        sentence = f"it must be one of {', '.join(IP_MODULES)}: adapters of faces need insightface"
+    elif module not in (*MODULES, *IP_MODULES):
+        sentence = (
+            "it must be none or canny, or an IP-Adapter's: others need networks, so send the picture that one has "
+            "made, with none"
         )
-    return module
+    else:
+        return module
+    raise InvalidError(f"{place}.module is {name[:60]!r}; {sentence}", "alwayson_scripts")
 
 
 def _choice(value: int | str, names: Mapping[str, str], place: str) -> str:
@@ -225,34 +256,40 @@ def settings() -> JSONResponse:
 
 @router.get("/model_list")
 def model_list(core: Core) -> JSONResponse:
-    """List the ControlNets."""
-    return JSONResponse({"model_list": sorted(core.models.names("controls"))})
+    """List the ControlNets and IP-Adapters."""
+    return JSONResponse({"model_list": _names(core)})
 
 
 @router.get("/module_list")
-def module_list() -> JSONResponse:
+def module_list(core: Core) -> JSONResponse:
     """List the preprocessors and their sliders; the resolution has no effect."""
-    sliders: dict[str, list[dict[str, Any]]] = {"none": [], "canny": _SLIDERS}
-    detail = {name: {"model_free": False, "sliders": found} for name, found in sliders.items()}
-    return JSONResponse({"module_list": [*MODULES], "module_detail": detail})
+    modules = _modules(core)
+    detail = {name: {"model_free": False, "sliders": _SLIDERS if name == "canny" else []} for name in modules}
+    return JSONResponse({"module_list": modules, "module_detail": detail})
 
 
 @router.get("/control_types")
 def control_types(core: Core) -> JSONResponse:
     """List the kinds of control, each with its preprocessors and models."""
-    names = sorted(core.models.names("controls"))
-    found = {
-        "All": {
-            "module_list": [*MODULES],
-            "model_list": ["None", *names],
-            "default_option": "none",
-            "default_model": "None",
-        }
-    }
+    names = _names(core)
+    adapters = sorted(core.models.names("ip_adapters"))
+    found = {"All": _control_type(_modules(core), names) | {"default_option": "none", "default_model": "None"}}
     for kind, word in TYPES.items():
-        modules = [*MODULES] if kind == "Canny" else ["none"]
-        found[kind] = _control_type(modules, [name for name in names if word in name.lower()])
+        modules = {"Canny": [*MODULES], "IP-Adapter": ["none", *IP_MODULES]}.get(kind, ["none"])
+        models = [name for name in names if word in name.lower() and name not in adapters]
+        found[kind] = _control_type(modules, adapters if kind == "IP-Adapter" else models)
     return JSONResponse({"control_types": found})
+
+
+def _modules(core: Core) -> list[str]:
+    return [*MODULES, *(IP_MODULES if core.settings.ip_adapters else ())]
+
+
+def _names(core: Core) -> list[str]:
+    """Return the names of ControlNets and IP-Adapters, which may be in one folder."""
+    adapters = core.models.names("ip_adapters")
+    controls = core.models.names("controls")
+    return sorted({*controls, *adapters})
 
 
 def _control_type(modules: list[str], models: list[str]) -> dict[str, Any]:
@@ -260,7 +297,7 @@ def _control_type(modules: list[str], models: list[str]) -> dict[str, Any]:
     return {
         "module_list": modules,
         "model_list": ["None", *models],
-        "default_option": modules[-1],
+        "default_option": modules[min(1, len(modules) - 1)],
         "default_model": chosen,
     }
 

@@ -89,8 +89,8 @@ def latent_upscale_modes() -> JSONResponse:
 
 @router.get("/scripts")
 def scripts(core: Core) -> JSONResponse:
-    """List the scripts: controlnet, if there is a folder of ControlNets."""
-    found = [NAME] if core.settings.controls else []
+    """List the scripts: controlnet, if there is a folder of ControlNets or IP-Adapters."""
+    found = [NAME] if core.settings.controls or core.settings.ip_adapters else []
     return JSONResponse({"txt2img": found, "img2img": found})
 
 
