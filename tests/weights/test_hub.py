@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,20 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from huggingface_hub import constants
+from ip_adapters import VISION, tensors, write_adapters
 from safetensors.torch import load, save
 
+from controls import WEIGHTS, write_control, write_t2i
 from mezzotint.errors import CheckpointError
 from mezzotint.model_options import ModelOptions
-from mezzotint.weights import open_model
+from mezzotint.weights import ip_adapter_files, open_model
 from mezzotint.weights.checkpoint import scan_model
-from mezzotint.weights.hub import BUNDLED, locate, needed
+from mezzotint.weights.control_files import ControlFiles, scan_control
+from mezzotint.weights.hub import BUNDLED, locate, needed, resource, split_id
+from mezzotint.weights.ip_adapter_files import scan_encoder, scan_ip_adapter
+from mezzotint.weights.lora_files import choose_files
+from mezzotint.weights.t2i_files import T2IFiles
+from mezzotint.weights.vision_files import KnownEncoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-model"
@@ -295,3 +303,88 @@ def test_the_bundled_models_name_is_a_model(tmp_path: Path, monkeypatch: pytest.
     assert (BUNDLED / "model_index.json").is_file()
     Path("emoji").mkdir()
     assert locate("emoji") == Path("emoji")  # what the user has made there comes first
+
+
+# ---- files and folders inside of a repository ------------------------------------------------------------------------
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_ip_adapter_and_its_encoder_inside_a_repository(
+    hub: Hub, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the layout of h94/IP-Adapter: only the named file, and the encoder that it needs, once; then no network."""
+    unet = tiny_model.unet.config
+    write_adapters(tmp_path / "h94", unet, "plain", "full")
+    hub.files = folder_files(tmp_path / "h94") | {
+        "sdxl_models/image_encoder/model.safetensors": b"x",
+        "README.md": b"x",
+    }
+    known = KnownEncoder("tiny", "models/image_encoder", VISION)
+    monkeypatch.setattr(ip_adapter_files, "KNOWN", (known,))
+    with pytest.raises(CheckpointError, match=rf"{NAME}/models has 2 files \(full.safetensors, plain.safetensors\)"):
+        scan_ip_adapter(f"{NAME}/models", unet)
+    with pytest.raises(CheckpointError, match="give the adapter's file, such as h94/IP-Adapter/models"):
+        scan_ip_adapter(NAME, unet)
+    for repository in ("h94/IP-Adapter", NAME):  # beside the adapter, or where h94's repository has it
+        monkeypatch.setattr(ip_adapter_files, "HUB", repository)
+        adapter = scan_ip_adapter(f"{NAME}/models/plain.safetensors", unet)
+        encoder = scan_encoder(None, adapter)
+        encoders = [f"models/image_encoder/{name}" for name in ("config.json", "model.safetensors")]
+        assert sorted(hub.downloads) == [*encoders, "models/plain.safetensors"]
+    local = scan_ip_adapter(str(tmp_path / "h94" / "models" / "full.safetensors"), unet)
+    assert scan_encoder(f"{NAME}/models/image_encoder", local).digest == encoder.digest
+    with pytest.raises(CheckpointError, match=r"has no file or folder models/other.bin"):
+        scan_ip_adapter(f"{NAME}/models/other.bin", unet)
+    count = len(hub.downloads)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert scan_encoder(None, scan_ip_adapter(f"{NAME}/models/plain.safetensors", unet)).digest == encoder.digest
+    with pytest.raises(CheckpointError, match="is not in the cache, and HF_HUB_OFFLINE is set"):
+        scan_ip_adapter(f"{NAME}/models/full.safetensors", unet)
+    assert len(hub.downloads) == count
+
+
+def test_an_encoder_that_the_repository_lacks(hub: Hub, tiny_model: Any) -> None:
+    hub.files = {"a.safetensors": save(tensors(tiny_model.unet.config))}
+    with pytest.raises(CheckpointError, match=rf"needs its .*: {NAME} on the hub has no file or folder image_"):
+        scan_encoder(None, scan_ip_adapter(NAME, tiny_model.unet.config))
+
+
+def test_networks_inside_a_repository(hub: Hub, tiny_model: Any, tmp_path: Path) -> None:
+    """Folders of a ControlNet and a T2I-Adapter, a ControlNet's file with its config, a LoRA's; nothing beside them."""
+    unet = tiny_model.unet.config
+    write_control(tmp_path / "nets" / "canny" / WEIGHTS, unet)
+    write_t2i(tmp_path / "nets" / "t2i" / WEIGHTS, unet)
+    lora = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)}
+    hub.files = folder_files(tmp_path / "nets") | {"loras/b/hat.safetensors": save(lora), "loras/b/x.safetensors": b"x"}
+    with pytest.raises(CheckpointError, match="2 files that could be the LoRA"):
+        resource(f"{NAME}/loras/b", "LoRA", partial(choose_files, f"{NAME}/loras/b"))
+    assert isinstance(scan_control(f"{NAME}/canny", unet), ControlFiles)
+    assert isinstance(scan_control(f"{NAME}/t2i", unet), T2IFiles)
+    assert scan_control(f"{NAME}/canny/{WEIGHTS}", unet).layout == "single file"
+    place = resource(f"{NAME}/loras/b/hat.safetensors", "LoRA", partial(choose_files, NAME))
+    assert load(place.read_bytes()).keys() == lora.keys()
+    described = [f"{folder}/{name}" for folder in ("canny", "t2i") for name in ("config.json", WEIGHTS)]
+    assert sorted(hub.downloads) == sorted([*described, "loras/b/hat.safetensors"])
+
+
+def test_paths_below_a_folder_of_this_machine_are_no_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loras").mkdir()
+    for name in (
+        "loras/sdxl/hat.safetensors",
+        "a/b/../c",
+        "a/b//c",
+        "./a/b/c",
+        "/a/b/c",
+        "a.bin",
+        "a/b.bin",
+        "a/b/c\n",
+    ):
+        assert split_id(name) is None
+        with pytest.raises(CheckpointError, match="does not exist"):
+            resource(name, "LoRA", list)
+    assert split_id("a/b/c d/e.bin") == ("a/b", "c d/e.bin")
+    assert split_id("a/b") == ("a/b", "")

@@ -75,7 +75,8 @@ class Control(Entry):
     """A ControlNet or T2I-Adapter of a Request.
 
     Attributes:
-        file: A file, a folder or a hub id; a T2I-Adapter is told apart by its keys.
+        file: A file, a folder or a hub id, which may go on with a path inside of the repository; a T2I-Adapter is told
+            apart by its keys.
         image: The conditioning picture; None is the picture that the run starts from, -1 where it is masked.
         scale: Factor of what it adds to the UNet's features.
         start: Share of the steps after which it begins to act.
@@ -88,7 +89,7 @@ class Control(Entry):
             picture's own scale, and what the network adds has none.
     """
 
-    file: Name = Field(description="a ControlNet or T2I-Adapter: a file, a folder or a hub id (owner/name)")
+    file: Name = Field(description="a ControlNet or T2I-Adapter: a file, a folder or a hub id (owner/name[/path])")
     image: Picture | None = Field(
         default=None,
         description="a picture: the path of a file, its bytes, or a PIL image (None: the image to start from)",

@@ -32,10 +32,10 @@ class IPAdapter(Entry):
     """An IP-Adapter of a Request, and the pictures that it makes prompts of.
 
     Attributes:
-        file: A file, a folder or a hub id.
+        file: A file, a folder or a hub id, which may go on with a path inside of the repository.
         image: The pictures; None if `embeds` are given.
         embeds: What the encoder makes of the pictures, computed before: a file that `mezzotint.embed_images` wrote.
-        encoder: The CLIP vision encoder, a folder or file; None looks for a folder image_encoder beside `file`.
+        encoder: The CLIP vision encoder, likewise; None looks for a folder image_encoder near `file`.
         scale: Factor of what the pictures add; of each picture if they have masks; or pairs of a block of the UNet
             ("up.block_0") and its scale, or those of its transformers. Blocks that are not named have 0.
         start: Share of the steps after which it begins to act.
@@ -43,12 +43,12 @@ class IPAdapter(Entry):
         mask: Where each picture acts: one mask for all, or one for each; None is everywhere.
     """
 
-    file: Name = Field(description="an IP-Adapter: a file, a folder or a hub id (owner/name)")
+    file: Name = Field(description="an IP-Adapter: a file, a folder or a hub id (owner/name[/path])")
     image: Pictures | None = Field(default=None, description=_LIST)
     embeds: Picture | None = Field(
         default=None, description="embeddings of pictures: the path of a file that `mezzotint embed` wrote, or a tensor"
     )
-    encoder: Name | None = Field(default=None, description="the folder or file of a CLIP vision encoder")
+    encoder: Name | None = Field(default=None, description="a CLIP vision encoder: a folder, a file or a hub id")
     scale: Amount | Annotated[tuple[Amount, ...], Field(min_length=1, max_length=MAX_PICTURES)] | BlockScales = Field(
         default=1.0,
         description="a number from -100 to 100, one for each picture, or an object of those of blocks, such as "

@@ -351,6 +351,6 @@ def _one_file(name: str, names: Iterable[str]) -> str:
     if len(found) != 1:
         raise CheckpointError(
             f"{name} has {len(found)} files that could be the ControlNet; it must have config.json and weights, or one "
-            "file; give the path of that file"
+            "file; otherwise name the file or the folder in it"
         )
     return found[0]

@@ -1,7 +1,8 @@
 """Find a model by its path, the bundled model's name, or a hub id.
 
 A hub id, "owner/name", becomes a local folder with the files that generation needs, from the cache or downloaded. A
-path that exists, or that looks like a path, never reaches the network. A cached model is used without asking.
+path that exists, or that looks like a path, never reaches the network. A cached model is used without asking. What is
+no whole model may be a file or folder inside of a repository: "owner/name/folder/file.safetensors".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from mezzotint.errors import CheckpointError
@@ -21,6 +23,7 @@ BUNDLED = Path(__file__).parents[1] / "data" / "emoji"
 BUNDLED_CONTROL = BUNDLED.with_name("emoji-outline")  # its ControlNet
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+BESIDE = ("config.json", "adapter_config.json")  # what describes a file may be beside it
 TIMEOUT = 10.0  # seconds for the hub's first answer
 Choose = Callable[[Iterable[str]], list[str]]  # chooses among the names of a repository's files
 DESCRIPTIONS = {
@@ -96,12 +99,12 @@ def _has_checker(folder: Path, options: ModelOptions) -> bool:
 
 
 def resource(source: str, what: str, choose: Choose) -> Path:
-    """Return the file or folder of a LoRA or an embedding: an existing path, or a snapshot from the hub.
+    """Return the file or folder of a LoRA or the like: an existing path, or a file or folder of a hub repository.
 
     Args:
-        source: A path or a hub id.
+        source: A path, a hub id, or a hub id and a path inside of the repository.
         what: Its kind, for error messages.
-        choose: Chooses the files to download.
+        choose: Chooses the files to download among those of the repository or of its folder.
 
     Raises:
         CheckpointError: If the path does not exist, or `choose` or the download fails.
@@ -112,12 +115,40 @@ def resource(source: str, what: str, choose: Choose) -> Path:
             return path
     except (OSError, ValueError):  # too long, or a NUL byte
         pass
-    if not HUB_ID.fullmatch(source) or source.endswith(FILES):
+    found = split_id(source)
+    if found is None:
         raise CheckpointError(
             f"the {what} {source[:200]!r} does not exist; give a .safetensors, .bin or .pt file, a folder with it, "
-            "or a hub id (owner/name)"
+            "or a hub id (owner/name, or owner/name/path)"
         )
-    return snapshot(source, choose)
+    name, inside = found
+    return snapshot(name, partial(_choose_inside, name, inside, choose)) / inside if inside else snapshot(name, choose)
+
+
+def split_id(source: str) -> tuple[str, str] | None:
+    """Return the hub id in a text, and the path inside of the repository, which may be empty.
+
+    None if the text is a path of this machine: it has another form, or begins with a folder that is here.
+    """
+    owner, _, rest = source.partition("/")
+    name, _, inside = rest.partition("/")
+    if not HUB_ID.fullmatch(f"{owner}/{name}") or name.endswith(FILES):
+        return None
+    if inside and (Path(owner).exists() or {"", ".", ".."} & {*inside.split("/")} or not inside.isprintable()):
+        return None
+    return f"{owner}/{name}", inside
+
+
+def _choose_inside(name: str, inside: str, choose: Choose, listing: Iterable[str]) -> list[str]:
+    """Choose a file of a repository and what describes it, or the files of a folder."""
+    names = set(listing)
+    if inside in names:
+        folder = inside[: inside.rfind("/") + 1]
+        return [inside, *({f"{folder}{each}" for each in BESIDE} & names)]
+    below = [each.removeprefix(f"{inside}/") for each in names if each.startswith(f"{inside}/")]
+    if not below:
+        raise CheckpointError(f"{name} on the hub has no file or folder {inside}")
+    return [f"{inside}/{each}" for each in choose(below)]
 
 
 def snapshot(name: str, choose: Choose) -> Path:
@@ -130,8 +161,8 @@ def snapshot(name: str, choose: Choose) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-        choose(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=[]))  # whatever is there of it
+        choose([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()])
         return folder
     except (OSError, ValueError, HfHubHTTPError, CheckpointError):
         return _download(name, choose)

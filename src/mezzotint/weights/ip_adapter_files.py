@@ -28,14 +28,16 @@ from mezzotint.models.ip_adapter import (
 )
 from mezzotint.weights.control_files import family_of
 from mezzotint.weights.files import TensorFile
-from mezzotint.weights.hub import resource
+from mezzotint.weights.hub import network_files, resource, split_id
 from mezzotint.weights.keys import Family
 from mezzotint.weights.kinds import describe_kind
 from mezzotint.weights.model_files import join_names
+from mezzotint.weights.safety import PROCESSOR
 from mezzotint.weights.save_tensors import write_tensors
-from mezzotint.weights.vision_files import KNOWN, NAME, VisionFiles, scan_vision
+from mezzotint.weights.vision_files import KNOWN, NAME, KnownEncoder, VisionFiles, scan_vision
 
 PREFIXES = ("image_proj.", "ip_adapter.")
+SUFFIXES = (".safetensors", ".bin", ".pt")
 HUB = "h94/IP-Adapter"  # where people get adapters and their encoders
 FAMILY_OF_WIDTH: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # of the tokens
 
@@ -46,9 +48,13 @@ class AdapterFiles:
 
     Attributes:
         file: Its file.
+        repository: The hub id of the repository that it is from; None for a path of this machine.
+        folder: Its folder in the repository.
     """
 
     file: TensorFile
+    repository: str | None = None
+    folder: str = ""
 
     @property
     def path(self) -> Path:
@@ -96,7 +102,7 @@ def scan_ip_adapter(name: str, unet: UNetConfig | None = None) -> AdapterFiles:
     """Describe an IP-Adapter without reading weights.
 
     Args:
-        name: A file, a folder with one adapter, or a hub id.
+        name: A file, a folder with one adapter, or a hub id, also with a path inside of the repository.
         unet: The UNet that it has to fit; None is any.
 
     Raises:
@@ -105,7 +111,8 @@ def scan_ip_adapter(name: str, unet: UNetConfig | None = None) -> AdapterFiles:
     path = resource(name, "IP-Adapter", partial(_choose, name))
     if path.is_dir():
         path = path / _choose(str(path), (file.name for file in path.iterdir() if file.is_file()))[0]
-    found = AdapterFiles(TensorFile(path))
+    repository, folder = _place_on_hub(name)
+    found = AdapterFiles(TensorFile(path), repository, folder)
     if not found.shapes:
         raise CheckpointError(f"{path} is {describe_kind(found.file.shapes)}; it must be an IP-Adapter")
     try:
@@ -153,25 +160,28 @@ def scan_encoder(given: str | None, adapter: AdapterFiles) -> VisionFiles:
     """Describe the vision encoder of an adapter without reading weights.
 
     Args:
-        given: Its folder or file; None looks for a folder `image_encoder` near the adapter, as they are published.
+        given: Its folder, file or hub id; None looks for a folder `image_encoder` near the adapter, as they are
+            published. For an adapter from the hub it is one of the same repository.
         adapter: The adapter.
 
     Raises:
         CheckpointError: If it is missing, damaged, or not the encoder that the adapter was trained with.
     """
-    above = adapter.path.parent
-    near = [above, above.parent, above.parent / "models", above.parent / "sdxl_models"]
-    places = [Path(given).expanduser()] if given else [folder / NAME for folder in near]
+    known = next((one for one in KNOWN if _fits(one.widths, adapter)), None)
     reasons = []
-    for place in places:
-        if not (place.is_file() or (place / "config.json").is_file()):
-            reasons += [f"{str(place)!r} is no encoder's folder or file"] if given else []
+    for place in [given] if given else _near(adapter, known):
+        try:
+            path = resource(place, "image encoder", _choose_encoder) if isinstance(place, str) else place
+        except CheckpointError as error:
+            reasons.append(str(error))
             continue
-        found = scan_vision(place)
+        if not (path.is_file() or (path / "config.json").is_file()):
+            reasons += [f"{str(path)!r} is no encoder's folder or file"] if given else []
+            continue
+        found = scan_vision(path)
         if found.widths[not adapter.projection.uses_patches] == adapter.projection.input_width:
             return found
-        reasons.append(f"that in {place} has hidden states of {found.widths[0]} and an embedding of {found.widths[1]}")
-    known = next((one for one in KNOWN if _fits(one.widths, adapter)), None)
+        reasons.append(f"that in {path} has hidden states of {found.widths[0]} and an embedding of {found.widths[1]}")
     where = f", which the hub's {HUB} has in {known.folder}" if known and known.folder else ""
     what = f"{known.name}{where}" if known else "the one that it was trained with"
     why = "; ".join(reasons) or f"there is no folder {NAME} beside it"
@@ -179,6 +189,34 @@ def scan_encoder(given: str | None, adapter: AdapterFiles) -> VisionFiles:
         f"{adapter.path.name} needs its image encoder, {_need(adapter)}: {why}; give {what}, as encoder "
         "(:encoder=FOLDER), or embeds that were computed with it"
     )
+
+
+def _near(adapter: AdapterFiles, known: KnownEncoder | None) -> list[Path | str]:
+    """Return where an adapter's encoder is looked for."""
+    if adapter.repository == HUB and known and known.folder:
+        return [f"{HUB}/{known.folder}"]
+    if adapter.repository:
+        return ["/".join(filter(None, (adapter.repository, adapter.folder, NAME)))]
+    above = adapter.path.parent
+    return [folder / NAME for folder in (above, above.parent, above.parent / "models", above.parent / "sdxl_models")]
+
+
+def _place_on_hub(name: str) -> tuple[str | None, str]:
+    """Return the repository that an adapter's file is from, and its folder there."""
+    found = None if Path(name).expanduser().exists() else split_id(name)
+    if found is None:
+        return None, ""
+    folder, _, last = found[1].rpartition("/")
+    return found[0], folder if last.endswith(SUFFIXES) else found[1]
+
+
+def _choose_encoder(listing: Iterable[str]) -> list[str]:
+    """Choose the files of an encoder in a folder of a repository. Raises CheckpointError if there are none."""
+    names = {*listing}
+    files = network_files(names, "", None)
+    if not files:
+        raise CheckpointError("there is no image encoder: config.json and model.safetensors")
+    return [*files, *({PROCESSOR} & names)]
 
 
 def save_embeds(path: Path, embeds: Tensor) -> Path:
@@ -238,10 +276,13 @@ def _fits(widths: tuple[int, int], adapter: AdapterFiles) -> bool:
 def _choose(name: str, listing: Iterable[str]) -> list[str]:
     """Return the one adapter among the files of a folder or repository. Raises CheckpointError."""
     there = [file for file in listing if "/" not in file]
-    for suffix in (".safetensors", ".bin", ".pt"):
+    for suffix in SUFFIXES:
         found = sorted(file for file in there if file.endswith(suffix))
         if len(found) == 1:
             return found
         if found:
-            raise CheckpointError(f"{name} has {len(found)} files ({join_names(found)}); give the path of one of them")
-    raise CheckpointError(f"{name} has no .safetensors or .bin file at its top; give the path of the adapter's file")
+            raise CheckpointError(f"{name} has {len(found)} files ({join_names(found)}); name one of them")
+    raise CheckpointError(
+        f"{name} has no .safetensors or .bin file at its top; give the adapter's file, such as "
+        f"{HUB}/models/ip-adapter_sd15.safetensors"
+    )

@@ -47,7 +47,7 @@ def choose_files(name: str, listing: Iterable[str]) -> list[str]:
             if there
             else "no .safetensors, .bin or .pt file"
         )
-        raise CheckpointError(f"The hub's {name} has {found} at its top; download the LoRA and give its path")
+        raise CheckpointError(f"The hub's {name} has {found} at its top; name the LoRA's file, {name}/FILE")
     return [*there, *(file for file in listing if file == CONFIG)]
 
 
