@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ip_adapters import face, write_adapters
 from safetensors.torch import save_file
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
@@ -18,6 +19,7 @@ import mezzotint
 from browser import GIVE, LONG, Page, serving
 from controls import write_control
 from mezzotint.memory.headers import ModelHeaders
+from mezzotint.weights.ip_adapter_files import save_embeds
 
 DROP_ON = f"""{GIVE}
 document.querySelector(arguments[1]).dispatchEvent(
@@ -40,7 +42,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "wildcards" / "fruit.txt").write_text("lemon\ncherry\n")
     (root / "controls").mkdir()
     write_control(root / "controls" / "outline.safetensors", ModelHeaders.of().unet)
-    options += ["--controls", str(root / "controls")]
+    write_adapters(root / "adapters", ModelHeaders.of().unet, "plain")
+    embeds = mezzotint.embed_images(root / "adapters" / "models" / "plain.safetensors", [face()], device="cpu")
+    save_embeds(root / "adapters" / "someone.safetensors", embeds)
+    options += ["--controls", str(root / "controls"), "--ip-adapters", str(root / "adapters")]
     with serving(root / "data", *options) as found:
         yield found
 
@@ -213,6 +218,46 @@ def test_a_controlnet_follows_a_picture(page: Page) -> None:
     page.click(".menu summary")
     page.click("#use-control")
     page.wait(lambda: not page.all(f".control-image[src$='{unit['image']}']") and page.all(".control-image"))
+
+
+def test_an_ip_adapter_takes_pictures(page: Page) -> None:
+    """Dropped ones, one that is shown, or saved embeddings; its steps and weight; and from the history again."""
+    page.draw("a lemon on a blue background", steps=1)
+    first = page.finished("a lemon on a blue background")
+    page.click("#ip-adapter summary")
+    page.wait(lambda: "once it has a picture" in page.text("#ip-adapter .control-card .note"))
+    assert page.value("#ip-adapter-file-0") == "models/plain"
+    page.script(DROP_ON, page.file(first), "#ip-adapter-picture-0")
+    page.script(DROP_ON, page.file(first), "#ip-adapter-picture-0-1")
+    page.script(DROP_ON, page.file(first), "#ip-adapter-picture-0-2")
+    page.wait(lambda: len(page.all("#ip-adapter .control-image")) == 3)
+    page.click("#ip-adapter .control-small:nth-child(2) .icon-button")
+    page.wait(lambda: len(page.all("#ip-adapter .control-image")) == 2)
+    page.script(
+        "const range = document.getElementById('ip-adapter-end-0'); range.value = 0.5; "
+        "range.dispatchEvent(new Event('input'))"
+    )
+    page.open()  # it is kept over a reload
+    page.wait(lambda: len(page.all("#ip-adapter .control-image")) == 2)
+    page.check_axe()
+    page.draw("a lemon", steps=2)
+    picture = page.finished("a lemon")
+    (unit,) = page.job(picture)["request"]["ip_adapter"]
+    assert unit == {"file": "models/plain", "image": [unit["image"][0]] * 2, "end": 0.5}
+    Select(page.one("#ip-adapter-embeds-0")).select_by_value("someone")
+    page.wait(lambda: not page.all("#ip-adapter .control-image"))
+    page.draw("a lime", steps=2)
+    assert page.job(page.finished("a lime"))["request"]["ip_adapter"] == [
+        {"file": "models/plain", "embeds": "someone", "end": 0.5}
+    ]
+    page.click("#ip-adapter-remove-0")
+    page.wait(lambda: not page.all("#ip-adapter .control-card"))
+    page.click("#use-settings")
+    page.wait(lambda: page.all("#ip-adapter-embeds-0") and page.value("#ip-adapter-embeds-0") == "someone")
+    page.click(".menu summary")
+    page.click("#use-ip-adapter")
+    page.wait(lambda: len(page.all("#ip-adapter .control-image")) == 1)
+    assert page.value("#ip-adapter-embeds-0") == ""
 
 
 def test_a_wildcard_is_offered_and_chosen(page: Page) -> None:

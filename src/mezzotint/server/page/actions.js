@@ -70,6 +70,8 @@ export const useAsImage = guarded(async (picture) => {
 
 export const useInControl = guarded(async (picture) => (await import("./control.js")).controlWith(picture));
 
+export const useInAdapter = guarded(async (picture) => (await import("./ip_adapter.js")).adaptWith(picture));
+
 /** Open the canvas over a picture, with its prompt and settings in the form. */
 export const inpaint = guarded(async (picture) => {
   const blob = await download(picture);

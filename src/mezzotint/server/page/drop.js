@@ -8,6 +8,7 @@ import { title } from "./settings.js";
 
 const LEFT_OUT = ["image", "mask", "batch", "count", "lora_folder", "wildcards"]; // a file's paths are another machine's
 const fileName = (path) => path.split(/[\\/]/).at(-1).replace(/\.\w+$/, "");
+const namedEntry = ({ file, image, mask, more, embeds, encoder, ...settings }) => ({ ...settings, file: fileName(file) });
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
 /** Show a file's picture with what it was drawn with. */
@@ -49,7 +50,7 @@ function show(facts, buttons, reply, dialog) {
   const kept = Object.fromEntries(Object.entries(request).filter(([name, value]) => value !== null && !LEFT_OUT.includes(name)));
   kept.loras &&= kept.loras.map(([path, ...scales]) => [fileName(path), ...scales]);
   kept.embeddings &&= kept.embeddings.map(fileName);
-  kept.control &&= kept.control.map(({ file, image: _, ...settings }) => ({ ...settings, file: fileName(file) }));
+  for (const name of ["control", "ip_adapter"]) kept[name] &&= kept[name].map(namedEntry);
   if (kept.regions?.some((region) => region.mask)) delete kept.regions; // masks are another machine's too
   buttons.prepend(textButton("settings", "Use settings", () => {
     dialog.close();

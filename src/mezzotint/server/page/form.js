@@ -92,6 +92,9 @@ export function current() {
   });
   if (control.length) request.control = control;
   else drop("control");
+  const adapters = (request.ip_adapter ?? []).filter((unit) => unit.file && (unit.image?.length || unit.embeds));
+  if (adapters.length) request.ip_adapter = adapters;
+  else drop("ip_adapter");
   return request;
 }
 

@@ -13,7 +13,8 @@ export function summary(job) {
   const size = request.width && request.height ? `${request.width}×${request.height}` : "";
   const kind = { verify: "verify", maps: "word maps" }[job.kind];
   const parts = [kind, request.count > 1 ? `${request.count} pictures` : "", size, request.steps ? `${request.steps} steps` : "",
-    request.hires ? `hires ×${request.hires}` : "", request.mask ? "inpaint" : request.image ? "from image" : "", request.control ? "ControlNet" : ""];
+    request.hires ? `hires ×${request.hires}` : "", request.mask ? "inpaint" : request.image ? "from image" : "", request.control ? "ControlNet" : "",
+    request.ip_adapter ? "IP-Adapter" : ""];
   return parts.filter(Boolean).join(" · ");
 }
 

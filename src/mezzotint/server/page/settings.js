@@ -3,12 +3,14 @@
 import { controlField } from "./control.js";
 import { el, iconButton } from "./dom.js";
 import { bind, form, number, ownSettings, seedRow, set, watch } from "./form.js";
+import { ipAdapterField } from "./ip_adapter.js";
 import { on, state } from "./store.js";
 
 const SHAPES = [["1:1", 1, 1], ["4:3", 4, 3], ["3:4", 3, 4], ["3:2", 3, 2], ["2:3", 2, 3], ["16:9", 16, 9], ["9:16", 9, 16]];
 // Fields with a place of their own on the page; all others are added by name
 const PLACED = new Set(["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "spacing", "seed",
-  "count", "image", "mask", "strength", "outpaint", "mask_blur", "invert_mask", "masked_content", "only_masked", "control"]);
+  "count", "image", "mask", "strength", "outpaint", "mask_blur", "invert_mask", "masked_content", "only_masked", "control",
+  "ip_adapter"]);
 
 function field(label, input) {
   return el("div", { class: "field" }, el("label", { for: input.id, text: label }), input);
@@ -214,6 +216,7 @@ export function buildSettings(root) {
     el("div", { class: "field wide" }, seed.label, seed.row),
     sizeField(),
     controlField(),
+    ipAdapterField(),
     moreFields(),
   );
 }

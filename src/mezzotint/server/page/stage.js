@@ -111,6 +111,7 @@ function showPicture(picture) {
     el("div", { class: "menu-items" },
       textButton("settings", "X/Y grid", () => actions.openGrid(picture)),
       state.controls.length ? textButton("edges", "Use in ControlNet", () => actions.useInControl(picture), { id: "use-control" }) : null,
+      state.ip_adapters.length ? textButton("image", "Use in IP-Adapter", () => actions.useInAdapter(picture), { id: "use-ip-adapter" }) : null,
       textButton("compare", "Compare with…", () => actions.armCompare(picture)),
       el("a", { class: "button", href: fileUrl(picture), download: `${picture.seed}.png` }, icon("save"), el("span", { text: "Save the file" })),
       textButton("trash", "Delete", () => actions.remove(picture))));

@@ -15,6 +15,8 @@ export const state = {
   models: [],
   vaes: [],
   controls: [],
+  ip_adapters: [],
+  image_embeds: [],
   samplers: [],
   spacings: [],
   fields: [],
@@ -39,13 +41,14 @@ export async function start() {
 }
 
 async function loadListings() {
-  const [models, samplers, schema, controls] = await Promise.all(["models", "samplers", "schema", "controls"].map((name) => get(`/api/${name}`)));
+  const [models, samplers, schema, ...lists] = await Promise.all(
+    ["models", "samplers", "schema", "controls", "ip_adapters", "image_embeds"].map((name) => get(`/api/${name}`)));
   state.models = models.models;
   state.vaes = models.vaes;
   state.samplers = samplers.samplers;
   state.spacings = samplers.spacings;
   state.fields = schema.fields;
-  state.controls = controls.controls;
+  Object.assign(state, ...lists);
   emit("listings");
 }
 
