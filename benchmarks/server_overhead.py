@@ -4,9 +4,10 @@
 
 A server of the bundled model, in a process of its own, answers on loopback; this process calls `generate` with the
 same requests. The two take turns, and what the server adds is the median of the differences of neighbours. A request by
-our own API is submitted, the event of its end awaited, and the file fetched. The processor's time of either process is
-told too: other programs hardly change it. Then strace counts the flushes of further jobs, if it is installed. The time
-of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
+our own API is submitted, the event of its end awaited, and the file fetched. Nothing is subtracted: `generate` returns
+pixels, and what the server adds includes the PNG file, whose encoding is told too, and the flushes. The processor's
+time of either process is told too: other programs hardly change it. Then strace counts the flushes of further jobs, if
+it is installed. The time of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 from PIL import Image
 
 import mezzotint
+from mezzotint.images.io import encode_file
 
 Fields = dict[str, Any]
 WARMUPS = 3  # runs of each way that are not counted
@@ -103,6 +105,16 @@ def time_flush(folder: Path, repeats: int) -> float:
     return statistics.median(times)
 
 
+def time_encoding(image: Image.Image, repeats: int) -> float:
+    """Return the median milliseconds of encoding a picture as a PNG file with its record."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        encode_file(image, "PNG")
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
 def count_flushes(pid: int, jobs: int, draw: Callable[[int], object], folder: Path) -> dict[str, float] | None:
     """Return the flushes a job, and the median milliseconds of one; None without strace."""
     if shutil.which("strace") is None:
@@ -170,6 +182,7 @@ def main() -> None:
                         times[way].append(1000 * (time.perf_counter() - begin))
                         cpu[way].append(cpu_ms(process) - before)
             flush = time_flush(folder, options.repeats)
+            encoding = time_encoding(generate(0), options.repeats)
             flushes = count_flushes(pid, 20, lambda seed: client.api(fields(seed)), folder)
     report: dict[str, Any] = {"runs": options.repeats}
     for name, found in (("wall_ms", times), ("cpu_ms", cpu)):
@@ -177,6 +190,7 @@ def main() -> None:
         pairs = [server - direct for server, direct in zip(found["api"], found["generate"], strict=True)]
         report[name] = medians | {"beyond": round(statistics.median(pairs), 1)}
     report["least_wall_ms"] = {way: round(min(each), 1) for way, each in times.items()}
+    report["png_ms"] = round(encoding, 2)
     more = {"flush_ms": round(flush, 2), "strace": flushes, "identical": identical, "load": os.getloadavg()[0]}
     print(json.dumps(report | more, indent=1))
 

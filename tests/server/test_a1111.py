@@ -364,14 +364,14 @@ def test_options_change_what_a_body_means() -> None:
 
 
 def test_what_is_not_supported_is_said() -> None:
-    body = {"prompt": "<hypernet:x:1>", "styles": ["Anime"], "s_churn": 5, "refiner_checkpoint": "xl", "s_noise": 1.0}
+    body = {"prompt": "<hypernet:x:1>", "styles": ["Anime"], "s_churn": 5, "hr_checkpoint_name": "xl", "s_noise": 1.0}
     body |= {"hr_prompt": "unused", "enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+", "eta": 2.0}
     task = translate(Text2Image.model_validate(body | {"sampler_name": "Euler a"}), DEFAULTS, loads_networks=False)
     said = " | ".join(task.notes)
     for word in (
         "styles: ['Anime']",
         "s_churn: 5",
-        "refiner_checkpoint: xl",
+        "hr_checkpoint_name: xl",
         "hr_prompt",
         "R-ESRGAN",
         "Eta: 2",
@@ -380,6 +380,35 @@ def test_what_is_not_supported_is_said() -> None:
         assert word in said, word
     with pytest.raises(InvalidError, match="Script 'X/Y/Z plot' not found"):
         translate(Text2Image(script_name="X/Y/Z plot"), DEFAULTS, loads_networks=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"refiner_checkpoint": "XL Refiner.safetensors [0123abcd]", "refiner_switch_at": 0.8}, ("xl refiner", 0.8)),
+        ({"refiner_checkpoint": "xl refiner"}, ("xl refiner", 0.0)),  # there: from the first call, without a number
+        ({"refiner_checkpoint": "xl refiner", "refiner_switch_at": None}, ("xl refiner", 0.0)),
+        ({"refiner_checkpoint": "xl refiner", "refiner_switch_at": 1.5}, ("xl refiner", 1.0)),  # the share is below 1
+        ({"refiner_checkpoint": "emoji", "refiner_switch_at": 0.8}, (None, None)),  # the model itself
+        ({"refiner_checkpoint": "None", "refiner_switch_at": 0.8}, (None, None)),
+        ({"refiner_switch_at": 0.8}, (None, None)),
+    ],
+)
+def test_a_refiner_is_found_as_a_model_is(
+    make_stub, tmp_path: Path, given: dict[str, Any], expected: tuple[str | None, float | None]
+) -> None:
+    (tmp_path / "xl refiner.safetensors").touch()
+    client = make_stub(models=("emoji", str(tmp_path / "xl refiner.safetensors")))
+    reply = client.post("/sdapi/v1/txt2img", json={"prompt": "a", "steps": 2, "width": 64, "height": 64, **given})
+    assert reply.status_code == 200, reply.text
+    info = json.loads(reply.json()["info"])
+    assert info["unsupported"] == [] and info["unknown"] == []
+    (job,) = client.app.state.service.store.jobs()
+    assert (job.request.get("refiner"), job.request.get("refiner_at")) == expected
+    text = f"Refiner: {expected[0]}, Refiner switch at: {expected[1]:g}" if expected[0] else "Refiner"
+    assert (text in info["infotexts"][0]) is (expected[0] is not None)
+    wrong = client.post("/sdapi/v1/txt2img", json={"prompt": "a", "refiner_checkpoint": "/etc/passwd"})
+    assert wrong.status_code == 422 and "refiner_checkpoint" in wrong.text
 
 
 # ---- hostile values --------------------------------------------------------------------------------------------------

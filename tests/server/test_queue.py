@@ -8,15 +8,19 @@ import sqlite3
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
 import mezzotint
+from mezzotint.config import TinyVAEConfig
 from mezzotint.errors import BudgetError
+from mezzotint.models.tiny_vae import TinyVAE
 from mezzotint.request import Request
 from mezzotint.server import Limits, Settings, api, create_app, events, history, models, service, worker
 from mezzotint.server.errors import UnavailableError
@@ -114,26 +118,30 @@ def test_a_slow_reader_gets_the_newest_state_and_is_cut_off() -> None:
     assert [event.read()["number"] for event in found if event.name == "job"] == list(range(events.QUEUE_SIZE - 1))
 
 
-def test_passing_events_are_gathered_until_the_pause_ends_or_another_event_comes() -> None:
+def test_passing_events_are_gathered_until_the_pause_ends() -> None:
+    """An event of another kind comes at once, and makes those of its own job that wait void."""
     source = events.Events()
 
-    async def take(reader: Subscription) -> list[str]:
+    async def take(reader: Subscription) -> list[tuple[str, str]]:
         first = await anext(reader)
-        return [] if first is None else [event.name for event in (first, *reader.take())]
+        return [] if first is None else [(event.name, event.job) for event in (first, *reader.take())]
 
     async def run() -> None:
-        reader = source.subscribe(pause=3600)
+        reader = source.subscribe(pause=3600, beat=0.001)
         source.publish("step", {"step": 1}, "a")
-        await asyncio.sleep(0)
-        assert not reader._arrived.is_set()
-        source.publish("step", {"step": 2}, "a")
+        source.publish("step", {"step": 1}, "b")
+        source.publish("queue", {})
+        assert await take(reader) == []
         source.publish("job", {}, "a")
-        assert await take(reader) == ["step", "job"]
+        assert await take(reader) == [("job", "a")]
+        reader._end_pause()
+        assert await take(reader) == [("step", "b"), ("queue", "")]
         reader = source.subscribe(pause=0.001)
-        source.publish("step", {"step": 3}, "a")
-        assert await take(reader) == ["step"]
-        source.publish("step", {"step": 4}, "a")
-        assert await take(reader) == ["step"]
+        for step in (3, 4):
+            source.publish("step", {"step": step}, "a")
+            source.publish("preview", {}, "a")
+            source.publish("step", {"step": step}, "a")
+            assert await take(reader) == [("preview", "a"), ("step", "a")]  # the newest of each
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -282,6 +290,30 @@ def test_the_least_recently_used_model_is_let_go(tmp_path: Path, monkeypatch: py
     assert [row["name"] for row in found.describe() if row["loaded"]] == ["a", "b"]
     with pytest.raises(BudgetError, match="needs 9 GiB"):
         found.load("large", None, request)
+
+
+def test_preview_vaes_are_given_in_the_order_of_the_models(
+    sd1: mezzotint.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first is a TAESD, the second no file, and the third model has none: a matrix shows these."""
+    from mezzotint.cli.commands import run
+
+    taesd = tmp_path / "taesd_decoder.pth"
+    torch.save(TinyVAE(TinyVAEConfig()).state_dict(), taesd)
+    models_given = [part for name in "abc" for part in ("--model", name)]
+    vaes = ["--preview-vae", str(taesd), "--preview-vae", str(tmp_path / "missing.pth")]
+    monkeypatch.setattr(sys, "argv", ["mezzotint", "serve", "--data", str(tmp_path), *models_given, *vaes])
+    given: list[Settings] = []
+    monkeypatch.setattr("mezzotint.server.serve", lambda settings, on_ready: given.append(settings))
+    assert not run()
+    found = models.Models(given[0])
+    first, second, third = (found._preview(sd1, name) for name in "abc")
+    assert [type(each).__name__ for each in (first, second, third)] == ["TinyPreview", "LatentPreview", "LatentPreview"]
+    assert "previews of b are shown without its TAESD" in caplog.text and "missing.pth" in caplog.text
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert first.picture(latents).tobytes() == sd1.preview(str(taesd)).picture(latents).tobytes()
+    assert first.picture(latents).tobytes() != second.picture(latents).tobytes()
+    assert models.Models(replace(given[0], preview_every=0))._preview(sd1, "a") is None
 
 
 # ---- the data folder -------------------------------------------------------------------------------------------------

@@ -221,9 +221,9 @@ def bodies_with(text: str) -> Iterator[tuple[str, dict[str, object], bool]]:
         yield "/api/jobs", {"request": {"prompt": names, "seed": 1, "prompt_syntax": syntax}}, False
         yield "/api/tokens", {"prompt": names, "syntax": syntax}, False
     small = {"prompt": "a", "width": 8, "height": 8}
-    for field in ("sampler_name", "scheduler", "script_name"):
+    for field in ("sampler_name", "scheduler", "script_name", "refiner_checkpoint"):
         yield "/sdapi/v1/txt2img", {**small, field: text}, text != ""
-    loose = ("hr_checkpoint_name", "refiner_checkpoint", "hr_upscaler", "url", "auth", "infotext", "firstpass_image")
+    loose = ("hr_checkpoint_name", "hr_upscaler", "url", "auth", "infotext", "firstpass_image")
     loose_body = {**small, "prompt": names, "enable_hr": True, "styles": [text], **dict.fromkeys(loose, text)}
     yield "/sdapi/v1/txt2img", loose_body, False
     for field in ("sd_model_checkpoint", "sd_vae"):

@@ -33,7 +33,7 @@ from mezzotint.images.init_image import load
 CHUNKS = ("mezzotint", "parameters")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "PNG": {"icc_profile": None},
+    "PNG": {"icc_profile": None, "compress_level": 4},  # zlib's default of 6 takes twice the time for 5 % less
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
 }

@@ -62,7 +62,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     app.state.absent = ABSENT if settings.stateless else ()
     for path in app.state.absent:
         app.router.routes.append(Route(path, _absent))  # before the one that would answer
-    for router in ROUTERS if settings.stateless else (*ROUTERS, *ROUTERS_WITH_STATE):
+    for router in ROUTERS if settings.stateless else (*ROUTERS_WITH_STATE, *ROUTERS):  # tried in this order
         app.include_router(router)
     if not settings.stateless:
         add_page(app)

@@ -17,8 +17,7 @@ QUEUE_SIZE = 256  # events that a slow reader may lag behind before it is cut of
 KEPT = 1000  # events that a reader can catch up on when it connects again
 PASSING = ("queue", "step", "preview")  # states, of which only the newest is worth reading: they are not kept
 BEAT = 15.0  # seconds between two comments that keep a silent connection open
-# seconds for which passing states are gathered for the page: each sending holds up the run
-PAUSE = 0.25
+PAUSE = 0.25  # seconds for which passing states are gathered for the page: each sending holds up the run
 
 Data = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
@@ -76,7 +75,7 @@ class Subscription(AsyncIterator[Event | None]):
     ) -> None:
         self.wanted, self.cut = wanted, cut
         self._source, self._beat, self._pause = source, beat, pause
-        self._timer_set = False
+        self._later: dict[tuple[str, str], Event] = {}  # passing events until the end of the pause
         self._events = deque(events)
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -84,19 +83,26 @@ class Subscription(AsyncIterator[Event | None]):
         """Add an event; the caller holds the lock of the source."""
         if self.wanted is not None and not self.wanted(event):
             return
+        key = (event.name, event.job)
+        if event.name in PASSING and self._pause:
+            if not self._later:
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._loop.call_later, self._pause, self._end_pause)
+            self._later.pop(key, None)
+            self._later[key] = event
+            return
         if event.name in PASSING:
-            same = (event.name, event.job)
-            self._events = deque(each for each in self._events if (each.name, each.job) != same)
+            self._events = deque(each for each in self._events if (each.name, each.job) != key)
+        else:  # the job has passed what waits
+            self._later = {key: each for key, each in self._later.items() if not each.job or each.job != event.job}
+        self._append(event)
+        self.wake()
+
+    def _append(self, event: Event) -> None:
         if len(self._events) < QUEUE_SIZE:
             self._events.append(event)
         else:
             self.cut = True  # its reader connects again, and catches up by its last id
-        if event.name not in PASSING or not self._pause or self.cut:
-            self.wake()
-        elif not self._timer_set:
-            self._timer_set = True
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._loop.call_later, self._pause, self._end_pause)
 
     def take(self) -> list[Event]:
         """Return what else is there to read now."""
@@ -112,7 +118,9 @@ class Subscription(AsyncIterator[Event | None]):
 
     def _end_pause(self) -> None:
         with self._source.lock:
-            self._timer_set = False
+            for event in self._later.values():
+                self._append(event)
+            self._later.clear()
         self._arrived.set()
 
     async def __anext__(self) -> Event | None:
@@ -174,7 +182,7 @@ class Events:
             last_id: The id of the last event that the reader has seen; the later ones come first.
             wanted: Which events the reader wants, or None for all.
             beat: Seconds of silence after which None is yielded.
-            pause: Seconds that a passing event may wait for a newer one, unless another event comes.
+            pause: Seconds that a passing event waits for a newer one; another event of its job makes it void.
         """
         with self.lock:
             missed = self._after(last_id)

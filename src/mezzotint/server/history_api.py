@@ -21,6 +21,7 @@ router = APIRouter(prefix="/api", tags=["history"])
 UploadId = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Tag = Annotated[str, Field(min_length=1, max_length=100)]
 MAX_AGE = "private, max-age=31536000, immutable"  # the content of an id never changes
+AT_ONCE = 2**20  # bytes of a file that is read whole
 PNG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}}}}
 
 
@@ -81,10 +82,10 @@ def restore(core: Core, id: Id) -> JSONResponse:
 
 
 @router.get("/pictures/{id}/file", response_class=FileResponse, responses=PNG)
-def file(core: Core, id: Id, if_none_match: Annotated[str, Header()] = "") -> Response:
+def file(request: Request, core: Core, id: Id, if_none_match: Annotated[str, Header()] = "") -> Response:
     """Return the PNG file, with its record."""
     found = core.history.get(id, deleted=True)
-    return _file(core.folder.file("pictures", id), "image/png", f'"{found.sha256}"', if_none_match)
+    return _file(request, core.folder.file("pictures", id), "image/png", f'"{found.sha256}"', if_none_match)
 
 
 @router.get("/pictures/{id}/thumbnail", responses={200: {"content": {"image/webp": {}}}})
@@ -142,10 +143,11 @@ async def upload(request: Request, core: Core) -> JSONResponse:
 
 
 @router.get("/uploads/{id}", response_class=FileResponse, responses=PNG)
-def uploaded(core: Core, id: UploadId, if_none_match: Annotated[str, Header()] = "") -> Response:
+def uploaded(request: Request, core: Core, id: UploadId, if_none_match: Annotated[str, Header()] = "") -> Response:
     """Return an uploaded file."""
     found: dict[str, Any] = core.history.find_upload(id)
-    return _file(core.folder.file("uploads", id), f"image/{found['format'].lower()}", f'"{id}"', if_none_match)
+    kind = f"image/{found['format'].lower()}"
+    return _file(request, core.folder.file("uploads", id), kind, f'"{id}"', if_none_match)
 
 
 @router.get("/uploads/{id}/canny", responses=PNG)
@@ -162,13 +164,16 @@ def canny(
     return Response(made, media_type="image/png", headers={"Cache-Control": MAX_AGE})
 
 
-def _file(path: Path, kind: str, etag: str, if_none_match: str) -> Response:
+def _file(request: Request, path: Path, kind: str, etag: str, if_none_match: str) -> Response:
     """Return a file of a picture, or 304 where the client has it."""
     headers = {"ETag": etag, "Cache-Control": MAX_AGE, "Content-Disposition": "inline"}
     if etag in if_none_match:
         return Response(status_code=304, headers=headers)
     try:
         status = path.stat()
+        reply = FileResponse(path, media_type=kind, headers=headers, stat_result=status)
+        if status.st_size > AT_ONCE or "range" in request.headers:
+            return reply
+        return Response(path.read_bytes(), headers=reply.headers)  # a FileResponse asks a thread for each part
     except FileNotFoundError:
         raise NotFoundError("the file of this picture is missing") from None
-    return FileResponse(path, media_type=kind, headers=headers, stat_result=status)

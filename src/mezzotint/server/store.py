@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +307,7 @@ class Store:
 
     def add_picture(self, picture: Picture, *, last: bool = False) -> None:
         """Add a picture whose file is on the disk; with the last one its job is done, in the same transaction."""
-        values = asdict(picture) | {
+        values = vars(picture) | {
             "seed": str(picture.seed),
             "tags": json.dumps(picture.tags),
             "verified": json.dumps(picture.verified) if picture.verified else None,

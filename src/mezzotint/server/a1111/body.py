@@ -48,8 +48,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "s_min_uncond": (0,),
     "image_cfg_scale": (1.5, 0),
     "disable_extra_networks": (False,),
-    "refiner_checkpoint": ("", "None"),
-    "refiner_switch_at": (0, 1),
     "hr_checkpoint_name": ("", "Use same checkpoint"),
     "hr_sampler_name": ("", "Use same sampler"),
     "hr_scheduler": ("", "Use same scheduler"),
@@ -84,6 +82,8 @@ NAMES = {
     "clip_skip": "CLIP_stop_at_last_layers",
     "image": "init_images",
     "only_masked": "inpaint_full_res_padding",
+    "refiner": "refiner_checkpoint",
+    "refiner_at": "refiner_switch_at",
 }
 Side = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Pixels = Annotated[int, Field(ge=0, le=MAX_SIDE)]
@@ -127,6 +127,8 @@ class Text2Image(LooseBody):
     hr_resize_y: Pixels = 0
     firstphase_width: Pixels = 0
     firstphase_height: Pixels = 0
+    refiner_checkpoint: str = ""
+    refiner_switch_at: float = 0.0
     override_settings: dict[str, Any] = Field(default={})
     send_images: bool = True
 
@@ -239,13 +241,16 @@ class Task:
     notes: list[str] = field(default_factory=list)
 
 
-def translate(body: Text2Image, options: Mapping[str, Any], *, loads_networks: bool) -> Task:
+def translate(
+    body: Text2Image, options: Mapping[str, Any], *, loads_networks: bool, refiner: str | None = None
+) -> Task:
     """Return what a body means.
 
     Args:
         body: The body.
         options: The options in force, as `options.Options` names them.
         loads_networks: Whether LoRAs that the prompt names are loaded.
+        refiner: The listed name of the refiner, if the body asks for one.
 
     Raises:
         InvalidError: If a field is wrong.
@@ -283,6 +288,8 @@ def translate(body: Text2Image, options: Mapping[str, Any], *, loads_networks: b
     request, more = to_request(Infotext(body.prompt, body.negative_prompt, text))
     notes += [note for note in more if not (loads_networks and re.match("<(lora|lyco):", note))]
     fields = {name: value for name, value in request.model_dump().items() if value is not None} | body.fields(notes)
+    if refiner is not None:
+        fields |= {"refiner": refiner, "refiner_at": min(max(body.refiner_switch_at, 0.0), 1.0)}
     if options["img2img_fix_steps"] and "resize_mode" in fields:
         fields["fix_steps"] = True
     requests = [*_iterations(body, fields, seed, subseed if varies else None)]

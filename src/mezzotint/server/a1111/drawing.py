@@ -91,9 +91,10 @@ def _submit(core: Service, body: Text2Image) -> tuple[Task, list[Job]]:
         raise InvalidError(f"batch_size times n_iter is {total:,} pictures; at most {limit:,} are allowed", "n_iter")
     in_force = options.in_force(core, body.override_settings)
     try:
-        task = translate(body, in_force, loads_networks=core.settings.loras is not None)
-        task.notes += options.ignored(body.override_settings)
         model, vae = in_force["sd_model_checkpoint"], in_force["sd_vae"]
+        refiner = options.find_refiner(core.models, body.refiner_checkpoint, model)
+        task = translate(body, in_force, loads_networks=core.settings.loras is not None, refiner=refiner)
+        task.notes += options.ignored(body.override_settings)
         return task, core.submit(task.requests, model=model, vae=vae, dialect="a1111")
     except InvalidError as error:
         raise rename(error) from None

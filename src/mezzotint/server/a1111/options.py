@@ -67,7 +67,19 @@ def ignored(changes: Mapping[str, Any]) -> list[str]:
     return [f"override_settings: {str(name)[:100]}" for name in list(changes)[:100] if name not in known]
 
 
-def find_model(models: Models, title: Any) -> str:
+def find_refiner(models: Models, title: str, model: str) -> str | None:
+    """Return the listed name of a refiner's title; None if there is none, or it is the model itself.
+
+    Raises:
+        InvalidError: If it is not listed.
+    """
+    if title in ("", "None", "none"):
+        return None
+    name = find_model(models, title, "refiner_checkpoint")
+    return None if name == model else name
+
+
+def find_model(models: Models, title: Any, param: str = "sd_model_checkpoint") -> str:
     """Return the listed name of a model's title, which may end in a hash and a suffix: "lemon.safetensors [0123abcd]".
 
     Raises:
@@ -79,9 +91,8 @@ def find_model(models: Models, title: Any) -> str:
         if text.lower() in names:
             return names[text.lower()]
     raise InvalidError(
-        f"sd_model_checkpoint is {str(title)[:100]!r}, which the server does not list; it has "
-        f"{', '.join([*models.paths][:50])}",
-        "sd_model_checkpoint",
+        f"{param} is {str(title)[:100]!r}, which the server does not list; it has {', '.join([*models.paths][:50])}",
+        param,
     )
 
 

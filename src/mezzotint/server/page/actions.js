@@ -1,6 +1,7 @@
 // What can be done with a picture of the history.
 
 import { download, post, requestOf, upload } from "./api.js";
+import { controlWith } from "./control.js";
 import { announce, complain, toast } from "./dom.js";
 import { draw, form, set, take } from "./form.js";
 import { deletePicture, ended, restorePicture, select, state, submit } from "./store.js";
@@ -16,6 +17,20 @@ const guarded = (work) => async (...values) => {
     complain(error);
     return null;
   }
+};
+
+/** Return a function that does nothing while its last call still works: a second click is of impatience. */
+const single = (work) => {
+  let busy = false;
+  return async (...values) => {
+    if (busy) return null;
+    busy = true;
+    try {
+      return await work(...values);
+    } finally {
+      busy = false;
+    }
+  };
 };
 
 const random = () => crypto.getRandomValues(new Uint32Array(1))[0];
@@ -39,10 +54,10 @@ export const variations = guarded(async (picture) => {
   await queue(requests, place, `${VARIATIONS} variations were added to the queue.`);
 });
 
-export const hires = guarded(async (picture) => {
+export const hires = guarded(single(async (picture) => {
   const { request, ...place } = await requestOf(picture);
   await queue([{ ...request, hires: 2 }], place, "A larger version was added to the queue.");
-});
+}));
 
 export const useSettings = guarded(async (picture) => {
   take(await requestOf(picture));
@@ -68,38 +83,39 @@ export const useAsImage = guarded(async (picture) => {
   toast("The next picture starts from this one.");
 });
 
-export const useInControl = guarded(async (picture) => (await import("./control.js")).controlWith(picture));
+export const useInControl = guarded(single(controlWith));
+
+/** Open the canvas over the picture that the form starts from. */
+export const openCanvas = guarded(single(async () => (await import("./canvas.js")).openCanvas({ onDraw: draw })));
 
 export const useInAdapter = guarded(async (picture) => (await import("./ip_adapter.js")).adaptWith(picture));
 
 /** Open the canvas over a picture, with its prompt and settings in the form. */
-export const inpaint = guarded(async (picture) => {
+export const inpaint = guarded(single(async (picture) => {
   const blob = await download(picture);
   const settings = await requestOf(picture).catch(() => null);
   if (settings) {
     const { image: _, mask: __, outpaint: ___, seed: ____, hires: _____, ...request } = settings.request;
     take({ ...settings, request });
   }
-  const source = await useFile(blob);
-  if (!source) return;
-  const { openCanvas } = await import("./canvas.js");
-  await openCanvas({ onDraw: draw });
-});
+  if (await useFile(blob)) await openCanvas();
+}));
 
 /** Open the canvas over a file. */
-export const inpaintFile = guarded(async (file) => {
-  if (!(await useFile(file))) return;
-  const { openCanvas } = await import("./canvas.js");
-  await openCanvas({ onDraw: draw });
-});
+export const inpaintFile = guarded(single(async (file) => {
+  if (await useFile(file)) await openCanvas();
+}));
+
+const askToVerify = single((picture) => post(`/api/pictures/${picture.id}/verify`));
 
 export const verify = guarded(async (picture) => {
-  const job = await post(`/api/pictures/${picture.id}/verify`);
+  const job = await askToVerify(picture);
+  if (!job) return;
   announce("It is drawn again behind the other jobs, and compared.");
   await ended(job.id);
 });
 
-export const remove = guarded(async (picture) => {
+export const remove = guarded(single(async (picture) => {
   const place = state.pictures.findIndex((known) => known.id === picture.id);
   const chosen = state.selected?.id === picture.id;
   await deletePicture(picture);
@@ -108,14 +124,16 @@ export const remove = guarded(async (picture) => {
     await restorePicture(picture);
     select(state.pictures.find((known) => known.id === picture.id) ?? null);
   }) });
-});
+}));
 
-export const showMaps = guarded(async (picture) => (await import("./maps.js")).openMaps(picture));
+export const showMaps = guarded(single(async (picture) => {
+  (await import("./maps.js")).openMaps(picture); // which says itself how far it is
+}));
 
-export const openGrid = guarded(async (picture) => {
+export const openGrid = guarded(single(async (picture) => {
   if (picture) take(await requestOf(picture));
   (await import("./grid.js")).openGrid();
-});
+}));
 
 /** Draw the picture of an example. */
 export const tryExample = guarded(async () => {

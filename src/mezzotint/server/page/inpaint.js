@@ -1,8 +1,9 @@
 // What stands beside the canvas: its tools, and the settings of inpainting; and the source under the prompt.
 
+import { openCanvas } from "./actions.js";
 import { uploadUrl } from "./api.js";
-import { $, complain, el, iconButton, textButton } from "./dom.js";
-import { bind, draw, form, number, set, watch } from "./form.js";
+import { $, el, iconButton, textButton } from "./dom.js";
+import { bind, form, number, set, watch } from "./form.js";
 import { on } from "./store.js";
 
 /** Build the toolbar of the canvas. */
@@ -95,13 +96,9 @@ export function buildSource() {
   const image = el("img", { class: "source-image", alt: "The picture to start from" });
   const mask = el("img", { class: "source-mask", alt: "" });
   const note = el("p", { class: "note" });
-  const openIt = async () => {
-    const { openCanvas } = await import("./canvas.js");
-    await openCanvas({ onDraw: draw });
-  };
   root.append(el("div", { class: "source-plate" }, image, mask), el("div", { class: "source-text" },
     el("strong", { text: "Starts from a picture" }), note, share("strength", "strength", "Strength", "How much may change: 0 nothing, 1 everything"),
-    el("div", { class: "row" }, textButton("brush", "Inpaint", () => openIt().catch(complain), { class: "button small", id: "source-inpaint" }),
+    el("div", { class: "row" }, textButton("brush", "Inpaint", openCanvas, { class: "button small", id: "source-inpaint" }),
       textButton("close", "Remove", () => set({ image: null, mask: null, outpaint: null, strength: null, mask_blur: null,
         masked_content: null, only_masked: null, invert_mask: null, width: null, height: null }), { class: "button small", id: "source-remove" }))));
   const show = () => {

@@ -35,4 +35,6 @@ try {
 } catch (error) {
   complain(error);
 }
+$("draw").disabled = false;
 document.documentElement.dataset.ready = "true";
+for (const part of ["canvas", "grid", "maps"]) import(`./${part}.js`).catch(() => {}); // a click need not wait for it

@@ -15,14 +15,19 @@ async function load(picture, say) {
   return get(`${path}/maps`);
 }
 
+let wanted = null; // the word whose map is laid over the picture as soon as it is decoded
+
 /** Lay a map over the picture: bright where the word took effect, dark elsewhere. */
 async function shade(canvas, word) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
+  wanted = word;
   context.clearRect(0, 0, canvas.width, canvas.height);
   if (!word) return;
   const image = new Image();
   image.src = `data:image/png;base64,${word.png}`;
   await image.decode();
+  if (wanted !== word) return; // another word is pointed at by now, or none
+  context.clearRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = "high";
   context.drawImage(image, 0, 0, canvas.width, canvas.height);
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height);

@@ -117,6 +117,10 @@ function onEvent(name, data) {
   } else if (name === "job") {
     state.jobs.set(data.id, data);
     if (state.jobs.size > 2000) forgetOldJobs();
+    if (data.finished && state.queue.running?.job === data.id) { // the event of the queue comes a moment later
+      state.queue.running = null;
+      setPreview(null);
+    }
     emit("jobs", data);
     emit("queue");
   } else if (name === "step") {
