@@ -155,13 +155,14 @@ def write(path: Path, module: nn.Module, block: torch.Tensor, dtype: torch.dtype
         if sparse:
             file.truncate(8 + len(table) + end)
             return
-        for name, shape in shapes.items():
+        for number, (name, shape) in enumerate(shapes.items()):
             count = torch.Size(shape).numel()
             if len(shape) < 2:
                 values = torch.full((count,), 0.0 if name.endswith("bias") else 1.0)
             else:
                 inputs = 1 if "embedding" in name else count // shape[0]
-                values = (block * inputs**-0.5).repeat(count // BLOCK + 1)[:count]
+                # rolled, or else OpenVINO would hold matrices of the same shape once
+                values = (block.roll(997 * number) * inputs**-0.5).repeat(count // BLOCK + 1)[:count]
             file.write(values.to(dtype).view(torch.uint8).numpy())
 
 

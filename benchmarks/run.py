@@ -16,180 +16,21 @@ import platform
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-BUNDLED = ROOT / "src" / "mezzotint" / "data" / "emoji"
-PYTHON = sys.executable
+from rows import BUNDLED, HERE, PEERS, ROOT, ROWS, Row, Setup, environment
+
 PACKAGES = ("mezzotint", "torch", "diffusers", "transformers", "numpy", "safetensors", "tokenizers", "typer")
 
 Measures = dict[str, float]
 
 
-@dataclass
-class Row:
-    """One comparison: `commands` by name, mezzotint first, and the `pictures` they write, by the same names."""
-
-    name: str
-    about: str
-    measure: str  # measure that ratios and the limit refer to
-    commands: dict[str, list[str]]
-    pictures: dict[str, Path] = field(default_factory=dict)
-    also: tuple[str, ...] = ()  # further measures with ratios
-    limit: float | None = None  # upper bound for mezzotint's measure
-    runs: int = 7
-    warmups: int = 2
-    prepare: Callable[[], None] = lambda: None
-    check: Callable[[], dict[str, Any]] = dict  # called after the runs; its result is reported
-    missing: str = ""  # why this row cannot run
-
-
-# Rows
-
-
-def first_picture(folder: Path, model: Path) -> Row:
-    """Time the first picture from process start, bundled model, 20 steps, against diffusers on the same folder."""
-    about = "emoji, 20 steps, CPU, float32: from process start to the first picture saved as PNG"
-    return _picture("first_picture", about, folder, model, ["--steps", "20"], [])
-
-
-def few_steps(folder: Path, model: Path) -> Row:
-    """Time the few-step form: 4 steps of lcm without guidance, with the LoRA merged on both sides."""
-    about = "emoji distilled, 4 steps of lcm, CPU, float32: from process start to the first picture saved as PNG"
-    return _picture("few_steps", about, folder, model, ["--sampler", "lcm"], ["--few-step"], "few_step")
-
-
-def _picture(
-    name: str, about: str, folder: Path, model: Path, options: list[str], peers: list[str], needs: str = "steps"
-) -> Row:
-    """Compare one picture with diffusers; the folder's mezzotint.json must have `needs`."""
-    pictures = {side: folder / f"{name}-{side}.png" for side in ("mezzotint", "diffusers", "diffusers_best")}
-    prompt, seed = "a lemon on a blue background", "7"
-    ours = [PYTHON, "-m", "mezzotint", "generate", prompt, "--seed", seed, *options, "--device", "cpu"]
-    peer = [PYTHON, str(HERE / "diffusers_picture.py"), str(model), prompt, seed]
-    commands = {
-        "mezzotint": [*ours, "--dtype", "float32", "--model", str(model), "--out", str(pictures["mezzotint"])],
-        "diffusers": [*peer, str(pictures["diffusers"]), *peers],
-        "diffusers_best": [*peer, str(pictures["diffusers_best"]), *peers, "--best"],
-    }
-    settings = model / "mezzotint.json"
-    there = settings.exists() and needs in json.loads(settings.read_text())
-    return Row(
-        name,
-        about,
-        "saved_s",
-        commands,
-        pictures,
-        check=lambda: {
-            f"levels_apart_{side}": _max_diff(pictures["mezzotint"], pictures[side]) for side in list(pictures)[1:]
-        },
-        missing="" if there else f"its model is missing (or mezzotint.json says no {needs}): give --model FOLDER",
-    )
-
-
-def load_memory(folder: Path, model: Path) -> Row:
-    """Measure peak memory of loading a 2.13 GB single file of SD 1.5's shape, in three dtypes."""
-    file = folder / "sd15.safetensors"
-    child = [PYTHON, str(HERE / "load_memory.py"), str(file)]
-    return Row(
-        "load_memory",
-        "mezzotint.load of a 2.13 GB fp16 single file: peak above `import torch` over the bytes then held",
-        "peak_over_held",
-        {dtype: [*child, dtype] for dtype in ("float16", "float32", "bfloat16")},
-        limit=1.15,
-        runs=3,
-        warmups=0,
-        prepare=lambda: _prepare([PYTHON, str(HERE / "sd15_file.py"), str(file)]),
-    )
-
-
-def help_(folder: Path, model: Path) -> Row:
-    """Time `mezzotint --help`, and check that it does not import torch."""
-    command = [PYTHON, "-m", "mezzotint", "--help"]
-
-    def check() -> dict[str, Any]:
-        traced = [PYTHON, "-X", "importtime", *command[1:]]
-        log = subprocess.run(traced, env=environment(), capture_output=True, text=True, check=True).stderr
-        modules = {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}
-        return {"modules": len(modules), "imports_torch": "torch" in modules}
-
-    return Row("help", "mezzotint --help", "wall_s", {"mezzotint": command}, limit=0.4, runs=15, check=check)
-
-
-def memory(folder: Path, model: Path) -> Row:
-    """Compare predicted and measured peak memory with the bundled model; memory.py has many more rows."""
-    rows = {
-        "fast": {"width": 512, "height": 512, "placement": {}},
-        "strips": {"width": 512, "height": 512, "placement": {"vae": "strips"}},
-        "streamed": {"width": 256, "height": 256, "placement": {"weights": "stream", "vae": "strips"}},
-    }
-    child = [PYTHON, str(HERE / "memory.py"), "draw"]
-    return Row(
-        "memory",
-        "a drawing's predicted peak over the measured one (VmHWM of the whole process)",
-        "predicted_over_measured",
-        {name: [*child, json.dumps({"model": str(model), "steps": 1, **row})] for name, row in rows.items()},
-        limit=1.10,
-        runs=3,
-        warmups=0,
-    )
-
-
-def train(folder: Path, model: Path) -> Row:
-    """Measure time and peak memory of LoRA training on an SD 1.5 UNet, against diffusers' recipe."""
-    random = folder / "sd15"
-    child, sides = [PYTHON, str(HERE / "train.py")], ("mezzotint", "diffusers", "diffusers_cached")
-    return Row(
-        "train",
-        "a LoRA's step (rank 8), SD 1.5's shape with random weights, 512x512, batch 1, CPU, float32",
-        "step_s",
-        {side: [*child, side, str(random), "--steps", "3"] for side in sides},
-        also=("step_cpu_s", "peak_mb"),
-        runs=2,
-        warmups=0,
-        prepare=lambda: _prepare([PYTHON, str(HERE / "random_model.py"), "sd15", str(random)]),
-    )
-
-
-ROWS = {
-    "first_picture": first_picture,
-    "few_steps": few_steps,
-    "load_memory": load_memory,
-    "memory": memory,
-    "train": train,
-    "help": help_,
-}
-
-
-def _max_diff(one: Path, other: Path) -> int:
-    """Return the largest difference between two pictures, in levels of 255."""
-    from PIL import Image, ImageChops
-
-    with Image.open(one) as a, Image.open(other) as b:
-        extrema: Any = ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getextrema()
-    return int(max(high for _, high in extrema))
-
-
-def _prepare(command: list[str]) -> None:
-    subprocess.run(command, env=environment(), check=True)
-
-
 # Running
-
-
-def environment(threads: int | None = None) -> dict[str, str]:
-    """Return the environment of child processes: offline, with bytecode caching and a number of threads."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    variables |= {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-    return variables | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
 
 def run_once(command: list[str], picture: Path | None, threads: int | None) -> Measures:
@@ -232,13 +73,14 @@ def run_row(row: Row, threads: int | None = None) -> dict[str, Any]:
         run_once(row.commands[name], row.pictures.get(name), threads)
     runs: dict[str, list[Measures]] = {name: [] for name in names}
     for name in order(names, row.runs):
-        runs[name].append(run_once(row.commands[name], row.pictures.get(name), threads))
+        if len(runs[name]) < row.at_most.get(name, row.runs):
+            runs[name].append(run_once(row.commands[name], row.pictures.get(name), threads))
     sides = {name: summary(measured) for name, measured in runs.items()}
     record: dict[str, Any] = {
         "row": row.name,
         "about": row.about,
         "date": datetime.date.today().isoformat(),
-        "machine": machine(threads) | {"load_before": round(load, 2)},
+        "machine": machine(threads) | row.versions | {"load_before": round(load, 2)},
         "warmups": row.warmups,
         "commands": {name: shlex.join(shown(command)) for name, command in row.commands.items()},
         "measure": row.measure,
@@ -250,7 +92,7 @@ def run_row(row: Row, threads: int | None = None) -> dict[str, Any]:
     else:
         worst = max(side[row.measure]["median"] for side in sides.values())
         record |= {"limit": row.limit, "within_limit": worst < row.limit}
-    return record | {"checks": row.check()}
+    return record | {"not_run": row.not_run, "checks": row.check()}
 
 
 def summary(runs: list[Measures]) -> dict[str, dict[str, Any]]:
@@ -313,10 +155,10 @@ def _version(name: str) -> str:
 
 def shown(command: list[str]) -> list[str]:
     """Return a command without paths of this machine."""
-    places = {PYTHON: "python", str(ROOT) + os.sep: "", tempfile.gettempdir() + os.sep: "TMP/"}
+    places = {str(ROOT) + os.sep: "", tempfile.gettempdir() + os.sep: "TMP/"}
     for place, name in places.items():
-        command = [word.replace(place, name) for word in command]
-    return command
+        command = [command[0], *(word.replace(place, name) for word in command[1:])]
+    return ["python", *command[1:]]
 
 
 # Reporting
@@ -336,7 +178,22 @@ def table(record: dict[str, Any]) -> str:
         lines += [f"  {pair} of {measure}: {ratio:.3f}" for pair, ratio in record[key].items()]
     if "limit" in record:
         lines.append(f"  {main} is {'within' if record['within_limit'] else 'OVER'} its limit {record['limit']}")
-    lines += [f"  {name}: {value}" for name, value in record["checks"].items()]
+    lines += [f"  {name}: {value}" for name, value in (record["not_run"] | record["checks"]).items()]
+    return "\n".join(lines)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Format a record as a table for the documentation: medians, and in brackets what is ours of it."""
+    measures = [record["measure"], *(key.removeprefix("ratios_") for key in record if key.startswith("ratios_"))]
+    ours = next(iter(record["sides"].values()))
+    lines = [f"| {record['row']} | {' | '.join(measures)} | runs |", "|---" * (len(measures) + 2) + "|"]
+    for name, side in record["sides"].items():
+        cells = []
+        for measure in measures:
+            median, own = side[measure]["median"], ours[measure]["median"]
+            cells.append(f"{median:.4g}" + (f" ({own / median:.2f})" if side is not ours else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(side[measures[0]]['runs'])} |")
+    lines += [f"| {name} | {' | '.join([why] + [''] * len(measures))} |" for name, why in record["not_run"].items()]
     return "\n".join(lines)
 
 
@@ -348,6 +205,14 @@ def save(record: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def peer_python(text: str) -> tuple[str, str]:
+    """Parse PEER=PYTHON."""
+    peer, _, python = text.partition("=")
+    if peer not in PEERS or not python:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PEER=PYTHON, with {' or '.join(PEERS)} as PEER")
+    return peer, python
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(ROWS)
@@ -356,11 +221,35 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smoke test: one warm-up, two runs")
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every child process")
     parser.add_argument("--model", type=Path, default=BUNDLED, help="diffusers folder [default: the bundled model]")
+    parser.add_argument(
+        "--models", type=Path, help="folder that keeps models with random weights [default: none is kept]"
+    )
+    parser.add_argument("--dtype", default="float32", help="of step, decode and picture [default: float32]")
+    parser.add_argument("--size", type=int, help="pixels of a side, of the same rows [default: 512, SDXL 1024]")
+    parser.add_argument("--steps", type=int, help="of picture and picture_xl [default: 20, SDXL 4]")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        type=peer_python,
+        default=[],
+        metavar="PEER=PYTHON",
+        help=f"interpreter of {' or '.join(PEERS)}, where it is not in this environment; may be repeated",
+    )
+    parser.add_argument("--markdown", action="store_true", help="also print each record as a table for the documents")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON records")
     options = parser.parse_args()
     for name in options.rows:
         with tempfile.TemporaryDirectory(prefix="mezzotint-bench-") as folder:
-            row = ROWS[name](Path(folder), options.model.resolve())
+            setup = Setup(
+                Path(folder),
+                options.models.resolve() if options.models else Path(folder),
+                options.model.resolve(),
+                options.dtype,
+                options.size,
+                options.steps,
+                dict(options.peer_python),
+            )
+            row = ROWS[name](setup)
             if row.missing:
                 print(f"{name}: not run, {row.missing}", flush=True)
                 continue
@@ -369,6 +258,8 @@ def main() -> None:
             row.runs = options.runs or row.runs
             record = run_row(row, options.threads)
             print(f"{table(record)}\n  written to {os.path.relpath(save(record, options.out))}", flush=True)
+            if options.markdown:
+                print(markdown(record), flush=True)
 
 
 if __name__ == "__main__":
