@@ -1,13 +1,16 @@
 """Whole pictures by both: a folder that diffusers wrote, loaded by diffusers and by us, the same request.
 
-One small random model of each family, with the scheduler_config.json that the hub has. For test_pipeline.py, which
-holds the two against each other, and for table.py, which prints how far apart they are.
+One small random model of each family, with the scheduler_config.json that the hub has. The tests hold the two against
+each other, and table.py and the tests as scripts print how far apart they are.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,9 @@ class Drawn:
 
     latents: Tensor
     pixels: np.ndarray[Any, np.dtype[np.int16]]
+
+
+Both = Callable[[dict[str, Pair], str, str, Path], tuple[Drawn, Drawn] | None]
 
 
 def save(folder: Path, family: str, tokenizer: Tokenizer, encoders: list[Any], unet: Any, vae: Any) -> None:
@@ -114,30 +120,93 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 def theirs(pair: Pair, request: dict[str, Any], latents: Tensor | None = None, **flags: Any) -> Drawn:
     """What their pipeline draws: the scheduler of `request["sampler"]`, with `flags`, made from the model's own."""
-    pipe, names = pair.theirs, {"steps": "num_inference_steps", "count": "num_images_per_prompt"}
-    names |= {"crop": "crops_coords_top_left"}
-    options = {names.get(name, name): value for name, value in request.items()}
-    seed, sampler = options.pop("seed"), options.pop("sampler", None)
-    pipe.scheduler = pair.scheduler
+    return draw(pair.theirs, pair.scheduler, request, flags, latents=latents)
+
+
+NAMES = {
+    "steps": "num_inference_steps",
+    "count": "num_images_per_prompt",
+    "mask": "mask_image",
+    "only_masked": "padding_mask_crop",
+    "crop": "crops_coords_top_left",
+}
+
+
+def draw(pipe: Any, own: Any, request: dict[str, Any], flags: dict[str, Any] | None = None, **options: Any) -> Drawn:
+    """What a pipeline of theirs draws for a request.
+
+    Args:
+        pipe: The pipeline.
+        own: The model's scheduler, from whose configuration that of `request["sampler"]` is made.
+        request: Fields of a Request that it has arguments for.
+        flags: Other values of the scheduler's configuration.
+        options: Further arguments of the pipeline.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    given = {NAMES.get(name, name): value for name, value in request.items()}
+    seed, sampler = given.pop("seed"), given.pop("sampler", None)
+    pipe.scheduler = own
     if sampler is not None:
-        flags |= CLASSES[sampler].flags
-        pipe.scheduler = getattr(diffusers, CLASSES[sampler].name).from_config(pair.scheduler.config, **flags)
+        row = CLASSES[sampler]
+        pipe.scheduler = getattr(diffusers, row.name).from_config(own.config, **(flags or {}) | row.flags)
         if hasattr(pipe.scheduler, "noise_sampler_seed"):  # it draws nothing from the generators
             pipe.scheduler.noise_sampler_seed = [seed + k for k in range(request["count"])]
     generators = [torch.Generator().manual_seed(seed + k) for k in range(request["count"])]
-    final = []
+    final: list[Tensor] = []
 
     def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         final[:] = [tensors["latents"]]
         return {}
 
-    images = pipe(generator=generators, latents=latents, callback_on_step_end=keep, **options).images
+    def keep_last(_index: int, _timestep: Any, latents: Tensor) -> None:
+        final[:] = [latents]
+
+    new = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
+    hook = {"callback_on_step_end": keep} if new else {"callback": keep_last}
+    images = pipe(**{**given, "generator": generators, **hook, **options}).images
     return Drawn(final[0], pixels(images))
 
 
 def ours(pair: Pair, request: dict[str, Any], latents: Tensor | None = None, batch: int | None = 2) -> Drawn:
     result = pair.ours.generate(mezzotint.Request(**request, batch=batch), latents=latents)
     return Drawn(result.latents, pixels(result.images))
+
+
+def kind_of(request: dict[str, Any]) -> str:
+    """Which pipeline of theirs a request needs: of a mask, a picture or text."""
+    return "mask" if "mask" in request else "picture" if "image" in request else "text"
+
+
+def unsized(request: dict[str, Any]) -> dict[str, Any]:
+    """A request for a pipeline that takes the size of its picture."""
+    return {name: value for name, value in request.items() if name not in ("width", "height")}
+
+
+def only_inside(mask: Image.Image, *drawn: Drawn) -> tuple[Drawn, ...]:
+    """Pictures without their pixels outside a mask, where diffusers keeps none of the original."""
+    inside = np.asarray(mask) > 127
+    for each in drawn:
+        each.pixels[:, ~inside] = 0
+    return drawn
+
+
+def print_table(title: str, columns: Sequence[str], cases: Iterable[str], both: Both) -> None:
+    """Print how far apart pictures are, a row for each case and a column for each family.
+
+    `both(pairs, family, case, place)` returns a case's picture by both, or None where there is none.
+    """
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = build(Path(folder))
+        print(f"| {title} | " + " | ".join(f"{family}: latents, pixels" for family in columns) + " |")
+        for case in cases:
+            cells = []
+            for family in columns:
+                drawn = both(pairs, family, case, Path(folder, "files", case, family))
+                latents, greatest, _ = apart(*drawn) if drawn else (0.0, 0, 0.0)
+                cells.append(f"{latents:.1e}, {greatest}" if drawn else "")
+            print(f"| {case} | {' | '.join(cells)} |")
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray[Any, np.dtype[np.int16]]:

@@ -7,7 +7,6 @@ prints how far apart they are, in every case with every family.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ import torch
 from diffusers import ControlNetModel, MultiControlNetModel
 from PIL import Image
 
-import mezzotint
 import pictures
-from mezzotint.samplers.diffusers_classes import CLASSES
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, pixels, same
+from pictures import Drawn, Pair, different, draw, same
 from test_controlnet import theirs as network
 
 pytestmark = [
@@ -80,54 +77,41 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 def both(pair: Pair, family: str, case: str, place: Path) -> tuple[Drawn, Drawn]:
     """The picture of a case, ours and theirs."""
     entries, changes = CASES[case]
-    xl, kind = family == "sdxl", "mask" if "mask" in changes else "picture" if "image" in changes else "text"
-    nets = [network(family, seed=10 + k) for k in range(len(entries))]
-    for k, net in enumerate(nets):
-        net.save_pretrained(place / str(k))
-    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 5, "guidance_scale": 6.0, "seed": 7, "count": 1}
-    size = {} if kind == "picture" else {"width": SIZE[0], "height": SIZE[1]}
-    request = usual | size | changes
+    request = pictures.fields(guidance_scale=6.0) | changes
+    xl, kind = family == "sdxl", pictures.kind_of(request)
+    request = pictures.unsized(request) if kind == "picture" else request
+    for k in range(len(entries)):
+        network(family, seed=10 + k).save_pretrained(place / str(k))
     control = [{"file": place / str(k), **entry} for k, entry in enumerate(entries)]
-    result = pair.ours.generate(mezzotint.Request(**request, control=control, batch=2))
-    mine = Drawn(result.latents, pixels(result.images))
+    mine = pictures.ours(pair, request | {"control": control})
 
     loaded = [ControlNetModel.from_pretrained(place / str(k)) for k in range(len(entries))]
     many = len(loaded) > 1
     components = {**pair.theirs.components, "controlnet": MultiControlNetModel(loaded) if many else loaded[0]}
     pipe = PIPELINES[xl, kind](**components, **({} if xl else {"requires_safety_checker": False}))
-    pipe.set_progress_bar_config(disable=True)
-    row = CLASSES[request["sampler"]]
-    pipe.scheduler = getattr(diffusers, row.name).from_config(pair.scheduler.config, **row.flags)
     shown = [entry.get("image", masked_picture() if kind == "mask" else None) for entry in entries]
     if kind != "text" and many:  # their pipeline cannot mix tensors and pictures of other sizes
         shown = [
             each if isinstance(each, torch.Tensor) else each.resize(SIZE, Image.Resampling.LANCZOS) for each in shown
         ]
-    names = {"steps": "num_inference_steps", "count": "num_images_per_prompt", "mask": "mask_image"}
-    names |= {"only_masked": "padding_mask_crop"}
-    options = {names.get(name, name): value for name, value in request.items() if name not in ("seed", "sampler")}
-    options["image" if kind == "text" else "control_image"] = shown if many else shown[0]
 
     def of(field: str, default: float) -> Any:
         values = [float(entry.get(field, default)) for entry in entries]
         return values if many else values[0]
 
-    final: list[torch.Tensor] = []
-
-    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        final[:] = [tensors["latents"]]
-        return {}
-
-    images = pipe(
-        **options,
+    expected = draw(
+        pipe,
+        pair.scheduler,
+        request,
+        **{"image" if kind == "text" else "control_image": shown if many else shown[0]},
         controlnet_conditioning_scale=of("scale", 1.0),
         control_guidance_start=of("start", 0.0),
         control_guidance_end=of("end", 1.0),
         guess_mode=entries[0].get("mode") == "guess",
-        generator=[torch.Generator().manual_seed(7 + k) for k in range(request["count"])],
-        callback_on_step_end=keep,
-    ).images
-    return mine, Drawn(final[0], pixels(images))
+    )
+    if kind == "mask" and "only_masked" not in changes:
+        pictures.only_inside(blot(), mine, expected)
+    return mine, expected
 
 
 TESTED = [
@@ -140,30 +124,11 @@ TESTED = [
 @pytest.mark.parametrize(("family", "case"), TESTED)
 def test_pictures_are_those_of_diffusers(pairs: dict[str, Pair], family: str, case: str, tmp_path: Path) -> None:
     mine, expected = both(pairs[family], family, case, tmp_path)
-    if "mask" in CASES[case][1] and "only_masked" not in CASES[case][1]:
-        # diffusers keeps no pixels there
-        inside = np.asarray(blot()) > 127
-        mine.pixels[:, ~inside] = expected.pixels[:, ~inside] = 0
     same(mine, expected)
-    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 5, "guidance_scale": 6.0, "seed": 7, "count": 1}
-    plain = usual | {"width": SIZE[0], "height": SIZE[1]} | CASES[case][1]
-    different(mine, pictures.ours(pairs[family], plain))
-
-
-def print_table() -> None:
-    """Print the distances, a row for each case."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = pictures.build(Path(folder))
-        print("| ControlNet | " + " | ".join(f"{family}: latents, pixels" for family in ("sd1", "sd2", "sdxl")) + " |")
-        for case in CASES:
-            cells = []
-            for family in ("sd1", "sd2", "sdxl"):
-                latents, greatest, _ = apart(*both(pairs[family], family, case, Path(folder, case, family)))
-                cells.append(f"{latents:.1e}, {greatest}")
-            print(f"| {case} | {' | '.join(cells)} |")
+    plain = pictures.ours(pairs[family], pictures.fields(guidance_scale=6.0) | CASES[case][1])
+    different(mine, plain)
 
 
 if __name__ == "__main__":
-    print_table()
+    families = ("sd1", "sd2", "sdxl")
+    pictures.print_table("ControlNet", families, CASES, lambda pairs, *rest: both(pairs[rest[0]], *rest))

@@ -7,7 +7,6 @@ prints how far apart pictures are in every case, and how far the attention over 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,15 @@ from safetensors.torch import save_file
 from tolerances import EPS
 from torch import Tensor
 
-import mezzotint
 import pictures
 import tiny
 from mezzotint.config import ControlNetUnionConfig, UNetConfig
 from mezzotint.models.controlnet_union import ControlNetUnion
 from mezzotint.models.unet import Condition, UNet
 from mezzotint.placement import Placement
-from mezzotint.samplers.diffusers_classes import CLASSES
 from mezzotint.weights import inspect_model
 from mezzotint.weights.control_files import scan_control
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, pixels, same
+from pictures import Drawn, Pair, different, draw, same
 from test_controlled_pictures import SIZE, blot, drawing
 from test_controlnet import FULL, OF_UNET, inputs, original
 
@@ -211,7 +208,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "inpainting": ([{"type": "repaint", "scale": 0.9}], MASKED | {"sampler": "ddim"}),
 }
 PIPELINES = {
-    "": diffusers.StableDiffusionXLControlNetUnionPipeline,
+    "text": diffusers.StableDiffusionXLControlNetUnionPipeline,
     "picture": diffusers.StableDiffusionXLControlNetUnionImg2ImgPipeline,
     "mask": diffusers.StableDiffusionXLControlNetUnionInpaintPipeline,
 }
@@ -231,82 +228,51 @@ def both(pair: Pair, case: str, place: Path) -> tuple[Drawn, Drawn]:
     nets = [theirs(50 + k) for k in range(len(entries))]
     for k, net in enumerate(nets):
         net.save_pretrained(place / str(k))
-    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 5, "guidance_scale": 6.0, "seed": 7, "count": 1}
-    request = usual | {"width": SIZE[0], "height": SIZE[1]} | changes
+    request = pictures.fields(guidance_scale=6.0) | changes
     control = [{"file": place / str(k), **entry} for k, entry in enumerate(entries)]
-    result = pair.ours.generate(mezzotint.Request(**request, control=control, batch=2))
-    mine = Drawn(result.latents, pixels(result.images))
+    mine = pictures.ours(pair, request | {"control": control})
 
-    mode = "mask" if "mask" in changes else "picture" if "image" in changes else ""
-    many = len(nets) > 1
+    mode, many = pictures.kind_of(request), len(nets) > 1
     for net in nets:  # in guess mode the pipelines pass the types of both halves of guidance
         plain = net.forward
         net.forward = lambda sample, *rest, control_type, plain=plain, **named: plain(
             sample, *rest, control_type=control_type[: len(sample)], **named
         )
     pipe = PIPELINES[mode](**pair.theirs.components, controlnet=MultiControlNetUnionModel(nets) if many else nets[0])
-    pipe.set_progress_bar_config(disable=True)
-    row = CLASSES[request["sampler"]]
-    pipe.scheduler = getattr(diffusers, row.name).from_config(pair.scheduler.config, **row.flags)
-    names = {"steps": "num_inference_steps", "count": "num_images_per_prompt", "mask": "mask_image"}
-    options = {names.get(name, name): value for name, value in request.items() if name not in ("seed", "sampler")}
-    if mode == "picture":
-        options.pop("width"), options.pop("height")
     grouped = [[entry, *entry.get("more", ())] for entry in entries]
     shown = [[one.get("image") or blackened() for one in group] for group in grouped]
-    if mode:
+    if mode != "text":
         shown = [[each.resize(SIZE, pictures.Image.Resampling.LANCZOS) for each in group] for group in shown]
     kinds = [[NUMBERS.get(one["type"], one["type"]) for one in group] for group in grouped]
     scales = [[one["scale"] for one in group] for group in grouped]
     starts, ends = ([float(entry.get(name, usual)) for entry in entries for _ in grouped[0]]
                     for name, usual in (("start", 0.0), ("end", 1.0)))  # fmt: skip
-    # of several networks each has one picture, which the pipelines put in a list of its own
-    options |= {
-        "control_image": [one for group in shown for one in group],
-        "control_mode": [kind for group in kinds for kind in group],
-    }
-    final: list[Tensor] = []
-
-    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        final[:] = [tensors["latents"]]
-        return {}
-
-    images = pipe(
-        **options,
+    expected = draw(
+        pipe,
+        pair.scheduler,
+        pictures.unsized(request) if mode == "picture" else request,
+        # of several networks each has one picture, which the pipelines put in a list of its own
+        control_image=[one for group in shown for one in group],
+        control_mode=[kind for group in kinds for kind in group],
         controlnet_conditioning_scale=[each for group in scales for each in group],
         control_guidance_start=starts,
         control_guidance_end=ends,
         guess_mode=entries[0].get("mode") == "guess",
-        generator=[torch.Generator().manual_seed(7 + k) for k in range(request["count"])],
-        callback_on_step_end=keep,
-    ).images
-    return mine, Drawn(final[0], pixels(images))
+    )
+    if mode == "mask":
+        pictures.only_inside(blot(), mine, expected)
+    return mine, expected
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pictures_are_those_of_diffusers(pairs: dict[str, Pair], case: str, tmp_path: Path) -> None:
     mine, expected = both(pairs["sdxl"], case, tmp_path)
-    if "mask" in CASES[case][1]:  # diffusers keeps no pixels there
-        inside = np.asarray(blot()) > 127
-        mine.pixels[:, ~inside] = expected.pixels[:, ~inside] = 0
     same(mine, expected)
     if case == "two in one":
-        different(mine, pictures.ours(pairs["sdxl"], pictures.fields(guidance_scale=6.0, **CASES[case][1])))
-
-
-def print_table() -> None:
-    """Print the distances, a row for each case."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    for name, distance in attention_distances().items():
-        print(f"attention, {name}: {distance:.1e}")
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = pictures.build(Path(folder))
-        print("| ControlNet Union | sdxl: latents, pixels |")
-        for case in CASES:
-            latents, greatest, _ = apart(*both(pairs["sdxl"], case, Path(folder, case)))
-            print(f"| {case} | {latents:.1e}, {greatest} |")
+        different(mine, pictures.ours(pairs["sdxl"], pictures.fields(guidance_scale=6.0) | CASES[case][1]))
 
 
 if __name__ == "__main__":
-    print_table()
+    for name, distance in attention_distances().items():
+        print(f"attention, {name}: {distance:.1e}")
+    pictures.print_table("ControlNet Union", ("sdxl",), CASES, lambda pairs, family, *rest: both(pairs[family], *rest))

@@ -27,8 +27,7 @@ from transformers import CLIPTokenizer
 import mezzotint
 import tiny
 from mezzotint.models.tokenizer import Tokenizer
-from mezzotint.samplers.diffusers_classes import CLASSES
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, ours, pixels, same
+from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, draw, ours, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -93,24 +92,7 @@ def fields(**changes: Any) -> dict[str, Any]:
 def theirs(pair: Pair, kind: Callable[..., Any], request: dict[str, Any], **config: Any) -> Drawn:
     """What their pipeline of this kind draws, one picture after another: each from its own generator."""
     pipe = kind(**{**pair.theirs.components, "scheduler": pair.scheduler}, **NO_CHECKER.get(kind, {}), **config)
-    pipe.set_progress_bar_config(disable=True)
-    names = {"steps": "num_inference_steps", "count": "num_images_per_prompt", "mask": "mask_image"}
-    names |= {"only_masked": "padding_mask_crop"}
-    options = {names.get(name, name): value for name, value in request.items()}
-    seed, sampler = options.pop("seed"), options.pop("sampler")
-    row = CLASSES[sampler]
-    pipe.scheduler = getattr(diffusers, row.name).from_config(pair.scheduler.config, **row.flags)
-    if hasattr(pipe.scheduler, "noise_sampler_seed"):
-        pipe.scheduler.noise_sampler_seed = [seed + k for k in range(request["count"])]
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(request["count"])]
-    final = []
-
-    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        final[:] = [tensors["latents"]]
-        return {}
-
-    images = pipe(generator=generators, callback_on_step_end=keep, **options).images
-    return Drawn(final[0], pixels(images))
+    return draw(pipe, pair.scheduler, request)
 
 
 NO_CHECKER = {

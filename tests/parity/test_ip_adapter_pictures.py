@@ -8,12 +8,10 @@ prints how far apart they are, in every case with every family.
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
@@ -22,13 +20,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import mezzotint
 import pictures
-from mezzotint.samplers.diffusers_classes import CLASSES
 from mezzotint.weights.save_tensors import write_tensors
-from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, pixels, same
-from test_adapters import factors, peft
+from pictures import Drawn, Pair, different, draw, same
 from test_controlled_pictures import SIZE, blot, drawing
 from test_controlnet import theirs as control_network
 from test_ip_adapter import EMBED, HIDDEN, adapter_weights
+from test_t2i_adapter import write_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -104,11 +101,10 @@ def both(pair: Pair, family: str, case: str, place: Path) -> tuple[Drawn, Drawn]
     """The picture of a case, ours and theirs."""
     entries, changes = CASES[case]
     folder = write_files(place, pair)
-    xl, image = family == "sdxl", "mask" if "mask" in changes else "picture" if "image" in changes else "text"
+    request = pictures.fields(guidance_scale=6.0, steps=3) | changes
+    xl, image = family == "sdxl", pictures.kind_of(request)
     kind = "control" if "control" in changes else "pag" if "pag_scale" in changes else image
-    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 3, "guidance_scale": 6.0, "seed": 7, "count": 1}
-    size = {} if kind == "picture" else {"width": SIZE[0], "height": SIZE[1]}
-    request = usual | size | changes
+    request = pictures.unsized(request) if kind == "picture" else request
     scales = [BLOCKS[family] if entry["scale"] == "blocks" else entry["scale"] for entry in entries]
     adapters = [
         {
@@ -124,44 +120,31 @@ def both(pair: Pair, family: str, case: str, place: Path) -> tuple[Drawn, Drawn]
         components["controlnet"] = network = control_network(family, seed=10)
         network.save_pretrained(place / "net")
     control = [{"file": place / "net", "image": changes["control"]}] if kind == "control" else None
-    if scale := request.pop("loras", None):
-        lora = peft({name: pair for name, pair in factors(pair).items() if name.startswith("unet.")})
-        request["loras"] = [(str(write_tensors(place / "lora.safetensors", lora)), scale)]
-    result = pair.ours.generate(mezzotint.Request(**{**request, "control": control}, ip_adapter=adapters, batch=2))
-    mine = Drawn(result.latents, pixels(result.images))
+    scale = request.pop("loras", None)
+    own = {"loras": [(str(write_lora(place / "lora.safetensors", pair)), scale)]} if scale else {}
+    mine = pictures.ours(pair, {**request, "control": control, "ip_adapter": adapters} | own)
 
     pipe = PIPELINES[xl, kind](**components, **({} if xl else {"requires_safety_checker": False}))
     names = [f"{entry['kind']}.safetensors" for entry in entries]
     pipe.load_ip_adapter(str(place), subfolder="models", weight_name=names, low_cpu_mem_usage=False)
-    if request.pop("loras", None):
+    if scale:
         pipe.load_lora_weights(place / "lora.safetensors", adapter_name="one")
         pipe.set_adapters("one", scale)
     pipe.set_ip_adapter_scale([[*s] if isinstance(s, tuple) else s for s in scales])
-    pipe.set_progress_bar_config(disable=True)
-    row = CLASSES[request["sampler"]]
-    pipe.scheduler = getattr(diffusers, row.name).from_config(pair.scheduler.config, **row.flags)
-    names_of = {"steps": "num_inference_steps", "count": "num_images_per_prompt", "mask": "mask_image"}
-    names_of |= {"control": "image"}
-    options = {names_of.get(name, name): value for name, value in request.items() if name not in ("seed", "sampler")}
+    options: dict[str, Any] = {}
+    if "control" in request:
+        options["image"] = request.pop("control")
     if any("mask" in entry for entry in entries):
         processor = IPAdapterMaskProcessor()
         masks = [
             processor.preprocess(entry["mask"], height=SIZE[1], width=SIZE[0]).transpose(0, 1) for entry in entries
         ]
         options["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
-    final: list[torch.Tensor] = []
-
-    def keep(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        final[:] = [tensors["latents"]]
-        return {}
-
-    images = pipe(
-        **options,
-        ip_adapter_image=[entry["image"] for entry in entries],
-        generator=[torch.Generator().manual_seed(7 + k) for k in range(request["count"])],
-        callback_on_step_end=keep,
-    ).images
-    return mine, Drawn(final[0], pixels(images))
+    shown = [entry["image"] for entry in entries]
+    expected = draw(pipe, pair.scheduler, request, ip_adapter_image=shown, **options)
+    if kind == "mask":
+        pictures.only_inside(blot(), mine, expected)
+    return mine, expected
 
 
 SHORT = {"sd1": set(CASES) - {"plain", "Plus", "several pictures"}, "sdxl": {"scales by block", "masks"}}
@@ -180,28 +163,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("family", "case"), TESTED)
 def test_pictures_are_those_of_diffusers(pairs: dict[str, Pair], family: str, case: str, files: Path) -> None:
     mine, expected = both(pairs[family], family, case, files / family)
-    if "mask" in CASES[case][1]:
-        inside = np.asarray(blot()) > 127  # diffusers keeps no pixels elsewhere
-        mine.pixels[:, ~inside] = expected.pixels[:, ~inside] = 0
     same(mine, expected)
     if case == "two adapters":
         different(mine, pictures.ours(pairs[family], pictures.fields(guidance_scale=6.0, steps=3, sampler="ddim")))
 
 
-def print_table() -> None:
-    """Print the distances, a row for each case."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = pictures.build(Path(folder))
-        print("| IP-Adapter | " + " | ".join(f"{family}: latents, pixels" for family in ("sd1", "sdxl")) + " |")
-        for case in CASES:
-            cells = []
-            for family in ("sd1", "sdxl"):
-                latents, greatest, _ = apart(*both(pairs[family], family, case, Path(folder, "files", family)))
-                cells.append(f"{latents:.1e}, {greatest}")
-            print(f"| {case} | {' | '.join(cells)} |")
+def test_their_embeddings_are_ours_and_draw_the_same(pairs: dict[str, Pair], files: Path) -> None:
+    """`prepare_ip_adapter_image_embeds`, given to `ip_adapter_image_embeds` and to `embeds`."""
+    pair, names = pairs["sd1"], ("plain.safetensors", "plus.safetensors")
+    folder = write_files(files / "sd1", pair)
+    pipe = diffusers.StableDiffusionPipeline(
+        **{**pair.theirs.components, "unet": copy.deepcopy(pair.theirs.unet)}, requires_safety_checker=False
+    )
+    pipe.load_ip_adapter(str(folder.parent), subfolder="models", weight_name=[*names], low_cpu_mem_usage=False)
+    shown = [SEVERAL["image"], PLUS["image"]]
+    embeds = pipe.prepare_ip_adapter_image_embeds(shown, None, torch.device("cpu"), 1, True)
+    for name, images, found in zip(names, shown, embeds, strict=True):
+        torch.testing.assert_close(mezzotint.embed_images(folder / name, images, device="cpu"), found)
+    request = pictures.fields(steps=2, sampler="euler")
+    adapters = [{"file": folder / name, "embeds": found} for name, found in zip(names, embeds, strict=True)]
+    mine = pictures.ours(pair, request | {"ip_adapter": adapters})
+    same(mine, draw(pipe, pair.scheduler, request, ip_adapter_image_embeds=embeds))
 
 
 if __name__ == "__main__":
-    print_table()
+    pictures.print_table("IP-Adapter", ("sd1", "sdxl"), CASES, lambda pairs, *rest: both(pairs[rest[0]], *rest))

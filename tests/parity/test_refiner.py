@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 import mezzotint
@@ -25,10 +25,14 @@ from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.samplers.diffusers_classes import CLASSES
 from mezzotint.weights import Parts
 from mezzotint.weights.save_single import _tensors, check_single
+from mezzotint.weights.save_tensors import write_tensors
 from mezzotint.weights.single import plan_file
 from pictures import NEGATIVE, PROMPT, Drawn, Pair, apart, different, pixels, same
 from test_img2img import fields, photograph, theirs
+from test_ip_adapter import EMBED, adapter_weights
 from test_single_file import full_size, hollow_file
+from test_t2i_adapter import KINDS
+from test_t2i_adapter import theirs as adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -175,22 +179,21 @@ def mine_after(base: Pair, refiner: Pair, request: dict[str, Any], **changes: An
     return Drawn(result.latents, pixels(result.images))
 
 
-def theirs_after(base: Pair, refiner: Pair, request: dict[str, Any]) -> Drawn:
-    """Two pipelines of theirs, one after the other, with the same generators."""
+def theirs_after(base: Pair, refiner: Pair, request: dict[str, Any], adapter: Any = None, **of_it: Any) -> Drawn:
+    """Two pipelines of theirs, one after the other, with the same generators; the first may have a T2I-Adapter."""
     row, parts = CLASSES[request["sampler"]], base.theirs.components
-    names = {"steps": "num_inference_steps", "count": "num_images_per_prompt"}
     skipped = ("seed", "sampler", "refiner_at", "aesthetic_score")
-    options = {names.get(name, name): value for name, value in request.items() if name not in skipped}
+    options = {pictures.NAMES.get(name, name): value for name, value in request.items() if name not in skipped}
     options["generator"] = [torch.Generator().manual_seed(request["seed"] + k) for k in range(request["count"])]
     kind: Any = StableDiffusionXLImg2ImgPipeline if "image" in request else StableDiffusionXLPipeline
-    first = kind(**parts)
+    first = StableDiffusionXLAdapterPipeline(**adapted(parts), adapter=adapter) if adapter else kind(**parts)
     own = {**refiner.theirs.components, "vae": parts["vae"]}
     second = StableDiffusionXLImg2ImgPipeline(**own, **CONFIG)
     for pipe in (first, second):
         pipe.scheduler = getattr(diffusers, row.name).from_config(SCHEDULER, **row.flags)
         pipe.set_progress_bar_config(disable=True)
     at = request["refiner_at"]
-    latents = first(**options, denoising_end=at, output_type="latent").images
+    latents = first(**options, **of_it, denoising_end=at, output_type="latent").images
     for name in ("width", "height", "strength"):
         options.pop(name, None)
     final: list[torch.Tensor] = []
@@ -210,6 +213,29 @@ def test_the_last_steps_are_the_refiners(pairs: dict[str, Pair], refiner: Pair, 
     request = request_of(case)
     mine = mine_after(pairs["sdxl"], refiner, request)
     same(mine, theirs_after(pairs["sdxl"], refiner, request))
+
+
+def adapted(parts: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in parts.items() if name != "image_encoder"}
+
+
+def test_a_t2i_adapter_acts_before_the_refiner(pairs: dict[str, Pair], refiner: Pair, tmp_path: Path) -> None:
+    """As their adapter's pipeline with denoising_end; the refiner's plan has nothing of it, nor of an IP-Adapter."""
+    net = adapter("full", **KINDS["xl"])
+    net.save_pretrained(tmp_path / "net")
+    request = request_of("euler") | {"width": 80, "height": 112, "count": 1, "steps": 5}
+    control = [{"file": tmp_path / "net", "image": photograph(80, 112), "scale": 0.8}]
+    mine = mine_after(pairs["sdxl"], refiner, request, control=control)
+    options = {"image": photograph(80, 112), "adapter_conditioning_scale": 0.8}
+    with torch.no_grad():
+        same(mine, theirs_after(pairs["sdxl"], refiner, request, net, **options))
+    different(mine, mine_after(pairs["sdxl"], refiner, request))
+    write_tensors(tmp_path / "ip.safetensors", adapter_weights(pairs["sdxl"].theirs.unet, "plain"))
+    prompted = {"file": tmp_path / "ip.safetensors", "embeds": torch.zeros(2, 1, EMBED)}
+    fields = {**request, "refiner": refiner.ours.parts.source, "control": control, "ip_adapter": [prompted]}
+    plan = pairs["sdxl"].ours.plan(mezzotint.Request(**fields))
+    assert plan.controls and plan.ip_adapters and plan.refined is not None
+    assert not (plan.refined.controls or plan.refined.ip_adapters or plan.refined.request.ip_adapter)
 
 
 def main() -> None:
