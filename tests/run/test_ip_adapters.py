@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_a_sentence(
     refused(entry(folder, encoder=other), "has hidden states of 16 and an embedding of 20; give the one")
     refused(entry(folder, 0, 1, mask=[face()] * 3), r"mask has 3 masks for 2 pictures")
     refused(entry(folder, 0, 1, scale=[1, 0.5]), r"scale has 2 numbers, one for each picture, and they have no mask")
+    tiled = {"image": face(size=(96, 64)), "tile": 64}
+    refused(entry(folder, mask=face()), "mask and tile are given; a mask is one of the whole picture", **tiled)
     refused(entry(folder, mask=face(size=(40, 20))), r"mask\[0\] is 40x20; it must have the shape .* picture, 32x32")
     refused(entry(folder, scale={"up": {"block_7": 1}}), r"scale names up.block_7; the cross-attentions .* are in down")
     refused(entry(folder, scale={"mid": [1, 1]}), r"scale has 2 numbers for mid; it has 1 transformers")
@@ -261,6 +263,28 @@ def test_it_composes_and_is_drawn_again(sd1: mezzotint.Pipeline, folder: Path, t
         again(sd1, source, inputs=found)
     files = [{"file": str(folder / "models" / f"{name}.safetensors")} for name in ("plain", "full")]
     assert judge(source, again(sd1, source, inputs=found, ip_adapters=files)[0]).identical
+
+
+def test_masks_act_beside_regions_and_pictures_in_tiles(sd1: mezzotint.Pipeline, folder: Path) -> None:
+    """A mask of no place changes nothing; one of all places is none; each tile takes the picture."""
+    regions = [
+        {"prompt": "a lemon", "box": (0.0, 0.0, 0.5, 1.0)},
+        {"prompt": "a background", "box": (0.5, 0.0, 1.0, 1.0)},
+    ]
+    request = Request("", seed=2, steps=2, regions=regions)
+
+    def latents(**fields: Any) -> torch.Tensor:
+        return sd1.generate(request.replace(ip_adapter=[entry(folder, **fields)])).latents
+
+    everywhere = latents()
+    assert torch.allclose(latents(mask=Image.new("L", (8, 8), 255)), everywhere, atol=1e-5)
+    assert torch.allclose(latents(mask=Image.new("L", (8, 8))), sd1.generate(request).latents, atol=1e-5)
+    half = Image.new("L", (32, 32))
+    half.paste(255, (0, 0, 16, 32))
+    assert not torch.allclose(latents(mask=half), everywhere, atol=1e-2)
+    tiled = Request("a lemon", seed=2, steps=2, image=face(size=(96, 64)), strength=0.5, tile=64)
+    adapted = sd1.generate(tiled.replace(ip_adapter=[entry(folder)])).latents
+    assert not torch.allclose(adapted, sd1.generate(tiled).latents, atol=1e-2)
 
 
 def test_what_overflows_runs_in_float32(sd1_folder: Path, folder: Path) -> None:
