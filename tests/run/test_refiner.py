@@ -268,7 +268,7 @@ def test_the_first_unet_is_let_go_before_the_refiners_is_loaded(
     monkeypatch.setattr(offload, "MIN_OFFLOAD_NUMEL", 100)
     pipe = mezzotint.load(place / "base", device="cpu", placement=Placement(weights="offload"))
     held: list[tuple[bool, bool]] = []
-    refiners: list[torch.nn.Module] = []
+    loaded = pipe._model.refiners
 
     def onloaded(network: torch.nn.Module) -> bool:
         layers = [m for m in network.modules() if isinstance(m, offload.OffloadedLayer)]
@@ -278,9 +278,10 @@ def test_the_first_unet_is_let_go_before_the_refiners_is_loaded(
 
     for step in pipe.stream(asked):
         last = step
-        refiners[:] = [pipe._model.refiners._loaded[1].unet]  # type: ignore[index]
-        held.append((onloaded(pipe.unet), onloaded(refiners[0])))
+        kept = loaded.load(loaded.read(str(asked.refiner)))
+        assert kept is not None
+        held.append((onloaded(pipe.unet), onloaded(kept.unet)))
     assert switch and switch.step
     assert held == [(True, False)] * switch.step + [(False, True)] * (6 - switch.step)
     assert last.x.equal(expected)
-    assert not onloaded(pipe.unet) and not onloaded(refiners[0])
+    assert not onloaded(pipe.unet) and not onloaded(kept.unet)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ from mezzotint.models.t2i_adapter import T2IAdapter, T2IRun
 from mezzotint.models.unet import UNet
 from mezzotint.placement import Placement
 from mezzotint.request import Request
+from mezzotint.run.kept import Descriptions, LastRun
 from mezzotint.weights.control_files import ControlFiles, scan_control
 from mezzotint.weights.t2i_files import T2IFiles, feature_places
 
@@ -66,9 +67,8 @@ class ControlNets:
             placement: The model's placement.
         """
         self._unet, self._device, self._dtype, self._placement = unet, device, dtype, placement
-        self._scanned: dict[str, tuple[object, Files, str]] = {}
-        self._networks: dict[str, Network] = {}
-        self._lock = threading.Lock()
+        self._described = Descriptions[tuple[Files, str]](lambda found: found[0].paths)
+        self._networks = LastRun[Network]()
 
     def read(self, entries: Sequence[Control]) -> tuple[ControlInput, ...]:
         """Describe the files of a request's entries.
@@ -79,42 +79,26 @@ class ControlNets:
         found = []
         for k, entry in enumerate(entries):
             try:
-                found.append(self._scan(entry))
+                files, digest = self._described.get(entry.file, partial(self._describe, entry.file))
             except CheckpointError as error:
                 raise CheckpointError(f"control[{k}].file: {error}") from None
+            found.append(ControlInput(entry, files, digest))
         return tuple(found)
 
     def load(self, inputs: Sequence[ControlInput]) -> list[Network]:
         """Return the networks, and forget those that are not among them."""
-        with self._lock:
-            kept: dict[str, Network] = {}
-            for one in inputs:
-                network = kept.get(one.digest) or self._networks.get(one.digest)
-                kept[one.digest] = network or one.files.load(self._unet, self._dtype, self._device, self._placement)
-            self._networks = kept
-            return [kept[one.digest] for one in inputs]
+        to = self._unet, self._dtype, self._device, self._placement
+        networks = self._networks.get({one.digest: partial(one.files.load, *to) for one in inputs})
+        return [networks[one.digest] for one in inputs]
 
     def check(self, plan: RunPlan) -> None:
         """Check the entries of a plan, with hires those of both passes; see `check_files`."""
         for each in (plan, *([plan.second_pass] if plan.second_pass else [])):
             check_files(each, [one.files for one in plan.controls], self._unet.config)
 
-    def _scan(self, entry: Control) -> ControlInput:
-        with self._lock:
-            known = self._scanned.get(entry.file)
-            if known is None or known[0] != _state(known[1]):
-                files = scan_control(entry.file, self._unet.config)
-                known = self._scanned[entry.file] = _state(files), files, files.digest
-            return ControlInput(entry, known[1], known[2])
-
-
-def _state(files: Files) -> object:
-    """Return what changes when a ControlNet's files are written."""
-    try:
-        found = [path.stat() for path in files.paths]
-        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in found]
-    except OSError:
-        return None
+    def _describe(self, name: str) -> tuple[Files, str]:
+        files = scan_control(name, self._unet.config)
+        return files, files.digest
 
 
 def check_controls(request: Request) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mezzotint.models.ip_adapter import ImagePrompt, cross_layers
 from mezzotint.models.offload import onload
 from mezzotint.placement import Placement
 from mezzotint.request import Request
+from mezzotint.run.kept import Descriptions, LastRun
 from mezzotint.run.safety import checker_placement
 from mezzotint.weights.ip_adapter_files import AdapterFiles, read_embeds, scan_encoder, scan_ip_adapter
 from mezzotint.weights.vision_files import VisionFiles
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mezzotint.run.plan import RunPlan
 
 OTHER_SHAPE = 0.02  # of a side: less is the rounding to multiples of 8
+F = TypeVar("F", AdapterFiles, VisionFiles)
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each cross-attention
 
 
@@ -74,9 +76,9 @@ class ImagePrompts:
             placement: Its placement.
         """
         self._unet, self._device, self._dtype, self._placement = unet, device, dtype, placement
-        self._hashes: dict[Path, tuple[object, str]] = {}
-        self._kept: dict[Hashable, tuple[Layers, Layers]] = {}
-        self._lock = threading.Lock()
+        self._adapters = Descriptions[tuple[AdapterFiles, str]](lambda found: [found[0].path])
+        self._encoders = Descriptions[tuple[VisionFiles, str]](lambda found: found[0].paths)
+        self._kept = LastRun[tuple[Layers, Layers]]()
 
     def read(self, entries: Sequence[IPAdapter]) -> tuple[AdapterInput, ...]:
         """Describe the files of a request's entries.
@@ -86,19 +88,22 @@ class ImagePrompts:
         """
         found = []
         for k, entry in enumerate(entries):
-            field, encoder = f"ip_adapter[{k}]", None
+            field = f"ip_adapter[{k}]"
+            encoder: tuple[VisionFiles | None, str] = None, ""
             try:
-                files = scan_ip_adapter(entry.file, self._unet)
+                files, digest = self._adapters.get(
+                    entry.file, partial(_with_digest, scan_ip_adapter, entry.file, self._unet)
+                )
             except CheckpointError as error:
                 raise CheckpointError(f"{field}.file: {error}") from None
             try:
                 if entry.embeds is None:
-                    encoder = scan_encoder(entry.encoder, files)
+                    describe = partial(_with_digest, scan_encoder, entry.encoder, files)
+                    encoder = self._encoders.get((entry.encoder, files.path), describe)
             except CheckpointError as error:
                 raise CheckpointError(f"{field}.encoder: {error}") from None
             scales = layer_scales(self._unet, entry.scale, field)
-            hashes = [self._hash(each) for each in (files, encoder) if each]
-            found.append(AdapterInput(entry, field, files, hashes[0], scales, encoder, *hashes[1:]))
+            found.append(AdapterInput(entry, field, files, digest, scales, *encoder))
         return tuple(found)
 
     def prepare(self, plan: RunPlan) -> list[ImagePrompt]:
@@ -107,15 +112,14 @@ class ImagePrompts:
         Raises:
             RequestError: If a picture, a mask or embeddings cannot be used.
         """
-        with self._lock:
-            kept: dict[Hashable, tuple[Layers, Layers]] = {}
-            prompts = []
-            for one in plan.ip_adapters:
-                key = self._key(one)
-                kept[key] = kept.get(key) or self._kept.get(key) or self._encode(one)
-                prompts += _prompts(plan, one, *kept[key])
-            self._kept = kept
-            return prompts
+        keys = [self._key(one) for one in plan.ip_adapters]
+        made = {key: partial(self._encode, one) for key, one in zip(keys, plan.ip_adapters, strict=True)}
+        layers = self._kept.get(made)
+        return [
+            prompt
+            for key, one in zip(keys, plan.ip_adapters, strict=True)
+            for prompt in _prompts(plan, one, *layers[key])
+        ]
 
     def _key(self, one: AdapterInput) -> Hashable:
         """Return what the keys and values of an entry's pictures depend on."""
@@ -137,18 +141,11 @@ class ImagePrompts:
         )
         return positive, negative
 
-    def _hash(self, files: AdapterFiles | VisionFiles) -> str:
-        """Return the SHA-256 of weights, computed once for each state of their file."""
-        path = files.path if isinstance(files, AdapterFiles) else files.paths[-1]
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-        state = found.st_mtime_ns, found.st_size, found.st_ino
-        known = self._hashes.get(path)
-        if known is None or known[0] != state:
-            known = self._hashes[path] = state, files.digest
-        return known[1]
+
+def _with_digest(scan: Callable[..., F], *args: Any) -> tuple[F, str]:
+    """Return what a function describes, and the SHA-256 of its weights."""
+    files = scan(*args)
+    return files, files.digest
 
 
 def encode_pictures(

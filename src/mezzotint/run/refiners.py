@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.tokenizer import Tokenizer
 from mezzotint.models.unet import UNet
 from mezzotint.placement import Placement
+from mezzotint.run.kept import Descriptions, LastRun
 from mezzotint.run.model_info import ModelInfo
 from mezzotint.run.networks import fuse_projections
 from mezzotint.run.resolve import check_pag
@@ -93,9 +93,8 @@ class Refiners:
             placement: The model's placement.
         """
         self._vae, self._device, self._dtype, self._placement = vae, device, dtype, placement
-        self._scanned: dict[str, tuple[object, RefinerInput]] = {}
-        self._loaded: tuple[RefinerInput, Refiner] | None = None
-        self._lock = threading.Lock()
+        self._described = Descriptions[RefinerInput](lambda found: found.files.files)
+        self._loaded = LastRun[Refiner]()
 
     def read(self, source: str) -> RefinerInput:
         """Describe a refiner.
@@ -103,21 +102,11 @@ class Refiners:
         Raises:
             CheckpointError: If it is missing, damaged, or of another family; the sentence names the field.
         """
-        with self._lock:
-            known = self._scanned.get(source)
-            if known is None or known[0] != _state(known[1].files):
-                found = describe_refiner(source, self._vae, self._device.type)
-                known = self._scanned[source] = _state(found.files), found
-            return known[1]
+        return self._described.get(source, lambda: describe_refiner(source, self._vae, self._device.type))
 
     def load(self, wanted: RefinerInput | None) -> Refiner | None:
         """Return a loaded refiner, and forget another one."""
-        with self._lock:
-            if wanted is None or (self._loaded and self._loaded[0] is not wanted):
-                self._loaded = None
-            if wanted and self._loaded is None:
-                self._loaded = wanted, self._load(wanted)
-            return self._loaded[1] if self._loaded else None
+        return self._loaded.get({wanted: partial(self._load, wanted)} if wanted else {}).get(wanted)
 
     def _load(self, wanted: RefinerInput) -> Refiner:
         from mezzotint.run.prompts import PromptEncoder  # which imports run/plan.py, as that does this module
@@ -225,12 +214,3 @@ class Handover:
             self._take_over()
             self._current = self._last
         return self._current
-
-
-def _state(files: ModelFiles) -> object:
-    """Return what changes when a model's files are written."""
-    try:
-        found = [path.stat() for path in files.files]
-        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in found]
-    except OSError:
-        return None
