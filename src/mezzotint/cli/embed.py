@@ -13,21 +13,24 @@ from mezzotint.errors import RequestError
 
 
 def embed(
-    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="One or several pictures.")],
+    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Pictures to encode.")],
     ip_adapter: Annotated[
         str,
-        option("The IP-Adapter that they are for: a file, a folder or a hub id.", "FILE", CONTROL, name="--ip-adapter"),
+        option("IP-Adapter to encode them for: file, folder or hub id.", "FILE", CONTROL, name="--ip-adapter"),
     ],
     encoder: Annotated[
         str | None,
         option(
-            "Folder or file of the CLIP vision encoder.", "FILE|FOLDER", CONTROL, default="image_encoder near the file"
+            "CLIP vision encoder: file, folder or hub id.", "ENCODER", CONTROL, default="image_encoder near the file"
         ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
-        str, option("The file, which is replaced.", "FILE", OUTPUT, default="embeds.safetensors", name="--out -o")
+        str,
+        option(
+            "File to write; an existing one is replaced.", "FILE", OUTPUT, default="embeds.safetensors", name="--out -o"
+        ),
     ] = "embeds.safetensors",
     as_json: Json = False,
 ) -> None:

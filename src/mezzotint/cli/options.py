@@ -173,12 +173,12 @@ Lora = Annotated[
 Controls = Annotated[
     list[str] | None,
     option(
-        "ControlNet or T2I-Adapter: file, folder or hub id, and its picture; also start and end (shares of the steps), "
-        "mode (balanced, prompt, control or guess) and resize_mode; of a ControlNet Union the type, and a second image "
-        "for a further picture. May be repeated.",
+        "ControlNet or T2I-Adapter (file, folder or hub id) and its conditioning picture. Also: start and end (shares "
+        "of the steps), mode (balanced, prompt, control or guess), resize_mode; for a ControlNet Union, type, and "
+        "further pictures by more image=. May be repeated.",
         "FILE[:image=FILE,scale=X,...]",
         CONTROL,
-        default="image: the one of --image; scale 1",
+        default="image: that of --image; scale 1",
         name="--control",
     ),
 ]
@@ -193,8 +193,9 @@ RefinerAt = Annotated[
 IPAdapters = Annotated[
     list[str] | None,
     option(
-        "IP-Adapter: file, folder or hub id, and the picture that it makes a prompt of (several: repeat image=); also "
-        "mask (where it acts), encoder (folder or file), embeds (instead of image), start and end. May be repeated.",
+        "IP-Adapter (file, folder or hub id) and the picture that it uses as a prompt; for several, repeat image=. "
+        "Also: mask (where it acts), encoder (file, folder or hub id), embeds (instead of image), start, end. "
+        "May be repeated.",
         "FILE:image=FILE[,scale=X,...]",
         CONTROL,
         default="scale 1; encoder: image_encoder near the file",
