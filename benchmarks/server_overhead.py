@@ -6,8 +6,10 @@ A server of the bundled model, in a process of its own, answers on loopback; thi
 same requests. The two take turns, and what the server adds is the median of the differences of neighbours. A request by
 our own API is submitted, the event of its end awaited, and the file fetched. Nothing is subtracted: `generate` returns
 pixels, and what the server adds includes the PNG file, whose encoding is told too, and the flushes. The processor's
-time of either process is told too: other programs hardly change it. Then strace counts the flushes of further jobs, if
-it is installed. The time of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
+time of either process is told too: other programs hardly change it; and so are its page faults, because in some
+processes, of either kind, the C library gives memory back in each run and gets it again in the next, which costs
+milliseconds. Then strace counts the flushes of further jobs, if it is installed. The time of one flush is the median
+of writing 64 KiB to a file of that disk and syncing it.
 """
 
 from __future__ import annotations
@@ -92,6 +94,11 @@ def cpu_ms(pid: int) -> float:
     return found
 
 
+def page_faults(pid: int) -> float:
+    """Return the page faults of a process so far for which nothing was read from a disk."""
+    return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def time_flush(folder: Path, repeats: int) -> float:
     """Return the median milliseconds of one flush."""
     times = []
@@ -171,21 +178,22 @@ def main() -> None:
             }
             with Image.open(io.BytesIO(client.api(fields(0)))) as drawn:
                 identical = drawn.tobytes() == generate(0).tobytes()
-            times: dict[str, list[float]] = {way: [] for way in ways}
-            cpu: dict[str, list[float]] = {way: [] for way in ways}
+            times, cpu, faults = ({way: list[float]() for way in ways} for _ in range(3))
             for seed in range(options.repeats + WARMUPS):
                 for way in list(ways)[:: -1 if seed % 2 else 1]:
                     draw, process = ways[way]
-                    begin, before = time.perf_counter(), cpu_ms(process)
+                    before, begin = (cpu_ms(process), page_faults(process)), time.perf_counter()
                     draw(seed)
+                    taken = 1000 * (time.perf_counter() - begin)
                     if seed >= WARMUPS:
-                        times[way].append(1000 * (time.perf_counter() - begin))
-                        cpu[way].append(cpu_ms(process) - before)
+                        times[way].append(taken)
+                        cpu[way].append(cpu_ms(process) - before[0])
+                        faults[way].append(page_faults(process) - before[1])
             flush = time_flush(folder, options.repeats)
             encoding = time_encoding(generate(0), options.repeats)
             flushes = count_flushes(pid, 20, lambda seed: client.api(fields(seed)), folder)
     report: dict[str, Any] = {"runs": options.repeats}
-    for name, found in (("wall_ms", times), ("cpu_ms", cpu)):
+    for name, found in (("wall_ms", times), ("cpu_ms", cpu), ("page_faults", faults)):
         medians = {way: round(statistics.median(each), 1) for way, each in found.items()}
         pairs = [server - direct for server, direct in zip(found["api"], found["generate"], strict=True)]
         report[name] = medians | {"beyond": round(statistics.median(pairs), 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,14 @@ from pathlib import Path
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-from browser import Page, serving, start_browser
+import mezzotint
+from browser import GIVE, Page, serving, start_browser
 
+OUTLINE = Path(mezzotint.__file__).parent / "data" / "emoji-outline"  # a ControlNet for the bundled model
+DROP_ON = f"""{GIVE}
+document.querySelector("#control-picture-0").dispatchEvent(
+  new DragEvent("drop", {{bubbles: true, cancelable: true, dataTransfer: data}}));
+"""
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SIZES = ((390, 844), (1024, 768), (1600, 900))
 COLOURS = 255  # of the palette; a third of the size of a file of all colours
@@ -101,17 +108,38 @@ def open_compare(page: Page) -> None:
     page.click("#compare-next")
 
 
+def open_control(page: Page) -> None:
+    """Draw a fox within the outline of the newest penguin."""
+    first = page.pictures()[0]
+    page.click("#control summary")
+    page.wait(lambda: page.all("#control-picture-0"))
+    page.script(DROP_ON, page.file(first))
+    page.wait(lambda: page.all(".control-image"))
+    page.click("#control-canny-0")
+    page.wait(lambda: page.all(".control-image[src*='canny']"))
+    page.draw("a fox on a yellow background", seed=7)
+    page.finished("a fox on a yellow background")
+    page.script("document.querySelector('#control').scrollIntoView({block: 'end'})")
+
+
 DIALOGS: dict[str, tuple[str, Callable[[Page], None]]] = {
     "page-inpaint": ("light", open_canvas),
     "page-maps": ("dark", open_maps),
     "page-compare": ("light", open_compare),
+    "page-control": ("light", open_control),
 }
+
+
+def controls(folder: Path) -> tuple[str, str]:
+    """Make a folder of ControlNets; return the options that name it."""
+    shutil.copytree(OUTLINE, folder / "controls" / OUTLINE.name)
+    return "--controls", str(folder / "controls")
 
 
 def main() -> None:
     driver = start_browser()
     try:
-        with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "data") as url:
+        with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "data", *controls(Path(folder))) as url:
             page = Page(driver, url)
             page.open()
             with looking(page, 1600, 900, "light"):

@@ -83,12 +83,12 @@ export const useAsImage = guarded(async (picture) => {
   toast("The next picture starts from this one.");
 });
 
-export const useInControl = guarded(single(controlWith));
+export const useInControl = guarded(single((picture) => controlWith(picture)));
 
 /** Open the canvas over the picture that the form starts from. */
 export const openCanvas = guarded(single(async () => (await import("./canvas.js")).openCanvas({ onDraw: draw })));
 
-export const useInAdapter = guarded(async (picture) => (await import("./ip_adapter.js")).adaptWith(picture));
+export const useInAdapter = guarded(single(async (picture) => (await import("./ip_adapter.js")).adaptWith(picture)));
 
 /** Open the canvas over a picture, with its prompt and settings in the form. */
 export const inpaint = guarded(single(async (picture) => {
