@@ -1,7 +1,6 @@
 // What can be done with a picture of the history.
 
 import { download, post, requestOf, upload } from "./api.js";
-import { controlWith } from "./control.js";
 import { announce, complain, toast } from "./dom.js";
 import { draw, form, set, take } from "./form.js";
 import { deletePicture, ended, restorePicture, select, state, submit } from "./store.js";
@@ -83,7 +82,7 @@ export const useAsImage = guarded(async (picture) => {
   toast("The next picture starts from this one.");
 });
 
-export const useInControl = guarded(single((picture) => controlWith(picture)));
+export const useInControl = guarded(single(async (picture) => (await import("./control.js")).controlWith(picture)));
 
 /** Open the canvas over the picture that the form starts from. */
 export const openCanvas = guarded(single(async () => (await import("./canvas.js")).openCanvas({ onDraw: draw })));
