@@ -1,29 +1,27 @@
 """SIGKILL at random moments: a resumed run ends with the same bits as an uninterrupted one.
 
-Run as a script (`test_killed.py MODEL FOLDER KILLS`) this file makes the runs: it imports once and forks each of them,
-so that a kill costs a second and not the import of torch.
+Each run is a fork of the tests' own process, so that a kill costs a second and not the import of torch.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
+import torch
 from test_finetune import assert_equal, recipe_of, run, state
 
 from mezzotint.train import keyed_rng, loop
 
 
 def whole_run(model: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
     run(model, folder, recipe_of(steps=12, save_every=2, ema=0.9, log_every=1, lora_dropout=0.1))
 
 
@@ -33,9 +31,9 @@ def start_training(model: Path, folder: Path) -> ForkProcess:
     return process
 
 
-def killed_runs(model: Path, folder: Path, kills: int) -> None:
+def killed_runs(model: Path, folder: Path, kills: int) -> list[int]:
     """One run to its end, in folder/unbroken; then each of folder/0, folder/1, ... is killed at any time within what
-    that took, and goes on to its end. One that was over before its time came is none. Prints the steps each had done.
+    that took, and goes on to its end. One that was over before its time came is none. Returns the steps each had done.
     """
     for name in ("accelerate", "peft", "torch._dynamo"):  # what a run would import
         importlib.import_module(name)
@@ -55,20 +53,15 @@ def killed_runs(model: Path, folder: Path, kills: int) -> None:
             start_training(model, place).join()
         else:
             place.rename(folder / f"over {tries}")
-    print(json.dumps(steps))
+    return steps
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the forked processes start no threads of their own
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_at_any_moment_it_ends_the_same(sd1_folder: Path, tmp_path: Path, kills: int) -> None:
-    script = [sys.executable, "-W", "ignore", __file__, str(sd1_folder), str(tmp_path), str(kills)]
-    ran = subprocess.run(script, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
-    print("steps done when killed:", ran.stdout.decode())
+    print("steps done when killed:", killed_runs(sd1_folder, tmp_path, kills))
     unbroken = state(tmp_path / "unbroken")
     assert unbroken["step"] == 12
     for number in range(kills):
         assert_equal(state(tmp_path / str(number)), unbroken)
-
-
-if __name__ == "__main__":
-    killed_runs(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,19 +1,25 @@
-"""Several processes as one: the launcher's own commands, two processes over gloo, against one process that accumulates
-twice as much.
+"""Several processes as one: two processes over gloo against one process that accumulates twice as much.
 
 Run as a script (`test_processes.py MODEL FOLDER ACCUMULATE [METHOD STEPS]...`) this file is what the launcher starts.
+The short form forks the two processes of the tests' own, so that nothing is imported again.
 """
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_finetune import Made, model_of, recipe_of, state
 from torch.distributed.fsdp import FSDPModule
 
@@ -71,10 +77,49 @@ def assert_same_run(two: Path, one: Path) -> None:
             torch.testing.assert_close(a["optimiser"]["state"][number][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_are_one(sd1_folder: Path, tmp_path: Path) -> None:
+def forked(*run: Any) -> None:
+    """Run twice at once, with what the launcher tells its processes in their environment."""
+    for name in ("peft", "torch._dynamo", "torch.distributed.tensor"):  # what a run would import, once for both
+        importlib.import_module(name)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> None:
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+        runs_in_turn(*map(str, run))
+
+    processes = [multiprocessing.get_context("fork").Process(target=start, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def runs_in_turn(model: str, folder: str, accumulate: str, *runs: str) -> None:
+    for method, steps in zip(runs[::2], runs[1::2], strict=True):
+        if method == "full":
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
+        whole_run(Path(model), Path(folder), int(accumulate), method, int(steps))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the forked processes start no threads of their own
+@pytest.mark.parametrize(
+    ("start", "runs"),
+    [
+        pytest.param(forked, (("lora", 4), ("full", 2)), id="forked"),
+        pytest.param(partial(launched, TWO), (("lora", 6), ("full", 3)), id="launched", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_are_one(
+    start: Callable[..., None], runs: tuple[tuple[str, int], ...], sd1_folder: Path, tmp_path: Path
+) -> None:
     """A LoRA over two; then, in the same processes, a full training split over them as --use_fsdp asks."""
-    runs = (("lora", 6), ("full", 3))
-    launched(TWO, sd1_folder, tmp_path / "two", 1, *(part for run in runs for part in run))
+    start(sd1_folder, tmp_path / "two", 1, *(part for run in runs for part in run))
     for method, steps in runs:
         whole_run(sd1_folder, tmp_path / "one", 2, method, steps)
         assert_same_run(tmp_path / "two" / method, tmp_path / "one" / method)
@@ -107,8 +152,4 @@ def test_fsdp_is_refused_where_little_learns(sd1_folder: Path, tmp_path: Path, m
 
 
 if __name__ == "__main__":
-    model, folder, accumulate, *runs = sys.argv[1:]
-    for method, steps in zip(runs[::2], runs[1::2], strict=True):
-        if method == "full":
-            os.environ["ACCELERATE_USE_FSDP"] = "true"
-        whole_run(Path(model), Path(folder), int(accumulate), method, int(steps))
+    runs_in_turn(*sys.argv[1:])
