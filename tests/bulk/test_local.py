@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -448,34 +449,30 @@ def test_ctrl_c_ends_within_a_step_and_loses_nothing(
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
-# Runs the command, and ends itself by SIGKILL just before something that is counted: the N-th call of any layer, or the
-# N-th time that it opens, renames or removes a file in its folder. So a kill hits however fast the processor is.
-DIES = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from mezzotint import cli
 
-kind, number, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-left = number
+def die(kind: str, number: int, folder: Path, line: list[str]) -> None:
+    """Run the command, and end this process by SIGKILL just before something that is counted: the N-th call of any
+    layer, or the N-th time that it opens, renames or removes a file in its folder. So a kill hits however fast the
+    processor is.
+    """
+    left = number
 
-def count():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def watch(event, args):
-    if event in ("open", "os.rename", "os.remove", "os.link") and any(folder in str(arg) for arg in args):
-        count()
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.link") and any(str(folder) in str(arg) for arg in args):
+            count()
 
-if kind == "layer":
-    torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: count())
-else:
-    sys.addaudithook(watch)
-sys.argv = ["mezzotint", "bulk", *sys.argv[4:]]
-cli.main()
-"""
+    if kind == "layer":
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: count())
+    else:
+        sys.addaudithook(watch)
+    sys.argv = ["mezzotint", "bulk", *line]
+    cli.main()
 
 
 def command_line(file: Path, folder: Path, *options: str) -> list[str]:
@@ -493,11 +490,13 @@ def pictures(folder: Path) -> set[str]:
 
 
 def killed(file: Path, folder: Path, kind: str, number: int, *options: str) -> None:
-    """Start the command and have it killed; no picture may be torn."""
+    """Run the command in a fork of this process and have it killed; no picture may be torn."""
     before = pictures(folder)
-    line = [sys.executable, "-c", DIES, kind, str(number), str(folder), *command_line(file, folder, *options)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    line = command_line(file, folder, *options)
+    process = multiprocessing.get_context("fork").Process(target=die, args=(kind, number, folder, line))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     for name in pictures(folder) - before:
         with Image.open(folder / name) as image:
             image.load()
@@ -526,6 +525,10 @@ def check_kills(
     assert files(folder) == files(whole)
 
 
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the forked processes start no threads
+
+
+@FORKS
 def test_killed_twice(tmp_path: Path, sd1_folder: Path, sd1: Pipeline) -> None:
     """The rest is drawn by this process, which is quicker."""
     before = torch.get_num_threads()
@@ -538,6 +541,7 @@ def test_killed_twice(tmp_path: Path, sd1_folder: Path, sd1: Pipeline) -> None:
     check_kills(tmp_path, "tiny", 20, 2, 1500, finish, "--model", str(sd1_folder), "--set", "steps=5")
 
 
+@FORKS
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_twenty_times(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ SDXL's LoRA in kohya's names; a learnt word. Random models of the smallest width
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,21 @@ def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
         yield parts_of(request.param)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """A family's model as a folder and as one file, written once for all tests, which change neither."""
+
+    @cache
+    def save(family: str) -> tuple[Path, Path]:
+        place = tmp_path_factory.mktemp(family)
+        with torch.random.fork_rng():
+            model = TrainableModel(parts_of(family), full(layout="both"))
+        folder, file = save_model(model, place / "model", torch.float32)
+        return folder, file
+
+    return save
+
+
 def full(**fields: Any) -> Recipe:
     return Recipe.of("full", None, {"data": "x", **fields})
 
@@ -161,9 +177,8 @@ def assert_close(a: Tensor, b: Tensor) -> None:
 # ---- whole models ------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_and_a_file_hold_the_same_bits(parts: Parts, tmp_path: Path) -> None:
-    model = TrainableModel(replace(parts), full(layout="both"))
-    folder, file = save_model(model, tmp_path / "model", torch.float32)
+def test_a_folder_and_a_file_hold_the_same_bits(parts: Parts, saved: Callable[[str], tuple[Path, Path]]) -> None:
+    folder, file = saved(parts.family)
     assert (folder.name, file.name) == ("model", "model.safetensors")
     assert_same(open_model(folder), parts)
     assert_same(open_model(file), parts)
@@ -181,9 +196,8 @@ def test_a_pipeline_writes_a_file_that_draws_the_same_bits(parts: Parts, tmp_pat
     assert torch.equal(drawn, latents(pipe.parts)) and not torch.equal(drawn, latents(parts))
 
 
-def test_diffusers_draws_the_same_from_folder_and_file(parts: Parts, tmp_path: Path) -> None:
-    model = TrainableModel(replace(parts), full(layout="both"))
-    folder, file = save_model(model, tmp_path / "model", torch.float32)
+def test_diffusers_draws_the_same_from_folder_and_file(parts: Parts, saved: Callable[[str], tuple[Path, Path]]) -> None:
+    folder, file = saved(parts.family)
     ours, kind = latents(parts), diffusers_class(parts.family)
     options = {} if parts.family == "sdxl" else {"safety_checker": None}
     assert_close(theirs(kind.from_pretrained(folder, local_files_only=True, **options)), ours)
@@ -285,7 +299,9 @@ def test_sdxl_in_kohyas_names(lora: TrainableModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", ["kohya", "peft"])
-def test_sdxls_lora_is_read_by_us_and_by_diffusers(save: str, lora: TrainableModel, tmp_path: Path) -> None:
+def test_sdxls_lora_is_read_by_us_and_by_diffusers(
+    save: str, lora: TrainableModel, saved: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
     path = tmp_path / f"{save}.safetensors"
     if save == "kohya":
         save_kohya(lora, path, 5, torch.float32)
@@ -295,8 +311,7 @@ def test_sdxls_lora_is_read_by_us_and_by_diffusers(save: str, lora: TrainableMod
     before = latents(bare)
     assert (learnt - before).abs().max() > 0.05 * before.abs().max(), "the LoRA shows"
     assert_close(latents(bare, loras=(str(path),)), learnt)
-    (folder,) = save_model(TrainableModel(parts_of("sdxl"), full()), tmp_path / "model", torch.float32)
-    pipe = diffusers_class("sdxl").from_pretrained(folder, local_files_only=True)
+    pipe = diffusers_class("sdxl").from_pretrained(saved("sdxl")[0], local_files_only=True)
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
     assert_close(theirs(pipe), learnt)
 
@@ -359,13 +374,12 @@ def test_the_command_learns_a_word(sd1_folder: Path, tmp_path: Path) -> None:
     assert_close(theirs(pipe, "a <hat> lemon"), ours)
 
 
-def test_the_command_saves_sdxl_whole(tmp_path: Path) -> None:
+def test_the_command_saves_sdxl_whole(saved: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     before = parts_of("sdxl")
-    (model,) = save_model(TrainableModel(before, full()), tmp_path / "before", torch.float32)
-    out = train("full", model, tmp_path, "--set", "layout=both", "--set", "prompt=a lemon")
+    out = train("full", saved("sdxl")[0], tmp_path, "--set", "layout=both", "--set", "prompt=a lemon")
     after, file = open_model(out / "model"), open_model(out / "model.safetensors")
     assert_same(file, after)
-    assert not torch.equal(after.unet.conv_in.weight.float(), parts_of("sdxl").unet.conv_in.weight)
+    assert not torch.equal(after.unet.conv_in.weight.float(), before.unet.conv_in.weight)
     for name in ("vae", "text 0", "text 1"):
-        for key, tensor in networks(parts_of("sdxl"))[name].state_dict().items():
+        for key, tensor in networks(before)[name].state_dict().items():
             assert torch.equal(networks(after)[name].state_dict()[key], tensor.half())

@@ -6,7 +6,7 @@ What shapes do not show (the scheduler, the native size, the number of heads) is
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,6 +152,7 @@ def read_network(
     return fields, sources, [prefix + key for key in unknown]
 
 
+@cache
 def clip_tokenizer(kind: str) -> Tokenizer:
     """Return the tokenizer of a "clip" or "open_clip" text encoder. OpenCLIP pads with id 0, which is "!"."""
     return Tokenizer.clip(pad="!") if kind == "open_clip" else Tokenizer.clip()
