@@ -108,11 +108,13 @@ ROWS = list(dict.fromkeys(name for column in COLUMNS for name in filter(None, co
 def spacings_of(name: str | None) -> tuple[str | None, ...]:
     """The sampler's own spacing and one other, each name in turn the next; all pairs are diffusion/test_product.py's.
 
-    One sampler chooses its levels itself.
+    One sampler chooses its levels itself. Of the names that put a sampler's and a schedule's together, every seventh
+    is given another spacing.
     """
-    if name and "adaptive" in name:
+    place = [None, *samplers.NAMES].index(name)
+    if name and ("adaptive" in name or (name not in ROWS and place % 7)):
         return (None,)
-    return None, samplers.SPACINGS[[None, *samplers.NAMES].index(name) % len(samplers.SPACINGS)]
+    return None, samplers.SPACINGS[place % len(samplers.SPACINGS)]
 
 
 PLAIN_AND_KARRAS = [(None, *samplers.NAMES), (None, *ROWS)]  # what the model's own file says of its spacing
