@@ -15,13 +15,9 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
 import mezzotint
-from browser import GIVE, Page, serving, start_browser
+from browser import Page, serving, start_browser
 
 OUTLINE = Path(mezzotint.__file__).parent / "data" / "emoji-outline"  # a ControlNet for the bundled model
-DROP_ON = f"""{GIVE}
-document.querySelector("#control-picture-0").dispatchEvent(
-  new DragEvent("drop", {{bubbles: true, cancelable: true, dataTransfer: data}}));
-"""
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SIZES = ((390, 844), (1024, 768), (1600, 900))
 COLOURS = 255  # of the palette; a third of the size of a file of all colours
@@ -108,25 +104,10 @@ def open_compare(page: Page) -> None:
     page.click("#compare-next")
 
 
-def open_control(page: Page) -> None:
-    """Draw a fox within the outline of the newest penguin."""
-    first = page.pictures()[0]
-    page.click("#control summary")
-    page.wait(lambda: page.all("#control-picture-0"))
-    page.script(DROP_ON, page.file(first))
-    page.wait(lambda: page.all(".control-image"))
-    page.click("#control-canny-0")
-    page.wait(lambda: page.all(".control-image[src*='canny']"))
-    page.draw("a fox on a yellow background", seed=7)
-    page.finished("a fox on a yellow background")
-    page.script("document.querySelector('#control').scrollIntoView({block: 'end'})")
-
-
 DIALOGS: dict[str, tuple[str, Callable[[Page], None]]] = {
     "page-inpaint": ("light", open_canvas),
     "page-maps": ("dark", open_maps),
     "page-compare": ("light", open_compare),
-    "page-control": ("light", open_control),
 }
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     options += ["--controls", str(root / "controls"), "--ip-adapters", str(root / "adapters")]
     with serving(root / "data", *options) as found:
         yield found
+
+
+def drop_on(page: Page, selector: str, picture: dict[str, Any]) -> None:
+    """Drop a picture's file on an element as soon as it is there: the upload before may have to end first."""
+    page.one(selector)
+    page.script(DROP_ON, page.file(picture), selector)
 
 
 def test_draws_with_a_preview_and_the_time_left(page: Page) -> None:
@@ -191,7 +198,7 @@ def test_a_controlnet_follows_a_picture(page: Page) -> None:
     page.click("#control summary")
     page.wait(lambda: "once it has a picture" in page.text(".control-card .note"))
     assert page.value("#control-file-0") == "outline"
-    page.script(DROP_ON, page.file(first), "#control-picture-0")
+    drop_on(page, "#control-picture-0", first)
     page.wait(lambda: page.all(".control-image"))
     page.click("#control-canny-0")
     page.wait(lambda: page.all(".control-image[src*='canny']"))
@@ -227,9 +234,9 @@ def test_an_ip_adapter_takes_pictures(page: Page) -> None:
     page.click("#ip-adapter summary")
     page.wait(lambda: "once it has a picture" in page.text("#ip-adapter .control-card .note"))
     assert page.value("#ip-adapter-file-0") == "models/plain"
-    page.script(DROP_ON, page.file(first), "#ip-adapter-picture-0")
-    page.script(DROP_ON, page.file(first), "#ip-adapter-picture-0-1")
-    page.script(DROP_ON, page.file(first), "#ip-adapter-picture-0-2")
+    drop_on(page, "#ip-adapter-picture-0", first)
+    drop_on(page, "#ip-adapter-picture-0-1", first)
+    drop_on(page, "#ip-adapter-picture-0-2", first)
     page.wait(lambda: len(page.all("#ip-adapter .control-image")) == 3)
     page.click("#ip-adapter .control-small:nth-child(2) .icon-button")
     page.wait(lambda: len(page.all("#ip-adapter .control-image")) == 2)
