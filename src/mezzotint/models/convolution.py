@@ -14,6 +14,8 @@ from contextvars import ContextVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.kernels import convolution as kernel
+
 joined: ContextVar[str] = ContextVar("joined", default="")
 
 
@@ -22,13 +24,29 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with a given weight; `forward` and the adapters call this."""
-        axes = joined.get()
-        if not axes or self.padding == (0, 0):
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
             y: Tensor = super()._conv_forward(x, weight, bias)
             return y
-        rows, columns = (int(width) for width in self.padding)
-        x = pad(x, (columns, columns, rows, rows))
-        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+        padding = self.padding
+        if joined.get() and padding != (0, 0):
+            rows, columns = padding
+            x, padding = pad(x, (columns, columns, rows, rows)), (0, 0)
+        return conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve as `torch.nn.functional.conv2d` does, by our own kernel where there is one."""
+    if kernel.is_supported(x, weight, stride, padding, dilation, groups):
+        return kernel.convolve(x, weight, bias, padding)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def pad(x: Tensor, widths: tuple[int, int, int, int]) -> Tensor:

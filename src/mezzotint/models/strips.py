@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.models.attention import attention
-from mezzotint.models.convolution import joined, pad
+from mezzotint.models.convolution import conv2d, joined, pad
 from mezzotint.models.vae import VAE, Downsample, MidBlock, Posterior, ResnetBlock, SpatialAttention, Upsample
 
 STRIP = (
@@ -192,7 +192,7 @@ class Strips:
 
         h = read(0)
         for first in self.each(range(0, height, step)):
-            part = F.conv2d(h, weight, bias, stride, (0, before if inside else 0))
+            part = conv2d(h, weight, bias, conv.stride, (0, before if inside else 0))
             if first + step < height:
                 h = read(first + step)
             yield slice(first, min(first + step, height)), part

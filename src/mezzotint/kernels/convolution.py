@@ -1,0 +1,77 @@
+"""The 3x3 convolution of convolution.c, by Winograd's minimal filtering: a quarter of the multiplications."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mezzotint.kernels import library
+
+CHANNELS_IN, CHANNELS_OUT = 8, 32  # of which the numbers of channels must be multiples
+LEAST_TILES = 4  # of 4x4 pixels: with fewer, transforming the weights takes longer than the convolution
+LEAST_WORK = 2**18  # tiles times numbers of channels: with less, starting the threads takes as long
+
+
+def is_supported(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> bool:
+    """Tell whether `convolve` can be used: float32 on the CPU, both in channels_last, no gradient, some channels."""
+    if weight.shape[2:] != (3, 3) or not takes(weight.shape[1], weight.shape[0]) or x.dtype != torch.float32:
+        return False
+    rows, columns = (-(-(side + 2 * around - 2) // 4) for side, around in zip(x.shape[2:], padding, strict=True))
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and x.ndim == 4
+        and tuple(stride) == tuple(dilation) == (1, 1)
+        and groups == 1
+        and (tiles := len(x) * rows * columns) >= LEAST_TILES
+        and tiles * weight.shape[0] * weight.shape[1] >= LEAST_WORK
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def takes(channels_in: int, channels_out: int) -> bool:
+    """Tell whether there is a kernel for these numbers of channels."""
+    return channels_in % CHANNELS_IN == 0 and channels_out % CHANNELS_OUT == 0
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    """Convolve with stride 1, where `is_supported` says so.
+
+    The result differs from `torch.nn.functional.conv2d` by the rounding of float32. It depends neither on the number
+    of threads nor on the other pictures of the batch.
+
+    Args:
+        x: (B, C, h, w).
+        weight: (O, C, 3, 3).
+        bias: (O,).
+        padding: Rows of zeros above and below, and columns of zeros left and right.
+
+    Returns:
+        (B, O, h + 2 padding[0] - 2, w + 2 padding[1] - 2), in channels_last.
+    """
+    kernels = library()
+    assert kernels is not None
+    batch, channels, height, width = x.shape
+    (top, left), outputs, threads = padding, len(weight), torch.get_num_threads()
+    size = (batch, outputs, height + 2 * top - 2, width + 2 * left - 2)
+    y = torch.empty(size, memory_format=torch.channels_last)
+    scratch = torch.empty(scratch_bytes(channels) // 4)
+    bias = bias if bias is None else bias.contiguous()
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, y, scratch))
+    kernels.convolve3x3(*pointers, batch, height, width, channels, outputs, top, left, threads)
+    return y
+
+
+def scratch_bytes(channels: int) -> int:
+    """Return the bytes that `convolve` needs beside x and y, with the present number of threads."""
+    kernels = library()
+    assert kernels is not None
+    floats: int = kernels.convolve3x3_scratch(channels, torch.get_num_threads())
+    return 4 * floats

@@ -1,0 +1,59 @@
+// Matrix products in float32 of the sizes that fit the processor's nearest caches.
+
+#ifndef PRODUCT_H
+#define PRODUCT_H
+
+#include "simd.h"
+
+#define ROWS 6                // ROWS x 2 vectors of sums and what they need fill the 16 registers
+#define COLUMNS (2 * LANES)
+
+// c (rows x COLUMNS) = [c +] a (rows x depth) b (depth x COLUMNS, contiguous). `rows` is known to the compiler.
+INLINE void multiply_rows(const int rows, index depth, const float *a, index a_row, const float *b, float *c, index c_row,
+                          int add)
+{
+    vec sum[ROWS][2];
+    UNROLL for (int i = 0; i < rows; i++) {
+        sum[i][0] = add ? load(c + i * c_row) : repeat(0);
+        sum[i][1] = add ? load(c + i * c_row + LANES) : repeat(0);
+    }
+    for (index k = 0; k < depth; k++, b += COLUMNS) {
+        vec b0 = load(b), b1 = load(b + LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            vec x = repeat(a[i * a_row + k]);
+            sum[i][0] += x * b0;
+            sum[i][1] += x * b1;
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        store(c + i * c_row, sum[i][0]);
+        store(c + i * c_row + LANES, sum[i][1]);
+    }
+}
+
+// The same for any number of rows, and for several panels of COLUMNS columns: those of b are b_panel floats apart.
+static void multiply(index rows, index depth, const float *a, index a_row, const float *b, index b_panel, int panels,
+                     float *c, index c_row, int add)
+{
+    while (rows > 0) {
+        // the last 7 or 8 rows are halved: a row alone would wait for its own sums
+        int n = rows > ROWS && rows <= ROWS + 2 ? 4 : rows < ROWS ? (int)rows : ROWS;
+        for (int i = 0; i < ROWS && n + i < rows; i++)
+            for (index k = 0; k < depth; k += 16) __builtin_prefetch(a + (n + i) * a_row + k);
+        for (int j = 0; j < panels; j++) {
+            const float *panel = b + j * b_panel;
+            float *to = c + j * COLUMNS;
+            switch (n) {
+            case 1: multiply_rows(1, depth, a, a_row, panel, to, c_row, add); break;
+            case 2: multiply_rows(2, depth, a, a_row, panel, to, c_row, add); break;
+            case 3: multiply_rows(3, depth, a, a_row, panel, to, c_row, add); break;
+            case 4: multiply_rows(4, depth, a, a_row, panel, to, c_row, add); break;
+            case 5: multiply_rows(5, depth, a, a_row, panel, to, c_row, add); break;
+            default: multiply_rows(ROWS, depth, a, a_row, panel, to, c_row, add);
+            }
+        }
+        rows -= n, a += n * a_row, c += n * c_row;
+    }
+}
+
+#endif
