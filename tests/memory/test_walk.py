@@ -14,7 +14,9 @@ import pytest
 import torch
 from live_bytes import live_bytes
 
+from mezzotint import kernels
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
+from mezzotint.kernels import convolution as kernel
 from mezzotint.memory import walk
 from mezzotint.memory.walk import Moment, Workspace, vae_peak, walk_text_encoder, walk_unet, walk_vae
 from mezzotint.models import tiles, vae_modes
@@ -102,6 +104,28 @@ def live(run: Callable[[], object]) -> int:
 
 
 TENSORS = Workspace(copies_conv_weights=False)  # oneDNN's copies of weights are no tensors
+
+
+@pytest.fixture(autouse=True)
+def torchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the convolutions to torch, whose own memory is not that of tensors."""
+    monkeypatch.setattr(kernel, "takes", lambda weight: False)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason=f"kernels {kernels.describe()}")
+@torch.inference_mode()
+def test_a_step_needs_what_the_walk_predicts_with_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(kernel, "LEAST_WORK", 0)
+    walk_unet.cache_clear()
+    config = UNetConfig.model_validate(UNET)
+    network = UNet(config).eval().to(memory_format=torch.channels_last)
+    x, condition = torch.zeros(1, 4, 32, 24), Condition(torch.zeros(1, 77, 64))
+    given, times = network.keys_values(condition), network.time_projections(1.0, condition)
+    held = live(lambda: network(x, 1.0, condition, keys_values=given, time_projections=times))
+    predicted = walk_unet(config, 32, 24, 77).peak(Workspace(copies_conv_weights=True, attention="sdpa"))
+    walk_unet.cache_clear()
+    assert predicted == pytest.approx(held, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "math", "sliced:64KiB"])

@@ -121,6 +121,7 @@ def env(as_json: Json = False) -> None:
 
     import torch
 
+    from mezzotint.kernels import describe
     from mezzotint.models.backends import available
     from mezzotint.records.record import version
 
@@ -131,6 +132,7 @@ def env(as_json: Json = False) -> None:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {in_threads(default_threads())}",
+        "kernels": describe(),
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
     }
     backends = dict(available())

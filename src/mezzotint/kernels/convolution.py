@@ -15,30 +15,31 @@ LEAST_WORK = 2**18  # tiles times numbers of channels: with less, starting the t
 def is_supported(
     x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
 ) -> bool:
-    """Tell whether `convolve` can be used: float32 on the CPU, both in channels_last, no gradient, some channels."""
-    if weight.shape[2:] != (3, 3) or not takes(weight.shape[1], weight.shape[0]) or x.dtype != torch.float32:
+    """Tell whether `convolve` can be used: on the CPU, in channels_last, without gradients, and large enough."""
+    if not takes(weight) or x.ndim != 4:
         return False
     rows, columns = (-(-(side + 2 * around - 2) // 4) for side, around in zip(x.shape[2:], padding, strict=True))
+    tiles = len(x) * rows * columns
     return (
-        x.device.type == weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and x.ndim == 4
+        x.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
         and tuple(stride) == tuple(dilation) == (1, 1)
         and groups == 1
-        and (tiles := len(x) * rows * columns) >= LEAST_TILES
+        and tiles >= LEAST_TILES
         and tiles * weight.shape[0] * weight.shape[1] >= LEAST_WORK
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and library() is not None
     )
 
 
-def takes(channels_in: int, channels_out: int) -> bool:
-    """Tell whether there is a kernel for these numbers of channels."""
-    return channels_in % CHANNELS_IN == 0 and channels_out % CHANNELS_OUT == 0
+def takes(weight: Tensor) -> bool:
+    """Tell whether there is a kernel for a weight of this dtype and shape."""
+    outputs, inputs, *size = weight.shape
+    fits = size == [3, 3] and inputs % CHANNELS_IN == 0 and outputs % CHANNELS_OUT == 0
+    return fits and weight.dtype == torch.float32 and library() is not None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -37,6 +37,7 @@ from mezzotint.config import (
     UNetConfig,
     VAEConfig,
 )
+from mezzotint.kernels import convolution as kernel
 from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
@@ -143,7 +144,7 @@ class Moment:
     Attributes:
         tensors: Bytes of the tensors that exist.
         weights: Bytes of weights that were computed for the layer.
-        conv_weight: Bytes of the convolution weight that is copied.
+        conv_weight: Bytes of the convolution's weight in oneDNN's layout, or of what our own kernel needs.
         unfolded: Bytes of the convolution's unfolded input.
         scores: (heads, queries, keys) of an attention.
     """
@@ -213,7 +214,7 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
         if self.now > before:
             self.record()
         if op is aten.conv2d:
-            self._convolution(args[1], result)
+            self._convolution(args[1], result, *args[3:4])
         elif op is aten.linear:
             self.footprint.macs += result.numel() * args[1].shape[1]
         return result
@@ -222,13 +223,15 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
         """Add this moment."""
         self.footprint.moments.add(Moment(self.now, self.made, **more))
 
-    def _convolution(self, weight: Tensor, result: Tensor) -> None:
+    def _convolution(self, weight: Tensor, result: Tensor, stride: Sequence[int] = (1, 1)) -> None:
         _, inputs, height, width = weight.shape
         self.footprint.macs += result.numel() * inputs * height * width
         if height * width > 1:
             cells = result.shape[0] * result.shape[2] * result.shape[3]
             unfolded = cells * inputs * height * width * result.itemsize
-            self.record(conv_weight=weight.nbytes, unfolded=unfolded)
+            ours = kernel.takes(weight) and tuple(stride) == (1, 1)
+            copied = kernel.scratch_bytes(inputs) if ours else weight.nbytes
+            self.record(conv_weight=copied, unfolded=unfolded)
 
     def _release_weight(self, key: int, size: int) -> None:
         self._sizes.pop(key)
