@@ -412,4 +412,4 @@ def test_the_hubs_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.snapshot("a/b", lambda listing: sorted(listing)) == tmp_path
-    assert calls == [{"local_files_only": True}]
+    assert calls == [{"local_files_only": True, "allow_patterns": []}]
