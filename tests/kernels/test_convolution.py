@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mezzotint
 from mezzotint import kernels
 from mezzotint.kernels import convolution as kernel
 from mezzotint.models.convolution import Conv2d, conv2d
+from mezzotint.records.record import changes, read
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"kernels {kernels.describe()}")
 EPSILON = torch.finfo(torch.float32).eps
@@ -148,3 +150,12 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.describe() == "3x3 convolutions in float32 (AVX2)"
     monkeypatch.setenv(kernels.VARIABLE, "off")
     assert kernels.describe() == "not used: MEZZOTINT_KERNELS is off"
+
+
+def test_a_record_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, request = mezzotint.load(device="cpu"), mezzotint.Request(prompt="a lemon", seed=1, steps=1)
+    with_it = read(pipe.generate(request).images[0].info)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    without = read(pipe.generate(request).images[0].info)
+    assert with_it and without
+    assert list(changes(with_it, without)) == ["the kernel for convolutions was AVX2 and is now none"]

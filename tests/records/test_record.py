@@ -54,7 +54,7 @@ OPTIONAL = (
     "embeddings",
     "placement",
 )
-OPTIONAL += ("edited", "solver")
+OPTIONAL += ("edited", "solver", "kernels")
 
 
 def test_the_record_makes_the_request_again() -> None:

@@ -68,7 +68,8 @@ class Model(_Part):
     map a name to the SHA-256 of a file, and `embeddings` to that of vectors. `safety_checker` does so where flagged
     pictures are blurred or black. `options` are those that overruled the files. `edited` names the networks that were
     not as in the files: another network, edited weights or modules, hooks. `solver` is the module and name of the
-    function that a program registered as the sampler.
+    function that a program registered as the sampler. `kernels` is the instruction set of our own kernels where they
+    are used.
     """
 
     name: Word = ""
@@ -91,6 +92,7 @@ class Model(_Part):
     device: Word = "cpu"
     dtype: Word = "float32"
     threads: int = Field(default=1, ge=1, le=4096)
+    kernels: Word | None = None
     placement: Placement = Placement()
 
 
@@ -179,6 +181,7 @@ class Record(_Part):
             "the device": model.device,
             "the dtype": model.dtype,
             "the number of threads": str(model.threads),
+            "the kernel for convolutions": model.kernels or "",
             **{f"the placement's {name}": str(value) for name, value in model.placement.changes().items()},
             **{f"the model's {name}": digest for name, digest in model.files.items()},
             **{f"the VAE's {name}": digest for name, digest in model.vae.items()},

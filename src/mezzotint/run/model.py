@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mezzotint import samplers
+from mezzotint import kernels, samplers
 from mezzotint.errors import RequestError
 from mezzotint.models.adapters import Changes
 from mezzotint.models.edits import Snapshot, is_customized
@@ -121,6 +121,7 @@ class LoadedModel:
             "refiner": plan.refiner.digests if plan.refiner else {},
             "merged": self.adapters.merged_digests(),
             "edited": self.edited(),
+            "kernels": "AVX2" if self.device.type == "cpu" and kernels.library() else "",
             "solver": samplers.origin(plan.sampler.solver),
             "options": parts.options.values(),
             **parts.given_hashes,
