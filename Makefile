@@ -48,7 +48,7 @@ bench: .venv/installed-all  ## the benchmarks; results go to benchmarks/results
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard src/mezzotint/kernels/*.[ch]) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 

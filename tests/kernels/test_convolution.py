@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,8 +149,18 @@ def test_a_fork_starts_threads_of_its_own() -> None:
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.describe() == "3x3 convolutions in float32 (AVX2)"
+    monkeypatch.setattr(kernels, "_load", kernels._load.__wrapped__)
     monkeypatch.setenv(kernels.VARIABLE, "off")
     assert kernels.describe() == "not used: MEZZOTINT_KERNELS is off"
+    assert kernels.library() is None
+
+
+def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "float32.so").write_bytes(b"no library")
+    monkeypatch.setattr(kernels, "_load", kernels._load.__wrapped__)
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "float32.so")
+    assert kernels.library() is None
+    assert kernels.describe().startswith("not used: float32.so cannot be loaded (")
 
 
 def test_a_record_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ mezzotint.Request("a house", control=[{"file": "control_v11p_sd15_canny.pth", "i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os import PathLike, fspath
+from os import PathLike
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from mezzotint.entries.fields import Entry, Name, Picture, Share, given_fields, picture_source, to_uri
+from mezzotint.entries.fields import Entry, Name, Picture, Share, given_fields
 
 MODES = ("balanced", "prompt", "control", "guess")
 RESIZE_MODES = ("resize", "crop", "fill")
@@ -61,15 +61,6 @@ class ControlPicture(Entry):
     def _complete(cls, value: Any) -> Any:
         return _given(value)
 
-    @field_validator("image", mode="before")
-    @classmethod
-    def _pictures_are_files(cls, value: Any) -> Any:
-        return picture_source(value)
-
-    @field_serializer("image", when_used="json-unless-none")
-    def _to_uri(self, value: str | bytes) -> str:
-        return to_uri(value)
-
 
 class Control(Entry):
     """A ControlNet or T2I-Adapter of a Request.
@@ -115,20 +106,6 @@ class Control(Entry):
     @classmethod
     def _complete(cls, value: Any) -> Any:
         return _given({"file": value} if isinstance(value, str | PathLike) else value)
-
-    @field_validator("file", mode="before")
-    @classmethod
-    def _paths_are_names(cls, value: Any) -> Any:
-        return fspath(value) if isinstance(value, PathLike) else value
-
-    @field_validator("image", mode="before")
-    @classmethod
-    def _pictures_are_files(cls, value: Any) -> Any:
-        return picture_source(value)
-
-    @field_serializer("image", when_used="json-unless-none")
-    def _to_uri(self, value: str | bytes) -> str:
-        return to_uri(value)
 
     @property
     def pictures(self) -> dict[str, str | bytes | None]:

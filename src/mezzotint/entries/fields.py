@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator, Mapping
+from os import PathLike, fspath
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 DATA_URI = "data:"  # how JSON holds the bytes of a picture: data:...;base64,...
@@ -30,7 +31,7 @@ class Bytes:
 
 
 class Entry(BaseModel):
-    """Base of what a Request may have several of: frozen, without unknown fields, NaN and booleans for numbers."""
+    """Base of what a Request may have several of: frozen; unknown fields, NaN and booleans for numbers are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -45,6 +46,20 @@ class Entry(BaseModel):
         if isinstance(value, bool):  # Python's True would pass as 1
             raise PydanticCustomError("boolean", "a boolean")
         return value
+
+    @field_validator("file", "encoder", mode="before", check_fields=False)
+    @classmethod
+    def _paths_are_names(cls, value: Any) -> Any:
+        return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator("image", "mask", mode="before", check_fields=False)
+    @classmethod
+    def _pictures_are_sources(cls, value: Any) -> Any:
+        return picture_source(value)
+
+    @field_serializer("image", "mask", when_used="json-unless-none", check_fields=False)
+    def _to_json(self, value: Any) -> Any:
+        return to_uri(value)
 
     @field_validator("end", check_fields=False)  # of entries that act in a part of the steps
     @classmethod

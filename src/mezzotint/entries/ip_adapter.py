@@ -63,14 +63,9 @@ class IPAdapter(Entry):
     def _complete(cls, value: Any) -> Any:
         return given_fields({"file": value} if isinstance(value, str | PathLike) else value)
 
-    @field_validator("file", "encoder", mode="before")
-    @classmethod
-    def _paths_are_names(cls, value: Any) -> Any:
-        return fspath(value) if isinstance(value, PathLike) else value
-
     @field_validator("image", "mask", mode="before")
     @classmethod
-    def _pictures_are_files(cls, value: Any) -> Any:
+    def _pictures_are_sources(cls, value: Any) -> Any:  # in place of the base's, which is of one picture
         if value is None:
             return None
         return tuple(map(picture_source, value if isinstance(value, list | tuple) else [value]))
@@ -95,7 +90,7 @@ class IPAdapter(Entry):
         return as_tuples(_pairs(value) if isinstance(value, Mapping) else value)
 
     @field_serializer("image", "mask", when_used="json-unless-none")
-    def _to_uris(self, value: tuple[str | bytes, ...]) -> list[str]:
+    def _to_json(self, value: Any) -> Any:
         return [*map(to_uri, value)]
 
     @field_serializer("embeds", when_used="json-unless-none")

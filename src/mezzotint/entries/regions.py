@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from mezzotint.entries.fields import MAX_PROMPT, Bytes, Entry, Picture, Share, Text, picture_source, to_uri
+from mezzotint.entries.fields import MAX_PROMPT, Bytes, Entry, Picture, Share, Text
 from mezzotint.errors import RequestError
 
 MAX_REGIONS = 32
@@ -61,15 +61,6 @@ class Region(Entry):
         if value is not None and not (value[0] < value[2] and value[1] < value[3]):
             raise PydanticCustomError("box", "an empty box")
         return value
-
-    @field_validator("mask", mode="before")
-    @classmethod
-    def _pictures_are_files(cls, value: Any) -> Any:
-        return picture_source(value)
-
-    @field_serializer("mask", when_used="json-unless-none")
-    def _to_uri(self, value: str | bytes) -> str:
-        return to_uri(value)
 
 
 def columns(ratios: str, prompts: Sequence[str]) -> list[Region]:

@@ -1,10 +1,10 @@
-"""Kernels in C for the CPU, in float32. Optional: without them torch does the same, slower.
+"""Kernels in C for the CPU, in float32. They are optional: without them torch computes the same, more slowly.
 
-The sources beside this file are compiled into one library, `float32.so`, when the package is built, if there is a C
-compiler and the processor is an x86-64. The library is used on processors with AVX2 and FMA. It knows nothing of Python
-or torch: its functions take pointers and sizes, and are called through ctypes.
+The sources beside this file are compiled into one library, `float32.so`, when the package is built on an x86-64 machine
+with a C compiler. It is used on processors with AVX2 and FMA. Its functions take pointers and sizes and know nothing of
+Python or torch; they are called through ctypes.
 
-The environment variable MEZZOTINT_KERNELS=off turns it off.
+The environment variable MEZZOTINT_KERNELS=off disables them.
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ import torch
 
 LIBRARY = Path(__file__).with_name("float32.so")
 VARIABLE = "MEZZOTINT_KERNELS"
+INSTRUCTIONS = "AVX2"
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the library, or None if it is missing, disabled, or not for this processor."""
+    found = _load()
+    return None if isinstance(found, str) else found
+
+
+def describe() -> str:
+    """Describe which kernels are used, or why none are, for `mezzotint env`."""
+    found = _load()
+    return f"not used: {found}" if isinstance(found, str) else f"3x3 convolutions in float32 ({INSTRUCTIONS})"
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """Load the library, or return None where it is missing, switched off or not for this processor."""
-    if _reason():
-        return None
-    found = ctypes.CDLL(str(LIBRARY))
+def _load() -> ctypes.CDLL | str:
+    """Load the library once, or return the reason why it cannot be used."""
+    if os.environ.get(VARIABLE, "").lower() in ("off", "0"):
+        return f"{VARIABLE} is {os.environ[VARIABLE]}"
+    if not LIBRARY.exists():
+        return "not compiled; this needs an x86-64 processor and a C compiler when mezzotint is installed"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return f"the processor has no {INSTRUCTIONS}"
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:  # such as one that was compiled for another C library
+        return f"{LIBRARY.name} cannot be loaded ({error})"
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     found.convolve3x3.argtypes, found.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
     found.convolve3x3_scratch.argtypes, found.convolve3x3_scratch.restype = [size, ctypes.c_int], size
     return found
-
-
-def describe() -> str:
-    """Say in a few words whether the kernels are used, for `mezzotint env`."""
-    reason = _reason()
-    return f"not used: {reason}" if reason else "3x3 convolutions in float32 (AVX2)"
-
-
-def _reason() -> str | None:
-    """Say why the library is not used."""
-    if os.environ.get(VARIABLE, "").lower() in ("off", "0"):
-        return f"{VARIABLE} is {os.environ[VARIABLE]}"
-    if not LIBRARY.exists():
-        return "not compiled; this needs a C compiler when mezzotint is installed, and an x86-64 processor"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "the processor has no AVX2"
-    return None

@@ -10,7 +10,7 @@ typedef void (*work)(void *job, ptrdiff_t unit, int thread);
 #define MAX_THREADS 256
 
 // Call work(job, unit, thread) for each unit below `units`, by at most `threads` threads, of which the caller is one
-// (thread 0). Return when all are done. Another call at the same time is done by its caller alone.
+// (thread 0). Return when all are done. A call that is made while another one runs is executed by its caller alone.
 void parallel(work function, void *job, ptrdiff_t units, int threads);
 
 #endif

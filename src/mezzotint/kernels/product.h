@@ -36,7 +36,7 @@ static void multiply(index rows, index depth, const float *a, index a_row, const
                      float *c, index c_row, int add)
 {
     while (rows > 0) {
-        // the last 7 or 8 rows are halved: a row alone would wait for its own sums
+        // split the last 7 or 8 rows in half: with 1 or 2 rows alone, each sum would wait for the one before
         int n = rows > ROWS && rows <= ROWS + 2 ? 4 : rows < ROWS ? (int)rows : ROWS;
         for (int i = 0; i < ROWS && n + i < rows; i++)
             for (index k = 0; k < depth; k += 16) __builtin_prefetch(a + (n + i) * a_row + k);

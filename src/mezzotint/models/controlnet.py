@@ -95,7 +95,7 @@ class ControlNet(DownPath):
             hint: The result of `embed`, of batch B or 1.
             keys_values: The result of `keys_values`, which saves computing it at each step.
             scales: Factor of each residual, that of the middle block last.
-            time_embedding: What is added to the embedding of the timestep, of batch B or 1.
+            time_embedding: An embedding to add to that of the timestep, of batch B or 1.
         """
         times = iter(self.time_projections(timestep, condition, added=time_embedding))
         contexts = iter(self.keys_values(condition) if keys_values is None else keys_values)
@@ -154,7 +154,7 @@ class ControlRun:
         return run
 
     def prepare(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the picture's features, on the device and in the dtype of a weight, and what the times are added."""
+        """Return the picture's features, like `weight` in device and dtype, and what is added to the time embedding."""
         return self.network.embed(self.hint.to(weight.device, weight.dtype)), None
 
     def residuals(

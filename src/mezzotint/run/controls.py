@@ -112,8 +112,9 @@ def check_controls(request: Request) -> None:
             raise RequestError(
                 f"control[{k}].image is missing; it must be the conditioning picture, or the request must have an image"
             )
-        for field in (field for field, picture in entry.pictures.items() if picture is None and field != "image"):
-            raise RequestError(f"control[{k}].{field} is missing; it must be a conditioning picture")
+        for field, picture in entry.pictures.items():
+            if picture is None and field != "image":
+                raise RequestError(f"control[{k}].{field} is missing; it must be a conditioning picture")
 
 
 def check_files(plan: RunPlan, found: Sequence[Files], unet: UNetConfig) -> None:
@@ -159,7 +160,8 @@ def _check_types(name: str, entry: Control, files: Files) -> None:
         return
     fields = ["type", *(f"more[{j}].type" for j in range(len(entry.more or ())))]
     words = [entry.type, *(one.type for one in entry.more or ())]
-    names = ", ".join(f"{word} ({k})" for k in range(count) if (word := next((w for w in TYPES if TYPES[w] == k), "")))
+    first = {number: word for word, number in reversed(TYPES.items())}
+    names = ", ".join(f"{first[k]} ({k})" for k in range(count) if k in first)
     for field, asked, kind in zip(fields, words, entry.types, strict=True):
         if kind is None or kind >= count:
             state = "is missing" if kind is None else f"is {asked}"
@@ -171,9 +173,8 @@ def _check_types(name: str, entry: Control, files: Files) -> None:
 def control_scales(entry: Control, residuals: int, steps: int, second_pass: bool) -> list[tuple[float, ...] | None]:
     """Return the factor of each residual at each step; None where the ControlNet does not act.
 
-    As in diffusers, step i of n acts if it lies wholly between the shares `start` and `end` of the steps.
-
-    With several pictures in one pass, each picture's features have its scale, and the residuals have none.
+    As in diffusers, step i of n acts if it lies wholly between the shares `start` and `end` of the steps. With several
+    pictures in one pass, the scales multiply the features of each picture, and the residuals are not scaled.
 
     Args:
         entry: The request's entry.

@@ -49,7 +49,7 @@ class Move(BaseModel):
     before: str = Field(pattern="^([0-9a-f]{32}|first|last)$")
 
 
-async def service(request: Request) -> Service:  # without await, but others are called in a thread
+async def service(request: Request) -> Service:  # FastAPI would call a plain function in a thread
     """Return the service of the app."""
     found: Service = request.app.state.service
     return found

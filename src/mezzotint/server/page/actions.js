@@ -18,7 +18,7 @@ const guarded = (work) => async (...values) => {
   }
 };
 
-/** Return a function that does nothing while its last call still works: a second click is of impatience. */
+/** Return a function that does nothing while its last call is still running, so that a second click starts nothing. */
 const single = (work) => {
   let busy = false;
   return async (...values) => {

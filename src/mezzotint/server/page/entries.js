@@ -59,7 +59,7 @@ export function entrySection({ field, id, name, listing, without, card, shows, s
     await give(0, blob);
     root.open = true;
     root.scrollIntoView({ block: "nearest", behavior: "smooth" });
-    toast(`It is the picture of the ${name}.`);
+    toast(`The ${name} uses this picture.`);
   }
 
   /** Return a button that takes a picture: a file is dropped or chosen, or a picture of the gallery dropped. */
