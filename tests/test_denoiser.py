@@ -151,7 +151,10 @@ def test_is_the_unet_itself() -> None:
         x = torch.randn(2, 4, 8, 6)
     sigma = 2.5
     run = Denoiser(unet, SCHEDULE, PREDICTIONS["v_prediction"], conditions)
+    sizes: list[int] = []
+    unet.conv_in.register_forward_hook(lambda _module, args, _output: sizes.append(len(args[0])))
     outputs = run.outputs(x, sigma)
+    assert sizes == [2]  # once for both conditions
     for given, output in zip(conditions, outputs, strict=True):
         context = given.context.expand(2, 7, 6)
         plain = unet(x / math.sqrt(sigma**2 + 1), SCHEDULE.timestep(sigma), Condition(context))

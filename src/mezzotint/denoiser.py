@@ -82,6 +82,7 @@ class Denoiser:
         )
         self.dtype = parameter.dtype
         own = getattr(unet, "_orig_mod", unet)
+        self.shares = isinstance(own, UNet)
         self.perturbed_layers = own.self_attentions(perturbed_layers) if perturbed_layers else ()
         self._options = {"freeu_factors": freeu} if freeu else {}  # networks of a user's own need not take any
         self.timelines = [[(0, c)] if isinstance(c, Condition) else list(c) for c in conditions]
@@ -113,12 +114,13 @@ class Denoiser:
         outputs: dict[int, Tensor] = {}
         calls = [k if self.split else c.context.shape[1] for k, c in enumerate(conditions)]
         for call in dict.fromkeys(calls):
-            same = [k for k, own in enumerate(calls) if own == call]
+            same = [k for k, needed in enumerate(calls) if needed == call]
             condition, keys_values = self._batch(len(x), [conditions[k] for k in same])
             negatives = tuple(self.prompts <= k < len(plain) for k in same)
             keys_values = self._with_images(sigma, len(x), condition, keys_values, negatives)
-            samples = torch.cat([whole] * len(same))  # (len(same) * B, C, h, w)
             rows = len(x) * sum(k >= len(plain) for k in same)  # perturbed conditions are the last of their batch
+            # our UNet computes what precedes the first cross-attention once for all conditions
+            samples = whole if self.shares and not rows else torch.cat([whole] * len(same))
             with perturbing(self.perturbed_layers, rows) if rows else nullcontext():
                 output: Tensor = self.unet(
                     samples,

@@ -47,6 +47,36 @@ def inputs(batch: int = 2) -> tuple[Tensor, Condition]:
     return sample, Condition(context, pooled, torch.full((batch, 6), 1001.0))
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["", "t2i"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        SDXL,
+        SMALL | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")},
+        SMALL | {"down_block_types": ("DownBlock2D", "DownBlock2D"), "mid_block_type": "UNetMidBlock2D"},
+    ],
+    ids=["sd1", "sdxl", "attention-below", "attention-on-the-way-up"],
+)
+@torch.no_grad()
+def test_latents_that_several_conditions_share(config: dict[str, Any], adapter: bool) -> None:
+    """The same in float64 as with the latents repeated; what precedes the first condition has the smaller batch."""
+    unet = build(config).double()
+    sample, _ = inputs(2)
+    _, condition = inputs(6)
+    sample, condition = sample.double(), condition.to(dtype=torch.float64)
+    sizes: list[int] = []
+    first = unet.down_blocks[0].resnets[0].conv1  # type: ignore[index, union-attr]
+    first.register_forward_hook(lambda _module, args, _output: sizes.append(len(args[0])))
+    features = [torch.randn(6, 16, 3, 3).double(), torch.randn(6, 32, 3, 3).double()] if adapter else ()
+    if adapter and config["down_block_types"][0].startswith("Cross"):
+        features = [torch.randn(6, 16, 6, 5).double(), features[1]]
+    shared = unet(sample, 500.0, condition, features=features)
+    repeated = unet(sample.repeat(3, 1, 1, 1), 500.0, condition, features=features)
+    assert sizes == [2, 6]
+    torch.testing.assert_close(shared, repeated, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("config", [SMALL, SDXL], ids=["sd1", "sdxl"])
 @torch.no_grad()
 def test_what_is_computed_once_a_run_changes_nothing(config: dict[str, Any]) -> None:

@@ -60,6 +60,11 @@ class ImageAttention:
 KeysValues = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[ImageAttention]]
 
 
+def repeat_to(batch: int, x: Tensor) -> Tensor:
+    """Repeat x (B, ...) along the batch up to (batch, ...): rows 0, 1, 0, 1 for B = 2 and batch = 4."""
+    return x if len(x) >= batch else torch.cat([x] * (batch // len(x)))
+
+
 def activation(x: Tensor) -> Tensor:
     """Apply SiLU to the output of a norm, in place unless a gradient needs it."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
@@ -80,9 +85,10 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Apply the block; `time` (B, outputs) is time_emb_proj of the activated time embedding."""
         h: Tensor = self.conv1(activation(self.norm1(x)))  # (B, outputs, h, w)
+        h = repeat_to(len(time), h)
         h = self.norm2(h.add_(time[:, :, None, None]))  # frees the input of the norm before the convolution
         h = self.conv2(activation(h))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h.add_(repeat_to(len(h), x if self.conv_shortcut is None else self.conv_shortcut(x)))
 
 
 class Attention(nn.Module):
@@ -210,8 +216,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """Apply the block."""
+        """Apply the block. The result has the batch of `keys_values` where x has a smaller one."""
         x = self.attn1(self.norm1(x)).add_(x)  # (B, T, dim)
+        x = repeat_to(len(keys_values[0]), x)
         x = self.attn2(self.norm2(x), keys_values).add_(x)
         y: Tensor = self.ff(self.norm3(x)).add_(x)
         return y
@@ -238,7 +245,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, next(contexts))
         h = _grid(self.proj_out(h), size) if self.linear else self.proj_out(_grid(h, size))
-        y: Tensor = x + h  # x first: a sum keeps the memory format of its first term
+        y: Tensor = repeat_to(len(h), x) + h  # x first: a sum keeps the memory format of its first term
         return y
 
 

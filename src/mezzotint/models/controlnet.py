@@ -89,17 +89,17 @@ class ControlNet(DownPath):
         """Return the residuals for each skip connection of the UNet and for its middle block.
 
         Args:
-            sample: Latents (B, C, h, w), scaled.
+            sample: Latents (B, C, h, w), scaled; or (B / n, C, h, w) if they are the same for each of n conditions.
             timestep: One timestep for each, (B,), or one number for all.
-            condition: The prompts.
-            hint: The result of `embed`, of batch B or 1.
+            condition: The prompts, of batch B.
+            hint: The result of `embed`, of the batch of `sample` or 1.
             keys_values: The result of `keys_values`, which saves computing it at each step.
             scales: Factor of each residual, that of the middle block last.
             time_embedding: An embedding to add to that of the timestep, of batch B or 1.
         """
         times = iter(self.time_projections(timestep, condition, added=time_embedding))
         contexts = iter(self.keys_values(condition) if keys_values is None else keys_values)
-        skips, x = self.descend(self.conv_in(sample) + hint, times, contexts)
+        skips, x = self.descend(self.conv_in(sample) + hint, times, contexts, len(condition.context))
         convolutions = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         residuals = [convolve(skip) for convolve, skip in zip(convolutions, (*skips, x), strict=True)]
         if scales is not None:
@@ -179,7 +179,7 @@ class ControlRun:
         features, embedding = self._prepared
         condition, keys_values = self._batch(len(sample), [conditions[k] for k in rows])
         down, mid = self.network(
-            torch.cat([sample.to(weight.dtype)] * len(rows)),
+            sample.to(weight.dtype),
             timestep,
             condition,
             features,

@@ -30,6 +30,7 @@ from mezzotint.models.blocks import (
     Transformer,
     Upsample,
     activation,
+    repeat_to,
 )
 from mezzotint.models.convolution import Conv2d
 from mezzotint.models.edits import has_hooks, source_state, tensor_state
@@ -127,11 +128,11 @@ class DownBlock(nn.Module):
             x = x if transformer is None else transformer(x, contexts)
             skips.append(x)
         if feature is not None and len(self.attentions):
-            skips[-1] = x = x + feature
+            skips[-1] = x = repeat_to(len(feature), x) + feature
         for downsample in self.downsamplers:
             skips.append(downsample(x))
         if feature is not None and not len(self.attentions):
-            skips[-1] = skips[-1] + feature
+            skips[-1] = repeat_to(len(feature), skips[-1]) + feature
         return skips
 
 
@@ -240,18 +241,29 @@ class DownPath(nn.Module):
         )
 
     def descend(
-        self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[KeysValues], features: Iterable[Tensor] = ()
+        self,
+        x: Tensor,
+        times: Iterator[Tensor],
+        contexts: Iterator[KeysValues],
+        batch: int,
+        features: Iterable[Tensor] = (),
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the skip connections, of which x (B, channels[0], h, w) is the first, and the output of the middle.
+        """Return the skip connections, of which x is the first, and the output of the middle, each of batch `batch`.
 
-        `features` are those of T2I-Adapters, one for each level and then one for the middle, or fewer.
+        Args:
+            x: Output of the first convolution, (B, channels[0], h, w). Where B is smaller than `batch`, what does not
+                depend on the condition is computed once for all conditions.
+            times: Time projections.
+            contexts: Keys and values.
+            batch: Batch of the conditions.
+            features: Those of T2I-Adapters, one for each level and then one for the middle, or fewer.
         """
         skips, given = [x], iter(features)
         for block in self.down_blocks:
             # the last: (B, channels[-1], h / 2^(levels-1), w / ...)
             skips += block(skips[-1], times, contexts, *islice(given, 1))
         x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], times, contexts)
-        return skips, sum(given, x)
+        return [repeat_to(batch, skip) for skip in skips], sum(given, repeat_to(batch, x))
 
     def keys_values(self, condition: Condition) -> list[KeysValues]:
         """Return the keys and values of every cross-attention, in module order; they are the same at every step."""
@@ -376,9 +388,9 @@ class UNet(DownPath):
         """Return the network's output, (B, C_out, h, w).
 
         Args:
-            sample: Latents (B, C, h, w), scaled.
+            sample: Latents (B, C, h, w), scaled; or (B / n, C, h, w) if they are the same for each of n conditions.
             timestep: One timestep for each, (B,), or one number for all.
-            condition: The prompts.
+            condition: The prompts, of batch B.
             keys_values: The result of `keys_values`, which saves computing it at each step.
             time_projections: The result of `time_projections`, likewise.
             timestep_cond: Guidance embedding of LCM models, (B, time_cond_proj_dim).
@@ -397,7 +409,7 @@ class UNet(DownPath):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
 
-        skips, x = self.descend(self.conv_in(sample), times, contexts, features)
+        skips, x = self.descend(self.conv_in(sample), times, contexts, len(condition.context), features)
         if down_residuals is not None:
             if len(down_residuals) != len(skips):
                 raise RequestError(f"{len(down_residuals)} down_residuals were given; this UNet takes {len(skips)}.")
