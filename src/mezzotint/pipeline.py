@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.conditioning.encode import EncodedPart
-from mezzotint.devices import DTYPES, best_device, device_of, dtype_of
+from mezzotint.devices import DTYPES, best_device, device_of, dtype_of, dtype_on
 from mezzotint.diffusion.schedule import Schedule
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import RequestError
@@ -72,6 +72,7 @@ def load(
         path_or_id: A diffusers folder, a single file or a hub id; None is the bundled model.
         device: Where the model runs; None is the best device there is.
         dtype: Of the weights, also as a name such as "float16"; None is float32 on the CPU and bfloat16 elsewhere.
+            "auto" is bfloat16 also on a CPU that multiplies it natively.
         placement: Where the weights are kept and how the work is cut, to save memory.
         memory: What the process may take, such as "4GiB" or "auto". The placement is then planned for it; the
             pipeline makes a batch smaller that would take more, and refuses a picture that would.
@@ -87,7 +88,7 @@ def load(
     if placement is not None and memory is not None:
         raise RequestError("placement and memory are both given; a budget chooses the placement: leave one of them out")
     device = device_of(device or best_device())
-    dtype = dtype_of(dtype) if dtype is not None else torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype_on(device, dtype)
     budget = None
     if memory is not None:
         plan = plan_memory(path_or_id, memory, request, device=device, dtype=dtype, **options)

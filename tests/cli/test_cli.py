@@ -52,6 +52,7 @@ class FakePipeline:
     """Draws yellow pictures; `pause` seconds a step."""
 
     notices = ()
+    device, unet = torch.device("cpu"), torch.nn.Identity()
     remarks: tuple[str, ...] = ()  # on each request
 
     def __init__(self, pause: float = 0.0) -> None:

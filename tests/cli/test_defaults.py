@@ -87,7 +87,7 @@ def test_other_commands_do_not_read_it(command: str, config: Path) -> None:
         ("\udcff", "user.toml is not a TOML file"),
         ('out = "one.png"', "user.toml: out is 'one.png'; it must be a folder"),
         ('sampler = "eulr"', "user.toml: sampler is 'eulr'; did you mean euler"),
-        ('dtype = "fp16"', "user.toml: dtype is 'fp16'; it can be float32, bfloat16, float16"),
+        ('dtype = "fp16"', "user.toml: dtype is 'fp16'; it can be float32, bfloat16, float16, auto"),
         (None, "MEZZOTINT_CONFIG is"),
     ],
 )

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mezzotint import devices
 from mezzotint.images.io import read_metadata
 from mezzotint.records.record import read
 
@@ -70,3 +73,17 @@ def test_tokens_shows_remarks_and_the_weight_of_the_whole_prompt(run: Run, sd1_f
     assert lines[-1].startswith("note: the number at the end weights the whole prompt (9)")
     [remark] = json.loads(run("tokens", "a lemon #1", "--model", str(sd1_folder), "--json").out)["remarks"]
     assert (remark["start"], remark["end"]) == (8, 10) and "hides the rest" in remark["remark"]
+
+
+def test_what_bfloat16_would_save(run: Run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "has_native_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "LARGE_UNET", 1)
+    model = ("--model", str(sd1_folder), "--device", "cpu")
+    draw = ("generate", "a lemon", *model, "--steps", "4", "--out", "lemon.png")
+    hint = "this processor multiplies bfloat16 natively: --dtype auto would be faster"
+    for command in (draw, ("plan", *model)):
+        assert hint in run(*command).err
+        assert hint not in run(*command, "--dtype", "float32").err
+    assert run(*draw, "--dtype", "auto").code == 0
+    record = read(read_metadata("lemon.png"))
+    assert record is not None and record.model.dtype == "bfloat16"

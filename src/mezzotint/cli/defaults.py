@@ -32,7 +32,7 @@ COMMANDS = {  # the keys that are defaults of each command's options
     "report": _LOADS,
 }
 FILE = "MEZZOTINT_CONFIG"  # the variable that names another file, or none if it is empty
-DTYPES = ("float32", "bfloat16", "float16")  # devices.DTYPES, whose import would bring torch
+DTYPES = ("float32", "bfloat16", "float16", "auto")  # of devices.dtype_on, whose import would bring torch
 MAX_BYTES = 1_000_000
 
 

@@ -365,9 +365,13 @@ def generate(
         raise RequestError("preview_vae is given without preview; give the file of the preview with --preview FILE")
     fit = fitted(model, memory, request, device, dtype, **model_given)
     pipe = load(model, device, dtype, **model_given, **({"memory": fit} if fit else {}))
+    from mezzotint.devices import bfloat16_hint  # which import torch
+    from mezzotint.models.offload import count_parameters
+
     run = pipe.plan(fit.request if fit else request)
     request = run.request
     say_notices(pipe, run)
+    say(*bfloat16_hint(dtype, pipe.device, count_parameters(pipe.unet)))
     written: list[Path] = []
     shown = Preview(pipe, Path(preview), preview_vae) if preview is not None else None
     estimates: dict[str, Any] = {"on_estimate": shown.show_latents} if shown else {}

@@ -306,7 +306,13 @@ Device = Annotated[
     str | None, option("cpu, cuda, cuda:1, mps, ...", "DEVICE", MEMORY, default="the best one available")
 ]
 Dtype = Annotated[
-    str | None, option("float32, bfloat16 or float16.", "DTYPE", MEMORY, default="the device's natural one")
+    str | None,
+    option(
+        "float32, bfloat16, float16 or auto: bfloat16 where the device multiplies it natively.",
+        "DTYPE",
+        MEMORY,
+        default="float32 on a CPU, 16 bits elsewhere",
+    ),
 ]
 Json = Annotated[bool, option("Print one JSON object instead of text.", None, OUTPUT, name="--json")]
 

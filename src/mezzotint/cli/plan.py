@@ -72,10 +72,13 @@ def plan(
 
     check_memory(memory)
     request = Request(prompt="", **fields_of(options))
+    from mezzotint.devices import bfloat16_hint
     from mezzotint.memory.planner import plan as plan_memory
 
     made = plan_memory(model, memory, request, device=device, dtype=dtype, **model_given)
-    for notice in made.model.found.notices:
+    unet = made.model.weights["unet"]
+    hint = bfloat16_hint(dtype, made.model.device, unet.large + unet.small)
+    for notice in (*made.model.found.notices, *hint):
         say(notice)
     if as_json:
         print_json(made.to_dict())

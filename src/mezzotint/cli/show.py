@@ -121,6 +121,7 @@ def env(as_json: Json = False) -> None:
 
     import torch
 
+    from mezzotint.devices import has_native_bfloat16
     from mezzotint.kernels import describe
     from mezzotint.models.backends import available
     from mezzotint.records.record import version
@@ -133,6 +134,7 @@ def env(as_json: Json = False) -> None:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {in_threads(default_threads())}",
         "kernels": describe(),
+        "bfloat16": "multiplied natively by the CPU" if has_native_bfloat16() else "not multiplied natively by the CPU",
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
     }
     backends = dict(available())

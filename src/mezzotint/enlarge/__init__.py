@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mezzotint.devices import best_device, device_of, dtype_of
+from mezzotint.devices import best_device, device_of, dtype_on
 from mezzotint.errors import BudgetError, RequestError
 from mezzotint.images.init_image import fit, open_picture, to_source
 from mezzotint.images.io import CHUNKS, Picture, from_pil, read_metadata, to_pil
@@ -132,8 +132,7 @@ def choose_tile(network: Upscaler, size: tuple[int, int], memory: int | str = "a
 
 def _load(model: str | PathLike[str], device: str | torch.device | None, dtype: str | torch.dtype | None) -> Upscaler:
     place = device_of(device or best_device())
-    kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.float16
-    return load_upscaler(Path(model).expanduser(), place, kind)
+    return load_upscaler(Path(model).expanduser(), place, dtype_on(place, dtype, torch.float16))
 
 
 def _texts(source: str | bytes) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
-from mezzotint.devices import best_device, device_of, dtype_of
+from mezzotint.devices import best_device, device_of, dtype_on
 from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.placement import MIN_OFFLOAD_NUMEL
 from mezzotint.request import Request
@@ -107,8 +107,7 @@ class ModelHeaders:
             RequestError: If the device or dtype is not available.
         """
         place = device_of(device or best_device())
-        kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.bfloat16
-        return cls(scan_model(path_or_id or BUNDLED, **options), place, kind)
+        return cls(scan_model(path_or_id or BUNDLED, **options), place, dtype_on(place, dtype))
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.config import UNetConfig
-from mezzotint.devices import best_device, device_of, dtype_of
+from mezzotint.devices import best_device, device_of, dtype_on
 from mezzotint.entries.fields import picture_source
 from mezzotint.entries.ip_adapter import IPAdapter
 from mezzotint.errors import CheckpointError, RequestError
@@ -211,8 +211,7 @@ def embed_images(
         raise RequestError("images is empty; it must be a picture or a list of pictures")
     opened = [open_picture(source, f"images[{k}]") for k, source in enumerate(sources)]
     place = device_of(device or best_device())
-    kind = dtype_of(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else torch.bfloat16
-    return encode_pictures(adapter, found, opened, place, kind)
+    return encode_pictures(adapter, found, opened, place, dtype_on(place, dtype))
 
 
 def check_ip_adapters(request: Request) -> None:

@@ -62,7 +62,7 @@ class Settings:
         wildcards: A folder of wildcard files, or None.
         devices: The devices that draw, each a job at a time; empty means every CUDA device, else the best one.
         share_batches: Whether jobs that differ only in prompt and seed share a batch, on CUDA devices alone.
-        dtype: The dtype of the weights; None is the device's natural one.
+        dtype: The dtype of the weights, as in `mezzotint.load`.
         memory: What the process may take, such as "8GiB", or None.
         keep: Bytes of pictures and uploads that are kept, or None for all.
         allow_hosts: Names, besides the address, under which a browser may reach the server.
