@@ -6,6 +6,7 @@ two seeds, prompts or samplers give different ones.
 
 from __future__ import annotations
 
+import gc
 import os
 
 # A tiny model gains nothing from a second thread, and on a busy machine its threads wait for each other. Processes that
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # trio, which selenium depends on, registers a random generator in a way that hypothesis warns of.
 os.environ.setdefault("HYPOTHESIS_NO_PLUGINS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,16 @@ def tiny_clip(seed: int, tokenizer: Tokenizer, architecture: str = "CLIPTextMode
     )
     torch.nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight)
     return encoder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave the million objects that imports and collection make to themselves; looking through them takes seconds."""
+    gc.disable()
+    result = yield
+    gc.enable()
+    gc.freeze()
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)
