@@ -160,36 +160,43 @@ def tiny_pipe(tiny: Path) -> Pipeline:
     return mezzotint.load(tiny, device="cpu")
 
 
-@pytest.fixture
-def workspace(tiny: Path, tiny_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="session")
+def files(tiny: Path, tiny_pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the pages take for given."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").symlink_to(tiny)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    place = tmp_path_factory.mktemp("files")
+    (place / "tiny").symlink_to(tiny)
+    (place / "examples").symlink_to(ROOT / "examples")
     lemon = tiny_pipe("a lemon", seed=7, width=64, height=64)
-    lemon.save("lemon.png")
+    lemon.save(place / "lemon.png")
     corner = Image.new("L", lemon.size)
     ImageDraw.Draw(corner).rectangle((36, 36, 64, 64), 255)
-    corner.save("corner.png")
-    Image.linear_gradient("L").resize(lemon.size).save("ramp.png")
-    Path("prompts.txt").write_text("a lemon\na whale\n")
+    corner.save(place / "corner.png")
+    Image.linear_gradient("L").resize(lemon.size).save(place / "ramp.png")
+    (place / "prompts.txt").write_text("a lemon\na whale\n")
     for name in ("prompts.jsonl", "rows.jsonl"):
-        Path(name).write_text(json.dumps({"prompt": "a lemon", "seed": 7}) + "\n")
-    Path("prompts.csv").write_text("prompt,seed\na lemon,7\n")
+        (place / name).write_text(json.dumps({"prompt": "a lemon", "seed": 7}) + "\n")
+    (place / "prompts.csv").write_text("prompt,seed\na lemon,7\n")
     for folder in ("pictures", *(f"pictures/{name}" for name in ("lighthouse", "sks", "boo"))):
-        Path(folder).mkdir()
+        (place / folder).mkdir()
         for k in (1, 2):
-            Image.effect_noise((32, 32), 90).convert("RGB").save(f"{folder}/hat-{k}.png")
-            Path(folder, f"hat-{k}.txt").write_text("a red <hat> <boo>")
-    shutil.copytree("pictures", "edges")  # conditioning pictures
+            Image.effect_noise((32, 32), 90).convert("RGB").save(place / folder / f"hat-{k}.png")
+            (place / folder / f"hat-{k}.txt").write_text("a red <hat> <boo>")
+    shutil.copytree(place / "pictures", place / "edges")  # conditioning pictures
     lora = {"unet": {"conv_in": (torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1))}}
     for name in ("watercolour", "sharper", "loras/watercolour", "model"):
-        save_lora(Path(f"{name}.safetensors"), lora)
-    torch.save(TinyVAE(TinyVAEConfig()).state_dict(), "taesd_decoder.pth")
-    Path("folder").mkdir()
-    torch.save({"string_to_param": {"*": torch.randn(2, WIDTH)}}, "badhands.pt")
-    shutil.copy("badhands.pt", "folder/other.pt")
-    return tmp_path
+        save_lora(place / f"{name}.safetensors", lora)
+    torch.save(TinyVAE(TinyVAEConfig()).state_dict(), place / "taesd_decoder.pth")
+    (place / "folder").mkdir()
+    torch.save({"string_to_param": {"*": torch.randn(2, WIDTH)}}, place / "badhands.pt")
+    shutil.copy(place / "badhands.pt", place / "folder/other.pt")
+    return place
+
+
+@pytest.fixture
+def workspace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of these files, where the commands run."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(files, tmp_path, symlinks=True, dirs_exist_ok=True)
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -94,6 +95,12 @@ for command, example in EXAMPLES.items():
     app.command(cls=Command, epilog=f"\b\nExample: mezzotint {example}")(takes_log_level(command))
 
 
+@functools.cache
+def _command() -> Callable[..., int | None]:
+    """Build click's commands from the functions: once in a process, since it takes as long as a small picture."""
+    return typer.main.get_command(app)
+
+
 def run() -> int:
     """Run the command in sys.argv and return its exit code."""
     try:
@@ -107,7 +114,7 @@ def _run() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
     try:
-        code: int = app(prog_name="mezzotint", standalone_mode=False) or 0
+        code: int = _command()(prog_name="mezzotint", standalone_mode=False) or 0
         if code == INTERRUPTED:  # what newer versions of typer make of Ctrl-C
             raise KeyboardInterrupt
         return code

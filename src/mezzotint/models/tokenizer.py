@@ -248,7 +248,7 @@ class Tokenizer:
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
         _write_json(folder / "tokenizer_config.json", config)
         _write_json(folder / "special_tokens_map.json", special)
-        _write_json(folder / "tokenizer.json", json.loads(self._backend.to_str()), indent=None)
+        (folder / "tokenizer.json").write_text(self._backend.to_str() + "\n", encoding="utf-8", newline="\n")
 
 
 def _special_token(content: str) -> AddedToken:
