@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from functools import cache
 from typing import Any
 
+import pyparsing
 import pytest
 import torch
-from compel import CompelForSD, CompelForSDXL
+from compel import Compel, CompelForSD, CompelForSDXL
 
 import mezzotint
 from pictures import Pair
@@ -58,9 +60,18 @@ def random_prompt(rng: random.Random) -> str:
 
 
 RANDOM = [random_prompt(random.Random(seed)) for seed in range(12)]
-CASES = [(family, prompt) for family in FAMILIES for prompt in (*WRITTEN, *RANDOM)]
+CASES = [(family, prompt) for prompt in (*WRITTEN, *RANDOM) for family in FAMILIES]
 # Compel 2.5.1 raises AttributeError for a conjunction with weights when it also has to return a pooled vector.
 CASES = [case for case in CASES if case[0] == "sd1" or not re.search(r"\.and\([^)]", case[1])]
+
+# Its parser takes seconds for a long prompt, and SDXL's two encoders and SD1's have it parsed each for itself.
+pyparsing.ParserElement.enable_packrat()
+parse = cache(Compel.parse_prompt_string)
+
+
+@pytest.fixture(autouse=True)
+def _parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compel, "parse_prompt_string", lambda _, prompt: parse(prompt))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
