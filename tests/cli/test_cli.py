@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pty
 import re
@@ -407,26 +408,31 @@ def test_what_should_not_happen_is_one_line_and_code_1(
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+def draw_a_thousand(folder: Path, stdout: int, stderr: int) -> None:
+    """Run the command on these two descriptors, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts its children with it ignored
+    os.chdir(folder)
+    os.environ |= {"TERM": "xterm", "COLUMNS": "80"}
+    for descriptor, given, name in ((1, stdout, "stdout"), (2, stderr, "stderr")):
+        os.dup2(given, descriptor)
+        setattr(sys, name, os.fdopen(descriptor, "w"))
+    mezzotint.load = lambda *_, **__: FakePipeline(pause=0.05)  # type: ignore[assignment]
+    sys.argv = ["mezzotint", "generate", "a lemon", "--count", "1000", "--out", "x.png"]
+    cli.main()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # it needs none of its parent's threads
 def test_ctrl_c_ends_within_a_step_and_keeps_finished_pictures(tmp_path: Path) -> None:
     """A real process on a real terminal, which shows the bar too."""
-    code = f"""
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts its children with it ignored
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import mezzotint, test_cli
-mezzotint.load = lambda *_, **__: test_cli.FakePipeline(pause=0.05)
-sys.argv = ["mezzotint", "generate", "a lemon", "--count", "1000", "--out", "x.png"]
-test_cli.cli.main()
-"""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
-    )
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=draw_a_thousand, args=(tmp_path, writer, theirs))
+    process.start()
     os.close(theirs)
-    while not (tmp_path / "x-0001.png").exists() and process.poll() is None:
+    os.close(writer)
+    while not (tmp_path / "x-0001.png").exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid or 0, signal.SIGINT)
     screen = b""
     while True:
         try:
@@ -437,8 +443,10 @@ test_cli.cli.main()
             break
         screen += chunk
     os.close(ours)
-    out, _ = process.communicate()
-    assert (process.returncode, out) == (130, "")
+    with os.fdopen(reader) as stdout:
+        out = stdout.read()
+    process.join()
+    assert (process.exitcode, out) == (130, "")
     kept = sorted(os.listdir(tmp_path))
     assert 1 <= len(kept) < 1000
     assert kept == [f"x-{k + 1:04}.png" for k in range(len(kept))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import mezzotint
 from mezzotint import cli
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,12 +49,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return run
 
 
-@pytest.fixture
-def picture(run: Run, sd1_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def drawn(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture with a record, drawn with all options but --vae."""
-    given = ("--prediction", "v_prediction", "--config", "scheduler.rescale_betas_zero_snr=true", "--family", "sd2")
-    code, _, errors = run("generate", "lemon", "--model", str(sd1_folder), *given, "--out", "lemon.png")
-    assert (code, errors) == (0, "")
+    path = tmp_path_factory.mktemp("drawn") / "lemon.png"
+    config = {"scheduler": {"rescale_betas_zero_snr": True}}
+    mezzotint.load(sd1_folder, prediction="v_prediction", config=config, family="sd2")("lemon").save(path)
+    return path
+
+
+@pytest.fixture
+def picture(run: Run, drawn: Path) -> None:
+    shutil.copy(drawn, "lemon.png")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,15 +1,11 @@
-"""A stage of training from scratch: exact across a kill, and what Muon does. A toy network throughout.
-
-Run as a script (`test_stage.py FOLDER`) this file trains the toy and is killed while it writes a checkpoint.
-"""
+"""A stage of training from scratch: exact across a kill, and what Muon does. A toy network throughout."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,10 +128,32 @@ def test_a_finished_run_is_only_read(tmp_path: Path, unbroken: tuple[Toy, Any]) 
     assert (newest / checkpoints.STATE).stat().st_mtime_ns == written
 
 
+def dies_writing(folder: Path) -> None:
+    """Train the toy; at the second checkpoint write half of it, then SIGKILL."""
+    torch.set_num_threads(1)  # a fork has none of its parent's
+    save, saves = torch.save, 0
+
+    def half(saved: object, file: BinaryIO) -> None:
+        nonlocal saves
+        saves += 1
+        save(saved, file)
+        if saves == 2:
+            file.truncate(file.tell() // 2)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.torch.save = half  # type: ignore[attr-defined]
+    run(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the forked process starts no threads of its own
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the run is forked")
 def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, unbroken: tuple[Toy, Any]) -> None:
     """SIGKILL in a process of its own, half of the second checkpoint on the disk."""
-    killed = subprocess.run([sys.executable, __file__, str(tmp_path)], check=False, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = multiprocessing.get_context("fork").Process(target=dies_writing, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     first = tmp_path / "checkpoint-00000004" / checkpoints.STATE
     (half,) = (folder / checkpoints.STATE for folder in tmp_path.glob(PATTERN.format("*")))
     assert half.stat().st_size < first.stat().st_size
@@ -319,24 +337,3 @@ def test_a_step_takes_the_scale_and_the_gradients_go(tmp_path: Path) -> None:
         still = [torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
         assert all(still) if done.step <= 2 else not any(still), "at scale 0 nothing moves"
     assert all(p.grad is None for p in module.parameters())
-
-
-def dies_writing(folder: Path) -> None:
-    """Train the toy; at the second checkpoint write half of it, then SIGKILL."""
-    save, saves = torch.save, 0
-
-    def half(saved: object, file: BinaryIO) -> None:
-        nonlocal saves
-        saves += 1
-        save(saved, file)
-        if saves == 2:
-            file.truncate(file.tell() // 2)
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoints.torch.save = half  # type: ignore[attr-defined]
-    run(folder)
-
-
-if __name__ == "__main__":
-    dies_writing(Path(sys.argv[1]))
