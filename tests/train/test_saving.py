@@ -4,6 +4,7 @@ SDXL's LoRA in kohya's names; a learnt word. Random models of the smallest width
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -60,7 +61,16 @@ def encoder(kind: str, layers: int, eos: int) -> CLIPTextModel:
     )
 
 
-def parts_of(family: Any, eos: int = 2) -> Parts:
+def parts_of(family: str, eos: int = 2) -> Parts:
+    """A copy of the family's model; its tokenizers never change, and are not copied."""
+    made = built(family, eos)
+    torch.manual_seed(7)  # for what the caller draws
+    memo = {id(tokenizer): tokenizer for tokenizer in made.tokenizers}
+    return copy.deepcopy(made, memo)
+
+
+@cache
+def built(family: Any, eos: int) -> Parts:
     """A model of this family that a single file can hold: 32 channels a norm's group, heads 64 wide, CLIP's tokens."""
     torch.manual_seed(7)
     fields: dict[str, Any] = {
