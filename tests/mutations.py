@@ -375,8 +375,8 @@ MUTATIONS = [
     ),
     Mutation(
         "models/blocks.py",
-        "is nn.Linear and layer.bias is None and",
-        "is nn.Linear and",
+        "in PLAIN_TYPES and layer.bias is None and",
+        "in PLAIN_TYPES and",
         "tests/run/test_edits.py",
         "another_kind",
     ),

@@ -148,7 +148,7 @@ def test_a_fork_starts_threads_of_its_own() -> None:
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.describe() == "3x3 convolutions in float32 (AVX2)"
+    assert kernels.describe() == "3x3 convolutions, linear layers in float32 (AVX2)"
     monkeypatch.setattr(kernels, "_load", kernels._load.__wrapped__)
     monkeypatch.setenv(kernels.VARIABLE, "off")
     assert kernels.describe() == "not used: MEZZOTINT_KERNELS is off"
@@ -169,4 +169,4 @@ def test_a_record_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "library", lambda: None)
     without = read(pipe.generate(request).images[0].info)
     assert with_it and without
-    assert list(changes(with_it, without)) == ["the kernel for convolutions was AVX2 and is now none"]
+    assert list(changes(with_it, without)) == ["the instruction set of our own kernels was AVX2 and is now none"]

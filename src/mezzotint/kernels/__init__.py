@@ -19,6 +19,7 @@ import torch
 LIBRARY = Path(__file__).with_name("float32.so")
 VARIABLE = "MEZZOTINT_KERNELS"
 INSTRUCTIONS = "AVX2"
+USES = "3x3 convolutions, linear layers"
 
 
 def library() -> ctypes.CDLL | None:
@@ -30,7 +31,7 @@ def library() -> ctypes.CDLL | None:
 def describe() -> str:
     """Describe which kernels are used, or why none are, for `mezzotint env`."""
     found = _load()
-    return f"not used: {found}" if isinstance(found, str) else f"3x3 convolutions in float32 ({INSTRUCTIONS})"
+    return f"not used: {found}" if isinstance(found, str) else f"{USES} in float32 ({INSTRUCTIONS})"
 
 
 @functools.cache
@@ -48,5 +49,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} cannot be loaded ({error})"
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     found.convolve3x3.argtypes, found.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
+    found.linear.argtypes, found.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int], None
+    found.linear_scratch.argtypes, found.linear_scratch.restype = [ctypes.c_int], size
     found.convolve3x3_scratch.argtypes, found.convolve3x3_scratch.restype = [size, ctypes.c_int], size
     return found

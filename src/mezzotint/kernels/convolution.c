@@ -16,7 +16,7 @@
 #define DEPTH 64                        // channels of the input that are multiplied at a time
 #define PANELS 2
 #define BLOCK (PANELS * COLUMNS)        // channels of the output that are computed at a time
-#define LINE 16                         // floats of a cache line; elements lie a line more than a power of two apart
+// elements lie a cache line more than a power of two apart
 #define INPUT (TILES * DEPTH + LINE)    // floats of an element of the input, DEPTH channels
 #define WEIGHT (DEPTH * COLUMNS + LINE)  // of the weights, COLUMNS channels of the output
 #define OUTPUT (TILES * BLOCK + LINE)   // of the output
@@ -157,7 +157,7 @@ static void convolve_block(void *given, ptrdiff_t unit, int thread)
             transform_weights(job, out + panel * COLUMNS, in, depth, weights + panel * ELEMENTS * WEIGHT);
         for (int e = 0; e < ELEMENTS; e++)
             multiply(count, depth, inputs + e * INPUT, DEPTH, weights + e * WEIGHT, ELEMENTS * WEIGHT, PANELS,
-                     products + e * OUTPUT, BLOCK, in > 0);
+                     products + e * OUTPUT, BLOCK, in ? products + e * OUTPUT : NULL, BLOCK);
     }
     transform_outputs(job, job->first + first, count, out, products);
 }

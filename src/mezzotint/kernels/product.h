@@ -7,15 +7,16 @@
 
 #define ROWS 6                // ROWS x 2 vectors of sums and what they need fill the 16 registers
 #define COLUMNS (2 * LANES)
+#define LINE 16               // floats of a cache line
 
-// c (rows x COLUMNS) = [c +] a (rows x depth) b (depth x COLUMNS, contiguous). `rows` is known to the compiler.
+// c (rows x COLUMNS) = [from +] a (rows x depth) b (depth x COLUMNS, contiguous). `rows` is known to the compiler.
 INLINE void multiply_rows(const int rows, index depth, const float *a, index a_row, const float *b, float *c, index c_row,
-                          int add)
+                          const float *from, index from_row)
 {
     vec sum[ROWS][2];
     UNROLL for (int i = 0; i < rows; i++) {
-        sum[i][0] = add ? load(c + i * c_row) : repeat(0);
-        sum[i][1] = add ? load(c + i * c_row + LANES) : repeat(0);
+        sum[i][0] = sum[i][1] = repeat(0);
+        __builtin_prefetch(c + i * c_row, 1);
     }
     for (index k = 0; k < depth; k++, b += COLUMNS) {
         vec b0 = load(b), b1 = load(b + LANES);
@@ -26,33 +27,40 @@ INLINE void multiply_rows(const int rows, index depth, const float *a, index a_r
         }
     }
     UNROLL for (int i = 0; i < rows; i++) {
+        if (from) {
+            sum[i][0] += load(from + i * from_row);
+            sum[i][1] += load(from + i * from_row + LANES);
+        }
         store(c + i * c_row, sum[i][0]);
         store(c + i * c_row + LANES, sum[i][1]);
     }
 }
 
-// The same for any number of rows, and for several panels of COLUMNS columns: those of b are b_panel floats apart.
+// The same for any number of rows, and for several panels of COLUMNS columns: those of b are b_panel floats apart. `from`
+// is NULL, c itself, or with from_row 0 one row for all.
 static void multiply(index rows, index depth, const float *a, index a_row, const float *b, index b_panel, int panels,
-                     float *c, index c_row, int add)
+                     float *c, index c_row, const float *from, index from_row)
 {
     while (rows > 0) {
         // split the last 7 or 8 rows in half: with 1 or 2 rows alone, each sum would wait for the one before
         int n = rows > ROWS && rows <= ROWS + 2 ? 4 : rows < ROWS ? (int)rows : ROWS;
-        for (int i = 0; i < ROWS && n + i < rows; i++)
-            for (index k = 0; k < depth; k += 16) __builtin_prefetch(a + (n + i) * a_row + k);
+        index slice = (depth / panels + LINE) / LINE * LINE;  // of the next rows, to prefetch during each panel
         for (int j = 0; j < panels; j++) {
-            const float *panel = b + j * b_panel;
+            for (index k = j * slice; k < (j + 1) * slice && k < depth; k += LINE)
+                for (int i = 0; i < ROWS && n + i < rows; i++) __builtin_prefetch(a + (n + i) * a_row + k);
+            const float *panel = b + j * b_panel, *start = from ? from + j * COLUMNS : NULL;
             float *to = c + j * COLUMNS;
             switch (n) {
-            case 1: multiply_rows(1, depth, a, a_row, panel, to, c_row, add); break;
-            case 2: multiply_rows(2, depth, a, a_row, panel, to, c_row, add); break;
-            case 3: multiply_rows(3, depth, a, a_row, panel, to, c_row, add); break;
-            case 4: multiply_rows(4, depth, a, a_row, panel, to, c_row, add); break;
-            case 5: multiply_rows(5, depth, a, a_row, panel, to, c_row, add); break;
-            default: multiply_rows(ROWS, depth, a, a_row, panel, to, c_row, add);
+            case 1: multiply_rows(1, depth, a, a_row, panel, to, c_row, start, from_row); break;
+            case 2: multiply_rows(2, depth, a, a_row, panel, to, c_row, start, from_row); break;
+            case 3: multiply_rows(3, depth, a, a_row, panel, to, c_row, start, from_row); break;
+            case 4: multiply_rows(4, depth, a, a_row, panel, to, c_row, start, from_row); break;
+            case 5: multiply_rows(5, depth, a, a_row, panel, to, c_row, start, from_row); break;
+            default: multiply_rows(ROWS, depth, a, a_row, panel, to, c_row, start, from_row);
             }
         }
         rows -= n, a += n * a_row, c += n * c_row;
+        if (from) from += n * from_row;
     }
 }
 

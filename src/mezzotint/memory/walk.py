@@ -38,6 +38,7 @@ from mezzotint.config import (
     VAEConfig,
 )
 from mezzotint.kernels import convolution as kernel
+from mezzotint.kernels import linear as linear_kernel
 from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
@@ -69,7 +70,8 @@ class Workspace:
 
     Attributes:
         itemsize: Bytes of a number.
-        copies_conv_weights: Whether convolutions copy their weights into another layout (on the CPU).
+        copies_conv_weights: Whether convolutions copy their weights into another layout, and our own kernels may run
+            (on the CPU).
         unfolds_conv_inputs: Whether convolutions unfold their inputs instead (on the CPU, in some dtypes).
         materializes_weights: Whether a large weight is computed at each use, because it is stored elsewhere or in
             another dtype.
@@ -144,14 +146,14 @@ class Moment:
     Attributes:
         tensors: Bytes of the tensors that exist.
         weights: Bytes of weights that were computed for the layer.
-        conv_weight: Bytes of the convolution's weight in oneDNN's layout, or of what our own kernel needs.
+        scratch: Bytes of the convolution's weight in oneDNN's layout, or of what our own kernel needs.
         unfolded: Bytes of the convolution's unfolded input.
         scores: (heads, queries, keys) of an attention.
     """
 
     tensors: int
     weights: int = 0
-    conv_weight: int = 0
+    scratch: int = 0
     unfolded: int = 0
     scores: tuple[int, int, int] | None = None
 
@@ -163,7 +165,7 @@ class Moment:
         if workspace.unfolds_conv_inputs:
             total += batch * self.unfolded
         elif workspace.copies_conv_weights:
-            total += self.conv_weight
+            total += self.scratch
         if self.scores:
             heads, queries, keys = self.scores
             total += workspace.scores(batch * heads, queries, keys)
@@ -217,6 +219,8 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
             self._convolution(args[1], result, *args[3:4])
         elif op is aten.linear:
             self.footprint.macs += result.numel() * args[1].shape[1]
+            if linear_kernel.takes(args[1]):
+                self.record(scratch=linear_kernel.scratch_bytes())
         return result
 
     def record(self, **more: Any) -> None:
@@ -230,8 +234,10 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
             cells = result.shape[0] * result.shape[2] * result.shape[3]
             unfolded = cells * inputs * height * width * result.itemsize
             ours = kernel.takes(weight) and tuple(stride) == (1, 1)
-            copied = kernel.scratch_bytes(inputs) if ours else weight.nbytes
-            self.record(conv_weight=copied, unfolded=unfolded)
+            scratch = kernel.scratch_bytes(inputs) if ours else weight.nbytes
+            self.record(scratch=scratch, unfolded=unfolded)
+        elif linear_kernel.takes(weight.flatten(1)):
+            self.record(scratch=linear_kernel.scratch_bytes())
 
     def _release_weight(self, key: int, size: int) -> None:
         self._sizes.pop(key)

@@ -20,6 +20,7 @@ from mezzotint.models.adapters import is_adapted
 from mezzotint.models.attention import attention, perturbation, watcher
 from mezzotint.models.convolution import Conv2d
 from mezzotint.models.edits import has_hooks
+from mezzotint.models.linear import PLAIN_TYPES, Linear, linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, outputs)
+        self.time_emb_proj = Linear(time_dim, outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps)
         self.conv2 = Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = Conv2d(inputs, outputs, 1) if inputs != outputs else None
@@ -100,10 +101,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, upcast: bool = False) -> None:
         super().__init__()
         self.heads, self.cross, self.upcast = heads, context_dim is not None, upcast
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context_dim or dim, dim, bias=False)
+        self.to_v = Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
         """Apply the attention to tokens (B, T, dim); cross-attention needs the result of `keys_values`."""
@@ -141,7 +142,7 @@ class Attention(nn.Module):
         to_q, to_k and to_v remain the parameters, as views of that storage. Moving or replacing one of them undoes it.
         """
         layers = (self.to_k, self.to_v) if self.cross else (self.to_q, self.to_k, self.to_v)
-        weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+        weights = [layer.weight for layer in layers if type(layer) in PLAIN_TYPES]
         if len(weights) == len(layers) and len({(w.shape, w.dtype, w.device) for w in weights}) == 1:
             parts = torch.cat([layer.weight.detach() for layer in layers]).chunk(len(layers))
             for layer, part in zip(layers, parts, strict=True):
@@ -150,7 +151,7 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
         """Return the output of every layer, split into heads, (B, heads, T, d) each."""
         weight = _fused_weight(layers)
-        parts = [layer(x) for layer in layers] if weight is None else F.linear(x, weight).chunk(len(layers), -1)
+        parts = [layer(x) for layer in layers] if weight is None else linear(x, weight).chunk(len(layers), -1)
         return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
 
 
@@ -172,7 +173,7 @@ def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Return whether the layer is its weight and nothing else: a subclass, a hook or an adapter must be called."""
-    return type(layer) is nn.Linear and layer.bias is None and not has_hooks(layer) and not is_adapted(layer)
+    return type(layer) in PLAIN_TYPES and layer.bias is None and not has_hooks(layer) and not is_adapted(layer)
 
 
 class GEGLU(nn.Module):
@@ -180,7 +181,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
+        self.proj = Linear(dim, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the projection and the gate."""
@@ -195,7 +196,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         # index 1 is dropout in diffusers
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP."""
@@ -233,9 +234,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in = nn.Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
+        self.proj_in = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim, upcast) for _ in range(depth))
-        self.proj_out = nn.Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
+        self.proj_out = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, contexts: Iterator[KeysValues]) -> Tensor:
         """Apply the blocks; each takes the next of `contexts`, the keys and values of its cross-attention."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mezzotint.config import CLIPConfig, CLIPVisionConfig
 from mezzotint.errors import RequestError
 from mezzotint.models.attention import attention
+from mezzotint.models.linear import Linear
 
 LEGACY_EOS = 2  # eos_token_id in configs older than transformers' pull request 24773; the EOS is then the highest id
 
@@ -194,8 +195,8 @@ def _additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, -torch.inf)
 
 
-def _linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=bias)
+def _linear(inputs: int, outputs: int, std: float, bias: bool = True) -> Linear:
+    layer = Linear(inputs, outputs, bias=bias)
     _init_normal(layer.weight, std)
     if bias:
         nn.init.zeros_(layer.bias)

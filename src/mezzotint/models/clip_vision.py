@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mezzotint.config import CLIPVisionConfig, ImageProcessorConfig
 from mezzotint.models.clip import Encoder
 from mezzotint.models.convolution import Conv2d
+from mezzotint.models.linear import Linear
 
 
 class VisionOutput(NamedTuple):
@@ -73,9 +74,7 @@ class CLIPVisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = VisionTransformer(config)
-        self.visual_projection = (
-            nn.Linear(config.hidden_size, config.projection_dim, bias=False) if projection else None
-        )
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False) if projection else None
 
     def forward(self, pixels: Tensor) -> VisionOutput:
         """Encode pictures.

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.config import ControlNetUnionConfig
 from mezzotint.models.controlnet import ControlNet, ControlRun
+from mezzotint.models.linear import Linear, linear
 from mezzotint.models.unet import TimestepEmbedding
 
 
@@ -29,13 +29,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for tokens (..., width)."""
         width = x.shape[-1]
-        y: Tensor = self.out_proj(F.linear(x, self.in_proj_weight[-width:], self.in_proj_bias[-width:]))
+        y: Tensor = self.out_proj(linear(x, self.in_proj_weight[-width:], self.in_proj_bias[-width:]))
         return y
 
 
@@ -44,8 +44,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers."""
@@ -86,7 +86,7 @@ class ControlNetUnion(ControlNet):
         width, types = config.num_trans_channel, config.num_control_type
         self.task_embedding = nn.Parameter(width**0.5 * torch.randn(types, width))
         self.transformer_layes = nn.ModuleList(ResidualBlock(width) for _ in range(config.num_trans_layer))
-        self.spatial_ch_projs = nn.Linear(width, config.num_proj_channel)
+        self.spatial_ch_projs = Linear(width, config.num_proj_channel)
         self.control_add_embedding = TimestepEmbedding(
             (config.addition_time_embed_dim or 0) * types, 4 * config.block_out_channels[0]
         )

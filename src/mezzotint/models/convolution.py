@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.kernels import convolution as kernel
+from mezzotint.kernels import linear as linear_kernel
 
 joined: ContextVar[str] = ContextVar("joined", default="")
 
@@ -46,6 +47,10 @@ def conv2d(
     """Convolve as `torch.nn.functional.conv2d` does, by our own kernel where there is one."""
     if kernel.is_supported(x, weight, stride, padding, dilation, groups):
         return kernel.convolve(x, weight, bias, padding)
+    if weight.shape[2:] == (1, 1) == tuple(stride) and tuple(padding) == (0, 0) and groups == 1 and x.ndim == 4:
+        pixels, matrix = x.permute(0, 2, 3, 1), weight.flatten(1)  # a linear layer of each pixel, in channels_last
+        if pixels.is_contiguous() and linear_kernel.is_supported(pixels, matrix):
+            return linear_kernel.multiply(pixels, matrix, bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 

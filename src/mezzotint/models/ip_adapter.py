@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mezzotint.config import UNetConfig
 from mezzotint.errors import CheckpointError
+from mezzotint.models.linear import Linear
 from mezzotint.models.unet import UNet
 
 KEYS = re.compile(r"ip_adapter\.\d{1,4}\.to_k_ip\.weight")
@@ -38,7 +39,7 @@ class LinearProjection(nn.Module):
     def __init__(self, embed_dim: int, context_dim: int, tokens: int = TOKENS) -> None:
         super().__init__()
         self.input_width, self.context_dim, self.tokens = embed_dim, context_dim, tokens
-        self.proj = nn.Linear(embed_dim, tokens * context_dim)
+        self.proj = Linear(embed_dim, tokens * context_dim)
         self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, embeds: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class PatchProjection(nn.Module):
         super().__init__()
         self.input_width, self.context_dim = embed_dim, context_dim
         self.proj = nn.Sequential(
-            nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, context_dim), nn.LayerNorm(context_dim)
+            Linear(embed_dim, embed_dim), nn.GELU(), Linear(embed_dim, context_dim), nn.LayerNorm(context_dim)
         )
 
     def forward(self, states: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ class PerceiverAttention(nn.Module):
         self.heads = inner // HEAD_DIM
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_kv = Linear(dim, 2 * inner, bias=False)
+        self.to_out = Linear(inner, dim, bias=False)
 
     def forward(self, states: Tensor, latents: Tensor) -> Tensor:
         """Apply the attention."""
@@ -98,15 +99,15 @@ class Resampler(nn.Module):
         super().__init__()
         self.input_width, self.context_dim, self.tokens = embed_dim, context_dim, queries
         self.latents = nn.Parameter(torch.zeros(1, queries, dim))
-        self.proj_in = nn.Linear(embed_dim, dim)
-        self.proj_out = nn.Linear(dim, context_dim)
+        self.proj_in = Linear(embed_dim, dim)
+        self.proj_out = Linear(dim, context_dim)
         self.norm_out = nn.LayerNorm(context_dim)
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
                     PerceiverAttention(dim, inner),
                     nn.Sequential(
-                        nn.LayerNorm(dim), nn.Linear(dim, mlp, bias=False), nn.GELU(), nn.Linear(mlp, dim, bias=False)
+                        nn.LayerNorm(dim), Linear(dim, mlp, bias=False), nn.GELU(), Linear(mlp, dim, bias=False)
                     ),
                 ]
             )
@@ -133,8 +134,8 @@ class ImageProjections(nn.Module):
 
     def __init__(self, context_dim: int, dim: int) -> None:
         super().__init__()
-        self.to_k_ip = nn.Linear(context_dim, dim, bias=False)
-        self.to_v_ip = nn.Linear(context_dim, dim, bias=False)
+        self.to_k_ip = Linear(context_dim, dim, bias=False)
+        self.to_v_ip = Linear(context_dim, dim, bias=False)
 
 
 class CrossLayer(NamedTuple):

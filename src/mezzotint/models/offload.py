@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mezzotint.errors import RequestError
 from mezzotint.models.convolution import Conv2d
+from mezzotint.models.linear import Linear, linear
 from mezzotint.placement import MIN_OFFLOAD_NUMEL
 
 HUGE_PAGE_BYTES = 2**21
@@ -62,7 +63,7 @@ class WeightSource:
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Apply the weight as a linear layer: (..., inputs) -> (..., outputs)."""
-        return F.linear(x, self.tensor(dtype, device), bias)
+        return linear(x, self.tensor(dtype, device), bias)
 
     def prefetch(self) -> None:
         """Start reading the weight, which will be used next."""
@@ -135,7 +136,7 @@ class StoredWeight(WeightSource):
         if _has_fast_int8(tokens, weight):
             y = torch._int_mm(tokens.to(torch.int8), weight.t()).float()
         else:  # the same sums
-            y = F.linear(tokens, StoredWeight(weight).tensor(torch.float32, device))
+            y = linear(tokens, StoredWeight(weight).tensor(torch.float32, device))
         y = y.mul_(scale).mul_(self.scale.to(device).t())  # (tokens, outputs)
         y = y if bias is None else y.add_(bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -269,7 +270,7 @@ class OffloadedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class OffloadedLinear(OffloadedLayer, nn.Linear):  # type: ignore[override]  # `weight` can only be read
+class OffloadedLinear(OffloadedLayer, Linear):  # type: ignore[override]  # `weight` can only be read
     """A linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -294,6 +295,7 @@ class OffloadedEmbedding(OffloadedLayer, nn.Embedding):  # type: ignore[override
 
 
 OFFLOADED_TYPES: dict[type[nn.Module], type[OffloadedLayer]] = {
+    Linear: OffloadedLinear,
     nn.Linear: OffloadedLinear,
     Conv2d: OffloadedConv2d,
     nn.Embedding: OffloadedEmbedding,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mezzotint.config import SafetyCheckerConfig
 from mezzotint.errors import CheckpointError
 from mezzotint.models.clip_vision import CLIPVisionModel
+from mezzotint.models.linear import Linear
 
 SPECIAL_CARE = 0.01
 DECIMALS = 3  # similarities above the threshold are rounded to as many, and count if they are above 0 then
@@ -28,7 +29,7 @@ class SafetyChecker(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = CLIPVisionModel(config.vision_config, projection=False)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.concept_embeds = nn.Parameter(torch.ones(config.concepts, config.projection_dim))
         self.special_care_embeds = nn.Parameter(torch.ones(config.special_care, config.projection_dim))
         self.concept_embeds_weights = nn.Parameter(torch.ones(config.concepts))

@@ -34,6 +34,7 @@ from mezzotint.models.blocks import (
 )
 from mezzotint.models.convolution import Conv2d
 from mezzotint.models.edits import has_hooks, source_state, tensor_state
+from mezzotint.models.linear import PLAIN_TYPES, Linear
 from mezzotint.models.offload import OffloadedLinear
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -92,9 +93,9 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, inputs: int, dim: int, cond_dim: int | None = None) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(inputs, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.cond_proj = nn.Linear(cond_dim, inputs, bias=False) if cond_dim is not None else None
+        self.linear_1 = Linear(inputs, dim)
+        self.linear_2 = Linear(dim, dim)
+        self.cond_proj = Linear(cond_dim, inputs, bias=False) if cond_dim is not None else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Embed the sinusoid, with the second input if it is given."""
@@ -318,7 +319,7 @@ class DownPath(nn.Module):
         states: list[object] = []
         for attn in self.cross_attentions():
             for layer in (attn.to_k, attn.to_v):
-                if type(layer) not in (nn.Linear, OffloadedLinear) or has_hooks(layer):
+                if type(layer) not in (*PLAIN_TYPES, OffloadedLinear) or has_hooks(layer):
                     return None  # a module of a user's own may give another result at each step
                 states += [tensor_state(tensor) for tensor in layer._parameters.values() if tensor is not None]
                 if isinstance(layer, OffloadedLinear):

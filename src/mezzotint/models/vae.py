@@ -20,6 +20,7 @@ from mezzotint.models.attention import attention
 from mezzotint.models.blocks import activation
 from mezzotint.models.convolution import Conv2d, pad
 from mezzotint.models.edits import has_hooks
+from mezzotint.models.linear import Linear
 
 EPS = 1e-6  # for every group norm of this network
 
@@ -49,10 +50,10 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention."""

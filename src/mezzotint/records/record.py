@@ -181,7 +181,7 @@ class Record(_Part):
             "the device": model.device,
             "the dtype": model.dtype,
             "the number of threads": str(model.threads),
-            "the kernel for convolutions": model.kernels or "",
+            "the instruction set of our own kernels": model.kernels or "",
             **{f"the placement's {name}": str(value) for name, value in model.placement.changes().items()},
             **{f"the model's {name}": digest for name, digest in model.files.items()},
             **{f"the VAE's {name}": digest for name, digest in model.vae.items()},

@@ -1,0 +1,73 @@
+"""The linear layer of linear.c, which is also a 1x1 convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.kernels import library
+
+INPUTS, OUTPUTS = 8, 16  # of which the numbers of features must be multiples
+LEAST_ROWS = 64  # with fewer, copying the weight takes too long
+LEAST_WORK = 2**22  # rows times features: with less, starting the threads takes as long
+
+
+def is_supported(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether `multiply` can be used: on the CPU, without gradients, and if there is enough to do."""
+    if not takes(weight) or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    rows = x.shape[:-1].numel()
+    return (
+        rows >= LEAST_ROWS
+        and rows * weight.numel() >= LEAST_WORK
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)  # not of a class that keeps its numbers elsewhere
+        and x.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def takes(weight: Tensor) -> bool:
+    """Tell whether there is a kernel for a weight of this dtype and shape."""
+    outputs, inputs = weight.shape
+    fits = outputs > 0 == outputs % OUTPUTS and inputs > 0 == inputs % INPUTS
+    return fits and weight.dtype == torch.float32 and library() is not None
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer, where `is_supported` says so.
+
+    The result differs from `torch.nn.functional.linear` by the rounding of float32. It depends neither on the number
+    of threads nor on the other rows of x.
+
+    Args:
+        x: (..., inputs).
+        weight: (outputs, inputs).
+        bias: (outputs,).
+
+    Returns:
+        (..., outputs), contiguous.
+    """
+    kernels = library()
+    assert kernels is not None
+    outputs, inputs = weight.shape
+    rows = x.reshape(-1, inputs)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    y = torch.empty(*x.shape[:-1], outputs)
+    scratch = torch.empty(scratch_bytes() // 4)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (rows, weight, bias, y, scratch))
+    kernels.linear(*pointers, len(rows), rows.stride(0), inputs, outputs, torch.get_num_threads())
+    return y
+
+
+def scratch_bytes() -> int:
+    """Return the bytes that `multiply` needs beside x and y, with the present number of threads."""
+    kernels = library()
+    assert kernels is not None
+    floats: int = kernels.linear_scratch(torch.get_num_threads())
+    return 4 * floats
