@@ -122,7 +122,7 @@ def random_requests(count: int, scene: Path) -> Iterator[Request]:
             **{
                 "prompt": "a lemon on a blue background",
                 "seed": chance.randrange(2**64 - 4),
-                "steps": chance.randint(4, 6),
+                "steps": chance.randint(3, 4),
                 "sampler": sampler,
                 "count": chance.choice([1, 1, 2, 3]),
                 "batch": chance.randint(1, 3),

@@ -104,11 +104,24 @@ def metadata(pair: Pair) -> dict[str, str]:
 
 
 CASES = [
-    *((family, kind) for family in ("sd1", "sd2", "sdxl") for kind in ("kohya", "peft", "peft with its configuration")),
+    ("sd1", "kohya"),
+    ("sd2", "peft"),
+    ("sdxl", "kohya"),
+    ("sdxl", "peft with its configuration"),
     ("sdxl", "kohya, original names"),
     ("sd1", "of 2023"),
     ("sdxl", "of 2023"),
     ("sd1", "processors"),
+    *(
+        pytest.param(family, kind, marks=pytest.mark.slow)  # the same names with other networks
+        for family, kind in (
+            ("sd1", "peft"),
+            ("sd1", "peft with its configuration"),
+            ("sd2", "kohya"),
+            ("sd2", "peft with its configuration"),
+            ("sdxl", "peft"),
+        )
+    ),
 ]
 
 

@@ -18,7 +18,7 @@ from diffusers import ControlNetModel, MultiControlNetModel
 from PIL import Image
 
 import pictures
-from pictures import Drawn, Pair, different, draw, same
+from pictures import SIZE, Drawn, Pair, different, draw, same
 from test_controlnet import theirs as network
 
 pytestmark = [
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning"),
 ]
 
-SIZE = (72, 104)
 PIPELINES = {
     (False, "text"): diffusers.StableDiffusionControlNetPipeline,
     (False, "picture"): diffusers.StableDiffusionControlNetImg2ImgPipeline,
@@ -44,7 +43,7 @@ def drawing(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
 
 def blot() -> Image.Image:
     mask = Image.new("L", SIZE)
-    mask.paste(255, (14, 26, 57, 69))
+    mask.paste(255, (8, 14, 32, 37))
     return mask
 
 

@@ -51,8 +51,8 @@ ONE: dict[str, Any] = {"kind": "plain", "image": [drawing(1)], "scale": 0.8}
 PLUS: dict[str, Any] = {"kind": "plus", "image": [drawing(2, (50, 90))], "scale": 0.6}
 SEVERAL = {"image": [drawing(1), drawing(2), drawing(3)]}
 LEFT, RIGHT = Image.new("L", SIZE), Image.new("L", SIZE)
-LEFT.paste(255, (0, 0, 40, 104))
-RIGHT.paste(200, (31, 20, 72, 104))
+LEFT.paste(255, (0, 0, 22, 56))
+RIGHT.paste(200, (17, 11, 40, 56))
 # what is drawn: the entries, and other fields of the request
 CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "plain": ([ONE], {"sampler": "euler", "count": 2}),

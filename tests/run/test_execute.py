@@ -114,15 +114,22 @@ REQUESTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def drawn(sd1: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Request, Any]]:
+    """Each request and what is drawn where nothing moves."""
+    folder = tmp_path_factory.mktemp("scene")
+    requests = {name: LEMON.replace(**fields(folder)) for name, fields in REQUESTS.items()}
+    return {name: (request, sd1.generate(request)) for name, request in requests.items()}
+
+
 @pytest.mark.parametrize("placement", EXACT, ids=str)
 def test_what_is_exact_draws_the_same(
-    placement: dict[str, Any], sd1_folder: Path, sd1: Pipeline, tmp_path: Path
+    placement: dict[str, Any], sd1_folder: Path, drawn: dict[str, tuple[Request, Any]]
 ) -> None:
     pipe = load(sd1_folder, **placement)
     assert bool(modules(pipe)) == (placement.get("weights") in MOVING)
-    for name, fields in REQUESTS.items():
-        request = LEMON.replace(**fields(tmp_path))
-        expected, result = sd1.generate(request), pipe.generate(request)
+    for name, (request, expected) in drawn.items():
+        result = pipe.generate(request)
         assert (result.latents - expected.latents).abs().max() <= 1e-5 * expected.latents.abs().max(), name
         assert abs(pixels(result.images) - pixels(expected.images)).max() <= 1.0, name
         assert count_onloaded(pipe) == 0, name

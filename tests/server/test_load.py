@@ -23,7 +23,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def test_accepted_and_refused_are_what_was_sent(tmp_path: Path) -> None:
     """The queue is paused for the first half, so that it fills up."""
-    clients, each, room = 16, 100, 200
+    clients, each, room = 16, 40, 80
     settings = Settings(data=tmp_path / "data", limits=Limits(queue=room))
     core = Service(settings, StubModels(settings))
     core.pause(True)
