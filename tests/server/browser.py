@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 AXE = Path(__file__).parents[2] / "build" / "axe" / "axe.min.js"
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 PATIENCE = 40  # seconds until a condition counts as never met
+THROTTLE = float(os.environ.get("MEZZOTINT_PAGE_THROTTLE", "1"))  # how many times slower the page is made
 LONG = 150  # steps of a picture that is still drawn when the test has looked at it
 WORKING = (StaleElementReferenceException, ElementNotInteractableException)  # while the page changes
 GIVE = """
@@ -161,12 +163,15 @@ class Page:
 
     def emulate(self, width: int = 0, height: int = 900, scheme: str = "") -> None:
         """Give the window another width, and the system another scheme; without arguments, the browser's own."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        if width:
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        else:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         features = [
             {"name": "prefers-color-scheme", "value": scheme},
             {"name": "prefers-reduced-motion", "value": "reduce" if scheme else ""},
         ]
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
@@ -197,7 +202,9 @@ def start_browser() -> webdriver.Chrome:
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.add_argument("--window-size=1400,900")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": THROTTLE})
+    return driver
 
 
 def watch_network(driver: webdriver.Chrome) -> Callable[[], set[str]]:
