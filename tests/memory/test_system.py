@@ -96,3 +96,32 @@ print((system.resident() - before) / 1e6)
         for how in ("back", "kept")
     }
     assert left["back"] < 5.0 < left["kept"]
+
+
+@linux
+def test_freed_memory_is_kept_until_the_heap_is_trimmed() -> None:
+    """glibc gives 40 MB pages of their own each time, and unmaps the heap of a thread as soon as it is empty."""
+    child = """
+import resource, sys, threading
+from mezzotint.memory import system
+if sys.argv[1] == "keep":
+    system.keep_freed()
+faults = []
+def touch():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(40_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def work():
+    touch()
+    touch()
+    system.trim_heap()
+    touch()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*faults)
+"""
+    for how, again in (("keep", False), ("default", True)):
+        done = subprocess.run([sys.executable, "-c", child, how], check=True, capture_output=True, text=True)
+        first, second, trimmed = (int(part) for part in done.stdout.split())
+        assert (second > first / 2) == again and trimmed > first / 2

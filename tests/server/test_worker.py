@@ -285,3 +285,26 @@ def test_no_batch_is_shared_on_the_cpu(make_gated, caplog: pytest.LogCaptureFixt
     until(lambda: states(core, ids) == ["done"] * 2)
     assert core.models.pipe.calls == [["a"], ["b"]]
     assert "never share a batch on cpu" in caplog.text
+
+
+def test_the_end_is_told_before_the_rest_of_the_run(make_stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = make_stub()
+    core = client.app.state.service
+    generate, told, ended = core.models.pipe.generate, threading.Event(), threading.Event()
+
+    def lasting(request, **hooks) -> None:
+        generate(request, **hooks)
+        told.wait(10)
+        ended.set()
+
+    monkeypatch.setattr(core.models.pipe, "generate", lasting)
+    id = submit(client, prompt="a", seed=1)
+
+    def states() -> list[str]:
+        return [event.read()["state"] for event in core.events._kept if event.name == "job" and event.job == id]
+
+    while states() != ["queued", "running", "done"]:
+        time.sleep(0.01)
+    assert not ended.is_set()
+    assert client.get("/api/queue").json()["running"] is None
+    told.set()

@@ -231,7 +231,9 @@ class Worker:
         import torch
 
         import mezzotint
+        from mezzotint.memory import system
 
+        system.keep_freed()
         torch.set_num_threads(plan.threads)
         memory_plan = memory_plan or plan_memory(plan)
         placement = None if memory_plan else recorded_placement(plan.folder)

@@ -126,7 +126,9 @@ def load(model: str | None, device: str | None, dtype: str | None, **options: An
     bundled model.
     """
     import mezzotint  # torch comes with load()
+    from mezzotint.memory import system
 
+    system.keep_freed()
     gc.disable()
     try:
         limit_threads()

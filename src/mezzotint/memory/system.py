@@ -10,10 +10,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 THRESHOLD = 2**17  # bytes from which glibc gives an allocation pages of its own; where it begins, and then climbs
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT = 2**26  # bytes up to which `keep_freed` leaves an allocation in the heap
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")  # the user's own settings, which glibc reads itself
 
 
 def resident() -> int:
@@ -55,11 +58,36 @@ def return_freed() -> None:
     glibc gives a large allocation pages of its own, which it gives back; but each time that it does, it moves the bound
     between small and large up, to 32 MiB, and what is smaller stays in the heap. Here the bound stays where it begins.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and gives back by itself
-        if mallopt:
-            mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-            mallopt(M_TRIM_THRESHOLD, THRESHOLD)
+    _set_malloc({M_MMAP_THRESHOLD: THRESHOLD, M_TRIM_THRESHOLD: THRESHOLD})
+
+
+def keep_freed() -> None:
+    """Make the allocator keep freed memory for later allocations of this process.
+
+    Otherwise glibc returns much of it after each step and maps it again in the next one; touching new pages costs time.
+    All threads share one heap, because glibc unmaps the empty parts of a thread's own heap whatever the thresholds.
+    Call it before threads are started, and in a program's own process only. `return_freed` overrules it.
+    """
+    if not any(name in os.environ for name in TUNED):
+        _set_malloc({M_MMAP_THRESHOLD: KEPT, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1})
+
+
+def trim_heap() -> None:
+    """Return all freed pages to the system once, after something large was deleted."""
+    trim = _glibc("malloc_trim")
+    if trim:
+        trim(ctypes.c_size_t(0))
+
+
+def _set_malloc(options: dict[int, int]) -> None:
+    mallopt = _glibc("mallopt")
+    for name, value in options.items() if mallopt else ():
+        mallopt(name, value)
+
+
+def _glibc(name: str) -> Any:
+    """Return a function of glibc, or None on other systems; musl has none of these, and returns memory by itself."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _free() -> int | None:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from mezzotint import __version__
 from mezzotint.errors import MezzotintError, WriteError
+from mezzotint.memory import system
 from mezzotint.request import brief
 from mezzotint.server import a1111, api, health, history_api, openai, words_api
 from mezzotint.server.bodies import error_reply, reply_to
@@ -150,6 +151,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None
     Raises:
         MezzotintError: If the data folder or the address cannot be used.
     """
+    system.keep_freed()
     service = Service(settings)
     listener = _listen(settings)
     app = create_app(settings, service)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint.errors import BudgetError, CheckpointError, MezzotintError
+from mezzotint.memory import system
 from mezzotint.server.errors import InvalidError
 from mezzotint.server.settings import Settings
 from mezzotint.weights.hub import BUNDLED
@@ -198,12 +199,15 @@ class Models:
             for each in [key] if key else list(self._loaded):
                 self._loaded.pop(each, None)
         gc.collect()
+        system.trim_heap()
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _load(self, key: tuple[str, str | None], request: Request) -> LoadedModel:
+        import torch
+
         import mezzotint
 
         options = self._options(key[1])
@@ -223,10 +227,9 @@ class Models:
             self.unload(oldest)
         place: dict[str, Any] = {"memory": memory} if self._settings.memory else {}
         if self.device is not None and self.device.startswith("cuda:"):
-            import torch
-
             torch.cuda.set_device(self.device)  # of this thread, for kernels that are not told their device
         dtype = self._settings.dtype
+        torch.set_num_threads(system.default_threads(torch.get_num_threads()))
         pipe = mezzotint.load(self.paths[key[0]], device=self.device, dtype=dtype, **place, **options)
         return LoadedModel(pipe, self._preview(pipe, key[0]))
 

@@ -223,11 +223,12 @@ class Worker:
         self.progress = Progress(ids[0], ids, started=time.monotonic())
         alone: Sequence[Job] = ()
         try:
-            left = [id for id in ids if self.store.get(id).state == "running"]
+            stored = [self.store.get(id) for id in ids]
+            left = [job.id for job in stored if job.state == "running"]
             self._dropped.update({*ids} - {*left})  # cancelled meanwhile; of a batch perhaps long ago, or drawn
             self.progress.job = left[0] if left else ids[0]
             self.tell_queue()
-            self._publish_jobs(ids)
+            self._publish_jobs(stored)
             if left and len(jobs) > 1:
                 self._draw(jobs)
             elif left:
@@ -244,9 +245,8 @@ class Worker:
             log.exception("job %s", ids[0])
             alone = self._fail(jobs, "InternalError", f"this is a bug in mezzotint ({type(error).__name__})")
         finally:
-            self.progress = None
-            self._publish_jobs(ids)
-            self.tell_queue()
+            if self.progress is not None:
+                self._tell_end(ids)
         for job in alone:
             if self._stopping.is_set() or self._hurried:
                 self._requeue([job.id])
@@ -289,7 +289,11 @@ class Worker:
                 self._keep(first, requests[0], place, image)
             if self.progress:
                 self.progress.picture = place + 1
-            if self._stopping.is_set() and not shared and place + 1 < requests[0].count:
+            if shared:
+                return
+            if place + 1 == requests[0].count:
+                self._tell_end([first.id])  # before the rest of the run, for which no client need wait
+            elif self._stopping.is_set():
                 raise StopJob  # the others are drawn after the next start
 
         hooks: Any = {"on_step": self._on_step(jobs), "on_estimate": self._on_estimate(jobs, model)}
@@ -431,9 +435,15 @@ class Worker:
             (log.warning if sentence else log.info)(sentence or "the disk has room again")
             self.tell_queue()
 
-    def _publish_jobs(self, ids: Sequence[str]) -> None:
-        for id in ids:
-            self.events.publish("job", self.store.get(id).to_dict(), id)
+    def _publish_jobs(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.events.publish("job", job.to_dict(), job.id)
+
+    def _tell_end(self, ids: Sequence[str]) -> None:
+        """Publish that jobs do not run any more."""
+        self.progress = None
+        self._publish_jobs([self.store.get(id) for id in ids])
+        self.tell_queue()
 
 
 def picture_id(job: str, place: int) -> str:
