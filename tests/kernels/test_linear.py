@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mezzotint import kernels
 from mezzotint.kernels import linear as kernel
+from mezzotint.models.adapters import LayerChange, LowRank, apply_adapters
+from mezzotint.models.blocks import GEGLU
 from mezzotint.models.convolution import Conv2d, conv2d
 from mezzotint.models.linear import Linear, linear
 from mezzotint.models.offload import StoredWeight, offload_weight
@@ -74,19 +76,67 @@ def test_inputs_of_any_shape_and_strides() -> None:
     assert torch.equal(kernel.multiply(rows, weight, bias), y.view(4, 15, 32).transpose(0, 1))
 
 
+@pytest.mark.parametrize("inputs, outputs", [(8, 16), (320, 144), (1000, 272)])
+def test_geglu_is_the_product_of_a_half_and_the_gelu_of_the_other(inputs: int, outputs: int) -> None:
+    x, weight, bias = example(50, inputs, 2 * outputs)
+    weight /= inputs**0.5
+    assert kernel.is_supported(x, weight, gated=True)
+    for given in (bias, None):
+        y = kernel.geglu(x, weight, given)
+        exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+        magnitude = F.linear(x.double().abs(), weight.double().abs(), None if given is None else given.double().abs())
+        (h, gate), (h_error, gate_error) = exact.chunk(2, -1), (inputs * EPSILON * magnitude).chunk(2, -1)
+        bound = F.gelu(gate).abs() * h_error + 1.13 * h.abs() * gate_error + 4 * EPSILON * h.abs() * gate.abs()
+        assert y.shape == h.shape and y.is_contiguous()
+        assert ((y - h * F.gelu(gate)).abs() <= bound).all()  # 1.13: the largest slope of the GELU
+
+
+def test_the_gelu_of_any_number() -> None:
+    gate = torch.cat([torch.linspace(-15, 15, 3001), torch.tensor([0.0, -1e-30, 1e30, -1e30, torch.nan])])
+    x, weight, bias = torch.zeros(len(gate), 8), torch.zeros(32, 8), torch.ones(32)
+    x[:, 0], weight[16:, 0], bias[16:] = gate, 1, 0
+    y, exact = kernel.geglu(x, weight, bias), F.gelu(gate.double())
+    finite = gate.isfinite()
+    assert ((y - exact[:, None])[finite].abs() <= 2 * EPSILON * gate[finite, None].abs()).all()
+    assert y[-1].isnan().all()
+
+
+def test_a_geglu_uses_it_unless_its_layer_must_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = example(12, 24, 64)
+    layer = GEGLU(24, 32)
+    layer.proj.load_state_dict({"weight": weight, "bias": bias})
+    with torch.no_grad():
+        fused = kernel.geglu(x, weight, bias)
+        assert torch.equal(layer(x), fused)
+        hook = layer.proj.register_forward_hook(lambda *_: torch.zeros(12, 64))
+        assert not layer(x).any()
+        hook.remove()
+        assert torch.equal(layer(x), fused)
+        change = LayerChange(LowRank(torch.zeros(4, 24), torch.ones(64, 4)))
+        with apply_adapters({"": layer}, {".proj": [(change, 1.0)]}):
+            torch.testing.assert_close(layer(x), fused)
+            monkeypatch.setattr(kernel, "geglu", None)  # which would fail
+            layer(x)
+    monkeypatch.undo()
+    assert layer(x).requires_grad
+    assert not kernel.is_supported(x, weight[:48], gated=True)
+
+
 def test_threads_and_batches_give_the_same_bits() -> None:
     x, weight, bias = example(1100, 776, 336)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = kernel.multiply(x, weight, bias)
+        one, gated = kernel.multiply(x, weight, bias), kernel.geglu(x, weight[:320], bias[:320])
         for threads in range(2, 9):
             torch.set_num_threads(threads)
             assert torch.equal(kernel.multiply(x, weight, bias), one)
+            assert torch.equal(kernel.geglu(x, weight[:320], bias[:320]), gated)
     finally:
         torch.set_num_threads(before)
     for first, last in ((0, 1), (1, 8), (8, 1090), (1090, 1100)):
         assert torch.equal(kernel.multiply(x[first:last], weight, bias), one[first:last])
+        assert torch.equal(kernel.geglu(x[first:last], weight[:320], bias[:320]), gated[first:last])
 
 
 def test_what_is_not_finite_stays_in_its_row_or_column() -> None:

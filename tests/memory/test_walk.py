@@ -17,11 +17,12 @@ from live_bytes import live_bytes
 from mezzotint import kernels
 from mezzotint.config import CLIPConfig, UNetConfig, VAEConfig
 from mezzotint.kernels import convolution as kernel
+from mezzotint.kernels import linear as linear_kernel
 from mezzotint.memory import walk
 from mezzotint.memory.walk import Moment, Workspace, vae_peak, walk_text_encoder, walk_unet, walk_vae
 from mezzotint.models import tiles, vae_modes
 from mezzotint.models.attention import backend
-from mezzotint.models.blocks import ImageAttention
+from mezzotint.models.blocks import GEGLU, ImageAttention
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.strips import decode_in_strips, encode_in_strips
 from mezzotint.models.tiles import decode_in_tiles, encode_in_tiles
@@ -107,9 +108,10 @@ TENSORS = Workspace(copies_conv_weights=False)  # oneDNN's copies of weights are
 
 
 @pytest.fixture(autouse=True)
-def torchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the convolutions to torch, whose own memory is not that of tensors."""
+def torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave everything to torch, whose own memory is not that of tensors."""
     monkeypatch.setattr(kernel, "takes", lambda weight: False)
+    monkeypatch.setattr(linear_kernel, "takes", lambda weight, gated=False: False)
 
 
 @pytest.mark.skipif(kernels.library() is None, reason=f"kernels {kernels.describe()}")
@@ -117,13 +119,15 @@ def torchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_needs_what_the_walk_predicts_with_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(kernel, "LEAST_WORK", 0)
+    monkeypatch.setattr(linear_kernel, "LEAST_WORK", 0)
     walk_unet.cache_clear()
     config = UNetConfig.model_validate(UNET)
     network = UNet(config).eval().to(memory_format=torch.channels_last)
     x, condition = torch.zeros(1, 4, 32, 24), Condition(torch.zeros(1, 77, 64))
     given, times = network.keys_values(condition), network.time_projections(1.0, condition)
     held = live(lambda: network(x, 1.0, condition, keys_values=given, time_projections=times))
-    predicted = walk_unet(config, 32, 24, 77).peak(Workspace(copies_conv_weights=True, attention="sdpa"))
+    workspace = Workspace(copies_conv_weights=True, attention="sdpa", fuses_geglu=True)
+    predicted = walk_unet(config, 32, 24, 77).peak(workspace)
     walk_unet.cache_clear()
     assert predicted == pytest.approx(held, rel=0.03)
 
@@ -270,6 +274,20 @@ def test_a_moment_counts_what_exists() -> None:
     assert moment.bytes(Workspace(materializes_weights=True, buffer=1), 2) == 20 + 101 + 1000
     assert moment.bytes(Workspace(unfolds_conv_inputs=True), 2) == 20 + 2 * 10**4
     assert moment.bytes(Workspace(copies_conv_weights=False, attention="math"), 2) == 20 + 2 * 2 * 2 * 3 * 4
+
+
+@pytest.mark.skipif(kernels.library() is None, reason=f"kernels {kernels.describe()}")
+def test_our_kernel_does_not_write_the_projection_of_a_geglu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(linear_kernel, "LEAST_WORK", 0)
+    layer, x = GEGLU(64, 256), torch.zeros(2, 96 * 96, 64)
+    meta, empty = GEGLU(64, 256).to("meta"), x.to("meta")
+    meta.__class__ = walk._GEGLU
+    footprint = walk._walk(meta, lambda: meta(empty))
+    with torch.inference_mode():
+        assert footprint.peak(Workspace(fuses_geglu=True)) == live(lambda: layer(x))
+        monkeypatch.setattr(linear_kernel, "takes", lambda weight, gated=False: False)
+        assert footprint.peak(Workspace(copies_conv_weights=False)) == live(lambda: layer(x))
 
 
 def test_a_walk_imports_no_compiler() -> None:

@@ -49,7 +49,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{LIBRARY.name} cannot be loaded ({error})"
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     found.convolve3x3.argtypes, found.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
-    found.linear.argtypes, found.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int], None
-    found.linear_scratch.argtypes, found.linear_scratch.restype = [ctypes.c_int], size
+    found.linear.argtypes, found.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 2, None
+    found.linear_scratch.argtypes, found.linear_scratch.restype = [ctypes.c_int] * 2, size
     found.convolve3x3_scratch.argtypes, found.convolve3x3_scratch.restype = [size, ctypes.c_int], size
     return found

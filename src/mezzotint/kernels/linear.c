@@ -7,14 +7,16 @@
 #include "pool.h"
 #include "product.h"
 
-#define DEPTH 384  // columns of w that are multiplied at a time, at most
-#define BLOCK 256  // rows of w, at most
-#define PART 1024  // rows of x that a unit of work takes, at most
+#define DEPTH 384          // columns of w that are multiplied at a time, at most
+#define BLOCK 256          // rows of w, at most
+#define PART (171 * ROWS)  // rows of x that a unit of work takes, at most
+#define STEP (16 * ROWS)   // rows that are gated at a time
 
 typedef struct {
     const float *x, *w, *bias;
     float *y, *scratch;
-    index rows, x_row, inputs, outputs;
+    index rows, x_row, inputs, outputs;  // outputs of y
+    int gated;                           // whether w has as many rows again, of which the GELU is a factor of the first
     index part, block, blocks, depth;
 } Job;
 
@@ -24,6 +26,9 @@ static index divide(index size, index largest, index step)
     index parts = (size + largest - 1) / largest;
     return (size + parts * step - 1) / (parts * step) * step;
 }
+
+// Floats for the panels, and for what is gated afterwards.
+static index scratch_of_thread(int gated) { return DEPTH * BLOCK + (gated ? PART * BLOCK : 0); }
 
 // Transpose COLUMNS rows of w: to[depth][row].
 static void pack(const float *w, index w_row, index depth, float *to)
@@ -37,6 +42,28 @@ static void pack(const float *w, index w_row, index depth, float *to)
         }
 }
 
+// Return x times the normal distribution function of x, with an error below 2e-7 |x|.
+INLINE vec gelu(vec x)
+{
+    typedef int bits __attribute__((vector_size(4 * LANES)));
+    vec size = (vec)((bits)x & 0x7fffffff), t = 1 / (1 + 0.28284271f * size);
+    vec tail = -0.10214280f * t + 0.36283605f;  // times exp(-x^2/2) it is the integral beyond |x|; minimax
+    tail = tail * t - 0.19892671f;
+    tail = tail * t + 0.24504458f;
+    tail = tail * t + 0.07652852f;
+    tail = tail * t + 0.11666033f;
+    tail = tail * t * exponential(-x * x, 0.72134752f);  // log2(e) / 2
+    vec lower = (vec)((bits)tail & (x < 0)), upper = (vec)((bits)(1 - tail) & ~(x < 0));
+    return x * (vec)((bits)lower | (bits)upper);
+}
+
+// y (rows x columns) = the first half of each row of sums (rows x 2 columns) times the GELU of the second.
+static void gate(index rows, index columns, const float *sums, float *y, index y_row)
+{
+    for (index i = 0; i < rows; i++, sums += 2 * columns, y += y_row)
+        for (index j = 0; j < columns; j += LANES) store(y + j, load(sums + j) * gelu(load(sums + columns + j)));
+}
+
 // Compute a block of columns of y for a part of the rows.
 static void multiply_block(void *given, ptrdiff_t unit, int thread)
 {
@@ -44,28 +71,41 @@ static void multiply_block(void *given, ptrdiff_t unit, int thread)
     index column = unit % job->blocks * job->block, row = unit / job->blocks * job->part;
     index columns = job->outputs - column < job->block ? job->outputs - column : job->block;
     index rows = job->rows - row < job->part ? job->rows - row : job->part;
-    float *panels = job->scratch + thread * DEPTH * BLOCK, *y = job->y + row * job->outputs + column;
+    index halves = 1 + job->gated, width = halves * columns, to_row = job->gated ? width : job->outputs;
+    float *panels = job->scratch + thread * scratch_of_thread(job->gated);
+    float *y = job->y + row * job->outputs + column, *to = job->gated ? panels + DEPTH * BLOCK : y, bias[BLOCK] = {0};
+    for (index j = 0; job->bias && j < width; j++) bias[j] = job->bias[j / columns * job->outputs + column + j % columns];
     for (index k = 0; k < job->inputs; k += job->depth) {
         index depth = job->inputs - k < job->depth ? job->inputs - k : job->depth;
-        for (index j = 0; j < columns; j += COLUMNS)
-            pack(job->w + (column + j) * job->inputs + k, job->inputs, depth, panels + j * depth);
-        const float *from = k ? y : job->bias ? job->bias + column : NULL;
-        multiply(rows, depth, job->x + row * job->x_row + k, job->x_row, panels, COLUMNS * depth,
-                 (int)(columns / COLUMNS), y, job->outputs, from, k ? job->outputs : 0);
+        for (index j = 0; j < width; j += COLUMNS) {
+            index output = j / columns * job->outputs + column + j % columns;
+            pack(job->w + output * job->inputs + k, job->inputs, depth, panels + j * depth);
+        }
+        int last = job->gated && k + depth == job->inputs;
+        index step = last ? STEP : rows;
+        for (index i = 0; i < rows; i += step) {
+            index count = rows - i < step ? rows - i : step;
+            float *sums = to + i * to_row;
+            multiply(count, depth, job->x + (row + i) * job->x_row + k, job->x_row, panels, COLUMNS * depth,
+                     (int)(width / COLUMNS), sums, to_row, k ? sums : bias, k ? to_row : 0);
+            if (last) gate(count, columns, sums, y + i * job->outputs, job->outputs);
+        }
     }
 }
 
 // Return the floats that linear needs for itself.
-ptrdiff_t linear_scratch(int threads) { return (ptrdiff_t)threads * DEPTH * BLOCK; }
+ptrdiff_t linear_scratch(int gated, int threads) { return threads * scratch_of_thread(gated); }
 
 // Multiply x (rows, inputs), of rows that are x_row floats apart, by the transpose of w (outputs, inputs) and add bias
-// (outputs), unless it is NULL. w and y are contiguous; inputs is a multiple of LANES, outputs of COLUMNS. scratch has
-// room for linear_scratch(threads).
+// (outputs), unless it is NULL. If gated, w and bias have 2 outputs rows, and y (rows, outputs) is the first half of the
+// columns of that times the GELU of the second. w and y are contiguous; inputs is a multiple of LANES, outputs of COLUMNS.
+// scratch has room for linear_scratch(gated, threads).
 void linear(const float *x, const float *w, const float *bias, float *y, float *scratch, ptrdiff_t rows, ptrdiff_t x_row,
-            ptrdiff_t inputs, ptrdiff_t outputs, int threads)
+            ptrdiff_t inputs, ptrdiff_t outputs, int gated, int threads)
 {
     Job job = {.x = x, .w = w, .bias = bias, .y = y, .scratch = scratch, .rows = rows, .x_row = x_row, .inputs = inputs,
-               .outputs = outputs, .depth = divide(inputs, DEPTH, LANES), .block = divide(outputs, BLOCK, COLUMNS)};
+               .outputs = outputs, .gated = gated, .depth = divide(inputs, DEPTH, LANES),
+               .block = divide(outputs, gated ? BLOCK / 2 : BLOCK, COLUMNS)};
     job.blocks = (outputs + job.block - 1) / job.block;
     index parts = (threads + job.blocks - 1) / job.blocks;  // so that each thread has work
     job.part = divide(rows, (rows + parts - 1) / parts < PART ? (rows + parts - 1) / parts : PART, ROWS);

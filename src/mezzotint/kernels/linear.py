@@ -12,9 +12,9 @@ LEAST_ROWS = 64  # with fewer, copying the weight takes too long
 LEAST_WORK = 2**22  # rows times features: with less, starting the threads takes as long
 
 
-def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether `multiply` can be used: on the CPU, without gradients, and if there is enough to do."""
-    if not takes(weight) or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+def is_supported(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
+    """Tell whether `multiply`, or `geglu` if gated, can be used: on the CPU, without gradients, with enough to do."""
+    if not takes(weight, gated) or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         return False
     rows = x.shape[:-1].numel()
     return (
@@ -31,10 +31,10 @@ def is_supported(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def takes(weight: Tensor) -> bool:
+def takes(weight: Tensor, gated: bool = False) -> bool:
     """Tell whether there is a kernel for a weight of this dtype and shape."""
     outputs, inputs = weight.shape
-    fits = outputs > 0 == outputs % OUTPUTS and inputs > 0 == inputs % INPUTS
+    fits = outputs > 0 == outputs % (2 * OUTPUTS if gated else OUTPUTS) and inputs > 0 == inputs % INPUTS
     return fits and weight.dtype == torch.float32 and library() is not None
 
 
@@ -52,22 +52,42 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (..., outputs), contiguous.
     """
+    return _multiply(x, weight, bias, gated=False)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer and multiply the first half of its outputs by the GELU of the second (Shazeer 2020).
+
+    The layer's outputs are not written to memory, except for a few at a time.
+
+    Args:
+        x: (..., inputs).
+        weight: (2 outputs, inputs).
+        bias: (2 outputs,).
+
+    Returns:
+        (..., outputs), contiguous.
+    """
+    return _multiply(x, weight, bias, gated=True)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
     kernels = library()
     assert kernels is not None
-    outputs, inputs = weight.shape
+    outputs, inputs = len(weight) // (1 + gated), weight.shape[1]
     rows = x.reshape(-1, inputs)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     bias = bias if bias is None else bias.contiguous()
     y = torch.empty(*x.shape[:-1], outputs)
-    scratch = torch.empty(scratch_bytes() // 4)
+    scratch = torch.empty(scratch_bytes(gated) // 4)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (rows, weight, bias, y, scratch))
-    kernels.linear(*pointers, len(rows), rows.stride(0), inputs, outputs, torch.get_num_threads())
+    kernels.linear(*pointers, len(rows), rows.stride(0), inputs, outputs, gated, torch.get_num_threads())
     return y
 
 
-def scratch_bytes() -> int:
-    """Return the bytes that `multiply` needs beside x and y, with the present number of threads."""
+def scratch_bytes(gated: bool = False) -> int:
+    """Return the bytes that `multiply`, or `geglu` if gated, needs beside x and y, with the threads there are now."""
     kernels = library()
     assert kernels is not None
-    floats: int = kernels.linear_scratch(torch.get_num_threads())
+    floats: int = kernels.linear_scratch(gated, torch.get_num_threads())
     return 4 * floats

@@ -127,6 +127,7 @@ class _Run:
             materializes_weights=placement.weights == "stream" or self.storage is not None,
             buffer=READ_BUFFER_BYTES if placement.weights == "stream" else 0,
             attention=placement.attention,
+            fuses_geglu=self.cpu and self.itemsize == 4 and not self.offloaded and not plan.loras,
         )
         self.controls = [model.control(entry.file) for entry in plan.request.control or ()]
         self.refiner = model.refiner(plan.request.refiner) if plan.request.refiner else None

@@ -8,6 +8,8 @@ kernels allocate beyond their results is added by formula (`Workspace`):
     oneDNN has no convolution for on this processor, the unfolded input instead
     a weight that is stored elsewhere or in another dtype, and is computed for the call that uses it
     the attention scores, where the backend writes them to memory
+    what our own kernels need; one of them computes a GEGLU without writing the projection, so that a walk records its
+    memory with and without it
 
 Walks are cached: one for each configuration, size, dtype and, for a VAE, mode. Batch, placement of the weights and
 attention backend are accounted for afterwards.
@@ -43,7 +45,7 @@ from mezzotint.memory.meta_ops import RESULTS, aten
 from mezzotint.models import strips, tiles
 from mezzotint.models.attention import backend
 from mezzotint.models.backends import Backend
-from mezzotint.models.blocks import ImageAttention, KeysValues
+from mezzotint.models.blocks import GEGLU, ImageAttention, KeysValues
 from mezzotint.models.clip import CLIPTextModel
 from mezzotint.models.clip_vision import CLIPVisionModel
 from mezzotint.models.controlnet import ControlNet
@@ -77,6 +79,7 @@ class Workspace:
             another dtype.
         buffer: Bytes needed in addition to a weight while it is computed.
         attention: The attention backend, as in `Placement.attention`.
+        fuses_geglu: Whether our own kernel computes the UNet's GEGLUs, where it can.
     """
 
     itemsize: int = 4
@@ -85,6 +88,7 @@ class Workspace:
     materializes_weights: bool = False
     buffer: int = 0
     attention: str = "auto"
+    fuses_geglu: bool = False
 
     def scores(self, heads: int, queries: int, keys: int) -> int:
         """Return the bytes of attention scores that the backend writes to memory; `heads` counts the whole batch."""
@@ -149,6 +153,7 @@ class Moment:
         scratch: Bytes of the convolution's weight in oneDNN's layout, or of what our own kernel needs.
         unfolded: Bytes of the convolution's unfolded input.
         scores: (heads, queries, keys) of an attention.
+        fused: Whether this is inside a GEGLU with (True) or without (False) our own kernel; None: elsewhere.
     """
 
     tensors: int
@@ -156,6 +161,7 @@ class Moment:
     scratch: int = 0
     unfolded: int = 0
     scores: tuple[int, int, int] | None = None
+    fused: bool | None = None
 
     def bytes(self, workspace: Workspace, batch: int) -> int:
         """Return what exists at this moment in a batch."""
@@ -188,7 +194,8 @@ class Footprint:
 
     def peak(self, workspace: Workspace, batch: int = 1) -> int:
         """Return the bytes that exist at most, beyond the weights and the inputs."""
-        return max(moment.bytes(workspace, batch) for moment in self.moments)
+        moments = (moment for moment in self.moments if moment.fused in (None, workspace.fuses_geglu))
+        return max(moment.bytes(workspace, batch) for moment in moments)
 
 
 class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
@@ -197,6 +204,7 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.made = 0  # bytes of weights that exist now
+        self.fused: bool | None = None  # as in `Moment`
         self.footprint = Footprint()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -225,7 +233,7 @@ class _Walk(TensorCounter):  # type: ignore[no-untyped-call]
 
     def record(self, **more: Any) -> None:
         """Add this moment."""
-        self.footprint.moments.add(Moment(self.now, self.made, **more))
+        self.footprint.moments.add(Moment(self.now, self.made, fused=self.fused, **more))
 
     def _convolution(self, weight: Tensor, result: Tensor, stride: Sequence[int] = (1, 1)) -> None:
         _, inputs, height, width = weight.shape
@@ -270,6 +278,22 @@ class _Attention(Backend):
         return result
 
 
+class _GEGLU(GEGLU):
+    """A GEGLU that records the memory both without and with our own kernel, which does not write the projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        walk = torch.utils._python_dispatch._get_current_dispatch_mode()
+        assert isinstance(walk, _Walk)
+        takes = linear_kernel.takes(self.proj.weight, gated=True)
+        walk.fused = False if takes else None
+        y = super().forward(x)
+        if takes:
+            walk.fused = True
+            walk.record(scratch=linear_kernel.scratch_bytes(gated=True))
+        walk.fused = None
+        return y
+
+
 class _FewStrips(Strips):
     """Only the first and last strips of each layer and tiles of a picture; those between need no more memory."""
 
@@ -283,6 +307,9 @@ def _build(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) ->
     with torch.device("meta"):
         network = kind(config).eval().requires_grad_(False).to(dtype)
     offload_to_meta(network)
+    for layer in network.modules():
+        if type(layer) is GEGLU:
+            layer.__class__ = _GEGLU
     return network
 
 

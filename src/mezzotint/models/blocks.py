@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mezzotint.kernels import linear as kernel
 from mezzotint.models.adapters import is_adapted
 from mezzotint.models.attention import attention, perturbation, watcher
 from mezzotint.models.convolution import Conv2d
@@ -157,7 +158,7 @@ class Attention(nn.Module):
 
 def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
     """Return the tensor that these layers' weights are consecutive views of; None if they are not, or are trained."""
-    if len(layers) == 1 or not all(map(_is_plain, layers)):
+    if len(layers) == 1 or not all(_is_plain(layer) and layer.bias is None for layer in layers):
         return None
     first = layers[0].weight
     if first.requires_grad and torch.is_grad_enabled():  # the gradient belongs to three parameters, not to one
@@ -172,8 +173,8 @@ def _fused_weight(layers: tuple[nn.Linear, ...]) -> Tensor | None:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Return whether the layer is its weight and nothing else: a subclass, a hook or an adapter must be called."""
-    return type(layer) in PLAIN_TYPES and layer.bias is None and not has_hooks(layer) and not is_adapted(layer)
+    """Return whether the layer is no more than its weight and bias: a subclass, a hook or an adapter must be called."""
+    return type(layer) in PLAIN_TYPES and not has_hooks(layer) and not is_adapted(layer)
 
 
 class GEGLU(nn.Module):
@@ -185,6 +186,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the projection and the gate."""
+        if _is_plain(self.proj) and kernel.is_supported(x, self.proj.weight, gated=True):
+            return kernel.geglu(x, self.proj.weight, self.proj.bias)
         h, gate = self.proj(x).chunk(2, dim=-1)  # (B, T, inner) each
         gated = F.gelu(gate)
         return h * gated if torch.is_grad_enabled() else gated.mul_(h)
