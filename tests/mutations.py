@@ -439,8 +439,8 @@ MUTATIONS = [
     # weights
     Mutation(
         "weights/single.py",
-        'second["projection_dim"]) // 6',
-        'second["projection_dim"]) // 5',
+        'second["projection_dim"]) // numbers',
+        'second["projection_dim"]) // (numbers + 1)',
         "tests/parity/test_single_file.py",
         "published or same_weights",
     ),
@@ -552,7 +552,7 @@ MUTATIONS = [
     ),
     # cli
     Mutation("cli/terminal.py", "presses > 1", "presses > 2", "tests/cli/test_cli.py", "ctrl_c"),
-    Mutation("cli/words.py", "== step - 1:", "== step:", "tests/cli/test_cli.py", "tokens"),
+    Mutation("run/tokens.py", "== step - 1:", "== step:", "tests/cli/test_cli.py", "tokens"),
     # train
     Mutation(
         "train/keyed_rng.py",
