@@ -6,10 +6,10 @@ A server of the bundled model, in a process of its own, answers on loopback; thi
 same requests. The two take turns, and what the server adds is the median of the differences of neighbours. A request by
 our own API is submitted, the event of its end awaited, and the file fetched. Nothing is subtracted: `generate` returns
 pixels, and what the server adds includes the PNG file, whose encoding is told too, and the flushes. The processor's
-time of either process is told too: other programs hardly change it; and so are its page faults, because in some
-processes, of either kind, the C library gives memory back in each run and gets it again in the next, which costs
-milliseconds. Then strace counts the flushes of further jobs, if it is installed. The time of one flush is the median
-of writing 64 KiB to a file of that disk and syncing it.
+time of either process is told too: other programs hardly change it; and so are its page faults. This process keeps
+freed memory as the server does: without that some processes have thousands of page faults in each run, and others have
+none, a difference of several milliseconds that is not the server's. Then strace counts the flushes of further jobs, if
+it is installed. The time of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from PIL import Image
 
 import mezzotint
 from mezzotint.images.io import encode_file
+from mezzotint.memory import system
 
 Fields = dict[str, Any]
 WARMUPS = 3  # runs of each way that are not counted
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="where the data folder is made [default: the temporary folder]")
     parser.add_argument("--preview-every", default="1", help="as of mezzotint serve [default: 1]")
     options = parser.parse_args()
+    system.keep_freed()
     pipe = mezzotint.load(device="cpu")
 
     def fields(seed: int) -> Fields:
