@@ -12,7 +12,7 @@ FOLDER = "src/mezzotint/kernels"
 LIBRARY = Extension(
     "mezzotint.kernels.float32",
     [f"{FOLDER}/{name}.c" for name in ("convolution", "linear", "pool")],
-    depends=[f"{FOLDER}/{name}.h" for name in ("pool", "product", "simd")],
+    depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "pool", "product", "simd")],
     extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,  # without a compiler there are no kernels, and torch does everything

@@ -4,6 +4,7 @@
 // columns, into panels that stay in its L2 cache, and multiplies six rows of x by them at a time, which stay in L1. The
 // sums are added over the blocks in order of depth, so that y depends neither on the number of threads nor of rows.
 
+#include "exponential.h"
 #include "pool.h"
 #include "product.h"
 
