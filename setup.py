@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 FOLDER = "src/mezzotint/kernels"
 LIBRARY = Extension(
     "mezzotint.kernels.float32",
-    [f"{FOLDER}/{name}.c" for name in ("convolution", "linear", "pool")],
+    [f"{FOLDER}/{name}.c" for name in ("attention", "convolution", "linear", "pool")],
     depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "pool", "product", "simd")],
     extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread"],
     extra_link_args=["-pthread"],

@@ -148,7 +148,7 @@ def test_a_fork_starts_threads_of_its_own() -> None:
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.describe() == "3x3 convolutions, linear layers in float32 (AVX2)"
+    assert kernels.describe() == "3x3 convolutions, linear layers, attention in float32 (AVX2)"
     monkeypatch.setattr(kernels, "_load", kernels._load.__wrapped__)
     monkeypatch.setenv(kernels.VARIABLE, "off")
     assert kernels.describe() == "not used: MEZZOTINT_KERNELS is off"

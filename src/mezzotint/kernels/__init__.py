@@ -19,7 +19,7 @@ import torch
 LIBRARY = Path(__file__).with_name("float32.so")
 VARIABLE = "MEZZOTINT_KERNELS"
 INSTRUCTIONS = "AVX2"
-USES = "3x3 convolutions, linear layers"
+USES = "3x3 convolutions, linear layers, attention"
 
 
 def library() -> ctypes.CDLL | None:
@@ -51,5 +51,7 @@ def _load() -> ctypes.CDLL | str:
     found.convolve3x3.argtypes, found.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
     found.linear.argtypes, found.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 2, None
     found.linear_scratch.argtypes, found.linear_scratch.restype = [ctypes.c_int] * 2, size
+    found.attend.argtypes, found.attend.restype = [pointer] * 6 + [size] * 5 + [ctypes.c_int], None
+    found.attend_scratch.argtypes, found.attend_scratch.restype = [size] * 4 + [ctypes.c_int], size
     found.convolve3x3_scratch.argtypes, found.convolve3x3_scratch.restype = [size, ctypes.c_int], size
     return found

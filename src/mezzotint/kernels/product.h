@@ -9,23 +9,28 @@
 #define COLUMNS (2 * LANES)
 #define LINE 16               // floats of a cache line
 
+// sum (rows x COLUMNS) = a (rows x depth) b (depth x COLUMNS, contiguous); a's rows and columns are a_row and a_step apart.
+INLINE void sum_products(const int rows, index depth, const float *a, index a_row, index a_step, const float *b,
+                         vec sum[ROWS][2])
+{
+    UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = repeat(0);
+    for (index k = 0; k < depth; k++, a += a_step, b += COLUMNS) {
+        vec b0 = load(b), b1 = load(b + LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            vec x = repeat(a[i * a_row]);
+            sum[i][0] += x * b0;
+            sum[i][1] += x * b1;
+        }
+    }
+}
+
 // c (rows x COLUMNS) = [from +] a (rows x depth) b (depth x COLUMNS, contiguous). `rows` is known to the compiler.
 INLINE void multiply_rows(const int rows, index depth, const float *a, index a_row, const float *b, float *c, index c_row,
                           const float *from, index from_row)
 {
     vec sum[ROWS][2];
-    UNROLL for (int i = 0; i < rows; i++) {
-        sum[i][0] = sum[i][1] = repeat(0);
-        __builtin_prefetch(c + i * c_row, 1);
-    }
-    for (index k = 0; k < depth; k++, b += COLUMNS) {
-        vec b0 = load(b), b1 = load(b + LANES);
-        UNROLL for (int i = 0; i < rows; i++) {
-            vec x = repeat(a[i * a_row + k]);
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
-        }
-    }
+    UNROLL for (int i = 0; i < rows; i++) __builtin_prefetch(c + i * c_row, 1);
+    sum_products(rows, depth, a, a_row, 1, b, sum);
     UNROLL for (int i = 0; i < rows; i++) {
         if (from) {
             sum[i][0] += load(from + i * from_row);
@@ -38,8 +43,8 @@ INLINE void multiply_rows(const int rows, index depth, const float *a, index a_r
 
 // The same for any number of rows, and for several panels of COLUMNS columns: those of b are b_panel floats apart. `from`
 // is NULL, c itself, or with from_row 0 one row for all.
-static void multiply(index rows, index depth, const float *a, index a_row, const float *b, index b_panel, int panels,
-                     float *c, index c_row, const float *from, index from_row)
+static inline void multiply(index rows, index depth, const float *a, index a_row, const float *b, index b_panel, int panels,
+                            float *c, index c_row, const float *from, index from_row)
 {
     while (rows > 0) {
         // split the last 7 or 8 rows in half: with 1 or 2 rows alone, each sum would wait for the one before

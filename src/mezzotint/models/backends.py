@@ -7,7 +7,7 @@
 | sliced | the same over a few heads and queries at a time, so many that their scores fit a number of bytes | yes |
 | xformers, flash | the memory-efficient kernels of xformers and of flash-attn; CUDA | yes |
 | sage | SageAttention: queries and keys in int8; CUDA | no |
-| auto | xformers if it is installed and supports the call, otherwise sdpa; never raises | yes |
+| auto | our own kernel in float32 on a CPU, xformers where it supports the call, otherwise sdpa; never raises | yes |
 
 What a package cannot do (a mask, a device, a dtype, a head size) sdpa does instead, with one line in the log a reason.
 """
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mezzotint.errors import MissingExtraError, RequestError
+from mezzotint.kernels import attention as kernel
 from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
 
 log = logging.getLogger("mezzotint")
@@ -64,6 +65,8 @@ class Backend:
             return sliced(q, k, v, mask, is_causal, self.bytes)
         if self.name == "math":
             return plain(q, k, v, mask, is_causal)
+        if self.name == "auto" and kernel.is_supported(q, k, v, mask, is_causal):
+            return kernel.attend(q, k, v)
         package = "xformers" if self.name == "auto" else self.name
         if package in PACKAGES and (self.name != "auto" or _is_installed(package)):
             return _foreign(package, q, k, v, mask, is_causal, asked=self.name != "auto")

@@ -1,0 +1,207 @@
+// Attention in float32, softmax(q kT / sqrt(d)) v, over blocks of keys, with the maximum and the sum of each query so far
+// (Dao et al. 2022, arXiv 2205.14135): the scores of a block stay in the nearest caches.
+//
+// Everything is transposed: a panel is COLUMNS queries, stored (d, COLUMNS), with scores (keys, COLUMNS) and outputs
+// (d, COLUMNS). So both products read keys and values one number at a time, which need not be transposed for that, and
+// maxima and sums over the keys run along vectors of queries, not across them. A query's result depends on the blocks of
+// keys alone, not on how the queries are distributed over panels, units and threads.
+
+#include <float.h>
+#include <string.h>
+
+#include "exponential.h"
+#include "pool.h"
+#include "product.h"
+
+#define KEYS 96          // of a block, at most
+#define PANELS 64        // of a unit of work, at most: each unit copies all keys and values of its head once
+#define UNITS_A_THREAD 4  // if there are enough queries, so that the threads finish at about the same time
+
+typedef struct {
+    const float *data;
+    index batch, head, row;  // strides; the numbers of a row are contiguous
+} Operand;
+
+typedef struct {
+    Operand q, k, v;
+    float *out, *scratch;
+    index heads, queries, keys, dim;
+    index block;          // keys of a block
+    index panels, parts;  // panels of a unit, and units of a head
+    float factor;         // log2(e) / sqrt(dim)
+} Job;
+
+INLINE index least(index a, index b) { return a < b ? a : b; }
+
+// ---- a panel -----------------------------------------------------------------------------------------------------
+
+// c (rows x COLUMNS) = [scale c +] a b, of which b (depth x COLUMNS) is contiguous and scale is of each column.
+INLINE void multiply_tile(const int rows, index depth, const float *a, index a_row, index a_step, const float *b, float *c,
+                          const float *scale)
+{
+    vec sum[ROWS][2];
+    sum_products(rows, depth, a, a_row, a_step, b, sum);
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int half = 0; half < 2; half++) {
+            float *to = c + i * COLUMNS + half * LANES;
+            if (scale) sum[i][half] += load(scale + half * LANES) * load(to);
+            store(to, sum[i][half]);
+        }
+}
+
+// The same for any number of rows.
+INLINE void multiply_panel(index rows, index depth, const float *a, index a_row, index a_step, const float *b, float *c,
+                           const float *scale)
+{
+    for (index n; rows > 0; rows -= n, a += n * a_row, c += n * COLUMNS) {
+        n = rows == ROWS + 1 || rows == ROWS + 2 ? 4 : least(rows, ROWS);  // 1 or 2 rows alone would be slow
+        switch (n) {
+        case 1: multiply_tile(1, depth, a, a_row, a_step, b, c, scale); break;
+        case 2: multiply_tile(2, depth, a, a_row, a_step, b, c, scale); break;
+        case 3: multiply_tile(3, depth, a, a_row, a_step, b, c, scale); break;
+        case 4: multiply_tile(4, depth, a, a_row, a_step, b, c, scale); break;
+        case 5: multiply_tile(5, depth, a, a_row, a_step, b, c, scale); break;
+        default: multiply_tile(ROWS, depth, a, a_row, a_step, b, c, scale);
+        }
+    }
+}
+
+// Replace scores by 2^(factor (score - the maximum so far)). Update the maxima and the sums, and return in `scale` by what
+// the earlier outputs must be multiplied, for each query.
+static void exponentiate(index keys, float factor, float *scores, float *maxima, float *sums, float *scale)
+{
+    for (int half = 0; half < COLUMNS; half += LANES) {
+        vec before = load(maxima + half), now = before, sum = repeat(0);
+        for (index i = 0; i < keys; i++) now = maximum(load(scores + i * COLUMNS + half), now);
+        for (index i = 0; i < keys; i++) {
+            float *score = scores + i * COLUMNS + half;
+            vec share = exponential(load(score) - now, factor);
+            sum += share;
+            store(score, share);
+        }
+        vec decay = exponential(before - now, factor);
+        store(scale + half, decay);
+        store(maxima + half, now);
+        store(sums + half, load(sums + half) * decay + sum);
+    }
+}
+
+// Load `count` floats, or LANES if there are more; the rest are 0.
+INLINE vec load_some(const float *p, index count)
+{
+    if (count >= LANES) return load(p);
+    vec x = {0};
+    memcpy(&x, p, 4 * count);
+    return x;
+}
+
+INLINE void store_some(float *p, vec x, index count)
+{
+    if (count >= LANES) store(p, x);
+    else memcpy(p, &x, 4 * count);
+}
+
+// Transpose `count` queries into a panel, and zeros for the missing ones.
+static void pack_queries(index dim, const float *q, index q_row, index count, float *panel)
+{
+    for (index j = 0; j < dim; j += LANES)
+        for (int half = 0; half < COLUMNS; half += LANES) {
+            vec x[LANES] = {0};
+            for (int i = 0; i < LANES && half + i < count; i++) x[i] = load_some(q + (half + i) * q_row + j, dim - j);
+            transpose(x);
+            for (int i = 0; i < LANES && j + i < dim; i++) store(panel + (j + i) * COLUMNS + half, x[i]);
+        }
+}
+
+// Write `count` outputs of a panel, divided by their sums.
+static void unpack_outputs(index dim, const float *panel, const float *sums, index count, float *out, index out_row)
+{
+    for (int half = 0; half < COLUMNS; half += LANES) {
+        vec factor = 1 / load(sums + half);
+        for (index j = 0; j < dim; j += LANES) {
+            vec x[LANES] = {0};
+            for (int i = 0; i < LANES && j + i < dim; i++) x[i] = factor * load(panel + (j + i) * COLUMNS + half);
+            transpose(x);
+            for (int i = 0; i < LANES && half + i < count; i++)
+                store_some(out + (half + i) * out_row + j, x[i], dim - j);
+        }
+    }
+}
+
+// ---- a unit of work ----------------------------------------------------------------------------------------------
+
+static void copy_rows(index rows, index dim, const float *from, index from_row, float *to)
+{
+    for (index i = 0; i < rows; i++) memcpy(to + i * dim, from + i * from_row, 4 * dim);
+}
+
+// Return the floats that a thread needs: a block's keys, values and scores, and the panels' queries and outputs.
+static index floats(index dim, index panels) { return KEYS * (2 * dim + COLUMNS) + panels * COLUMNS * (2 * dim + 2); }
+
+// Attend from some panels of queries of one head to all keys.
+static void attend_unit(void *given, ptrdiff_t unit, int thread)
+{
+    const Job *job = given;
+    index dim = job->dim, panel = COLUMNS * dim, keys = job->block;
+    index head = unit / job->parts % job->heads, batch = unit / job->parts / job->heads;
+    index first = unit % job->parts * job->panels * COLUMNS, count = least(job->panels * COLUMNS, job->queries - first);
+    index panels = (count + COLUMNS - 1) / COLUMNS, out_row = job->heads * dim;
+    float *k = job->scratch + thread * floats(dim, job->panels), *v = k + KEYS * dim, *scores = v + KEYS * dim;
+    float *q = scores + KEYS * COLUMNS, *out = q + panels * panel;
+    float *maxima = out + panels * panel, *sums = maxima + panels * COLUMNS;
+
+    const float *from_q = job->q.data + batch * job->q.batch + head * job->q.head + first * job->q.row;
+    const float *from_k = job->k.data + batch * job->k.batch + head * job->k.head;
+    const float *from_v = job->v.data + batch * job->v.batch + head * job->v.head;
+    float *to = job->out + ((batch * job->queries + first) * job->heads + head) * dim;
+    for (index p = 0; p < panels; p++)
+        pack_queries(dim, from_q + p * COLUMNS * job->q.row, job->q.row, count - p * COLUMNS, q + p * panel);
+    for (index i = 0; i < panels * COLUMNS; i++) maxima[i] = -FLT_MAX, sums[i] = 0;  // -infinity would make differences NaN
+    memset(out, 0, 4 * panels * panel);
+    for (index key = 0; key < job->keys; key += keys) {
+        index some = least(keys, job->keys - key);
+        copy_rows(some, dim, from_k + key * job->k.row, job->k.row, k);
+        copy_rows(some, dim, from_v + key * job->v.row, job->v.row, v);
+        for (index p = 0; p < panels; p++) {
+            float scale[COLUMNS];
+            multiply_panel(some, dim, k, dim, 1, q + p * panel, scores, NULL);
+            exponentiate(some, job->factor, scores, maxima + p * COLUMNS, sums + p * COLUMNS, scale);
+            multiply_panel(dim, some, v, 1, dim, scores, out + p * panel, scale);
+        }
+    }
+    for (index p = 0; p < panels; p++)
+        unpack_outputs(dim, out + p * panel, sums + p * COLUMNS, count - p * COLUMNS, to + p * COLUMNS * out_row, out_row);
+}
+
+// Split the queries of each of `heads` heads into units; return the panels of a unit.
+static index panels_of_unit(index heads, index queries, int threads)
+{
+    index panels = (queries + COLUMNS - 1) / COLUMNS, parts = (panels + PANELS - 1) / PANELS;
+    index wanted = (threads * UNITS_A_THREAD + heads - 1) / heads;
+    parts = parts > wanted ? parts : least(wanted, panels);
+    return (panels + parts - 1) / parts;
+}
+
+// Return the floats that `attend` needs for itself.
+ptrdiff_t attend_scratch(ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t queries, ptrdiff_t dim, int threads)
+{
+    return threads * floats(dim, panels_of_unit(batch * heads, queries, threads));
+}
+
+// Compute out (batch, queries, heads, dim), contiguous, from q (batch, heads, queries, dim) and k and v (batch, heads,
+// keys, dim) of any strides but the last. strides[operand][axis] are those of q, k and v for batch, head and row. All sizes
+// are positive. scratch has room for attend_scratch(batch, heads, queries, dim, threads).
+void attend(const float *q, const float *k, const float *v, float *out, float *scratch, const ptrdiff_t strides[3][3],
+            ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t dim, int threads)
+{
+    Job job = {.q = {q, strides[0][0], strides[0][1], strides[0][2]},
+               .k = {k, strides[1][0], strides[1][1], strides[1][2]},
+               .v = {v, strides[2][0], strides[2][1], strides[2][2]},
+               .out = out, .scratch = scratch, .heads = heads, .queries = queries, .keys = keys, .dim = dim};
+    index blocks = (keys + KEYS - 1) / KEYS;
+    job.block = (keys + blocks - 1) / blocks;  // of about equal size
+    job.factor = (float)(1.4426950408889634 / __builtin_sqrt((double)dim));
+    job.panels = panels_of_unit(batch * heads, queries, threads);
+    job.parts = ((queries + COLUMNS - 1) / COLUMNS + job.panels - 1) / job.panels;
+    parallel(attend_unit, &job, batch * heads * job.parts, threads);
+}
