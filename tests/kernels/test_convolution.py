@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import mezzotint
 from mezzotint import kernels
+from mezzotint.kernels import attention, linear
 from mezzotint.kernels import convolution as kernel
 from mezzotint.models.convolution import Conv2d, conv2d
 from mezzotint.records.record import changes, read
@@ -153,6 +156,31 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "off")
     assert kernels.describe() == "not used: MEZZOTINT_KERNELS is off"
     assert kernels.library() is None
+
+
+def test_with_avx512_linear_layers_and_attention_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vectors are twice as wide; the convolution, with a quarter of the multiplications, stays."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    x, weight, _ = example(1, 64, 64, 16, 16)
+    heads = torch.randn(1, 8, 256, 40)
+    assert kernel.is_supported(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    assert not linear.is_supported(torch.randn(256, 256), torch.randn(256, 256))
+    assert not attention.is_supported(heads, heads, heads, None, False)
+    assert kernels.describe() == "3x3 convolutions in float32 (AVX2)"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert linear.is_supported(torch.randn(256, 256), torch.randn(256, 256))
+    assert attention.is_supported(heads, heads, heads, None, False)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
+def test_an_older_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lacks a function, such as that of an editable installation that was not built again."""
+    (tmp_path / "empty.c").write_text("int nothing;")
+    subprocess.run(["gcc", "-shared", "-o", tmp_path / "float32.so", tmp_path / "empty.c"], check=True)
+    monkeypatch.setattr(kernels, "_load", kernels._load.__wrapped__)
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "float32.so")
+    assert kernels.library() is None
+    assert "convolve3x3" in kernels.describe()
 
 
 def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

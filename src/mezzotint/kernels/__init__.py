@@ -19,7 +19,6 @@ import torch
 LIBRARY = Path(__file__).with_name("float32.so")
 VARIABLE = "MEZZOTINT_KERNELS"
 INSTRUCTIONS = "AVX2"
-USES = "3x3 convolutions, linear layers, attention"
 
 
 def library() -> ctypes.CDLL | None:
@@ -28,10 +27,18 @@ def library() -> ctypes.CDLL | None:
     return None if isinstance(found, str) else found
 
 
+def products() -> ctypes.CDLL | None:
+    """Return the library for linear layers and attention; None also where torch's own use AVX-512, which it lacks."""
+    return None if torch.backends.cpu.get_cpu_capability() == "AVX512" else library()
+
+
 def describe() -> str:
     """Describe which kernels are used, or why none are, for `mezzotint env`."""
     found = _load()
-    return f"not used: {found}" if isinstance(found, str) else f"{USES} in float32 ({INSTRUCTIONS})"
+    if isinstance(found, str):
+        return f"not used: {found}"
+    uses = "3x3 convolutions" if products() is None else "3x3 convolutions, linear layers, attention"
+    return f"{uses} in float32 ({INSTRUCTIONS})"
 
 
 @functools.cache
@@ -45,13 +52,18 @@ def _load() -> ctypes.CDLL | str:
         return f"the processor has no {INSTRUCTIONS}"
     try:
         found = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:  # such as one that was compiled for another C library
+        _declare(found)
+    except (OSError, AttributeError) as error:  # one that was compiled for another C library, or is an older one
         return f"{LIBRARY.name} cannot be loaded ({error})"
-    pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-    found.convolve3x3.argtypes, found.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
-    found.linear.argtypes, found.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 2, None
-    found.linear_scratch.argtypes, found.linear_scratch.restype = [ctypes.c_int] * 2, size
-    found.attend.argtypes, found.attend.restype = [pointer] * 6 + [size] * 5 + [ctypes.c_int], None
-    found.attend_scratch.argtypes, found.attend_scratch.restype = [size] * 4 + [ctypes.c_int], size
-    found.convolve3x3_scratch.argtypes, found.convolve3x3_scratch.restype = [size, ctypes.c_int], size
     return found
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Declare the types of the functions' arguments and results."""
+    pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+    library.convolve3x3.argtypes, library.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
+    library.linear.argtypes, library.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 2, None
+    library.linear_scratch.argtypes, library.linear_scratch.restype = [ctypes.c_int] * 2, size
+    library.attend.argtypes, library.attend.restype = [pointer] * 6 + [size] * 5 + [ctypes.c_int], None
+    library.attend_scratch.argtypes, library.attend_scratch.restype = [size] * 4 + [ctypes.c_int], size
+    library.convolve3x3_scratch.argtypes, library.convolve3x3_scratch.restype = [size, ctypes.c_int], size

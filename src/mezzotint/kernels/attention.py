@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mezzotint.kernels import library
+from mezzotint.kernels import library, products
 
 LARGEST_HEAD = 192  # with larger heads torch's attention is as fast, and more accurate
 LEAST_WORK = 2**20  # multiply-accumulates of each product: with fewer, the call itself takes as long
@@ -28,7 +28,7 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and products() is not None
     )
 
 

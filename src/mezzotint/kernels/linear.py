@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mezzotint.kernels import library
+from mezzotint.kernels import library, products
 
 INPUTS, OUTPUTS = 8, 16  # of which the numbers of features must be multiples
 LEAST_ROWS = 64  # with fewer, copying the weight takes too long
@@ -35,7 +35,7 @@ def takes(weight: Tensor, gated: bool = False) -> bool:
     """Tell whether there is a kernel for a weight of this dtype and shape."""
     outputs, inputs = weight.shape
     fits = outputs > 0 == outputs % (2 * OUTPUTS if gated else OUTPUTS) and inputs > 0 == inputs % INPUTS
-    return fits and weight.dtype == torch.float32 and library() is not None
+    return fits and weight.dtype == torch.float32 and products() is not None
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
