@@ -119,6 +119,14 @@ def test_large_scores_do_not_overflow(size: float) -> None:
     assert (y - expected).abs().max() <= 4 * EPSILON * 120**0.5 * expected.abs().max()
 
 
+def test_only_differences_of_scores_matter() -> None:
+    q, k, v = example(1, 2, 40, 120, 64)
+    q, k = q.sign(), k.sign()
+    q[..., 0] = 2.0**20
+    k[..., 0] = -1  # all scores are about -131072, and exact
+    check(q, k, v)
+
+
 def test_nan_and_infinity_are_those_of_torch() -> None:
     nan, inf = torch.nan, torch.inf
     for place, value in [("q", nan), ("k", nan), ("v", nan), ("q", inf), ("k", inf), ("k", -inf), ("v", inf)]:
