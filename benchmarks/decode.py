@@ -66,7 +66,9 @@ def mezzotint(options: argparse.Namespace) -> Decode:
     import torch
 
     import mezzotint
+    from mezzotint.memory import system
 
+    system.keep_freed()  # as the commands and the server do
     pipe = mezzotint.load(options.folder, device="cpu", dtype=options.dtype)
     return lambda: pipe.decode(torch.from_numpy(latents(options.size)))[0]
 

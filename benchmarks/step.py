@@ -68,7 +68,9 @@ def mezzotint(options: argparse.Namespace, report: Report) -> Any:
     import torch
 
     import mezzotint
+    from mezzotint.memory import system
 
+    system.keep_freed()  # as the commands and the server do
     control: dict[str, Any] = {}
     if options.controlnet:
         control = {"control": [{"file": str(options.controlnet), "image": hint(options.size)}]}
