@@ -32,7 +32,7 @@ EULER = LEMON.replace(sampler="Euler")  # ends at sigma 0
 def counted(unet: UNet) -> Iterator[list[int]]:
     """The batch size of every call of the UNet."""
     rows: list[int] = []
-    hook = unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    hook = unet.register_forward_hook(lambda _, _inputs, output: rows.append(len(output)))
     yield rows
     hook.remove()
 

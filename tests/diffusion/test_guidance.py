@@ -501,9 +501,9 @@ def test_two_runs_at_once_do_not_share_their_momentum(pipe: mezzotint.Pipeline) 
 
 
 def calls(pipe: mezzotint.Pipeline, **fields: Any) -> list[int]:
-    """How many conditions each call of the UNet had."""
+    """How many conditions each call of the UNet had: the batch of its output."""
     rows: list[int] = []
-    hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    hook = pipe.unet.register_forward_hook(lambda _, _inputs, output: rows.append(len(output)))
     pipe(PROMPT, **{"seed": 8, "steps": 4, "sampler": "euler", "width": 64, "height": 64, **fields})
     hook.remove()
     return rows
