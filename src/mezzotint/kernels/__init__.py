@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 LIBRARY = Path(__file__).with_name("float32.so")
 VARIABLE = "MEZZOTINT_KERNELS"
@@ -28,8 +29,23 @@ def library() -> ctypes.CDLL | None:
 
 
 def products() -> ctypes.CDLL | None:
-    """Return the library for linear layers and attention; None also where torch's own use AVX-512, which it lacks."""
+    """Return the library for linear layers and attention; None also with AVX-512, which only torch uses."""
     return None if torch.backends.cpu.get_cpu_capability() == "AVX512" else library()
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Tell whether these are plain tensors in float32 on the CPU, and neither gradients nor autocast are needed."""
+    return (
+        all(
+            type(tensor) in (Tensor, nn.Parameter)  # not of a class that keeps its numbers elsewhere
+            and tensor.dtype == torch.float32
+            and tensor.device.type == "cpu"
+            for tensor in tensors
+        )
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def describe() -> str:

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mezzotint.kernels import library, products
+from mezzotint.kernels import can_take, library, products
 
 LARGEST_HEAD = 192  # with larger heads torch's attention is as fast, and more accurate
 LEAST_WORK = 2**20  # multiply-accumulates of each product: with fewer, the call itself takes as long
@@ -20,14 +20,11 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal
         return False
     batch, heads, _, dim = q.shape
     return (
-        all(type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" for x in inputs)
-        and all(x.stride(-1) == 1 for x in inputs)
+        all(x.stride(-1) == 1 for x in inputs)
         and k.shape == v.shape == (batch, heads, k.shape[2], dim)
         and dim <= LARGEST_HEAD
         and q.numel() * k.shape[2] >= max(LEAST_WORK, 1)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and can_take(*inputs)
         and products() is not None
     )
 

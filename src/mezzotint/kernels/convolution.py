@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mezzotint.kernels import library
+from mezzotint.kernels import can_take, library
 
 CHANNELS_IN, CHANNELS_OUT = 8, 32  # of which the numbers of channels must be multiples
 LEAST_TILES = 4  # of 4x4 pixels: with fewer, transforming the weights takes longer than the convolution
@@ -21,17 +21,13 @@ def is_supported(
     rows, columns = (-(-(side + 2 * around - 2) // 4) for side, around in zip(x.shape[2:], padding, strict=True))
     tiles = len(x) * rows * columns
     return (
-        x.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and tuple(stride) == tuple(dilation) == (1, 1)
+        tuple(stride) == tuple(dilation) == (1, 1)
         and groups == 1
         and tiles >= LEAST_TILES
         and tiles * weight.shape[0] * weight.shape[1] >= LEAST_WORK
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and can_take(x, weight)
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mezzotint.kernels import library, products
+from mezzotint.kernels import can_take, library, products
 
 INPUTS, OUTPUTS = 8, 16  # of which the numbers of features must be multiples
 LEAST_ROWS = 64  # with fewer, copying the weight takes too long
@@ -17,18 +17,7 @@ def is_supported(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
     if not takes(weight, gated) or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         return False
     rows = x.shape[:-1].numel()
-    return (
-        rows >= LEAST_ROWS
-        and rows * weight.numel() >= LEAST_WORK
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)  # not of a class that keeps its numbers elsewhere
-        and x.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    return rows >= LEAST_ROWS and rows * weight.numel() >= LEAST_WORK and weight.is_contiguous() and can_take(x, weight)
 
 
 def takes(weight: Tensor, gated: bool = False) -> bool:
