@@ -74,7 +74,8 @@ class Snapshot:
         items = [*_items(networks)]
         self._references = [weakref.ref(item) for item, _ in items]
         self._states = [state for _, state in items]
-        self._samples = _sample(items)
+        self._places = _places(items)
+        self._samples = self._sample(items)
 
     def matches(self, *networks: nn.Module) -> bool:
         """Return whether the networks are the same, with the same modules and values."""
@@ -85,8 +86,31 @@ class Snapshot:
                 reference() is item and before == state
                 for reference, before, (item, state) in zip(self._references, self._states, items, strict=True)
             )
-            and all(map(torch.equal, self._samples, _sample(items)))
+            and all(map(torch.equal, self._samples, self._sample(items)))
         )
+
+    @torch.no_grad()
+    def _sample(self, items: list[tuple[Any, Any]]) -> list[Tensor]:
+        """Return the bits of the sampled elements, for each device and dtype in one tensor."""
+        samples = []
+        for (_, dtype), places in self._places.items():
+            elements = [items[number][0].as_strided(size, stride) for number, size, stride in places]
+            samples.append(torch.cat(elements).view(BITS[dtype.itemsize]))
+        return samples
+
+
+def _places(items: list[tuple[Any, Any]]) -> dict[tuple[torch.device, torch.dtype], list[tuple[int, Any, Any]]]:
+    """Return the numbers of the tensors, and the size and stride of a sample of each, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Any, Any]]] = {}
+    for number, (tensor, _) in enumerate(items):
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.dtype.itemsize in BITS and not tensor.is_meta:
+            count, step = tensor.numel(), 1
+            if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
+                count, step = max(zip(tensor.shape, tensor.stride(), strict=True))  # along the longest dimension
+            stride = count // SAMPLE | 1  # odd, so that it is not in step with rows of 2^n
+            place = number, (-(-count // stride),), (stride * step,)
+            groups.setdefault((tensor.device, tensor.dtype), []).append(place)
+    return groups
 
 
 def _items(networks: tuple[nn.Module, ...]) -> Iterator[tuple[Any, Any]]:
@@ -101,24 +125,9 @@ def _items(networks: tuple[nn.Module, ...]) -> Iterator[tuple[Any, Any]]:
                 yield module.weight_source, source_state(module.weight_source)
 
 
-def _sample(items: list[tuple[Any, Any]]) -> list[Tensor]:
-    """Return the bits of at most SAMPLE elements of every tensor, for each device and dtype in one tensor."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor, _ in items:
-        if type(tensor) in (nn.Parameter, Tensor) and tensor.dtype.itemsize in BITS and not tensor.is_meta:
-            stride = tensor.numel() // SAMPLE | 1  # odd, so that it is not in step with rows of 2^n
-            plain = tensor.detach()
-            if plain.is_contiguous() or plain.is_contiguous(memory_format=torch.channels_last):
-                elements = plain.as_strided((-(-plain.numel() // stride),), (stride,))
-            else:
-                elements = plain.reshape(-1)[::stride]
-            groups.setdefault((tensor.device, tensor.dtype), []).append(elements)
-    return [torch.cat(parts).view(BITS[dtype.itemsize]) for (_, dtype), parts in groups.items()]
-
-
-def tensor_state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    """Return what changes when a tensor is written to, moved or cast."""
-    return _address(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+def tensor_state(tensor: Tensor) -> tuple[int, int, torch.dtype, torch.Size]:
+    """Return what changes when a tensor is written to, moved, cast or reshaped."""
+    return _address(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
 
 
 def source_state(source: WeightSource) -> object:
