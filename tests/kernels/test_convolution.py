@@ -55,7 +55,7 @@ def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tu
 @pytest.mark.parametrize("inputs, outputs", [(8, 32), (64, 32), (72, 96), (200, 64)])
 def test_it_is_the_direct_sum(inputs: int, outputs: int, height: int, width: int) -> None:
     x, weight, bias = example(2, inputs, outputs, height, width)
-    assert kernel.is_supported(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    assert kernel.is_supported(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
     check(kernel.convolve(x, weight, bias, (1, 1)), x, weight, bias, (1, 1))
 
 
@@ -103,24 +103,65 @@ def test_a_layer_uses_it_without_gradients_only() -> None:
     assert torch.equal(layer(x).detach(), F.conv2d(x, layer.weight.detach(), bias, padding=1))
 
 
+@pytest.mark.parametrize("inputs, outputs", [(32, 32), (96, 64)])
+@pytest.mark.parametrize(
+    "height, width, padding",
+    [(1, 1, (1, 1)), (3, 5, (0, 0)), (3, 5, (2, 1)), (13, 30, (0, 1)), (13, 30, (1, 1)), (13, 30, (2, 2))],
+)
+def test_the_gradient_by_the_input(
+    inputs: int, outputs: int, height: int, width: int, padding: tuple[int, int]
+) -> None:
+    _, weight, _ = example(1, inputs, outputs)
+    gradient = example(2, outputs, 32, height, width)[0]
+    assert kernel.is_supported(gradient, weight, None, (1, 1), padding, (1, 1), 1, transposed=True)
+    y = kernel.convolve(gradient, weight, None, padding, transposed=True)
+    assert y.shape == (2, inputs, height + 2 - 2 * padding[0], width + 2 - 2 * padding[1])
+    turned = weight.transpose(0, 1).flip(2, 3)  # the gradient of a convolution is a convolution with these weights
+    check(y, gradient, turned, None, (2 - padding[0], 2 - padding[1]))
+
+
+def test_a_frozen_layer_is_differentiated_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = example(2, 32, 64, 9, 7)
+    layer = Conv2d(32, 64, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    layer(x.requires_grad_()).square().sum().backward()
+    assert x.grad is not None
+    exact = x.detach().double().requires_grad_()
+    F.conv2d(exact, weight.double(), bias.double(), padding=1).square().sum().backward()
+    assert exact.grad is not None
+    terms = 9 * (32 + 64)  # roundings of both passes
+    assert (x.grad - exact.grad).abs().max() <= 4 * EPSILON * terms**0.5 * exact.grad.abs().max()
+    calls = list[bool]()
+    convolve = kernel.convolve
+    monkeypatch.setattr(
+        kernel, "convolve", lambda *a, transposed=False: calls.append(transposed) or convolve(*a, transposed=transposed)
+    )
+    layer(x).sum().backward()
+    assert calls == [False, True]
+
+
 def test_what_it_does_not_take_is_torchs() -> None:
     x, weight, bias = example(1, 16, 32, 8, 8)
     same = (1, 1), (1, 1), (1, 1), 1
-    assert kernel.is_supported(x, weight, *same)
+    assert kernel.is_supported(x, weight, bias, *same)
     refused = [
-        (x.contiguous(), weight, *same),
-        (x, weight.contiguous(), *same),
-        (x.double(), weight.double(), *same),
-        (x.bfloat16(), weight.bfloat16(), *same),
-        (x, weight[:24], *same),
-        (x[:, :12], weight[:, :12], *same),
-        (x, weight[:, :, 1:2, 1:2], *same),
-        (x, weight, (2, 2), (1, 1), (1, 1), 1),
-        (x, weight, (1, 1), (1, 1), (2, 2), 1),
-        (x.to("meta"), weight.to("meta"), *same),
+        (x.contiguous(), weight, None, *same),
+        (x, weight.contiguous(), None, *same),
+        (x.double(), weight.double(), None, *same),
+        (x.bfloat16(), weight.bfloat16(), None, *same),
+        (x, weight[:24], None, *same),
+        (x[:, :12], weight[:, :12], None, *same),
+        (x, weight[:, :, 1:2, 1:2], None, *same),
+        (x, weight, None, (2, 2), (1, 1), (1, 1), 1),
+        (x, weight, None, (1, 1), (1, 1), (2, 2), 1),
+        (x.to("meta"), weight.to("meta"), None, *same),
+        (x, weight, bias.clone().requires_grad_(), *same),
     ]
     for arguments in refused:
         assert not kernel.is_supported(*arguments)
+    assert not kernel.is_supported(x, weight, None, (1, 1), (3, 1), (1, 1), 1)
+    gradient = example(1, 32, 32)[0]
+    assert not kernel.is_supported(gradient, weight, None, *same, transposed=True)  # 16 channels of the input
     with torch.autocast("cpu", torch.bfloat16):
         assert conv2d(x, weight, bias, padding=(1, 1)).dtype == torch.bfloat16
     half = conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), padding=(1, 1))
@@ -163,12 +204,12 @@ def test_with_avx512_linear_layers_and_attention_are_torchs(monkeypatch: pytest.
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, weight, _ = example(1, 64, 64, 16, 16)
     heads = torch.randn(1, 8, 256, 40)
-    assert kernel.is_supported(x, weight, (1, 1), (1, 1), (1, 1), 1)
-    assert not linear.is_supported(torch.randn(256, 256), torch.randn(256, 256))
+    assert kernel.is_supported(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
+    assert not linear.is_supported(torch.randn(256, 256), torch.randn(256, 256), None)
     assert not attention.is_supported(heads, heads, heads, None, False)
     assert kernels.describe() == "3x3 convolutions in float32 (AVX2)"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert linear.is_supported(torch.randn(256, 256), torch.randn(256, 256))
+    assert linear.is_supported(torch.randn(256, 256), torch.randn(256, 256), None)
     assert attention.is_supported(heads, heads, heads, None, False)
 
 

@@ -50,9 +50,47 @@ def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 @pytest.mark.parametrize("inputs, outputs", [(8, 16), (24, 272), (384, 48), (392, 256), (1000, 528)])
 def test_it_is_the_product(rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias = example(rows, inputs, outputs)
-    assert kernel.is_supported(x, weight)
+    assert kernel.is_supported(x, weight, bias)
     check(kernel.multiply(x, weight, bias), x, weight, bias)
     check(kernel.multiply(x, weight, None), x, weight, None)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("inputs, outputs", [(16, 8), (272, 24), (528, 1000)])
+def test_the_gradient_by_the_input(rows: int, inputs: int, outputs: int) -> None:
+    gradient, weight, _ = example(rows, outputs, inputs)
+    transposed = weight.t().contiguous()  # of a layer from `inputs` to `outputs`
+    assert kernel.is_supported(gradient, transposed, None, transposed=True)
+    check(kernel.multiply(gradient, transposed, None, transposed=True), gradient, weight, None)
+
+
+def test_a_frozen_layer_is_differentiated_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = example(12, 48, 32)
+    layer = Linear(48, 32).requires_grad_(False)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    calls = list[bool]()
+    multiply = kernel.multiply
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+        calls.append(transposed)
+        return multiply(x, weight, bias, transposed)
+
+    monkeypatch.setattr(kernel, "multiply", counted)
+    y = layer(x.requires_grad_())
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(y, x, direction)
+    assert calls == [False, True]
+    check(gradient, direction, weight.t(), None)
+
+
+def test_second_derivatives_of_a_frozen_layer() -> None:
+    x, weight, bias = example(12, 48, 32)
+    x.requires_grad_()
+    seconds = []
+    for function in (linear, F.linear):
+        (first,) = torch.autograd.grad(function(x, weight, bias).pow(3).sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
+    torch.testing.assert_close(*seconds)
 
 
 def test_more_rows_than_a_unit_of_work_takes() -> None:
@@ -80,7 +118,7 @@ def test_inputs_of_any_shape_and_strides() -> None:
 def test_geglu_is_the_product_of_a_half_and_the_gelu_of_the_other(inputs: int, outputs: int) -> None:
     x, weight, bias = example(50, inputs, 2 * outputs)
     weight /= inputs**0.5
-    assert kernel.is_supported(x, weight, gated=True)
+    assert kernel.is_supported(x, weight, bias, gated=True)
     for given in (bias, None):
         y = kernel.geglu(x, weight, given)
         exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
@@ -119,7 +157,7 @@ def test_a_geglu_uses_it_unless_its_layer_must_be_called(monkeypatch: pytest.Mon
             layer(x)
     monkeypatch.undo()
     assert layer(x).requires_grad
-    assert not kernel.is_supported(x, weight[:48], gated=True)
+    assert not kernel.is_supported(x, weight[:48], None, gated=True)
 
 
 def test_threads_and_batches_give_the_same_bits() -> None:
@@ -151,7 +189,7 @@ def test_what_is_not_finite_stays_in_its_row_or_column() -> None:
 
 def test_what_it_does_not_take_is_torchs() -> None:
     x, weight, bias = example(12, 24, 32)
-    assert kernel.is_supported(x, weight)
+    assert kernel.is_supported(x, weight, bias)
 
     class Other(Tensor):
         """A tensor that may keep its numbers elsewhere."""
@@ -172,9 +210,9 @@ def test_what_it_does_not_take_is_torchs() -> None:
         (x.clone().requires_grad_(), weight),
     ]
     for arguments in refused:
-        assert not kernel.is_supported(*arguments)
+        assert not kernel.is_supported(*arguments, None)
     with torch.no_grad():
-        assert kernel.is_supported(x, nn.Parameter(weight))
+        assert kernel.is_supported(x, nn.Parameter(weight), bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16
     half = (x.bfloat16(), weight.bfloat16(), bias.bfloat16())
@@ -182,12 +220,12 @@ def test_what_it_does_not_take_is_torchs() -> None:
 
 
 def test_too_little_work_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, _ = example(12, 24, 32)
+    x, weight, bias = example(12, 24, 32)
     monkeypatch.setattr(kernel, "LEAST_ROWS", 13)
-    assert not kernel.is_supported(x, weight)
+    assert not kernel.is_supported(x, weight, bias)
     monkeypatch.setattr(kernel, "LEAST_ROWS", 12)
     monkeypatch.setattr(kernel, "LEAST_WORK", 12 * 24 * 32 + 1)
-    assert not kernel.is_supported(x, weight)
+    assert not kernel.is_supported(x, weight, bias)
 
 
 def test_a_layer_uses_it_without_gradients_only() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 LIBRARY = Path(__file__).with_name("float32.so")
 VARIABLE = "MEZZOTINT_KERNELS"
@@ -33,19 +34,41 @@ def products() -> ctypes.CDLL | None:
     return None if torch.backends.cpu.get_cpu_capability() == "AVX512" else library()
 
 
-def can_take(*tensors: Tensor) -> bool:
-    """Tell whether these are plain tensors in float32 on the CPU, and neither gradients nor autocast are needed."""
+def can_take(*tensors: Tensor | None) -> bool:
+    """Tell whether these are plain tensors in float32 on the CPU, and neither derivatives nor autocast are needed."""
     return (
         all(
-            type(tensor) in (Tensor, nn.Parameter)  # not of a class that keeps its numbers elsewhere
-            and tensor.dtype == torch.float32
-            and tensor.device.type == "cpu"
+            tensor is None
+            or (
+                type(tensor) in (Tensor, nn.Parameter)  # not of a class that keeps its numbers elsewhere
+                and tensor.dtype == torch.float32
+                and tensor.device.type == "cpu"
+                and not (torch.is_grad_enabled() and tensor.requires_grad)
+            )
             for tensor in tensors
         )
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and is_eager(*tensors)
     )
+
+
+def only_input_is_trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether a layer needs a gradient by its input, and none by its weight and bias."""
+    is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return is_frozen and x.requires_grad and torch.is_grad_enabled() and is_eager(x, weight, bias)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Tell whether operators run as they are called: not traced by a compiler, by torch.func or by forward-mode AD."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(tensor is not None and _has_tangent(tensor) for tensor in tensors)
+    )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def describe() -> str:
@@ -77,8 +100,8 @@ def _load() -> ctypes.CDLL | str:
 def _declare(library: ctypes.CDLL) -> None:
     """Declare the types of the functions' arguments and results."""
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-    library.convolve3x3.argtypes, library.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int], None
-    library.linear.argtypes, library.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 2, None
+    library.convolve3x3.argtypes, library.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int] * 2, None
+    library.linear.argtypes, library.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 3, None
     library.linear_scratch.argtypes, library.linear_scratch.restype = [ctypes.c_int] * 2, size
     library.attend.argtypes, library.attend.restype = [pointer] * 6 + [size] * 5 + [ctypes.c_int], None
     library.attend_scratch.argtypes, library.attend_scratch.restype = [size] * 4 + [ctypes.c_int], size

@@ -33,6 +33,7 @@ typedef struct {
     index out_channels, out_height, out_width;
     index rows, columns;                       // tiles of a picture
     index first, count, part;                  // tiles that are worked on, and that a unit of work takes
+    int transposed;                            // whether weight is (channels, 3, 3, out_channels) and turned by 180 degrees
 } Job;
 
 // ---- the input ---------------------------------------------------------------------------------------------------
@@ -96,10 +97,13 @@ static void transform_weights(const Job *job, index out, index in, index depth, 
     for (index k = 0; k < depth; k += LANES)
         for (int half = 0; half < COLUMNS; half += LANES) {
             const float *weight = job->weight + (out + half) * 9 * job->channels + in + k;
+            const float *turned = job->weight + (in + k) * 9 * job->out_channels + out + half;
             vec g[9][LANES];  // of each tap, for each channel of the input, a vector of channels of the output
             for (int tap = 0; tap < 9; tap++) {
-                for (int i = 0; i < LANES; i++) g[tap][i] = load(weight + (i * 9 + tap) * job->channels);
-                transpose(g[tap]);
+                for (int i = 0; i < LANES; i++)
+                    g[tap][i] = load(job->transposed ? turned + (i * 9 + 8 - tap) * job->out_channels
+                                                     : weight + (i * 9 + tap) * job->channels);
+                if (!job->transposed) transpose(g[tap]);
             }
             for (int i = 0; i < LANES; i++) {
                 vec rows[18], u[ELEMENTS];
@@ -169,14 +173,17 @@ ptrdiff_t convolve3x3_scratch(ptrdiff_t channels, int threads)
 }
 
 // Convolve x (batch, height, width, channels), with `top` rows of zeros above and below and `left` columns on both sides,
-// with weight (out_channels, 3, 3, channels) and add bias (out_channels), unless it is NULL. All are contiguous;
-// channels is a multiple of LANES, out_channels of BLOCK. scratch has room for convolve3x3_scratch(channels, threads).
+// with weight (out_channels, 3, 3, channels) and add bias (out_channels), unless it is NULL. If transposed, weight is that
+// of the convolution of which this is the gradient: (channels, 3, 3, out_channels), turned by 180 degrees. All are
+// contiguous; channels is a multiple of LANES, out_channels of BLOCK. scratch has room for
+// convolve3x3_scratch(channels, threads).
 void convolve3x3(const float *x, const float *weight, const float *bias, float *y, float *scratch, ptrdiff_t batch,
                  ptrdiff_t height, ptrdiff_t width, ptrdiff_t channels, ptrdiff_t out_channels, ptrdiff_t top,
-                 ptrdiff_t left, int threads)
+                 ptrdiff_t left, int transposed, int threads)
 {
     Job job = {.x = x, .weight = weight, .bias = bias, .y = y, .inputs = scratch, .channels = channels,
-               .height = height, .width = width, .top = top, .left = left, .out_channels = out_channels,
+               .height = height, .width = width, .top = top, .left = left, .transposed = transposed,
+               .out_channels = out_channels,
                .out_height = height + 2 * top - 2, .out_width = width + 2 * left - 2};
     job.scratch = scratch + ELEMENTS * ((channels + DEPTH - 1) / DEPTH) * INPUT;
     job.rows = (job.out_height + 3) / 4, job.columns = (job.out_width + 3) / 4;

@@ -13,12 +13,20 @@ LEAST_WORK = 2**18  # tiles times numbers of channels: with less, starting the t
 
 
 def is_supported(
-    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    transposed: bool = False,
 ) -> bool:
     """Tell whether `convolve` can be used: on the CPU, in channels_last, without gradients, and large enough."""
-    if not takes(weight) or x.ndim != 4:
+    if not takes(weight, transposed) or x.ndim != 4 or max(padding) > 2:
         return False
-    rows, columns = (-(-(side + 2 * around - 2) // 4) for side, around in zip(x.shape[2:], padding, strict=True))
+    around = [2 - width if transposed else width for width in padding]
+    rows, columns = (-(-(side + 2 * width - 2) // 4) for side, width in zip(x.shape[2:], around, strict=True))
     tiles = len(x) * rows * columns
     return (
         tuple(stride) == tuple(dilation) == (1, 1)
@@ -27,19 +35,23 @@ def is_supported(
         and tiles * weight.shape[0] * weight.shape[1] >= LEAST_WORK
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
-        and can_take(x, weight)
+        and can_take(x, weight, bias)
     )
 
 
-def takes(weight: Tensor) -> bool:
+def takes(weight: Tensor, transposed: bool = False) -> bool:
     """Tell whether there is a kernel for a weight of this dtype and shape."""
     outputs, inputs, *size = weight.shape
+    if transposed:
+        outputs, inputs = inputs, outputs
     fits = size == [3, 3] and inputs % CHANNELS_IN == 0 and outputs % CHANNELS_OUT == 0
     return fits and weight.dtype == torch.float32 and library() is not None
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
-    """Convolve with stride 1, where `is_supported` says so.
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], transposed: bool = False
+) -> Tensor:
+    """Convolve with stride 1, or compute the gradient of that, where `is_supported` says so.
 
     The result differs from `torch.nn.functional.conv2d` by the rounding of float32. It depends neither on the number
     of threads nor on the other pictures of the batch.
@@ -48,21 +60,24 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int,
         x: (B, C, h, w).
         weight: (O, C, 3, 3).
         bias: (O,).
-        padding: Rows of zeros above and below, and columns of zeros left and right.
+        padding: Rows of zeros above and below, and columns of zeros left and right, of the convolution.
+        transposed: Whether x is the gradient of a convolution's output, (B, O, h, w), and that of its input is wanted.
 
     Returns:
-        (B, O, h + 2 padding[0] - 2, w + 2 padding[1] - 2), in channels_last.
+        (B, O, h + 2 padding[0] - 2, w + 2 padding[1] - 2), in channels_last. If transposed,
+        (B, C, h + 2 - 2 padding[0], w + 2 - 2 padding[1]).
     """
     kernels = library()
     assert kernels is not None
     batch, channels, height, width = x.shape
-    (top, left), outputs, threads = padding, len(weight), torch.get_num_threads()
+    top, left = ((2 - width if transposed else width) for width in padding)
+    outputs, threads = weight.shape[1 if transposed else 0], torch.get_num_threads()
     size = (batch, outputs, height + 2 * top - 2, width + 2 * left - 2)
     y = torch.empty(size, memory_format=torch.channels_last)
     scratch = torch.empty(scratch_bytes(channels) // 4)
     bias = bias if bias is None else bias.contiguous()
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, y, scratch))
-    kernels.convolve3x3(*pointers, batch, height, width, channels, outputs, top, left, threads)
+    kernels.convolve3x3(*pointers, batch, height, width, channels, outputs, top, left, transposed, threads)
     return y
 
 

@@ -18,6 +18,7 @@ typedef struct {
     float *y, *scratch;
     index rows, x_row, inputs, outputs;  // outputs of y
     int gated;                           // whether w has as many rows again, of which the GELU is a factor of the first
+    int transposed;                      // whether w has one column for each column of y
     index part, block, blocks, depth;
 } Job;
 
@@ -30,6 +31,13 @@ static index divide(index size, index largest, index step)
 
 // Floats for the panels, and for what is gated afterwards.
 static index scratch_of_thread(int gated) { return DEPTH * BLOCK + (gated ? PART * BLOCK : 0); }
+
+// Copy COLUMNS columns of w: to[depth][column].
+static void copy(const float *w, index w_row, index depth, float *to)
+{
+    for (index k = 0; k < depth; k++)
+        for (int half = 0; half < COLUMNS; half += LANES) store(to + k * COLUMNS + half, load(w + k * w_row + half));
+}
 
 // Transpose COLUMNS rows of w: to[depth][row].
 static void pack(const float *w, index w_row, index depth, float *to)
@@ -80,7 +88,10 @@ static void multiply_block(void *given, ptrdiff_t unit, int thread)
         index depth = job->inputs - k < job->depth ? job->inputs - k : job->depth;
         for (index j = 0; j < width; j += COLUMNS) {
             index output = j / columns * job->outputs + column + j % columns;
-            pack(job->w + output * job->inputs + k, job->inputs, depth, panels + j * depth);
+            if (job->transposed)
+                copy(job->w + k * job->outputs + output, job->outputs, depth, panels + j * depth);
+            else
+                pack(job->w + output * job->inputs + k, job->inputs, depth, panels + j * depth);
         }
         int last = job->gated && k + depth == job->inputs;
         index step = last ? STEP : rows;
@@ -99,13 +110,13 @@ ptrdiff_t linear_scratch(int gated, int threads) { return threads * scratch_of_t
 
 // Multiply x (rows, inputs), of rows that are x_row floats apart, by the transpose of w (outputs, inputs) and add bias
 // (outputs), unless it is NULL. If gated, w and bias have 2 outputs rows, and y (rows, outputs) is the first half of the
-// columns of that times the GELU of the second. w and y are contiguous; inputs is a multiple of LANES, outputs of COLUMNS.
-// scratch has room for linear_scratch(gated, threads).
+// columns of that times the GELU of the second. If transposed, which excludes gated, w is (inputs, outputs). w and y are
+// contiguous; inputs is a multiple of LANES, outputs of COLUMNS. scratch has room for linear_scratch(gated, threads).
 void linear(const float *x, const float *w, const float *bias, float *y, float *scratch, ptrdiff_t rows, ptrdiff_t x_row,
-            ptrdiff_t inputs, ptrdiff_t outputs, int gated, int threads)
+            ptrdiff_t inputs, ptrdiff_t outputs, int gated, int transposed, int threads)
 {
     Job job = {.x = x, .w = w, .bias = bias, .y = y, .scratch = scratch, .rows = rows, .x_row = x_row, .inputs = inputs,
-               .outputs = outputs, .gated = gated, .depth = divide(inputs, DEPTH, LANES),
+               .outputs = outputs, .gated = gated, .transposed = transposed, .depth = divide(inputs, DEPTH, LANES),
                .block = divide(outputs, gated ? BLOCK / 2 : BLOCK, COLUMNS)};
     job.blocks = (outputs + job.block - 1) / job.block;
     index parts = (threads + job.blocks - 1) / job.blocks;  // so that each thread has work

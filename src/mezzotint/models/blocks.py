@@ -9,13 +9,16 @@ et al. 2022 (transformer blocks) and Shazeer 2020 (GEGLU).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from mezzotint.kernels import is_eager
 from mezzotint.kernels import linear as kernel
 from mezzotint.models.adapters import is_adapted
 from mezzotint.models.attention import attention, perturbation, watcher
@@ -67,9 +70,30 @@ def repeat_to(batch: int, x: Tensor) -> Tensor:
     return x if len(x) >= batch else torch.cat([x] * (batch // len(x)))
 
 
-def activation(x: Tensor) -> Tensor:
-    """Apply SiLU to the output of a norm, in place unless a gradient needs it."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a cheap function; keep only its inputs for the backward pass, and compute the rest again in it."""
+    if any(x.requires_grad for x in inputs) and torch.is_grad_enabled() and is_eager(*inputs):
+        y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return y
+    return function(*inputs)
+
+
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm and SiLU to x."""
+    if has_hooks(norm) or is_adapted(norm):  # which would be called again, perhaps outside of the adapters' context
+        return _norm_silu(norm, x)
+    return recompute(partial(_norm_silu, norm), x)
+
+
+def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def _gate(projected: Tensor) -> Tensor:
+    """Multiply the first half of each token by the GELU of the second: (B, T, 2 inner) -> (B, T, inner)."""
+    h, gate = projected.chunk(2, dim=-1)
+    gated = F.gelu(gate)
+    return h * gated if torch.is_grad_enabled() else gated.mul_(h)
 
 
 class ResnetBlock(nn.Module):
@@ -86,10 +110,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Apply the block; `time` (B, outputs) is time_emb_proj of the activated time embedding."""
-        h: Tensor = self.conv1(activation(self.norm1(x)))  # (B, outputs, h, w)
+        h: Tensor = self.conv1(norm_silu(self.norm1, x))  # (B, outputs, h, w)
         h = repeat_to(len(time), h)
-        h = self.norm2(h.add_(time[:, :, None, None]))  # frees the input of the norm before the convolution
-        h = self.conv2(activation(h))
+        h = norm_silu(self.norm2, h.add_(time[:, :, None, None]))  # frees the input of the norm before the convolution
+        h = self.conv2(h)
         return h.add_(repeat_to(len(h), x if self.conv_shortcut is None else self.conv_shortcut(x)))
 
 
@@ -186,11 +210,9 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the projection and the gate."""
-        if _is_plain(self.proj) and kernel.is_supported(x, self.proj.weight, gated=True):
+        if _is_plain(self.proj) and kernel.is_supported(x, self.proj.weight, self.proj.bias, gated=True):
             return kernel.geglu(x, self.proj.weight, self.proj.bias)
-        h, gate = self.proj(x).chunk(2, dim=-1)  # (B, T, inner) each
-        gated = F.gelu(gate)
-        return h * gated if torch.is_grad_enabled() else gated.mul_(h)
+        return recompute(_gate, self.proj(x))
 
 
 class FeedForward(nn.Module):

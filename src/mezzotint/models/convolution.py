@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.kernels import convolution as kernel
 from mezzotint.kernels import linear as linear_kernel
+from mezzotint.kernels import only_input_is_trained
 
 joined: ContextVar[str] = ContextVar("joined", default="")
 
@@ -44,14 +47,62 @@ def conv2d(
     dilation: tuple[int, ...] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Convolve as `torch.nn.functional.conv2d` does, by our own kernel where there is one."""
-    if kernel.is_supported(x, weight, stride, padding, dilation, groups):
+    """Convolve as `torch.nn.functional.conv2d` does, by our own kernel where there is one.
+
+    A weight without `requires_grad` is taken to be frozen: the input is then not kept for the backward pass.
+    """
+    options = tuple(stride), tuple(padding), tuple(dilation), groups
+    if x.ndim == 4 and only_input_is_trained(x, weight, bias):
+        dtype = _autocast_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+        y: Tensor = _FrozenConvolution.apply(x, weight, bias, *options)  # type: ignore[no-untyped-call]
+        return y
+    return _convolve(x, weight, bias, *options)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    stride, padding, _, groups = options
+    if kernel.is_supported(x, weight, bias, *options):
         return kernel.convolve(x, weight, bias, padding)
-    if weight.shape[2:] == (1, 1) == tuple(stride) and tuple(padding) == (0, 0) and groups == 1 and x.ndim == 4:
+    if weight.shape[2:] == (1, 1) == stride and padding == (0, 0) and groups == 1 and x.ndim == 4:
         pixels, matrix = x.permute(0, 2, 3, 1), weight.flatten(1)  # a linear layer of each pixel, in channels_last
-        if pixels.is_contiguous() and linear_kernel.is_supported(pixels, matrix):
+        if pixels.is_contiguous() and linear_kernel.is_supported(pixels, matrix, bias):
             return linear_kernel.multiply(pixels, matrix, bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(x, weight, bias, *options)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast gives to the operands of a convolution; without it, that of x."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution that is differentiated by its input alone and, unlike torch's, does not keep it."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        return _convolve(x, weight, bias, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, *ctx.options = inputs
+        ctx.size, ctx.strides = x.shape, x.stride()
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.options
+        if kernel.takes(weight, transposed=True):
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        if kernel.is_supported(gradient, weight, None, stride, padding, dilation, groups, transposed=True):
+            return kernel.convolve(gradient, weight, None, padding, transposed=True), *[None] * 6
+        x = gradient.new_empty_strided(ctx.size, ctx.strides)  # only its shape matters
+        by_input = (stride, padding, dilation, False, (0, 0), groups, (True, False, False))
+        return torch.ops.aten.convolution_backward(gradient, x, weight, None, *by_input)[0], *[None] * 6
 
 
 def pad(x: Tensor, widths: tuple[int, int, int, int]) -> Tensor:

@@ -29,7 +29,7 @@ from mezzotint.models.blocks import (
     ResnetBlock,
     Transformer,
     Upsample,
-    activation,
+    norm_silu,
     repeat_to,
 )
 from mezzotint.models.convolution import Conv2d
@@ -419,7 +419,7 @@ class UNet(DownPath):
             x = x + mid_residual
         for level, block in enumerate(self.up_blocks):
             x = block(x, skips, times, contexts, freeu.of_level(freeu_factors, level))
-        output: Tensor = self.conv_out(activation(self.conv_norm_out(x)))  # (B, out_channels, h, w)
+        output: Tensor = self.conv_out(norm_silu(self.conv_norm_out, x))  # (B, out_channels, h, w)
         return output
 
     def guidance_embedding(self, scale: float) -> Tensor:

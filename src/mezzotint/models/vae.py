@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mezzotint.config import VAEConfig
 from mezzotint.models.attention import attention
-from mezzotint.models.blocks import activation
+from mezzotint.models.blocks import norm_silu
 from mezzotint.models.convolution import Conv2d, pad
 from mezzotint.models.edits import has_hooks
 from mezzotint.models.linear import Linear
@@ -38,8 +38,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        h = self.conv1(activation(self.norm1(x)))
-        h = activation(self.norm2(h))  # frees the input of the norm
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = norm_silu(self.norm2, h)  # frees the input of the norm
         h = self.conv2(h)
         return h.add_(self.conv_shortcut(x))  # type: ignore[no-any-return]
 
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for layer in self.layers():  # not in the blocks, whose callers would keep x alive
             x = layer(x)
-        return self.conv_out(activation(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for layer in self.layers():
             x = layer(x)
-        return self.conv_out(activation(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
