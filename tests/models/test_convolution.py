@@ -22,9 +22,9 @@ OPTIONS = [
 def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Return x, weight and bias of random numbers; x requires a gradient."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 6, 7, generator=generator, dtype=dtype).requires_grad_()
-    weight = torch.randn(6, 4, 3, 3, generator=generator, dtype=dtype)
-    return x, weight, torch.randn(6, generator=generator, dtype=dtype)
+    x = torch.randn(1, 4, 5, 4, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(2, 4, 3, 3, generator=generator, dtype=dtype)
+    return x, weight, torch.randn(2, generator=generator, dtype=dtype)
 
 
 def of_groups(weight: Tensor, options: dict[str, object]) -> Tensor:
@@ -87,7 +87,7 @@ def test_a_weight_that_is_written_to_before_the_backward_pass_is_an_error() -> N
 @pytest.mark.parametrize("channels", [4, 32])  # 32: our own kernel takes them
 def test_forward_mode_and_function_transforms(channels: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, direction = torch.randn(2, 2, channels, 16, 16, generator=generator).contiguous()
+    x, direction = torch.randn(2, 2, channels, 64, 64, generator=generator)
     x, direction = (each.contiguous(memory_format=torch.channels_last) for each in (x, direction))
     weight = torch.randn(channels, channels, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
     exact = F.conv2d(direction.double(), weight.double(), padding=1)
@@ -108,7 +108,8 @@ def test_forward_mode_and_function_transforms(channels: int) -> None:
     assert all(((each - exact).abs() <= bound).all() for each in tangents)
     by_func = torch.func.grad(lambda x: call(x).pow(2).sum())(x)
     (by_autograd,) = torch.autograd.grad(call(x.requires_grad_()).pow(2).sum(), x)
-    torch.testing.assert_close(by_func, by_autograd)
+    error = 4 * torch.finfo(torch.float32).eps * (2 * 9 * channels) ** 0.5 * float(by_func.abs().max())  # of two passes
+    torch.testing.assert_close(by_func, by_autograd, rtol=0, atol=error)
 
 
 def test_autocast_is_obeyed() -> None:

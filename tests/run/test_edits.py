@@ -16,6 +16,7 @@ import mezzotint
 from mezzotint import Pipeline, Placement, Request, RequestError
 from mezzotint.again import again, read_source
 from mezzotint.models.blocks import Attention
+from mezzotint.models.edits import Snapshot
 from mezzotint.weights.save_lora import save_lora
 
 LEMON = Request(prompt="a lemon", seed=7, steps=2)
@@ -258,3 +259,14 @@ def test_merged_loras_are_no_edit_and_prevent_a_replacement(pipe: Pipeline, tmp_
         pipe.unet = tiny_unet(9)  # type: ignore[assignment]
     pipe.unmerge()
     assert not edited(pipe)
+
+
+@pytest.mark.parametrize("weight", [torch.randn(64, 64), torch.randn(64, 128)[:, ::2], torch.randn(64, 64).t()])
+def test_a_part_that_is_written_through_data_shows(weight: Tensor) -> None:
+    layer = nn.Linear(64, 64)
+    layer.weight = nn.Parameter(weight)
+    for part in (slice(32), slice(32, 64)):
+        snapshot = Snapshot(layer)
+        assert snapshot.matches(layer)
+        layer.weight.data[part] += 1
+        assert not snapshot.matches(layer)

@@ -33,9 +33,9 @@ def is_supported(
         and groups == 1
         and tiles >= LEAST_TILES
         and tiles * weight.shape[0] * weight.shape[1] >= LEAST_WORK
+        and can_take(x, weight, bias)  # before vmap is asked for a memory format, which is an error
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
-        and can_take(x, weight, bias)
     )
 
 

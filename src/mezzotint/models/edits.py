@@ -94,21 +94,23 @@ class Snapshot:
         """Return the bits of the sampled elements, for each device and dtype in one tensor."""
         samples = []
         for (_, dtype), places in self._places.items():
-            elements = [items[number][0].as_strided(size, stride) for number, size, stride in places]
+            elements = [
+                items[number][0].as_strided((count,), (stride,)) if is_dense else items[number][0].reshape(-1)[::stride]
+                for number, count, stride, is_dense in places
+            ]
             samples.append(torch.cat(elements).view(BITS[dtype.itemsize]))
         return samples
 
 
-def _places(items: list[tuple[Any, Any]]) -> dict[tuple[torch.device, torch.dtype], list[tuple[int, Any, Any]]]:
-    """Return the numbers of the tensors, and the size and stride of a sample of each, by device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Any, Any]]] = {}
+def _places(items: list[tuple[Any, Any]]) -> dict[tuple[torch.device, torch.dtype], list[tuple[int, int, int, bool]]]:
+    """Return by device and dtype each tensor's number, the count and stride of its sample, and whether it is dense."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, int, int, bool]]] = {}
     for number, (tensor, _) in enumerate(items):
         if type(tensor) in (nn.Parameter, Tensor) and tensor.dtype.itemsize in BITS and not tensor.is_meta:
-            count, step = tensor.numel(), 1
-            if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
-                count, step = max(zip(tensor.shape, tensor.stride(), strict=True))  # along the longest dimension
-            stride = count // SAMPLE | 1  # odd, so that it is not in step with rows of 2^n
-            place = number, (-(-count // stride),), (stride * step,)
+            size = tensor.numel()
+            stride = 61 * size // (64 * SAMPLE) | 1  # not next to a multiple of the length of a row, so in all columns
+            span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            place = number, -(-size // stride), stride, span == size  # elements in any order, without gaps
             groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     return groups
 
