@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,23 @@ def test_a_stop_does_not_wait_for_a_step_without_end(tmp_path: Path, monkeypatch
     assert core.store.get(id).state == "running"  # the next start queues it again
     end.set()
     core.stop()
+
+
+def test_a_second_drain_waits_no_longer(paused: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process drains at the signal, and the application once more when it ends."""
+    now = 100.0
+
+    def join(timeout: float) -> bool:
+        nonlocal now
+        now += max(timeout, 0)
+        return False
+
+    monkeypatch.setattr(service, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(paused.workers[0], "join", join)
+    paused.drain()
+    paused.drain()
+    assert now == 100 + service.DRAIN + service.STEP
+    assert service.DRAIN + service.STEP <= 20  # of the 30 s that are promised
 
 
 def test_a_job_that_ran_has_the_same_bits_after_a_restart(

@@ -23,8 +23,8 @@ from mezzotint.server.worker import Progress, Worker
 
 log = logging.getLogger("mezzotint.server")
 PRIORITIES = {"interactive": INTERACTIVE, "bulk": BULK}
-DRAIN = 20.0  # seconds for the running picture when the server stops; with the rest of it, under 30
-STEP = 3.0  # seconds that the process waits for the end of a step when it stops
+DRAIN = 15.0  # seconds for the running picture when the server stops
+STEP = 3.0  # further seconds for the end of a step; uvicorn adds 2: 10 of the promised 30 are left for a busy machine
 FORGET = 3600.0  # seconds after which a stateless server deletes uploads, and calls whose clients went away
 RECHECK = 5.0  # seconds after which a waiter looks into the store itself
 
@@ -96,7 +96,7 @@ class Service:
             worker.stop()
         if not self._join(self._stop_by):
             self.hurry()
-            self._join(time.monotonic() + STEP)  # of a longer step the process ends in the middle
+            self._join(self._stop_by + STEP)  # of a longer step the process ends in the middle
         ended = not any(worker.alive for worker in self.workers)
         self.events.close()
         return ended
