@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import mezzotint
 from mezzotint.images.io import read_metadata
@@ -130,7 +131,21 @@ def test_files(stub: TestClient) -> None:
     assert (record["seed"], record["request"]["prompt"]) == (1, "a lemon")
     info = stub.post("/api/info", content=reply.content, headers={"Content-Type": "image/png"}).json()
     assert info["request"] == record["request"]
-    assert stub.post("/api/info", content=b"<svg>").status_code == 422
+    reply = stub.post("/api/info", content=b"<svg>")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (422, "the file is not a PNG, JPEG or WebP file")
+
+
+def test_a_files_loras_are_those_of_the_listing(make_stub, tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "fast.safetensors").write_bytes(b"")
+    stub = make_stub(loras=tmp_path / "loras")
+    texts = PngInfo()
+    texts.add_text("parameters", "a lemon <lora:fast:0.5> <lora:slow:1>\nSteps: 4, Sampler: Euler, Seed: 1, Token: 2")
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=texts)
+    info = stub.post("/api/info", content=file.getvalue()).json()
+    assert info["request"]["prompt"] == "a lemon <lora:fast:0.5> <lora:slow:1>"
+    assert info["not_supported"] == ["Token: 2", "<lora:slow:1>: the server lists no such LoRA"]
 
 
 def test_the_queue(make_stub) -> None:

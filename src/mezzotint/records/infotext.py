@@ -263,6 +263,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "RNG": ("noise", lambda text: {"GPU": "philox", "NV": "philox", "CPU": "seeded"}[text]),
 }
 # fields that do not change the picture or are handled separately: no note
+NOT_LOADED = "networks named in a prompt of another program are not loaded"
 _SILENT = {
     "Denoising strength", "Hires upscaler", "Hires resize", "Seed resize from", "First pass size", "Inpaint area",
     "Sampler", "Schedule type", "Size", "Eta", "Model", "Model hash", "Version", "Batch size", "Batch pos", "User",
@@ -313,7 +314,7 @@ def to_request(text: Infotext) -> tuple[Request, list[str]]:
         if name not in _PLAIN and name not in _SILENT:
             notes.append(f"{name}: {value[:100]}")
     for network in re.findall(r"<(?:lora|hypernet|lyco):[^>]{1,200}>", text.prompt):
-        notes.append(f"{network}: networks named in a prompt of another program are not loaded")
+        notes.append(f"{network}: {NOT_LOADED}")
     prompt = text.prompt
     negative = text.negative_prompt
     if not text.ours and re.search(r"\bv?1\.[0-5]\.", fields.get("Version", "")) and "[" in prompt:

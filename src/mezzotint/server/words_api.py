@@ -18,6 +18,7 @@ from starlette.responses import Response
 from mezzotint.errors import BudgetError, CheckpointError, MezzotintError, RequestError
 from mezzotint.placement import format_size
 from mezzotint.prompt import lint
+from mezzotint.records.infotext import NOT_LOADED
 from mezzotint.request import Request as Drawing
 from mezzotint.samplers import SPACINGS, TABLE
 from mezzotint.server.api import Core, facts
@@ -68,7 +69,7 @@ class Login(BaseModel):
 @router.get("/models")
 def models(core: Core) -> JSONResponse:
     """List the models and VAEs."""
-    return JSONResponse({"models": core.models.describe(), "vaes": [*core.models.names("vaes")], **facts(core)})
+    return JSONResponse({"models": core.models.describe(), "vaes": sorted(core.models.names("vaes")), **facts(core)})
 
 
 @router.get("/samplers")
@@ -80,13 +81,13 @@ def samplers() -> JSONResponse:
 @router.get("/loras")
 def loras(core: Core) -> JSONResponse:
     """List the LoRAs."""
-    return JSONResponse({"loras": [*core.models.names("loras")]})
+    return JSONResponse({"loras": sorted(core.models.names("loras"))})
 
 
 @router.get("/embeddings")
 def embeddings(core: Core) -> JSONResponse:
     """List the textual inversions."""
-    return JSONResponse({"embeddings": [*core.models.names("embeddings")]})
+    return JSONResponse({"embeddings": sorted(core.models.names("embeddings"))})
 
 
 @router.get("/controls")
@@ -116,7 +117,7 @@ def image_embeds(core: Core) -> JSONResponse:
 @router.get("/wildcards")
 def wildcards(core: Core) -> JSONResponse:
     """List the wildcards of prompts in the comfy syntax."""
-    return JSONResponse({"wildcards": [*core.models.names("wildcards")]})
+    return JSONResponse({"wildcards": sorted(core.models.names("wildcards"))})
 
 
 @router.get("/schema")
@@ -139,7 +140,6 @@ def _tokens(core: Service, body: Words) -> dict[str, Any]:
 
     tokenizers, widths, settings = _tokenizers(core.models.paths[core.find_model(body.model)])
     syntax = body.syntax or "a1111"
-    remarks = [{"start": one.start, "end": one.end, "message": one.sentence} for one in lint(body.prompt, syntax)]
     steps = body.steps or min(int(settings.get("steps", STEPS)), 150)
     try:
         folder = core.settings.wildcards if syntax == "comfy" else None
@@ -151,13 +151,15 @@ def _tokens(core: Service, body: Words) -> dict[str, Any]:
         found = describe_tokens(asked, tokenizers, library, steps, negative=body.negative)
     except (CheckpointError, RequestError) as error:
         raise InvalidError(core.translator.message(error), "prompt") from None
+    remarks = lint(body.prompt, syntax, negative=body.negative, embeddings=library)
     words = dict.fromkeys(re.findall(r"[^\W\d_]{3,}", body.prompt))
     triggers = {name.lower() for name in library}
     unknown = [  # what is spelled letter by letter
         word for word in words if word.lower() not in triggers and len(tokenizers[0].encode(word)) >= len(word)
     ]
     drawn = asked.prompt if asked.prompt != body.prompt else None
-    return {**found, "choice": drawn, "lint": remarks, "unknown": unknown}
+    said = [{"start": one.start, "end": one.end, "message": one.sentence} for one in remarks]
+    return {**found, "choice": drawn, "lint": said, "unknown": unknown}
 
 
 @lru_cache(maxsize=8)
@@ -205,10 +207,21 @@ def _info(core: Service, data: bytes) -> dict[str, Any]:
         file.write(data)
         file.flush()
         try:
-            return describe_file(Path(file.name))
+            found = describe_file(Path(file.name))
         except RequestError as error:
-            sentence = core.translator.message(error).replace(Path(file.name).name, "the file")
-            raise InvalidError(sentence.removeprefix("'the file': ")) from None
+            sentence = core.translator.message(error).replace(f"'{Path(file.name).name}'", "the file")
+            raise InvalidError(sentence.removeprefix("the file: ")) from None
+    remarks = [_remark(core, remark) for remark in found["not_supported"]]
+    return found | {"not_supported": [remark for remark in remarks if remark]}
+
+
+def _remark(core: Service, remark: str) -> str:
+    """Return a remark on what is not supported; "" on a LoRA that a job of this server loads."""
+    tag, _, rest = remark.partition(": ")
+    if rest != NOT_LOADED or not tag.startswith("<lora:"):
+        return remark
+    listed = tag[1:-1].split(":")[1] in core.models.names("loras")
+    return "" if listed else f"{tag}: the server lists no such LoRA"
 
 
 @router.post("/login", openapi_extra=body_schema(Login), tags=["login"])

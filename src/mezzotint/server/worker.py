@@ -73,6 +73,7 @@ class Progress:
         step: Steps done.
         steps: Steps in all.
         picture: The index of the picture that is drawn, in the job or in the batch.
+        loading: Whether the model is still being loaded.
         started: When the first step began, by time.monotonic.
         estimates: The last preview of each job.
     """
@@ -82,6 +83,7 @@ class Progress:
     step: int = 0
     steps: int = 0
     picture: int = 0
+    loading: bool = True
     started: float = 0.0
     estimates: dict[str, Preview] = field(default_factory=dict)
 
@@ -100,7 +102,7 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values, without the preview."""
         left = self.seconds_left
-        return {name: getattr(self, name) for name in ("job", "step", "steps", "picture")} | {
+        return {name: getattr(self, name) for name in ("job", "step", "steps", "picture", "loading")} | {
             "seconds_left": None if left is None else round(left, 2)
         }
 
@@ -269,17 +271,23 @@ class Worker:
         self._patiently(lambda: self.store.fail(jobs[0].id, error))
         return ()
 
+    def _load(self, job: Job, request: Request) -> LoadedModel:
+        """Load the model of a job, and tell that its first step begins."""
+        model = self.models.load(job.model, job.vae, request)
+        assert self.progress
+        self.progress.loading, self.progress.started = False, time.monotonic()
+        self.tell_queue()
+        return model
+
     def _draw(self, jobs: Sequence[Job]) -> None:
         first, shared = jobs[0], len(jobs) > 1
         requests = [self.translator.request(job.request) for job in jobs]
         if shared:
             requests = [request.replace(batch=len(jobs)) for request in requests]
         largest = requests[0].replace(count=len(jobs)) if shared else requests[0]
-        model = self.models.load(first.model, first.vae, largest)
+        model = self._load(first, largest)
         self._check_stop()
         done = {picture.place for picture in first.pictures}
-        assert self.progress
-        self.progress.started = time.monotonic()
 
         def on_image(place: int, image: Image) -> None:
             if shared:
@@ -371,7 +379,7 @@ class Worker:
         record = source.record
         assert record  # each of our files has one
         request = self.translator.request(job.request)
-        model = self.models.load(job.model, job.vae, request)
+        model = self._load(job, request)
         names = ("image", "mask", *KINDS, "embeddings", "loras", "lora_folder", "wildcards", "refiner")
         with threads(record):
             files = {name: getattr(request, name) for name in names}
@@ -390,7 +398,7 @@ class Worker:
 
         (job,) = jobs
         request = self.translator.request(job.request)
-        model = self.models.load(job.model, job.vae, request)
+        model = self._load(job, request)
         explanation = explain(model.pipe, request, on_step=self._on_step(jobs))
         data = json.dumps(describe_maps(explanation)).encode()
         self._patiently(lambda: self.folder.write("maps", str(job.target), data), len(data))
