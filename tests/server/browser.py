@@ -110,7 +110,7 @@ class Page:
 
     def form(self) -> dict[str, Any]:
         """Return the request of the form, as it is kept for a reload."""
-        text = self.script("dispatchEvent(new Event('pagehide')); return localStorage.getItem('mezzotint.form')")
+        text = self.script("dispatchEvent(new Event('pagehide')); return sessionStorage.getItem('mezzotint.form')")
         found: dict[str, Any] = json.loads(text)["request"]
         return found
 

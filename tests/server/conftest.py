@@ -91,7 +91,7 @@ def page(driver: webdriver.Chrome, url: str) -> Iterator[Page]:
     page = Page(driver, url)
     page.clear()
     driver.get(f"{url}healthz")  # the page of the test before has kept its form when this is there
-    page.script("localStorage.clear()")
+    page.script("localStorage.clear(); sessionStorage.clear()")
     asked_since = watch_network(driver)
     page.open()
     yield page

@@ -92,8 +92,15 @@ def test_the_queue_is_reordered_and_kept_over_a_reload(page: Page) -> None:
     assert [jobs[id] for id in page.api("GET", "/api/queue")["order"]] == ["one", "three", "two"]
     ActionChains(page.driver).drag_and_drop(*(page.one(f".jobs .job:nth-child({place})") for place in (3, 1))).perform()
     page.wait(lambda: waiting() != ["one", "three", "two"])
+    before = page.wait(waiting)
     page.click(".jobs .job:nth-child(2) .cancel")
-    page.wait(lambda: len(waiting()) == 2)
+    page.wait(lambda: waiting() == [before[0], before[2]])
+    page.click(".toast .link")
+    page.wait(lambda: waiting() == before)  # where it was
+    page.script("[...document.querySelectorAll('#queue .button')].at(-1).click()")
+    page.wait(lambda: not waiting())
+    page.script("[...document.querySelectorAll('.toast .link')].at(-1).click()")
+    page.wait(lambda: waiting() == before)
 
 
 def test_reloads_in_the_middle_and_a_second_tab_follows(page: Page) -> None:
@@ -107,11 +114,15 @@ def test_reloads_in_the_middle_and_a_second_tab_follows(page: Page) -> None:
     page.wait(lambda: f"of {LONG}" in page.text(".live .progress-text"))
     held = "return navigator.locks.query().then((found) => [found.held.length, found.pending.length])"
     assert page.script(held) == [1, 1]  # one connection for the two tabs
+    assert page.value("#prompt") == "a fox on a pink background"  # a new tab begins with the form of the last one,
+    page.write("#prompt", "an owl")  # which keeps its own
     page.clear()
     page.wait(lambda: not page.all(".live"))  # it hears of it
     page.driver.close()
     page.driver.switch_to.window(first)
     page.wait(lambda: page.script(held) == [1, 0])
+    page.open()
+    assert page.value("#prompt") == "a fox on a pink background"
 
 
 def test_tokens_lint_and_memory_stand_in_the_form(page: Page) -> None:
@@ -120,6 +131,32 @@ def test_tokens_lint_and_memory_stand_in_the_form(page: Page) -> None:
     page.write("#prompt", "a red++ apple")
     page.wait(lambda: "has no meaning in a1111" in page.text(".lint"))
     page.wait(lambda: re.search(r"\d (MB|MiB|GiB|GB)", page.text("#plan")))
+
+
+def test_the_negative_prompt_shows_its_tokens_too(page: Page) -> None:
+    page.click("#negative-part summary")
+    page.write("#negative_prompt", "a (blurry:1.2) cat")
+    page.wait(lambda: page.texts("#negative-words .word") == ["a", "blurry1.2", "cat"])
+    assert page.texts("#words .word") == []
+    page.write("#negative_prompt", "a (cat")
+    page.wait(lambda: "never closed" in page.text("#negative-words .lint"))
+
+
+def test_ctrl_arrows_change_the_weight_at_the_cursor(page: Page) -> None:
+    page.write("#prompt", "a red cat <lora:fast:0.5>")
+
+    def press(place: int, *keys: str) -> str:
+        page.script("arguments[0].setSelectionRange(arguments[1], arguments[1])", page.one("#prompt"), place)
+        chain = ActionChains(page.driver).key_down(Keys.CONTROL)
+        chain.send_keys(*keys).key_up(Keys.CONTROL).perform()
+        return page.value("#prompt")
+
+    assert press(3, Keys.ARROW_UP) == "a (red:1.1) cat <lora:fast:0.5>"
+    assert press(4, Keys.ARROW_UP, Keys.ARROW_UP) == "a (red:1.3) cat <lora:fast:0.5>"
+    assert press(20, Keys.ARROW_DOWN) == "a (red:1.3) cat <lora:fast:0.45>"
+    page.wait(lambda: "red1.3" in page.texts(".word"))
+    assert press(4, *(3 * [Keys.ARROW_DOWN])) == "a red cat <lora:fast:0.45>"
+    assert press(3, "z") == "a (red:1.1) cat <lora:fast:0.45>"  # Ctrl-Z
 
 
 def test_a_prompt_that_changes_shows_the_tokens_of_each_variant(page: Page) -> None:
@@ -162,7 +199,8 @@ def test_the_empty_form_shows_the_models_own_settings(page: Page) -> None:
     names = ("width", "height", "steps", "guidance_scale")
     shown = [float(page.script("return document.getElementById(arguments[0]).placeholder", name)) for name in names]
     assert shown == [own[name] for name in names]
-    assert page.texts("#sampler option")[0] == f"{own['sampler']} · model's own"
+    assert page.texts("#sampler option")[0] == f"Auto: {own['sampler']}"
+    assert page.texts("#spacing option")[0] == f"Auto: {own['spacing']}"
     page.click("[data-shape='16:9']")  # as many pixels as the model's own size, in whole steps of 8
     assert (page.value("#width"), page.value("#height")) == ("168", "96")
     page.write("#prompt", "an apple on a white background")
@@ -190,6 +228,11 @@ def test_pickers_write_into_the_prompt(page: Page) -> None:
     assert job["request"]["embeddings"] == ["dotted"]
     record = page.api("GET", f"/api/pictures/{picture['id']}/record")
     assert "fast" in json.dumps(record["facts"])  # the file that the prompt names
+    page.click("#negative-part summary")
+    page.click("#negative_prompt")
+    page.click("#pick-embeddings")
+    page.click(".picker-item")
+    assert page.value("#negative_prompt") == "dotted"  # into the prompt that was written in
 
 
 def test_a_controlnet_follows_a_picture(page: Page) -> None:

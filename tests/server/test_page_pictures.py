@@ -79,6 +79,13 @@ def test_outpaints_by_dragging_a_side(page: Page) -> None:
     form = page.form()
     assert form["outpaint"] == [0, 0, wide, 0]
     assert (form["width"], form["height"]) == (128 + wide, 128)
+    page.click("#source-inpaint")
+    page.stroke()
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: not page.all("dialog"))
+    assert "mask" not in page.form()
+    page.click(".toast .link")  # closed by mistake
+    page.wait(lambda: page.form().get("mask"))
 
 
 def test_a_dropped_picture_gives_its_settings(page: Page, tmp_path: Path) -> None:
@@ -120,6 +127,13 @@ def test_hires_variations_and_another_seed_are_one_click(page: Page) -> None:
     page.click("#hires")
     large = page.wait(lambda: next((one for one in page.pictures() if one["width"] == 2 * first["width"]), None))
     assert (large["height"], large["seed"]) == (2 * first["height"], first["seed"])
+    request = page.job(large)["request"]
+    assert (request["hires"], request["hires_upscale"], request["hires_strength"]) == (2, "pixels", 0.1)
+    page.click(f".gallery [data-picture='{large['id']}']")
+    page.click("#hires")  # which has had its second pass: a run from the picture
+    larger = page.wait(lambda: next((one for one in page.pictures() if one["width"] == 4 * first["width"]), None))
+    request = page.job(larger)["request"]
+    assert ("hires" in request, request["strength"]) == (False, 0.1)
     page.click(f".gallery [data-picture='{first['id']}']")
     before = len(page.pictures())
     page.click("#variations")
@@ -141,6 +155,8 @@ def test_deletes_with_undo_rates_and_searches(page: Page) -> None:
     page.click(tile)
     page.press("4")
     page.wait(lambda: page.api("GET", f"/api/pictures/{picture['id']}")["rating"] == 4)
+    page.press("0")
+    page.wait(lambda: page.api("GET", f"/api/pictures/{picture['id']}")["rating"] == 0)
     page.click("#delete")
     page.wait(lambda: not page.all(tile))
     page.click(".toast .link")
@@ -149,6 +165,9 @@ def test_deletes_with_undo_rates_and_searches(page: Page) -> None:
     page.wait(lambda: len(page.all(".gallery .tile")) == 1)
     page.one("#search").send_keys("x")
     page.wait(lambda: not page.all(".gallery .tile"))
+    page.draw("a plum on a yellow background", steps=2)  # which the search does not find, but somebody waits for
+    page.wait(lambda: page.text(".still .caption") == "a plum on a yellow background")
+    assert not page.all(".gallery .tile")
 
 
 def test_tags_are_added_filter_the_gallery_and_go(page: Page) -> None:
@@ -231,12 +250,14 @@ def test_word_maps_lie_over_the_picture(page: Page) -> None:
 
 def test_compares_two_and_walks_with_arrows(page: Page) -> None:
     for prompt in ("a bee on a white background", "an owl on a white background"):
-        page.draw(prompt, steps=2)
+        page.draw(prompt, steps=2, seed=5)
         page.finished(prompt)
     first, second = page.all(".gallery .tile")[:2]
     first.click()
     ActionChains(page.driver).key_down(Keys.SHIFT).click(second).key_up(Keys.SHIFT).perform()
     page.wait(lambda: page.all("#compare"))
+    differences = ["an owl on a white background", "a bee on a white background"]  # the seed and the steps are the same
+    page.wait(lambda: page.texts(".viewer-caption") == differences)
     page.check_axe()
     clip = "return document.querySelectorAll('.compare-image')[1].style.clipPath"
     before = page.script(clip)
@@ -249,3 +270,24 @@ def test_compares_two_and_walks_with_arrows(page: Page) -> None:
     page.press(Keys.ENTER)
     page.wait(lambda: page.all(".viewer-image"))
     page.check_axe()
+    last = page.pictures()[1]
+    ActionChains(page.driver).send_keys(Keys.DELETE).perform()
+    page.wait(lambda: last["id"] not in [one["id"] for one in page.pictures()])
+    assert page.all(".viewer-image")  # of the picture that took its place
+    page.click("dialog .toast .link")
+    page.wait(lambda: last["id"] in [one["id"] for one in page.pictures()])
+    page.press(Keys.ESCAPE)
+    page.press("l")  # the newest is shown, so that the first arrow leads to the second
+    page.press(Keys.ARROW_RIGHT)
+    page.wait(lambda: page.all(".gallery li:nth-child(2) .selected"))
+
+
+def test_a_tall_window_shows_more_than_one_page_of_the_gallery(page: Page) -> None:
+    page.draw("a plum", steps=1, width=64, height=64, count=70)
+    page.wait(lambda: len(page.api("GET", "/api/pictures?limit=200")["pictures"]) >= 70)
+    page.emulate(1600, 6000)
+    try:
+        page.open()
+        page.wait(lambda: len(page.all(".gallery .tile")) >= 70)
+    finally:
+        page.emulate()

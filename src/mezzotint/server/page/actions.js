@@ -2,11 +2,14 @@
 
 import { download, post, requestOf, upload } from "./api.js";
 import { announce, complain, toast } from "./dom.js";
-import { draw, form, set, take } from "./form.js";
-import { deletePicture, ended, restorePicture, select, state, submit } from "./store.js";
+import { draw, form, OF_HIRES, OF_IMAGE, set, take } from "./form.js";
+import { deletePicture, ended, rate as setRating, restorePicture, select, state, submit } from "./store.js";
 
 const VARIATIONS = 4;
 const VARIATION_STRENGTH = 0.15;
+const LARGER_STRENGTH = 0.35; // how much may change at twice the size: what the picture shows stays as it is
+const SMALL_MODEL = 256; // a model of smaller pictures draws its object several times into a larger one,
+const SMALL_STRENGTH = 0.1; // unless very little may change
 
 /** Return a listener whose errors become notices. */
 const guarded = (work) => async (...values) => {
@@ -53,9 +56,21 @@ export const variations = guarded(async (picture) => {
   await queue(requests, place, `${VARIATIONS} variations were added to the queue.`);
 });
 
+const without = (request, names) => Object.fromEntries(Object.entries(request).filter(([name]) => !names.includes(name)));
+
+/** Return a request for a picture at twice its size: by a second pass, or from its file where it has had one. */
+async function enlarged(picture, request) {
+  const own = state.models.find((model) => model.name === picture.model)?.settings ?? {};
+  const strength = own.width < SMALL_MODEL ? SMALL_STRENGTH : LARGER_STRENGTH;
+  const steps = Math.max(request.steps ?? own.steps ?? 20, Math.ceil(2 / strength)); // of which two are run at least
+  if (!request.image && !request.hires) return { ...request, hires: 2, hires_upscale: "pixels", hires_strength: strength, hires_steps: steps };
+  const { id } = await upload(await download(picture));
+  return { ...without(request, [...OF_IMAGE, ...OF_HIRES]), image: id, width: 2 * picture.width, height: 2 * picture.height, strength, steps };
+}
+
 export const hires = guarded(single(async (picture) => {
   const { request, ...place } = await requestOf(picture);
-  await queue([{ ...request, hires: 2 }], place, "A larger version was added to the queue.");
+  await queue([await enlarged(picture, request)], place, "A larger version was added to the queue.");
 }));
 
 export const useSettings = guarded(async (picture) => {
@@ -94,8 +109,7 @@ export const inpaint = guarded(single(async (picture) => {
   const blob = await download(picture);
   const settings = await requestOf(picture).catch(() => null);
   if (settings) {
-    const { image: _, mask: __, outpaint: ___, seed: ____, hires: _____, ...request } = settings.request;
-    take({ ...settings, request });
+    take({ ...settings, request: without(settings.request, ["image", "mask", "outpaint", "seed", ...OF_HIRES]) });
   }
   if (await useFile(blob)) await openCanvas();
 }));
@@ -113,6 +127,9 @@ export const verify = guarded(async (picture) => {
   announce("It is drawn again behind the other jobs, and compared.");
   await ended(job.id);
 });
+
+/** Rate a picture with 1 to 5 stars; 0, or as many as it has, takes the rating away. */
+export const rate = guarded((picture, stars) => setRating(picture, stars || picture.rating));
 
 export const remove = guarded(single(async (picture) => {
   const place = state.pictures.findIndex((known) => known.id === picture.id);

@@ -1,13 +1,14 @@
 // The canvas of inpainting and outpainting: the picture with its mask, zoom and pan, and sides to drag.
 
 import { upload, uploadUrl } from "./api.js";
-import { complain, el, openDialog, textButton } from "./dom.js";
+import { complain, el, openDialog, textButton, toast } from "./dom.js";
 import { form, set } from "./form.js";
 import { buildOptions, buildTools } from "./inpaint.js";
 import { blank, Mask } from "./mask.js";
 
 const SIDES = ["left", "top", "right", "bottom"];
 const MAX_SIZE = 512; // of the brush
+const PIXELS = 10; // screen pixels to one of the picture, from which it is shown without smoothing
 const STRIPE = 7; // pixels of the screen: stripes of two tones are seen on any picture
 
 /** Load the picture of an upload. */
@@ -38,6 +39,12 @@ class Editor {
   add(stroke) {
     this.mask.add(stroke);
     this.draw();
+  }
+
+  /** Return whether there is something to keep. */
+  isChanged() {
+    const before = form.request.outpaint ?? [0, 0, 0, 0];
+    return this.mask.strokes.length > 0 || this.sides.some((side, place) => side !== before[place]);
   }
 
   undo() {
@@ -103,7 +110,7 @@ class Editor {
     context.globalAlpha = 0.25;
     context.fillRect(left, top, right - left, bottom - top);
     context.globalAlpha = 1;
-    context.imageSmoothingEnabled = view.scale < 6;
+    context.imageSmoothingEnabled = view.scale < PIXELS;
     context.drawImage(this.image, 0, 0);
     this.drawMask(context, ratio);
     this.drawHandles(context, left, top, right, bottom, accent);
@@ -267,7 +274,10 @@ export async function openCanvas({ onDraw }) {
   const image = await load(form.request.image);
   const mask = form.request.mask ? await load(form.request.mask) : null;
   const editor = new Editor(image, mask);
+  const source = form.request.image;
+  let kept = false;
   const keep = async () => {
+    kept = true;
     const id = editor.mask.isEmpty() ? null : (await upload(await editor.mask.blob())).id;
     const extended = editor.sides.some((side) => side > 0);
     const [left, top, right, bottom] = editor.frame();
@@ -281,7 +291,12 @@ export async function openCanvas({ onDraw }) {
     buildOptions(editor, SIDES, el("div", { class: "canvas-end" },
       textButton("", "Keep the mask", () => finish(() => {}), { id: "canvas-keep" }),
       textButton("brush", "Draw", () => finish(onDraw), { class: "primary", id: "canvas-draw", title: "Ctrl-Enter" }))));
-  const dialog = openDialog("Inpaint", content, { bare: true, onclose: () => observer.disconnect() });
+  const onclose = () => {
+    observer.disconnect();
+    if (kept || !editor.isChanged()) return;
+    toast("The canvas was closed without keeping its changes.", { action: "Keep them", run: () => form.request.image === source && finish(() => {}) });
+  };
+  const dialog = openDialog("Inpaint", content, { bare: true, onclose });
   buildTools(tools, editor, () => dialog.close());
   const observer = new ResizeObserver(() => editor.fit());
   observer.observe(editor.canvas);

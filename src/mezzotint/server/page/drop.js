@@ -19,8 +19,9 @@ export async function openFile(file) {
   const buttons = el("div", { class: "actions" },
     textButton("image", "Use as image", () => (dialog.close(), useFile(file)), { id: "info-image" }),
     textButton("brush", "Inpaint", () => (dialog.close(), inpaintFile(file)), { id: "info-inpaint" }));
-  const dialog = openDialog("Picture", el("div", { class: "info", id: "info" },
-    el("img", { class: "info-image", src: url, alt: file.name || "The picture" }), el("div", { class: "info-side" }, facts, buttons)),
+  const image = el("img", { class: "info-image", src: url, alt: file.name || "The picture" });
+  image.addEventListener("error", () => (image.remove(), buttons.remove())); // it is none
+  const dialog = openDialog("Picture", el("div", { class: "info", id: "info" }, image, el("div", { class: "info-side" }, facts, buttons)),
   { wide: true, onclose: () => URL.revokeObjectURL(url) });
   try {
     const reply = await post("/api/info", file);
@@ -43,9 +44,10 @@ function show(facts, buttons, reply, dialog) {
   facts.replaceChildren(
     reply.program ? el("p", { class: "note", text: `Drawn by ${reply.program}${reply.model ? ` with ${reply.model}` : ""}` }) : "",
     el("p", { class: "info-prompt", text: request.prompt }),
-    request.negative_prompt ? el("p", { class: "note", text: `Not: ${request.negative_prompt}` }) : "",
+    request.negative_prompt ? el("p", { class: "note", text: `Negative prompt: ${request.negative_prompt}` }) : "",
     el("dl", {}, given.map(([name, value]) => [el("dt", { text: title(name) }),
       el("dd", { text: typeof value === "object" ? JSON.stringify(value) : String(value) })])),
+    notes.length ? el("p", { class: "note", text: "Not taken over:" }) : "",
     ...notes.map((note) => el("p", { class: "lint", text: typeof note === "string" ? note : JSON.stringify(note) })));
   const kept = Object.fromEntries(Object.entries(request).filter(([name, value]) => value !== null && !LEFT_OUT.includes(name)));
   kept.loras &&= kept.loras.map(([path, ...scales]) => [fileName(path), ...scales]);

@@ -3,7 +3,7 @@
 import { download, upload, uploadUrl } from "./api.js";
 import { complain, el, icon, iconButton, textButton, toast } from "./dom.js";
 import { form, set } from "./form.js";
-import { on, state } from "./store.js";
+import { newest, on, state } from "./store.js";
 
 const PICTURES = ["image/png", "image/jpeg", "image/webp"];
 
@@ -99,7 +99,7 @@ export function entrySection({ field, id, name, listing, without, card, shows, s
   function side(place) {
     return el("div", { class: "control-side" }, plate(place, 0, picturesOf(entries()[place])[0]),
       textButton("", "Use shown", () => {
-        const picture = state.selected ?? state.pictures[0];
+        const picture = state.selected ?? newest();
         if (!picture) return toast("There is no picture yet.");
         return download(picture).then((blob) => give(place, blob)).catch(complain);
       }, { class: "link", id: `${id}-shown-${place}`, title: "Use the picture that is shown on the stage" }));

@@ -1,17 +1,24 @@
-// The form. Its state is the request itself: the fields of mezzotint's Request, kept in localStorage.
+// The form. Its state is the request itself: the fields of mezzotint's Request, kept for a reload of this tab, and for the
+// next new one.
 
 import { $, announce, complain, debounce, el, icon, iconButton } from "./dom.js";
-import { emit, on, state, submit } from "./store.js";
+import { emit, newest, on, state, submit } from "./store.js";
 import { buildSettings } from "./settings.js";
+import { listenToWeights } from "./weights.js";
 
 const KEY = "mezzotint.form";
-const saved = JSON.parse(localStorage.getItem(KEY) ?? "{}");
+const saved = JSON.parse(sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "{}");
 
 export const form = { request: saved.request ?? {}, model: saved.model ?? "", vae: saved.vae ?? "", locked: saved.locked ?? false };
 const inputs = new Map(); // by field: those who show it, as {show(value), input}
 
-const save = debounce(() => localStorage.setItem(KEY, JSON.stringify(form)), 150);
-addEventListener("pagehide", () => localStorage.setItem(KEY, JSON.stringify(form)));
+function keep() {
+  sessionStorage.setItem(KEY, JSON.stringify(form));
+  if (!document.hidden) localStorage.setItem(KEY, JSON.stringify(form)); // a new tab gets that of the tab that is used
+}
+
+const save = debounce(keep, 150);
+addEventListener("pagehide", keep);
 
 /** Set fields of the request; an absent value is the model's own. */
 export function set(fields) {
@@ -74,16 +81,18 @@ export function setVae(name) {
   emit("form", { vae: form.vae });
 }
 
-const OF_IMAGE = ["mask", "outpaint", "strength", "resize_mode", "fix_steps", "mask_blur", "masked_content", "invert_mask", "only_masked"];
+export const OF_IMAGE = ["mask", "outpaint", "strength", "resize_mode", "fix_steps", "mask_blur", "masked_content", "invert_mask",
+  "only_masked", "differential", "tile"];
+export const OF_HIRES = ["hires", "hires_upscale", "hires_steps", "hires_strength"];
 
 /** Return the request as it is sent: without the seed when it is not locked, and without what has no effect. */
 export function current() {
   const request = { prompt: "", ...form.request };
   const drop = (...names) => names.forEach((name) => delete request[name]);
   if (!form.locked) drop("seed");
-  if (!request.image) drop("image", ...OF_IMAGE);
-  else drop("hires", "hires_upscale", "hires_steps", "hires_strength");
-  if (!request.mask) drop("invert_mask", "only_masked");
+  if (!request.image) drop("image", ...OF_IMAGE.filter((name) => name !== "fix_steps" || !request.hires));
+  else drop(...OF_HIRES);
+  if (!request.mask) drop("invert_mask", "only_masked", "differential");
   if (!request.mask && !request.outpaint) drop("mask_blur", "masked_content");
   if (request.outpaint) drop("only_masked");
   const control = (request.control ?? []).flatMap((unit) => {
@@ -129,15 +138,18 @@ export function lockSeed(locked) {
   emit("form", { locked });
 }
 
-/** Put text into the prompt, in the place of the selection. */
-export function insertWords(text) {
-  const prompt = $("prompt");
+let written = "prompt";
+
+/** Return the prompt, or the negative one if that was the last to be written in and is open. */
+export const lastPrompt = () => $(written === "prompt" || $("negative-part").open ? written : "prompt");
+
+/** Put text into a prompt, in the place of the selection. */
+export function insertWords(text, prompt) {
   const { selectionStart: start, selectionEnd: end, value } = prompt;
-  const before = value.slice(0, start);
-  const space = before && !/\s$/.test(before) ? " " : "";
-  prompt.setRangeText(space + text, start, end, "end");
-  prompt.dispatchEvent(new Event("input"));
+  const space = start && !/\s/.test(value[start - 1]) ? " " : "";
   prompt.focus();
+  prompt.setSelectionRange(start, end);
+  document.execCommand("insertText", false, space + text); // which Ctrl-Z takes back
 }
 
 function growWithText(area) {
@@ -178,14 +190,15 @@ export function build() {
   if (form.request.negative_prompt) $("negative-part").open = true;
   growWithText($("prompt"));
   growWithText($("negative_prompt"));
+  for (const name of ["prompt", "negative_prompt"]) {
+    listenToWeights($(name), () => form.request.prompt_syntax ?? "a1111");
+    $(name).addEventListener("focus", () => (written = name));
+  }
   buildModel();
   buildSettings($("settings"));
   buildCount();
   $("draw").querySelector("kbd").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   $("form").addEventListener("submit", (event) => (event.preventDefault(), draw()));
-  addEventListener("storage", (event) => { // another tab has changed the form; the last change stays
-    if (event.key === KEY && event.newValue && document.hidden) Object.assign(form, JSON.parse(event.newValue));
-  });
 }
 
 /** Return the label of the seed, and its row: number, die, lock. */
@@ -203,7 +216,7 @@ export function seedRow() {
     input.classList.toggle("quiet", !form.locked);
   };
   lock.onclick = () => {
-    if (!form.locked && form.request.seed === undefined) set({ seed: String(state.pictures[0]?.seed ?? roll()) });
+    if (!form.locked && form.request.seed === undefined) set({ seed: String(newest()?.seed ?? roll()) });
     lockSeed(!form.locked);
   };
   input.addEventListener("input", () => lockSeed(input.value !== ""));

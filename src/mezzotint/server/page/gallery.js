@@ -4,6 +4,7 @@ import { thumbnailUrl } from "./api.js";
 import { takeArmed } from "./actions.js";
 import { $, complain, debounce, el, icon } from "./dom.js";
 import { veil } from "./flagged.js";
+import { shown } from "./stage.js";
 import { loadMore, loadPictures, on, select, state } from "./store.js";
 import { tagFilter } from "./tags.js";
 import { openCompare, openViewer } from "./viewer.js";
@@ -72,7 +73,7 @@ function markSelected() {
 
 /** Choose the picture `by` places further in the gallery. */
 export function step(by) {
-  const place = state.pictures.findIndex((picture) => picture.id === state.selected?.id);
+  const place = state.pictures.findIndex((picture) => picture.id === shown()?.id);
   const next = state.pictures[place < 0 ? 0 : Math.min(Math.max(place + by, 0), state.pictures.length - 1)];
   if (!next) return;
   select(next);
@@ -108,6 +109,8 @@ export function build() {
   head();
   on("pictures picture", show);
   on("selected", markSelected);
-  new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && loadMore().catch(complain),
-    { rootMargin: "600px" }).observe($("gallery-end"));
+  const end = $("gallery-end");
+  const observer = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && loadMore().catch(complain),
+    { rootMargin: "600px" });
+  on("pictures", () => (observer.unobserve(end), observer.observe(end))); // look again: the end of a short gallery stays in sight
 }

@@ -6,6 +6,8 @@ import { $, el, iconButton, textButton } from "./dom.js";
 import { bind, form, number, set, watch } from "./form.js";
 import { on } from "./store.js";
 
+const PADDING = 32; // pixels around the mask, as in other programs
+
 /** Build the toolbar of the canvas. */
 export function buildTools(root, editor, close) {
   const buttons = {};
@@ -57,6 +59,22 @@ function choice(id, name, label, options) {
   return el("div", { class: "field" }, el("label", { for: id, text: label }), select);
 }
 
+/** Return the choice of the area that is drawn, and the padding around it where that is the mask's alone. */
+function areaFields() {
+  const area = el("select", { id: "inpaint-area", title: "Only masked: the painted area alone is drawn, at the full size" },
+    el("option", { value: "", text: "Whole picture" }), el("option", { value: "masked", text: "Only masked" }));
+  area.addEventListener("change", () => set({ only_masked: area.value ? PADDING : null }));
+  const input = el("input", { type: "number", id: "only-masked", min: 0, max: 1024, step: 8 });
+  bind(input, "only_masked", number);
+  const padding = el("div", { class: "field" }, el("label", { for: input.id, text: "Pixels around the masked area" }), input);
+  watch("only_masked", (value) => {
+    if (document.activeElement === input) return; // which is empty while another number is written
+    area.value = value === undefined ? "" : "masked";
+    padding.hidden = !area.value;
+  });
+  return [el("div", { class: "field" }, el("label", { for: area.id, text: "Inpaint area" }), area), padding];
+}
+
 /** Return the settings beside the canvas. */
 export function buildOptions(editor, sides, end) {
   const prompt = el("textarea", { id: "canvas-prompt", rows: 3, value: form.request.prompt ?? "", spellcheck: false,
@@ -65,9 +83,7 @@ export function buildOptions(editor, sides, end) {
   const blur = el("input", { type: "number", id: "mask-blur", min: 0, max: 64, step: 1, placeholder: "0" });
   bind(blur, "mask_blur", number);
   blur.addEventListener("input", () => editor.draw());
-  const padding = el("input", { type: "number", id: "only-masked", min: 0, max: 1024, step: 8, placeholder: "off",
-    title: "Draw the painted area alone at the full size, with this many pixels around it" });
-  bind(padding, "only_masked", number);
+  const [area, padding] = areaFields();
   const inputs = sides.map((side, place) => {
     const input = el("input", { type: "number", id: `side-${side}`, min: 0, max: 1024, step: 8, value: editor.sides[place] });
     input.addEventListener("change", () => {
@@ -84,10 +100,17 @@ export function buildOptions(editor, sides, end) {
     choice("masked-content", "masked_content", "Starts from", [["", "The picture"], ["fill", "Surrounding colours"], ["noise", "Noise"]]),
     el("div", { class: "pair" },
       el("div", { class: "field" }, el("label", { for: blur.id, text: "Mask blur" }), blur),
-      el("div", { class: "field" }, el("label", { for: padding.id, text: "Only masked" }), padding)),
+      area),
+    padding,
     el("fieldset", { class: "sides" }, el("legend", { text: "Outpaint: drag a side, or write pixels" }),
       inputs.map((input, place) => el("label", {}, el("span", { text: sides[place] }), input))),
     end);
+}
+
+/** Say by how much a picture is extended, and where. */
+function extension(outpaint) {
+  const sides = ["left", "top", "right", "bottom"].map((side, place) => outpaint[place] && `${outpaint[place]} px ${side}`);
+  return `Extended: ${sides.filter(Boolean).join(", ")}.`;
 }
 
 /** Build the part of the form that shows the picture to start from. */
@@ -108,7 +131,7 @@ export function buildSource() {
     if (!image.src.endsWith(id)) image.src = uploadUrl(id);
     mask.hidden = !maskId;
     if (maskId) mask.src = uploadUrl(maskId);
-    note.textContent = [maskId && "The marked area is drawn again.", outpaint && `Extended by ${outpaint.join(", ")} pixels.`].filter(Boolean).join(" ");
+    note.textContent = [maskId && "The marked area is drawn again.", outpaint && extension(outpaint)].filter(Boolean).join(" ");
   };
   on("form taken", show);
   show();

@@ -6,11 +6,11 @@ import { draw } from "./form.js";
 import { columns, step } from "./gallery.js";
 import { cancelJob } from "./queue.js";
 import { shown } from "./stage.js";
-import { rate, select, state } from "./store.js";
+import { select, state } from "./store.js";
 import { openViewer } from "./viewer.js";
 
-const HELP = [["Ctrl Enter", "Draw"], ["Esc", "Cancel what is drawn; close what is open"], ["← → ↑ ↓", "Walk through the gallery"],
-  ["Enter", "Full screen"], ["1 … 5", "Rate"], ["Del", "Delete, with undo"], ["/", "Search"], ["P", "To the prompt"], ["L", "Follow what is drawn"],
+const HELP = [["Ctrl Enter", "Draw"], ["Ctrl ↑ ↓", "Weight of the selected words of the prompt"], ["Esc", "Cancel what is drawn; close what is open"], ["← → ↑ ↓", "Walk through the gallery"],
+  ["Enter", "Full screen"], ["1 … 5", "Rate; 0 takes the rating away"], ["Del", "Delete, with undo"], ["/", "Search"], ["P", "To the prompt"], ["L", "Follow what is drawn"],
   ["V", "Verify"], ["S", "Use settings"], ["I", "Inpaint"], ["[ ]", "Smaller or larger brush"], ["B E H", "Brush, eraser, move (canvas)"],
   ["Ctrl Z", "Undo (canvas)"], ["?", "This list"]];
 
@@ -43,12 +43,13 @@ function onKey(event) {
     }),
   }[event.key];
   if (work) (event.preventDefault(), work());
-  else if (picture && /^[1-5]$/.test(event.key)) rate(picture, Number(event.key));
+  else if (picture && /^[0-5]$/.test(event.key)) actions.rate(picture, Number(event.key));
 }
 
 function escape(event) {
   const menu = document.querySelector("details.menu[open]");
   if (menu) menu.open = false;
+  else if (document.body.classList.contains("comparing")) actions.takeArmed();
   else if (writes(event.target)) event.target.blur();
   else if (state.queue.running) {
     const job = state.jobs.get(state.queue.running.job);

@@ -19,6 +19,16 @@ function tool(name, label, title, onclick, id) {
   return textButton(name, label, onclick, { class: "button tool", title, id });
 }
 
+const MINUTE = 60;
+
+/** Load an image of the server again that did not come, say while the connection was lost: after 1 s, 2 s, 4 s... */
+function retry(image) {
+  if (!(image instanceof HTMLImageElement) || !image.src.startsWith(`${location.origin}/api/`)) return;
+  const tries = Number(image.dataset.tries ?? 0);
+  image.dataset.tries = tries + 1;
+  setTimeout(() => image.isConnected && (image.src = image.src), 1000 * Math.min(MINUTE, 2 ** tries));
+}
+
 const input = drop.fileInput();
 $("tools").append(input,
   tool("image", "Open a picture", "Open a picture: take its settings, or start from it", () => input.click(), "open-file"),
@@ -27,6 +37,7 @@ $("tools").append(input,
 on("connected", () => {
   $("connection").textContent = state.connected ? "" : "Not connected; trying again…";
 });
+document.addEventListener("error", ({ target }) => retry(target), true);
 for (const part of [login, form, queue, stage, gallery, words, drop, keys]) part.build();
 buildSource();
 try {

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { $, complain, el, openDialog, textButton } from "./dom.js";
-import { form, insertWords } from "./form.js";
+import { form, insertWords, lastPrompt } from "./form.js";
 
 const KINDS = [
   { kind: "loras", label: "LoRA", write: (name, scale) => `<lora:${name}:${scale}>`, scale: true },
@@ -15,7 +15,7 @@ const known = new Map(); // names by kind
 async function names(kind) {
   if (!known.has(kind)) {
     const reply = await get(`/api/${kind}`);
-    known.set(kind, (reply[kind] ?? reply).map((one) => (typeof one === "string" ? one : one.name)));
+    known.set(kind, reply[kind].sort((a, b) => a.localeCompare(b)));
   }
   return known.get(kind);
 }
@@ -32,7 +32,7 @@ async function open({ kind, label, write, scale }) {
     list.replaceChildren(...found.slice(0, 200).map((name) => el("li", {}, el("button", { type: "button", class: "picker-item", text: name,
       onclick: () => {
         dialog.close();
-        insertWords(write(name, Number(strength.value) || 1));
+        insertWords(write(name, Number(strength.value) || 1), kind === "loras" ? $("prompt") : lastPrompt());
       } }))));
     if (!found.length) {
       list.append(el("li", { class: "note", text: all.length ? "No name matches." : `The server lists none. Start it with --${kind} FOLDER to have them here.` }));

@@ -13,34 +13,46 @@ export function summary(job) {
   const size = request.width && request.height ? `${request.width}×${request.height}` : "";
   const kind = { verify: "verify", maps: "word maps" }[job.kind];
   const parts = [kind, request.count > 1 ? `${request.count} pictures` : "", size, request.steps ? `${request.steps} steps` : "",
+    request.guidance_scale ? `guidance ${request.guidance_scale}` : "", request.sampler ?? "",
     request.hires ? `hires ×${request.hires}` : "", request.mask ? "inpaint" : request.image ? "from image" : "", request.control ? "ControlNet" : "",
     request.ip_adapter ? "IP-Adapter" : ""];
   return parts.filter(Boolean).join(" · ");
 }
 
-/** Cancel a job, and offer to draw it again. */
+const placeOf = ({ model, vae, priority }) => ({ model, vae, priority: priority > 0 ? "bulk" : "interactive" });
+
+/** Cancel a job, and offer to queue it again where it was. */
 export async function cancelJob(job) {
+  const { order } = state.queue;
+  const before = job.state === "queued" ? order[order.indexOf(job.id) + 1] : "first";
   try {
     await cancel(job.id);
     announce("Cancelled.");
-    if (job.kind !== "draw") return;
-    toast("Cancelled.", { action: "Undo", run: () => submit([job.request], { model: job.model, vae: job.vae }).catch(complain) });
+    if (job.kind === "draw") toast("Cancelled.", { action: "Undo", run: () => restore(job, before).catch(complain) });
   } catch (error) {
     complain(error);
   }
+}
+
+/** Queue a cancelled job again, before another one if that still waits, or "first". */
+async function restore(job, before) {
+  const [added] = await submit([job.request], placeOf(job));
+  if (before === "first" || state.queue.order.includes(before)) await move(added.id, before).catch(ignoreGone);
+}
+
+/** Ignore that a job has begun or ended meanwhile. */
+function ignoreGone(error) {
+  if (error.status !== 404 && error.status !== 409) throw error;
 }
 
 /** Queue a job's request with another seed, in front; `instead` cancels the job. */
 export async function another(job, instead = false) {
   const { seed: _, ...request } = job.request;
   try {
-    const [added] = await submit([request], { model: job.model, vae: job.vae });
-    if (instead) {
-      await cancel(job.id);
-      await move(added.id, "first");
-    }
+    const [added] = await submit([request], placeOf(job));
+    if (instead) await cancel(job.id).then(() => move(added.id, "first")).catch(ignoreGone);
   } catch (error) {
-    if (error.status !== 404 && error.status !== 409) complain(error); // it runs already
+    complain(error);
   }
 }
 
@@ -118,7 +130,7 @@ function failure(job) {
     el("div", { class: "job-text" }, el("span", { class: "job-prompt", text: job.request.prompt }),
       el("span", { class: "job-error", text: job.error?.message ?? "It failed." })),
     el("div", { class: "job-tools" },
-      iconButton("again", "Try again", () => (dismiss(), submit([job.request], { model: job.model, vae: job.vae }).catch(complain))),
+      iconButton("again", "Try again", () => (dismiss(), submit([job.request], placeOf(job)).catch(complain))),
       iconButton("close", "Dismiss", dismiss)));
 }
 
@@ -144,14 +156,20 @@ function running() {
 function showProgress() {
   const progress = state.queue.running;
   if (!progress || progress.job !== now.id) return;
-  const { step, steps, seconds_left: left } = progress;
+  const { step, steps } = progress;
   const job = state.jobs.get(now.id);
   const doing = { verify: "verifying", maps: "recording word maps" }[job?.kind] ?? "drawing";
   now.bar.value = steps ? step / steps : 0;
-  now.note.textContent = steps ? `${doing} · ${step} of ${steps}${left === null || left === undefined ? "" : ` · ${duration(left)} left`}` : "loading the model";
+  now.note.textContent = steps ? `${doing} · ${progressText(progress)}` : progressText(progress);
   const url = state.preview?.job === now.id ? state.preview.url : "";
   now.image.hidden = !url;
   if (url) now.image.src = url;
+}
+
+/** Say how far a run is. */
+export function progressText({ step, steps, seconds_left: left, loading }) {
+  if (!steps) return loading ? "loading the model" : "first step";
+  return `${step} of ${steps}${left === null || left === undefined ? "" : ` · ${duration(left)} left`}`;
 }
 
 let drawn = 0;
@@ -171,7 +189,7 @@ function render() {
   if (root.querySelector(".dragged")) return; // not under the pointer
   const focused = document.activeElement?.closest?.("[data-job]")?.dataset.job;
   const label = root.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
-  const title = jobs.length ? `Queue · ${jobs.length}` : paused ? "Queue · paused" : "Queue";
+  const title = ["Queue", jobs.length || "", paused ? "paused" : ""].filter(Boolean).join(" · ");
   root.replaceChildren(
     el("div", { class: "part-head" }, el("h2", { text: title }),
       textButton(paused ? "play" : "pause", paused ? "Resume" : "Pause", () => pause(!paused).catch(complain), { id: "pause" }),
@@ -188,8 +206,12 @@ function render() {
 
 async function clearAll(jobs) {
   await Promise.allSettled(jobs.map((job) => cancel(job.id)));
-  toast(`${jobs.length} jobs cancelled.`, { action: "Undo", run: () => {
-    for (const job of jobs.filter((one) => one.kind === "draw")) submit([job.request], { model: job.model, vae: job.vae }).catch(complain);
+  toast(`${jobs.length} jobs cancelled.`, { action: "Undo", run: async () => {
+    try {
+      for (const job of jobs) if (job.kind === "draw") await submit([job.request], placeOf(job)); // one after the other, in their order
+    } catch (error) {
+      complain(error);
+    }
   } });
 }
 

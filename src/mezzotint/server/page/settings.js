@@ -20,15 +20,14 @@ function samplerField() {
   const select = el("select", { id: "sampler" });
   const note = el("p", { class: "note", id: "sampler-note" });
   const show = () => {
-    const sampler = state.samplers.find((known) => known.name === select.value);
+    const sampler = state.samplers.find((known) => known.name === (select.value || ownSettings().sampler));
     note.textContent = sampler ? sampler.good_for : "";
     note.hidden = !sampler;
-    const { sampler: own } = ownSettings();
-    if (select.options.length) select.options[0].textContent = own ? `${own} · model's own` : "Model's own";
+    showAuto(select, ownSettings().sampler);
   };
   on("form", show);
   on("listings", () => {
-    select.replaceChildren(el("option", { value: "", text: "Model's own" }),
+    select.replaceChildren(el("option", { value: "" }),
       ...state.samplers.map((known) => el("option", { value: known.name, text: label(known), title: known.good_for })));
     const value = form.request.sampler;
     if (value && !state.samplers.some((known) => known.name === value)) {
@@ -50,6 +49,13 @@ function label(sampler) {
   return known && known.toLowerCase() !== sampler.name ? `${sampler.name} · ${known}` : sampler.name;
 }
 
+/** Say in the first option, which leaves the choice to the model, what it chooses. */
+function showAuto(select, own) {
+  const [first] = select.options;
+  if (first) first.textContent = own ? `Auto: ${own}` : "Auto";
+  select.classList.toggle("unset", !select.value);
+}
+
 /** Show a value that the select may not have as an option, such as another program's name. */
 function watchAnd(name, select, after) {
   watch(name, (value) => {
@@ -64,15 +70,12 @@ function watchAnd(name, select, after) {
 function spacingField() {
   const select = el("select", { id: "spacing" });
   on("listings", () => {
-    select.replaceChildren(el("option", { value: "", text: "Sampler's own" }),
+    select.replaceChildren(el("option", { value: "" }),
       ...state.spacings.map((name) => el("option", { value: name, text: name })));
     select.value = form.request.spacing ?? "";
     show();
   });
-  const show = () => {
-    const { spacing } = form.request.sampler ? {} : ownSettings();
-    if (select.options.length) select.options[0].textContent = spacing ? `${spacing} · model's own` : "Sampler's own";
-  };
+  const show = () => showAuto(select, form.request.sampler ? null : ownSettings().spacing);
   on("form", show);
   bind(select, "spacing");
   watchAnd("spacing", select, () => {});
@@ -99,8 +102,10 @@ function sizeField() {
   const height = el("input", { id: "height", type: "number", min: 64, max: 4096, step: 8, inputMode: "numeric", "aria-label": "Height" });
   bind(width, "width", number);
   bind(height, "height", number);
-  const swap = iconButton("swap", "Swap width and height", () =>
-    set({ width: form.request.height, height: form.request.width }));
+  const swap = iconButton("swap", "Swap width and height", () => {
+    const [ownWidth, ownHeight] = ownSize();
+    set({ width: form.request.height ?? ownHeight, height: form.request.width ?? ownWidth });
+  });
   const shapes = el("div", { class: "shapes", role: "group", "aria-label": "Shapes" });
   for (const [name, across, down] of SHAPES) {
     const outline = el("span", { class: "outline" });

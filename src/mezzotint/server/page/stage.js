@@ -1,11 +1,11 @@
 // The stage: the picture that is being drawn, with its preview and the time left, or the one that was chosen.
 
 import { fileUrl } from "./api.js";
-import { $, duration, el, icon, iconButton, textButton } from "./dom.js";
+import { $, el, icon, iconButton, textButton } from "./dom.js";
 import * as actions from "./actions.js";
 import { isVeiled, revealButton, veil } from "./flagged.js";
-import { another, cancelJob, summary } from "./queue.js";
-import { jobOf, on, rate, select, state } from "./store.js";
+import { another, cancelJob, progressText, summary } from "./queue.js";
+import { jobOf, newest, on, select, state } from "./store.js";
 import { tagRow } from "./tags.js";
 import { openViewer } from "./viewer.js";
 
@@ -15,7 +15,7 @@ const LEAST = 700; // or to this side
 const running = () => state.queue.running && state.jobs.get(state.queue.running.job);
 
 /** Return the picture that the stage shows, if it shows a finished one. */
-export const shown = () => (state.selected ?? (!running() || running().kind !== "draw" ? state.pictures[0] : null) ?? null);
+export const shown = () => state.selected ?? (running()?.kind === "draw" ? null : newest());
 
 const live = { box: null, image: null, bar: null, text: null, id: "" };
 
@@ -43,11 +43,9 @@ function showLive(job) {
 function updateLive() {
   const progress = state.queue.running;
   if (!progress || !live.box) return;
-  const { step, steps, seconds_left: left } = progress;
+  const { step, steps } = progress;
   live.bar.value = steps ? step / steps : 0;
-  live.text.textContent = steps
-    ? `${step} of ${steps}${left === null || left === undefined ? "" : ` · ${duration(left)} left`}`
-    : "loading the model";
+  live.text.textContent = progressText(progress);
   if (state.preview?.job === live.id) {
     if (live.image.hidden) live.image.onload = () => {
       fit(live.box, live.image.naturalWidth, live.image.naturalHeight);
@@ -68,7 +66,7 @@ function fit(node, width, height) {
 function stars(picture) {
   const group = el("div", { class: "stars", role: "group", "aria-label": "Rating" });
   for (let value = 1; value <= 5; value++) {
-    const button = iconButton("star", `${value} ${value === 1 ? "star" : "stars"}`, () => rate(picture, value));
+    const button = iconButton("star", `${value} ${value === 1 ? "star" : "stars"}`, () => actions.rate(picture, value));
     button.setAttribute("aria-pressed", String(picture.rating === value));
     button.classList.toggle("on", picture.rating >= value);
     group.append(button);
@@ -109,7 +107,7 @@ function showPicture(picture) {
   const job = state.jobs.get(picture.job);
   const more = el("details", { class: "menu" }, el("summary", { class: "icon-button", "aria-label": "More", title: "More" }, icon("more")),
     el("div", { class: "menu-items" },
-      textButton("settings", "X/Y grid", () => actions.openGrid(picture)),
+      textButton("grid", "X/Y grid", () => actions.openGrid(picture)),
       state.controls.length ? textButton("edges", "Use in ControlNet", () => actions.useInControl(picture), { id: "use-control" }) : null,
       state.ip_adapters.length ? textButton("image", "Use in IP-Adapter", () => actions.useInAdapter(picture), { id: "use-ip-adapter" }) : null,
       textButton("compare", "Compare with…", () => actions.armCompare(picture)),
@@ -120,7 +118,7 @@ function showPicture(picture) {
   const still = el("div", { class: "still", data: { picture: picture.id } },
     plate,
     el("div", { class: "under" }, stars(picture), el("div", { class: "spacer" }), badge(picture),
-      iconButton("words", "Word maps: where each word took effect", () => actions.showMaps(picture), { id: "maps" }),
+      textButton("words", "Word maps", () => actions.showMaps(picture), { id: "maps", class: "button badge plain", title: "Where in the picture each word took effect" }),
       iconButton("full", "Full screen (Enter)", () => openViewer(picture)),
       iconButton("trash", "Delete (Del)", () => actions.remove(picture), { id: "delete" }), more),
     el("p", { class: "caption", text: picture.prompt || "No prompt" }),
@@ -161,9 +159,9 @@ function show() {
   document.body.classList.toggle("drawing", Boolean(job));
   document.title = job && state.queue.running.steps
     ? `${Math.round((100 * state.queue.running.step) / state.queue.running.steps)} % · mezzotint` : "mezzotint";
-  if (state.selected) showPicture(state.selected);
-  else if (job?.kind === "draw") showLive(job);
-  else if (state.pictures.length) showPicture(state.pictures[0]);
+  const picture = shown();
+  if (picture) showPicture(picture);
+  else if (job) showLive(job);
   else showNothing();
 }
 
@@ -172,8 +170,8 @@ let shownKey = "";
 /** Show again only what has changed, so that buttons keep their focus. */
 function refresh() {
   const job = running();
-  const picture = state.selected ?? (job?.kind === "draw" ? null : state.pictures[0]);
-  const key = picture ? JSON.stringify([picture, isVeiled(picture), verifying(picture)?.state]) : job ? `live ${job.id}` : "nothing";
+  const picture = shown();
+  const key = picture ? JSON.stringify([picture, isVeiled(picture), verifying(picture)?.state, state.models.length]) : job ? `live ${job.id}` : "nothing";
   if (key === shownKey && $("stage").firstChild) {
     if (!picture && job) updateLive();
     return;

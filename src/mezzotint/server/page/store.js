@@ -9,6 +9,7 @@ export const state = {
   jobs: new Map(), // by id
   preview: null, // {job, url} of the running job
   pictures: [], // the newest first
+  latest: null, // a picture that was drawn since the filter was set, which may not pass it
   selected: null, // a picture, or null to follow what is drawn
   filter: { search: "", rating: 0, tag: "" },
   more: true, // whether there are older pictures
@@ -82,6 +83,7 @@ export async function loadPictures() {
   const { pictures } = await get(query());
   if (number !== asked) return; // the filter has changed meanwhile
   state.pictures = pictures;
+  state.latest = null;
   state.more = pictures.length === PAGE;
   emit("pictures");
 }
@@ -91,7 +93,10 @@ export async function loadMore() {
   if (!state.more || !state.pictures.length) return;
   state.more = false;
   const number = asked;
-  const { pictures } = await get(query(state.pictures.at(-1).id));
+  const { pictures } = await get(query(state.pictures.at(-1).id)).catch((error) => {
+    if (number === asked) state.more = true; // to be tried again
+    throw error;
+  });
   if (number !== asked) return;
   state.more = pictures.length === PAGE;
   state.pictures.push(...pictures);
@@ -160,15 +165,20 @@ function passes(picture) {
 
 function addPicture(picture) {
   const place = state.pictures.findIndex((known) => known.id === picture.id);
-  if (picture.deleted) return place >= 0 && forget(picture);
+  if (picture.deleted) return (place >= 0 || state.latest?.id === picture.id) && forget(picture);
   if (place >= 0) return replacePicture(picture);
-  if (!passes(picture)) return;
+  if (!(newest()?.created > picture.created)) state.latest = picture;
+  if (!passes(picture)) return emit("pictures", picture);
   const older = state.pictures.findIndex((known) => known.created < picture.created);
   state.pictures.splice(older < 0 ? state.pictures.length : older, 0, picture);
   emit("pictures", picture);
 }
 
+/** Return the newest picture, even if it does not pass the filter: somebody has just drawn it. */
+export const newest = () => state.latest ?? state.pictures[0] ?? null;
+
 function forget(picture) {
+  if (state.latest?.id === picture.id) state.latest = null;
   state.pictures = state.pictures.filter((known) => known.id !== picture.id);
   if (state.selected?.id === picture.id) state.selected = null;
   emit("pictures");
@@ -177,6 +187,7 @@ function forget(picture) {
 function replacePicture(picture) {
   const place = state.pictures.findIndex((known) => known.id === picture.id);
   if (place >= 0) state.pictures[place] = picture;
+  if (state.latest?.id === picture.id) state.latest = picture;
   if (state.selected?.id === picture.id) state.selected = picture;
   emit("picture", picture);
 }

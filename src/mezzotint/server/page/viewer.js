@@ -1,10 +1,12 @@
 // Full screen: one picture with arrows, zoom and pan; or two under a slider.
 
+import { rate, remove } from "./actions.js";
 import { fileUrl } from "./api.js";
 import { el, icon, iconButton, openDialog } from "./dom.js";
 import { revealButton, veil } from "./flagged.js";
 import { step } from "./gallery.js";
-import { on, rate, select, state } from "./store.js";
+import { title } from "./settings.js";
+import { jobOf, on, select, state } from "./store.js";
 
 let open = null; // the dialog
 let shown = null; // its picture
@@ -67,7 +69,8 @@ export function openViewer(picture) {
   open.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") go(-1);
     else if (event.key === "ArrowRight") go(1);
-    else if (/^[0-5]$/.test(event.key)) rate(shown, Number(event.key) || shown.rating);
+    else if (event.key === "Delete") remove(shown);
+    else if (/^[0-5]$/.test(event.key)) rate(shown, Number(event.key));
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -76,6 +79,25 @@ export function openViewer(picture) {
 
 let show_ = null;
 on("selected picture", () => open && state.selected && show_?.(state.selected));
+on("pictures", () => open && !state.pictures.length && open.close()); // the last one was deleted
+
+/** Write under two pictures what they were drawn with that differs; the prompt alone where nothing does. */
+async function sayDifferences(left, right, captions) {
+  const pictures = [left, right];
+  const requests = await Promise.all(pictures.map(async (picture) => {
+    const job = await jobOf(picture);
+    return { ...job?.request, model: picture.model, vae: job?.vae, size: `${picture.width}×${picture.height}`, seed: picture.seed, width: null, height: null, count: null };
+  }));
+  const names = new Set(requests.flatMap(Object.keys));
+  const differ = [...names].filter((name) => JSON.stringify(requests[0][name] ?? null) !== JSON.stringify(requests[1][name] ?? null));
+  const say = (name, value) => (name === "prompt" ? value : ["image", "mask", "control", "ip_adapter"].includes(name)
+    ? `${value ? "with" : "without"} ${title(name).toLowerCase()}` : `${title(name).toLowerCase()} ${value === undefined || value === null ? "auto" : JSON.stringify(value).replaceAll('"', "")}`);
+  pictures.forEach((picture, place) => {
+    const parts = differ.map((name) => say(name, requests[place][name]));
+    captions[place].textContent = parts.join(" · ") || `${picture.prompt} · seed ${picture.seed}`;
+    captions[place].title = captions[place].textContent;
+  });
+}
 
 /** Open two pictures under a slider. */
 export function openCompare(left, right) {
@@ -95,10 +117,11 @@ export function openCompare(left, right) {
   };
   range.addEventListener("input", show);
   show();
-  const label = (picture) => `${picture.prompt} · seed ${picture.seed}`;
+  const captions = [left, right].map((picture, place) => el("p", { class: place ? "viewer-caption end" : "viewer-caption", text: `${picture.prompt} · seed ${picture.seed}` }));
+  sayDifferences(left, right, captions);
   openDialog("Compare", el("div", { class: "viewer" }, el("div", { class: "viewer-plate" }, frame),
-    el("div", { class: "viewer-bar two" }, el("p", { class: "viewer-caption", text: label(left) }),
+    el("div", { class: "viewer-bar two" }, captions[0],
       iconButton("close", "Close (Esc)", (event) => event.target.closest("dialog").close()),
-      el("p", { class: "viewer-caption end", text: label(right) }))), { bare: true });
+      captions[1])), { bare: true });
   range.focus();
 }

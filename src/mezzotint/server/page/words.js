@@ -1,4 +1,4 @@
-// Under the prompt: its tokens with their weights and chunks, unknown words, and what looks like a slip.
+// Under a prompt: its tokens with their weights and chunks, unknown words, and what looks like a slip.
 
 import { post } from "./api.js";
 import { $, debounce, el, icon, iconButton } from "./dom.js";
@@ -56,10 +56,8 @@ function stepsOf(variant) {
   return `steps ${ranges.slice(0, 4).join(", ")}${ranges.length > 4 ? ", …" : ""}`;
 }
 
-let chosen = new Map(); // by part: the variant whose tokens are shown
-
 /** Return one part of the prompt (several are joined by AND), with a choice where it changes from step to step. */
-function partOf(part, place, parts, look) {
+function partOf(part, place, parts, { chosen, ...look }) {
   const count = el("div", { class: "token-count", title: "Tokens, and how many one window of the text encoder holds" });
   const box = el("div", { class: "token-part" });
   const show = () => {
@@ -86,38 +84,44 @@ function partOf(part, place, parts, look) {
   return [box, count];
 }
 
-function show(reply, prompt) {
-  const points = [...(reply.choice ?? prompt)]; // positions are of characters, not of UTF-16 units
-  const look = { slice: (start, end) => points.slice(start, end).join(""), unknown: new Set(reply.unknown.map((text) => text.toLowerCase())),
-    size: reply.window };
-  const choice = reply.choice && el("p", { class: "choice" },
-    el("span", { text: form.locked ? "What this seed chooses:" : "One of the choices, which each seed draws anew:" }),
-    form.locked ? null : iconButton("die", "Show another choice", () => (choiceSeed++, lookAtPrompt()), { id: "other-choice" }));
-  $("words").replaceChildren(choice || "", ...reply.parts.flatMap((part, place) => partOf(part, place, reply.parts, look)),
-    ...reply.lint.map((one) => el("p", { class: "lint" }, icon("warn"), el("span", { text: one.message }))));
-}
+/** Return what shows under a prompt how it is read: `name` is its field, `root` the element. */
+function reader(name, root) {
+  let controller = null;
+  let choiceSeed = 0;
+  let last = "";
+  let chosen = new Map(); // by part: the variant whose tokens are shown
 
-let controller = null;
-let choiceSeed = 0;
-let last = "";
-
-async function lookAtPrompt() {
-  const prompt = form.request.prompt ?? "";
-  controller?.abort();
-  if (prompt !== last) chosen = new Map();
-  last = prompt;
-  if (!prompt.trim()) return $("words").replaceChildren();
-  controller = new AbortController();
-  const body = { prompt, model: modelName(), seed: form.locked ? form.request.seed : choiceSeed };
-  if (form.request.prompt_syntax) body.syntax = form.request.prompt_syntax;
-  const steps = form.request.steps ?? ownSettings().steps;
-  if (Number.isInteger(steps) && steps > 0) body.steps = Math.min(150, steps);
-  try {
-    show(await post("/api/tokens", body, { signal: controller.signal }), prompt);
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    $("words").replaceChildren(el("p", { class: "lint" }, icon("warn"), el("span", { text: error.message })));
+  function show(reply, prompt) {
+    const points = [...(reply.choice ?? prompt)]; // positions are of characters, not of UTF-16 units
+    const look = { slice: (start, end) => points.slice(start, end).join(""), unknown: new Set(reply.unknown.map((text) => text.toLowerCase())),
+      size: reply.window, chosen };
+    const choice = reply.choice && el("p", { class: "choice" },
+      el("span", { text: form.locked ? "What this seed chooses:" : "One of the choices, which each seed draws anew:" }),
+      form.locked ? null : iconButton("die", "Show another choice", () => (choiceSeed++, read()), { id: `other-choice${name === "prompt" ? "" : "-negative"}` }));
+    root.replaceChildren(choice || "", ...reply.parts.flatMap((part, place) => partOf(part, place, reply.parts, look)),
+      ...reply.lint.map((one) => el("p", { class: "lint" }, icon("warn"), el("span", { text: one.message }))));
   }
+
+  async function read() {
+    const prompt = form.request[name] ?? "";
+    controller?.abort();
+    if (prompt !== last) chosen = new Map();
+    last = prompt;
+    if (!prompt.trim()) return root.replaceChildren();
+    controller = new AbortController();
+    const body = { prompt, model: modelName(), negative: name === "negative_prompt", seed: form.locked ? form.request.seed : choiceSeed };
+    if (form.request.prompt_syntax) body.syntax = form.request.prompt_syntax;
+    const steps = form.request.steps ?? ownSettings().steps;
+    if (Number.isInteger(steps) && steps > 0) body.steps = Math.min(150, steps);
+    try {
+      show(await post("/api/tokens", body, { signal: controller.signal }), prompt);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      root.replaceChildren(el("p", { class: "lint" }, icon("warn"), el("span", { text: error.message })));
+    }
+  }
+
+  return read;
 }
 
 let planning = null;
@@ -138,15 +142,17 @@ async function plan() {
   }
 }
 
-const OF_WORDS = ["prompt", "model", "prompt_syntax", "steps", "locked"];
+const OF_WORDS = ["model", "prompt_syntax", "steps", "locked"];
 
 /** Build the words and the plan. */
 export function build() {
-  const later = debounce(lookAtPrompt, 180);
+  const readers = [["prompt", "words"], ["negative_prompt", "negative-words"]].map(([name, root]) =>
+    [name, debounce(reader(name, $(root)), 180)]);
   const planLater = debounce(plan, 400);
   on("form taken listings", (fields) => {
     const names = Object.keys(fields ?? {});
-    if (!fields || names.some((name) => OF_WORDS.includes(name)) || (form.locked && names.includes("seed"))) later();
+    const all = !fields || names.some((name) => OF_WORDS.includes(name)) || (form.locked && names.includes("seed"));
+    for (const [name, later] of readers) if (all || names.includes(name)) later();
     if (!fields || names.some((name) => !["prompt", "negative_prompt", "seed", "locked"].includes(name))) planLater();
   });
 }
