@@ -51,7 +51,7 @@ class Row:
     runs: int = 7
     at_most: dict[str, int] = field(default_factory=dict)  # runs of sides that have fewer
     warmups: int = 2
-    prepare: Callable[[], None] = lambda: None
+    prepare: Callable[[], object] = lambda: None
     check: Callable[[], dict[str, Any]] = dict  # called after the runs; its result is reported
     missing: str = ""  # why this row cannot run
     not_run: dict[str, str] = field(default_factory=dict)  # sides that cannot run, and why
@@ -198,6 +198,14 @@ def _suffix(setup: Setup, size: int) -> str:
     return "".join(f"_{part}" for part in parts + ([] if setup.dtype == "float32" else [setup.dtype]))
 
 
+def _write_model(setup: Setup, shape: str) -> Path:
+    """Write a model with random weights, unless it is there, and return its folder."""
+    folder = setup.models / shape
+    if not (folder / "model_index.json").exists():  # which is written last
+        _run([PYTHON, str(HERE / "random_model.py"), shape, str(folder)])
+    return folder
+
+
 def _prepared(row: Row, setup: Setup, shape: str, converted: Path, file: Path | None = None) -> Row:
     """Leave out the peers that are not installed, and write what the others need before the runs."""
     for peer in PEERS:
@@ -211,9 +219,7 @@ def _prepared(row: Row, setup: Setup, shape: str, converted: Path, file: Path | 
         row.pictures.pop(side, None)
 
     def prepare() -> None:
-        folder = setup.models / shape
-        if not (folder / "model_index.json").exists():  # which is written last
-            _run([PYTHON, str(HERE / "random_model.py"), shape, str(folder)])
+        folder = _write_model(setup, shape)
         if "openvino" in row.commands:
             convert = [setup.python("openvino"), str(HERE / "openvino_engine.py"), str(folder), str(converted.parent)]
             _run([*convert, "--size", converted.name, "--seed", str(SEED)])
@@ -281,17 +287,17 @@ def memory(setup: Setup) -> Row:
 
 def train(setup: Setup) -> Row:
     """Measure time and peak memory of LoRA training on an SD 1.5 UNet, against diffusers' recipe."""
-    random = setup.folder / "sd15"
-    child, sides = [PYTHON, str(HERE / "train.py")], ("mezzotint", "diffusers", "diffusers_cached")
+    size, sides = setup.size or 512, ("mezzotint", "diffusers", "diffusers_cached")
+    options = [str(setup.models / "sd15"), "--size", str(size), "--dtype", setup.dtype, "--steps", "3"]
     return Row(
-        "train",
-        "a LoRA's step (rank 8), SD 1.5's shape with random weights, 512x512, batch 1, CPU, float32",
+        f"train{_suffix(setup, 512)}",
+        f"a LoRA's step (rank 8), SD 1.5's shape with random weights, {size}x{size}, batch 1, CPU, {setup.dtype}",
         "step_s",
-        {side: [*child, side, str(random), "--steps", "3"] for side in sides},
+        {side: [PYTHON, str(HERE / "train.py"), side, *options] for side in sides},
         also=("step_cpu_s", "peak_mb"),
         runs=2,
         warmups=0,
-        prepare=lambda: _run([PYTHON, str(HERE / "random_model.py"), "sd15", str(random)]),
+        prepare=lambda: _write_model(setup, "sd15"),
     )
 
 

@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, help="folder that keeps models with random weights [default: none is kept]"
     )
-    parser.add_argument("--dtype", default="float32", help="of step, decode and picture [default: float32]")
+    parser.add_argument("--dtype", default="float32", help="of step, decode, picture and train [default: float32]")
     parser.add_argument("--size", type=int, help="pixels of a side, of the same rows [default: 512, SDXL 1024]")
     parser.add_argument("--steps", type=int, help="of picture and picture_xl [default: 20, SDXL 4]")
     parser.add_argument(
