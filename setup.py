@@ -1,6 +1,8 @@
 """Compile the kernels for the CPU where that is possible; pyproject.toml has everything else."""
 
+import hashlib
 import os
+import pathlib
 import platform
 import sys
 
@@ -9,10 +11,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "src/mezzotint/kernels"
+SOURCES = b"".join(path.read_bytes() for path in sorted(pathlib.Path(FOLDER).glob("*.[ch]")))
 LIBRARY = Extension(
     "mezzotint.kernels.float32",
     [f"{FOLDER}/{name}.c" for name in ("attention", "convolution", "linear", "pool")],
     depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "pool", "product", "simd")],
+    define_macros=[
+        ("SOURCES", f'"{hashlib.sha256(SOURCES).hexdigest()}"')
+    ],  # kernels/__init__.py uses no library of other sources
     extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,  # without a compiler there are no kernels, and torch does everything

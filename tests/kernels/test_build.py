@@ -19,3 +19,4 @@ def test_the_library_is_there() -> None:
     """An error of the compiler ends no installation, so that it is seen here."""
     assert kernels.LIBRARY.exists()
     assert "cannot be loaded" not in kernels.describe()
+    assert "other sources" not in kernels.describe()

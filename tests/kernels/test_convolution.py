@@ -213,15 +213,27 @@ def test_with_avx512_linear_layers_and_attention_are_torchs(monkeypatch: pytest.
     assert attention.is_supported(heads, heads, heads, None, False)
 
 
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of an editable installation that was not built again: its functions may take other arguments."""
+    folder = kernels.LIBRARY.parent
+    for path in (kernels.LIBRARY, *folder.glob("*.c"), *folder.glob("*.h")):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "float32.so")
+    assert not isinstance(kernels._load.__wrapped__(), str)
+    with (tmp_path / "simd.h").open("a") as file:
+        file.write("\n")
+    reason = "float32.so was compiled from other sources; install mezzotint again"
+    assert kernels._load.__wrapped__() == reason
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
-def test_an_older_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that lacks a function, such as that of an editable installation that was not built again."""
+def test_a_library_without_the_functions_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.c").write_text("int nothing;")
     subprocess.run(["gcc", "-shared", "-o", tmp_path / "float32.so", tmp_path / "empty.c"], check=True)
     monkeypatch.setattr(kernels, "_load", kernels._load.__wrapped__)
     monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "float32.so")
     assert kernels.library() is None
-    assert "convolve3x3" in kernels.describe()
+    assert "float32.so cannot be loaded (" in kernels.describe()
 
 
 def test_a_damaged_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -92,14 +93,23 @@ def _load() -> ctypes.CDLL | str:
     try:
         found = ctypes.CDLL(str(LIBRARY))
         _declare(found)
-    except (OSError, AttributeError) as error:  # one that was compiled for another C library, or is an older one
+    except (OSError, AttributeError) as error:  # one that was compiled for another C library
         return f"{LIBRARY.name} cannot be loaded ({error})"
+    if found.sources().decode() != _hash_sources():  # its functions may take other arguments
+        return f"{LIBRARY.name} was compiled from other sources; install mezzotint again"
     return found
+
+
+def _hash_sources() -> str:
+    """Return the SHA-256 of the sources, as setup.py compiles it into the library."""
+    paths = sorted(LIBRARY.parent.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _declare(library: ctypes.CDLL) -> None:
     """Declare the types of the functions' arguments and results."""
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+    library.sources.argtypes, library.sources.restype = [], ctypes.c_char_p
     library.convolve3x3.argtypes, library.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int] * 2, None
     library.linear.argtypes, library.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 3, None
     library.linear_scratch.argtypes, library.linear_scratch.restype = [ctypes.c_int] * 2, size

@@ -80,3 +80,6 @@ void parallel(work function, void *job, ptrdiff_t units, int threads)
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&callers);
 }
+
+// Return the SHA-256 of the sources that the library was compiled from.
+const char *sources(void) { return SOURCES; }
