@@ -111,6 +111,7 @@ class Tokenizer:
         self._splits_text = not any(re.search(r"\s", token.content) for token in tokens)
 
     @classmethod
+    @functools.cache
     def clip(cls, pad: str = END) -> Self:
         """Return CLIP's own tokenizer (49,408 tokens), bundled with the package. SDXL's second one has `pad="!"`."""
         merges = _clip_merges()

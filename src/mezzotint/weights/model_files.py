@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mezzotint import samplers
 from mezzotint.config import (
@@ -102,6 +103,16 @@ COUNTS = (
 )
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Skips the initialization of parameters, which takes more than a third of the time of building a network."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor that a function of `torch.nn.init` is given; call any other function."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class NetworkFiles:
     """One network: its config, and the tensor in a file for each of its parameters."""
@@ -150,7 +161,7 @@ class NetworkFiles:
             if max(_flatten(count), default=0) > len(self.sources):
                 raise CheckpointError(f"{self.path}: {name} is {count}, but there are {len(self.sources)} tensors")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutInit():
                 return make_network(self.name, self.config).eval()
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
