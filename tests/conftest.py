@@ -6,7 +6,9 @@ two seeds, prompts or samplers give different ones.
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 
 # A tiny model gains nothing from a second thread, and on a busy machine its threads wait for each other. Processes that
@@ -31,6 +33,8 @@ from mezzotint.weights import Parts, save_folder
 
 for key in ("CONFIG", "MODEL", "DEVICE", "DTYPE", "OUT", "SAMPLER"):
     os.environ[f"MEZZOTINT_{key}"] = ""  # the user's own configuration is not read
+# diffusers and transformers each read the metadata of every installed package when they are imported.
+importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -160,15 +164,20 @@ def registered_solvers() -> Iterator[None]:
         mezzotint.samplers.unregister(name)
 
 
+FINGERPRINTS: dict[str, list[tuple[object, ...]]] = {}  # of the shared models, after the last test that used each
+
+
 @pytest.fixture(autouse=True)
 def shared_models_unchanged(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the test that changes a shared model, rather than one that happens to run after it."""
     names = {"sd1", "sdxl"} & set(request.fixturenames)
     models = {name: request.getfixturevalue(name) for name in names}
-    before = {name: fingerprint(pipe) for name, pipe in models.items()}
+    for name in models.keys() - FINGERPRINTS.keys():
+        FINGERPRINTS[name] = fingerprint(models[name])
     yield
     for name, pipe in models.items():
-        assert fingerprint(pipe) == before[name], f"this test changed the shared {name}; load one of its own"
+        before, FINGERPRINTS[name] = FINGERPRINTS[name], fingerprint(pipe)
+        assert FINGERPRINTS[name] == before, f"this test changed the shared {name}; load one of its own"
 
 
 def fingerprint(pipe: mezzotint.Pipeline) -> list[tuple[object, ...]]:

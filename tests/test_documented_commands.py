@@ -71,7 +71,7 @@ REPLACED = {  # what a page names, and what stands for it here
     "steps=20 ": "steps=2 ",
     "--strength 0.3": "--strength 0.5",
 }
-LONGEST = {"--steps": 2, "--count": 3, "--threads": 1, "--batch": 2}
+LONGEST = {"--steps": 2, "--count": 2, "--threads": 1, "--batch": 2}
 SHORT = {"--size": "64x64", "--model": "tiny"}
 ADDED = {  # by command
     "report": ["--samplers", "euler", "--steps", "1", "--reference-steps", "2", "--seeds", "2"],

@@ -504,7 +504,7 @@ def calls(pipe: mezzotint.Pipeline, **fields: Any) -> list[int]:
     """How many conditions each call of the UNet had: the batch of its output."""
     rows: list[int] = []
     hook = pipe.unet.register_forward_hook(lambda _, _inputs, output: rows.append(len(output)))
-    pipe(PROMPT, **{"seed": 8, "steps": 4, "sampler": "euler", "width": 64, "height": 64, **fields})
+    pipe(PROMPT, **{"seed": 8, "steps": 4, "sampler": "euler", "width": 32, "height": 32, **fields})
     hook.remove()
     return rows
 

@@ -132,24 +132,31 @@ ADAPTIVE = [{"rtol": 0.5, "atol": 0.05}, {"rtol": 1e-3, "atol": 1e-4}]
 
 
 @cache  # some spacings are one list
-def error(name: str, prediction: str, sigmas: tuple[float, ...], **options: float) -> float:
-    """Root mean square distance to the exact solution; of a stochastic solver, of its quantiles to the exact ones."""
+def error(name: str, prediction: str | None, sigmas: tuple[float, ...], **options: float) -> float:
+    """Root mean square distance to the exact solution; of a stochastic solver, of its quantiles to the exact ones.
+
+    Without a prediction the solver is given the posterior mean, and no network.
+    """
     count = 1000 if name in STOCHASTIC else 20
-    final = last(name, denoiser(prediction), quantiles(count, sigmas[0]), sigmas, **options)
+    denoise = Pair() if prediction is None else denoiser(prediction)
+    final = last(name, denoise, quantiles(count, sigmas[0]), sigmas, **options)
     final = final.sort().values if name in STOCHASTIC else final
     return float((final - quantiles(count, sigmas[-1])).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "lcm"])
 def test_error_falls_with_steps(name: str) -> None:
+    """In three steps with every prediction; in more, which take longer, with a network in one spacing, each in turn."""
     few, many = ADAPTIVE if name == "dpm_adaptive" else ({}, {})
-    for spacing in SPACINGS:
+    turn = [*SOLVERS].index(name) % len(SPACINGS)
+    for place, spacing in enumerate(SPACINGS):
         sigmas = tuple(SPACINGS[spacing](SCHEDULE, 3))
-        coarse = {prediction: error(name, prediction, sigmas, **few) for prediction in NAMES}
+        coarse = {prediction: error(name, prediction, sigmas, **few) for prediction in (*NAMES, None)}
         close = 2e-2 if spacing == "ays" else 1e-9  # its published levels begin above the table's last
         assert coarse == pytest.approx(dict.fromkeys(coarse, coarse["epsilon"]), rel=close), spacing
         enough = max(0.7 * coarse["epsilon"], 0.06 if name in STOCHASTIC else 0.0)  # so much is left to 1000 samples
-        finer = (error(name, "epsilon", tuple(SPACINGS[spacing](SCHEDULE, steps)), **many) for steps in MANY)
+        network = "epsilon" if place == turn else None
+        finer = (error(name, network, tuple(SPACINGS[spacing](SCHEDULE, steps)), **many) for steps in MANY)
         assert any(fine < enough for fine in finer), spacing
 
 

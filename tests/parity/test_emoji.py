@@ -28,7 +28,7 @@ def peer() -> StableDiffusionPipeline:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "guidance"), [(None, 20, 3.0), ("euler", 12, 3.0), ("ddim", 20, 1.0), (None, 20, 7.5)]
+    ("sampler", "steps", "guidance"), [(None, 20, 3.0), ("euler", 6, 3.0), ("ddim", 8, 1.0), (None, 8, 7.5)]
 )
 def test_diffusers_draws_the_same(
     peer: StableDiffusionPipeline, sampler: str | None, steps: int, guidance: float

@@ -22,7 +22,7 @@ from mezzotint.train import keyed_rng, loop
 
 def whole_run(model: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    run(model, folder, recipe_of(steps=12, save_every=2, ema=0.9, log_every=1, lora_dropout=0.1))
+    run(model, folder, recipe_of(steps=8, save_every=2, ema=0.9, log_every=1, lora_dropout=0.1))
 
 
 def start_training(model: Path, folder: Path) -> ForkProcess:
@@ -62,6 +62,6 @@ def killed_runs(model: Path, folder: Path, kills: int) -> list[int]:
 def test_killed_at_any_moment_it_ends_the_same(sd1_folder: Path, tmp_path: Path, kills: int) -> None:
     print("steps done when killed:", killed_runs(sd1_folder, tmp_path, kills))
     unbroken = state(tmp_path / "unbroken")
-    assert unbroken["step"] == 12
+    assert unbroken["step"] == 8
     for number in range(kills):
         assert_equal(state(tmp_path / str(number)), unbroken)
