@@ -159,11 +159,12 @@ def finish_pictures(
     ]
     given = control_digests(batch.plan) | ip_adapter_digests(batch.plan) | mask_digests(batch.request)
     finished: list[Image.Image] = [Picture.from_image(image) for image in images]  # whose save() keeps the record
+    models = {plan: model_record(plan) for plan in dict.fromkeys(batch.plans)}  # which looks at every weight
     for k, (plan, seed, image) in enumerate(zip(batch.plans, batch.seeds, finished, strict=True)):
         record = describe(
             plan.request,
             seed,
-            model_record(plan),
+            models[plan],
             batch.jobs,
             k,
             image=image,
