@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mezzotint.errors import RequestError
@@ -273,6 +273,7 @@ def theirs_as_numbers(request: Request, seed: int) -> dict[str, str]:
     model=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
     number=st.integers(0, 2**64 - 1),
 )
+@example(prompt="", negative="", model="0", number=8139)  # euler_cfg_pp, whose scale is another in A1111
 def test_ours_is_read_by_their_rules(prompt: str, negative: str, model: str, number: int) -> None:
     chance = random.Random(number)
     request = Request(
@@ -305,7 +306,8 @@ def test_ours_is_read_by_their_rules(prompt: str, negative: str, model: str, num
     same = ("width", "height", "steps", "guidance_scale", "clip_skip", "noise", "eta", "hires", "variation_seed")
     if request.clip_skip == 0:
         again = again.replace(clip_skip=0)
-    assert {f: getattr(again, f) for f in same} == {f: getattr(request, f) for f in same}
+    expected = {f: getattr(request, f) for f in same} | {"guidance_scale": float(fields["CFG scale"])}
+    assert {f: getattr(again, f) for f in same} == expected
     assert again.seed == number and not [n for n in notes if not n.startswith(("Sampler", "Schedule", "<"))]
 
 
