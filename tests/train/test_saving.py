@@ -196,13 +196,15 @@ def test_a_folder_and_a_file_hold_the_same_bits(parts: Parts, saved: Callable[[s
         assert opened.metadata()["modelspec.prediction_type"] == "epsilon"
 
 
-def test_a_pipeline_writes_a_file_that_draws_the_same_bits(parts: Parts, tmp_path: Path) -> None:
-    Pipeline(replace(parts)).save(tmp_path / "first.safetensors")
-    pipe = mezzotint.load(tmp_path / "first.safetensors", device="cpu")
+def test_a_pipeline_writes_a_file_that_draws_the_same_bits(
+    parts: Parts, saved: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    _, file = saved(parts.family)
+    pipe = mezzotint.load(file, device="cpu")
     with torch.no_grad():
         pipe.unet.conv_in.weight.mul_(0.9)
-    pipe.save(tmp_path / "second.safetensors")
-    drawn = latents(mezzotint.load(tmp_path / "second.safetensors", device="cpu").parts)
+    pipe.save(tmp_path / "edited.safetensors")
+    drawn = latents(mezzotint.load(tmp_path / "edited.safetensors", device="cpu").parts)
     assert torch.equal(drawn, latents(pipe.parts)) and not torch.equal(drawn, latents(parts))
 
 
