@@ -635,6 +635,15 @@ def test_the_record_contains_the_prompt_fields(sd1: Pipeline, tmp_path: Path) ->
     assert "embeddings" not in json.loads(sd1.generate(RUN.replace(prompt="a")).images[0].info["mezzotint"])["model"]
 
 
+def test_each_picture_of_a_batch_records_the_embeddings_of_its_own_prompt(sd1: Pipeline, tmp_path: Path) -> None:
+    save_file({"emb_params": torch.ones(1, 16)}, tmp_path / "style.safetensors")
+    request = RUN.replace(steps=1, batch=2, embeddings=tmp_path)
+    results = sd1.generate([request.replace(prompt=prompt) for prompt in ("a style", "a lemon")])
+    records = [json.loads(result.images[0].info["mezzotint"]) for result in results]
+    assert [len(record["group"]) for record in records] == [2, 2]
+    assert ["embeddings" in record["model"] for record in records] == [True, False]
+
+
 def test_a_hidden_span_hides_all_but_the_ends_of_each_window() -> None:
     """Tokens 2 to 5 are hidden in two windows of 6: BOS, up to four tokens, EOS."""
     first, second = (
