@@ -157,7 +157,6 @@ class Service:
             ServerError: If one of them is wrong, the queue is full, or the server is stopping.
         """
         self.check_accepting()
-        self.store.check_room(len(requests))
         name = self.find_model(model)
         if vae is not None:
             self.models.find("vaes", vae, "vae")

@@ -238,23 +238,13 @@ class Store:
             raise mine.error
         return self._jobs(f"id IN ({','.join('?' * len(mine.ids))})", mine.ids, "number")
 
-    def check_room(self, count: int) -> None:
-        """Check that the queue has room for some jobs now, before more is done for them. Raises QueueFullError."""
-        self._check_room(self.rows("SELECT count(*) FROM jobs WHERE state = 'queued'")[0][0], count)
-
-    def _check_room(self, waiting: int, count: int) -> None:
-        if waiting + count > self._limit:
-            raise QueueFullError(
+    def _insert(self, db: sqlite3.Connection, submission: _Submission, waiting: int) -> int:
+        """Insert the jobs of one call, if the queue has room for them; return how many wait then."""
+        if waiting + len(submission.jobs) > self._limit:
+            submission.error = QueueFullError(
                 f"the queue holds {waiting:,} jobs, and at most {self._limit:,} may wait; try again later",
                 retry_after=RETRY_AFTER,
             )
-
-    def _insert(self, db: sqlite3.Connection, submission: _Submission, waiting: int) -> int:
-        """Insert the jobs of one call, if the queue has room for them; return how many wait then."""
-        try:
-            self._check_room(waiting, len(submission.jobs))
-        except QueueFullError as error:
-            submission.error = error
             return waiting
         now = time.time()
         for id, job in zip(submission.ids, submission.jobs, strict=True):
