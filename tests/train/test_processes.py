@@ -111,7 +111,7 @@ def runs_in_turn(model: str, folder: str, accumulate: str, *runs: str) -> None:
 @pytest.mark.parametrize(
     ("start", "runs"),
     [
-        pytest.param(forked, (("lora", 4), ("full", 2)), id="forked"),
+        pytest.param(forked, (("lora", 3), ("full", 2)), id="forked"),
         pytest.param(partial(launched, TWO), (("lora", 6), ("full", 3)), id="launched", marks=pytest.mark.slow),
     ],
 )
