@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,11 +20,29 @@ import httpx
 import pytest
 from PIL import Image
 
-from killed import Servers, start_parent
+from killed import HERE, Servers, start_parent
 from mezzotint.request import Request
 from stub_server import stub_picture
 
 FEW = (("submitting", 9), ("step", 50), ("synced", 5), ("filed", 6), ("added", 7))
+STEPS_WITHOUT_END = """
+import sys, torch
+from pathlib import Path
+from mezzotint.server import Settings, app, service
+from stub_server import StubModels
+
+def generate(request, **hooks):
+    print("begun", flush=True)
+    while True:
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+
+service.DRAIN = service.STEP = 0.1
+settings = Settings(data=Path(sys.argv[1]), port=0)
+models = StubModels(settings)
+models.pipe.generate = generate
+app.Service = lambda settings: service.Service(settings, models)
+app.serve(settings, lambda url: print(url, flush=True))
+"""
 MOMENTS = ("submitting", "submitted", "claimed", "step", "written", "synced", "named", "filed", "adding", "added")
 
 
@@ -175,3 +195,23 @@ def test_sigterm_finishes_the_picture(running: Servers, signals: int) -> None:
             time.sleep(0.005)
         job = client.get(f"/api/jobs/{id}").json()
         assert [picture["place"] for picture in job["pictures"]] == [0, 1, 2]
+
+
+def test_sigterm_ends_the_process_in_a_step_without_end(tmp_path: Path) -> None:
+    """It says so by its exit status; torch's threads would abort the interpreter."""
+    command, env = (
+        [sys.executable, "-c", STEPS_WITHOUT_END, str(tmp_path / "data")],
+        {**os.environ, "PYTHONPATH": str(HERE)},
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        id = httpx.post(f"{url}api/jobs", json={"request": {"prompt": "a"}}).json()["jobs"][0]["id"]
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    with sqlite3.connect(tmp_path / "data" / "mezzotint.db") as db:
+        assert db.execute("SELECT state FROM jobs WHERE id = ?", (id,)).fetchone() == (
+            "running",
+        )  # drawn at the next start
+    db.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -171,6 +173,9 @@ def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     on_ready(f"http://{shown}:{port}/")
     _Server(config, service).run(sockets=[listener])
+    if service.working:
+        sys.stderr.flush()
+        os._exit(0)  # at the interpreter's own end, a thread that is in a step of torch would abort the process
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -97,9 +97,8 @@ class Service:
         if not self._join(self._stop_by):
             self.hurry()
             self._join(self._stop_by + STEP)  # of a longer step the process ends in the middle
-        ended = not any(worker.alive for worker in self.workers)
         self.events.close()
-        return ended
+        return not self.working
 
     def hurry(self) -> None:
         """End the running jobs after their current step; for good, and from a signal's handler too."""
@@ -256,6 +255,11 @@ class Service:
     def alive(self) -> bool:
         """Whether each worker runs."""
         return all(worker.alive for worker in self.workers)
+
+    @property
+    def working(self) -> bool:
+        """Whether any worker runs, as one does after the drain whose step takes longer."""
+        return any(worker.alive for worker in self.workers)
 
     @property
     def steps_done(self) -> int:
