@@ -110,8 +110,8 @@ TENSORS = Workspace(copies_conv_weights=False)  # oneDNN's copies of weights are
 @pytest.fixture(autouse=True)
 def torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave everything to torch, whose own memory is not that of tensors."""
-    monkeypatch.setattr(kernel, "takes", lambda weight: False)
-    monkeypatch.setattr(linear_kernel, "takes", lambda weight, gated=False: False)
+    monkeypatch.setattr(kernel, "takes", lambda *_: False)
+    monkeypatch.setattr(linear_kernel, "takes", lambda *_, **__: False)
 
 
 @pytest.mark.skipif(kernels.library() is None, reason=f"kernels {kernels.describe()}")
@@ -287,7 +287,7 @@ def test_our_kernel_does_not_write_the_projection_of_a_geglu(monkeypatch: pytest
     footprint = walk._walk(meta, lambda: meta(empty))
     with torch.inference_mode():
         assert footprint.peak(Workspace(fuses_geglu=True)) == live(lambda: layer(x))
-        monkeypatch.setattr(linear_kernel, "takes", lambda weight, gated=False: False)
+        monkeypatch.setattr(linear_kernel, "takes", lambda *_, **__: False)
         assert footprint.peak(Workspace(copies_conv_weights=False)) == live(lambda: layer(x))
 
 
