@@ -36,7 +36,7 @@ def products() -> ctypes.CDLL | None:
 
 
 def can_take(*tensors: Tensor | None) -> bool:
-    """Tell whether these are plain tensors in float32 on the CPU, and neither derivatives nor autocast are needed."""
+    """Tell whether these are plain float32 tensors on the CPU that need no derivatives, outside of autocast."""
     return (
         all(
             tensor is None
@@ -54,13 +54,13 @@ def can_take(*tensors: Tensor | None) -> bool:
 
 
 def only_input_is_trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether a layer needs a gradient by its input, and none by its weight and bias."""
+    """Tell whether a layer needs the gradient with respect to its input, and not to its weight or bias."""
     is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return is_frozen and x.requires_grad and torch.is_grad_enabled() and is_eager(x, weight, bias)
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
-    """Tell whether operators run as they are called: not traced by a compiler, by torch.func or by forward-mode AD."""
+    """Tell whether operators run eagerly: not under torch.compile, torch.func or forward-mode AD."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -51,7 +51,7 @@ def takes(weight: Tensor, transposed: bool = False) -> bool:
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], transposed: bool = False
 ) -> Tensor:
-    """Convolve with stride 1, or compute the gradient of that, where `is_supported` says so.
+    """Convolve with stride 1, or compute the gradient with respect to the input, where `is_supported` says so.
 
     The result differs from `torch.nn.functional.conv2d` by the rounding of float32. It depends neither on the number
     of threads nor on the other pictures of the batch.
@@ -61,7 +61,7 @@ def convolve(
         weight: (O, C, 3, 3).
         bias: (O,).
         padding: Rows of zeros above and below, and columns of zeros left and right, of the convolution.
-        transposed: Whether x is the gradient of a convolution's output, (B, O, h, w), and that of its input is wanted.
+        transposed: Whether x is the gradient of the output, (B, O, h, w), and the result is that of the input.
 
     Returns:
         (B, O, h + 2 padding[0] - 2, w + 2 padding[1] - 2), in channels_last. If transposed,

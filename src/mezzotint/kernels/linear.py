@@ -39,7 +39,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = 
         x: (..., inputs).
         weight: (outputs, inputs).
         bias: (outputs,).
-        transposed: Whether weight is (inputs, outputs), as for the gradient by the input of a linear layer.
+        transposed: Whether weight is (inputs, outputs), as for the gradient with respect to the input.
 
     Returns:
         (..., outputs), contiguous.

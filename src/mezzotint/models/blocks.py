@@ -71,7 +71,7 @@ def repeat_to(batch: int, x: Tensor) -> Tensor:
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call a cheap function; keep only its inputs for the backward pass, and compute the rest again in it."""
+    """Call a cheap function. Only its inputs are saved; the backward pass recomputes the intermediate results."""
     if any(x.requires_grad for x in inputs) and torch.is_grad_enabled() and is_eager(*inputs):
         y: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return y

@@ -49,7 +49,7 @@ def conv2d(
 ) -> Tensor:
     """Convolve as `torch.nn.functional.conv2d` does, by our own kernel where there is one.
 
-    A weight without `requires_grad` is taken to be frozen: the input is then not kept for the backward pass.
+    If neither the weight nor the bias requires a gradient, the input is not saved for the backward pass.
     """
     options = tuple(stride), tuple(padding), tuple(dilation), groups
     if x.ndim == 4 and only_input_is_trained(x, weight, bias):
@@ -72,7 +72,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that autocast gives to the operands of a convolution; without it, that of x."""
+    """Return the dtype that autocast would cast x to, or the dtype of x outside of autocast."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -80,7 +80,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution that is differentiated by its input alone and, unlike torch's, does not keep it."""
+    """A convolution with frozen weights. Unlike torch's, it does not save its input for the backward pass."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:

@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """A linear layer by our own kernel, which is differentiated by its input alone."""
+    """A linear layer with frozen weights, with our own kernel in both passes."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -175,7 +175,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None
     _Server(config, service).run(sockets=[listener])
     if service.working:
         sys.stderr.flush()
-        os._exit(0)  # at the interpreter's own end, a thread that is in a step of torch would abort the process
+        os._exit(0)  # a thread inside torch would abort the process when the interpreter shuts down
 
 
 def _listen(settings: Settings) -> socket.socket:

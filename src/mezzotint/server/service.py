@@ -258,7 +258,7 @@ class Service:
 
     @property
     def working(self) -> bool:
-        """Whether any worker runs, as one does after the drain whose step takes longer."""
+        """Whether any worker is still running, such as one whose step outlasts the drain."""
         return any(worker.alive for worker in self.workers)
 
     @property

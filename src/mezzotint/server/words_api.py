@@ -158,8 +158,8 @@ def _tokens(core: Service, body: Words) -> dict[str, Any]:
         word for word in words if word.lower() not in triggers and len(tokenizers[0].encode(word)) >= len(word)
     ]
     drawn = asked.prompt if asked.prompt != body.prompt else None
-    said = [{"start": one.start, "end": one.end, "message": one.sentence} for one in remarks]
-    return {**found, "choice": drawn, "lint": said, "unknown": unknown}
+    entries = [{"start": one.start, "end": one.end, "message": one.sentence} for one in remarks]
+    return {**found, "choice": drawn, "lint": entries, "unknown": unknown}
 
 
 @lru_cache(maxsize=8)

@@ -104,7 +104,7 @@ COUNTS = (
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips the initialization of parameters, which takes more than a third of the time of building a network."""
+    """Skip the initialization of parameters, which takes more than a third of the time to build a network."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the tensor that a function of `torch.nn.init` is given; call any other function."""
