@@ -21,6 +21,7 @@ import torch
 from live_bytes import live_bytes
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from short_form import short_form
 from torch import nn
 
 import mezzotint
@@ -103,10 +104,10 @@ def learned(folder: Path) -> dict[str, Any]:
     return {"embeddings": (str(folder / "fruit.safetensors"),), "prompt": "fruit on a blue background"}
 
 
-REQUESTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "text": lambda _: {},
+REQUESTS: dict[str, Callable[[Path], dict[str, Any]]] = {  # "text" alone draws its pictures in two batches
+    "text": lambda _: {"count": 3},
     "no guidance": lambda _: {"guidance_scale": 1.0},
-    "hires": lambda _: {"hires": 2.0, "count": 1},
+    "hires": lambda _: {"hires": 2.0},
     "seamless": lambda _: {"seamless": "x"},
     "inpainting": scene,
     "textual inversion": learned,
@@ -118,7 +119,7 @@ REQUESTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 def drawn(sd1: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Request, Any]]:
     """Each request and what is drawn where nothing moves."""
     folder = tmp_path_factory.mktemp("scene")
-    requests = {name: LEMON.replace(**fields(folder)) for name, fields in REQUESTS.items()}
+    requests = {name: LEMON.replace(**({"count": 1} | fields(folder))) for name, fields in REQUESTS.items()}
     return {name: (request, sd1.generate(request)) for name, request in requests.items()}
 
 
@@ -135,8 +136,7 @@ def test_what_is_exact_draws_the_same(
         assert count_onloaded(pipe) == 0, name
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("weights", MOVING)
+@pytest.mark.parametrize(("weights", "dtype"), short_form(MOVING, ["bfloat16", "float16"]))
 def test_in_16_bits_too(weights: str, dtype: str, sd1_folder: Path) -> None:
     expected, result = load(sd1_folder, dtype).generate(LEMON), load(sd1_folder, dtype, weights=weights).generate(LEMON)
     assert abs(pixels(result.images) - pixels(expected.images)).max() <= 2.0
@@ -232,8 +232,11 @@ def test_the_few_step_form(weights: str, sd1_folder: Path, sd1: Pipeline, tmp_pa
     assert count_onloaded(pipe) == 0
 
 
-@pytest.mark.parametrize("placement", [{"weights": "offload"}, {"weights": "stream"}, {"storage": "int8"}], ids=str)
-@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize(
+    ("part", "placement"),
+    short_form(["text_encoder", "unet", "vae"], [{"weights": "offload"}, {"weights": "stream"}, {"storage": "int8"}]),
+    ids=str,
+)
 def test_what_overflows_runs_again_in_float32(part: str, placement: dict[str, Any], sd1_folder: Path) -> None:
     pipe = load(sd1_folder, "float16", **placement)
     network = {"text_encoder": pipe.text_encoders[0], "unet": pipe.unet, "vae": pipe.vae.decoder}[part]
@@ -252,7 +255,14 @@ def test_what_overflows_runs_again_in_float32(part: str, placement: dict[str, An
     assert count_onloaded(pipe) == 0
 
 
-@pytest.mark.parametrize("placement", [*EXACT, {"attention": "sliced:1KiB"}], ids=str)
+@pytest.mark.parametrize(
+    "placement",
+    [
+        *(pytest.param(each, marks=pytest.mark.slow if len(each) > 1 else ()) for each in EXACT),  # slow: two at once
+        {"attention": "sliced:1KiB"},
+    ],
+    ids=str,
+)
 def test_where_words_were_looked_at(placement: dict[str, Any], sd1_folder: Path, sd1: Pipeline) -> None:
     request = LEMON.replace(prompt="a lemon AND blue", guidance_scale=3.0, count=1)
     expected, found = explain(sd1, request), explain(load(sd1_folder, **placement), request)
@@ -278,7 +288,9 @@ def test_two_threads_draw_one_after_another(weights: str, sd1_folder: Path, sd1:
     pipe = load(sd1_folder, weights=weights)
     if weights == "resident":
         pipe = Pipeline(pipe.parts, budget=Roomy())  # type: ignore[arg-type]
-    requests = [LEMON.replace(prompt=words, seed=k) for k, words in enumerate(("a lemon", "blue", "a background"))]
+    requests = [
+        LEMON.replace(prompt=words, seed=k, count=1) for k, words in enumerate(("a lemon", "blue", "a background"))
+    ]
     expected = [sd1.generate(request).latents for request in requests]
     found: dict[int, torch.Tensor] = {}
     order: list[int] = []
