@@ -166,7 +166,7 @@ AFTER: dict[str, dict[str, Any]] = {
 
 
 def request_of(case: str) -> dict[str, Any]:
-    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "width": 72, "height": 104, "steps": 10}
+    usual = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "width": 40, "height": 56, "steps": 10}
     usual |= {"guidance_scale": 6.0, "seed": 7, "count": 1, "refiner_at": 0.8}
     no_negative = AFTER[case].get("negative_prompt", "") is None
     found = {name: value for name, value in (usual | AFTER[case]).items() if value is not None}
@@ -223,10 +223,10 @@ def test_a_t2i_adapter_acts_before_the_refiner(pairs: dict[str, Pair], refiner: 
     """As their adapter's pipeline with denoising_end; the refiner's plan has nothing of it, nor of an IP-Adapter."""
     net = adapter("full", **KINDS["xl"])
     net.save_pretrained(tmp_path / "net")
-    request = request_of("euler") | {"width": 80, "height": 112, "count": 1, "steps": 5}
-    control = [{"file": tmp_path / "net", "image": photograph(80, 112), "scale": 0.8}]
+    request = request_of("euler") | {"width": 48, "height": 64, "count": 1, "steps": 5}
+    control = [{"file": tmp_path / "net", "image": photograph(48, 64), "scale": 0.8}]
     mine = mine_after(pairs["sdxl"], refiner, request, control=control)
-    options = {"image": photograph(80, 112), "adapter_conditioning_scale": 0.8}
+    options = {"image": photograph(48, 64), "adapter_conditioning_scale": 0.8}
     with torch.no_grad():
         same(mine, theirs_after(pairs["sdxl"], refiner, request, net, **options))
     different(mine, mine_after(pairs["sdxl"], refiner, request))

@@ -149,7 +149,8 @@ def test_pictures(pair: Pair) -> None:
 def test_pictures_from_pictures(pair: Pair, mask: Image.Image | None) -> None:
     """Nothing is drawn for an encoded picture, so the run's noise is the generator's first; euler_a draws on."""
     kind = INPAINT[pair.ours.parts.family] if mask else test_img2img.IMG2IMG[pair.ours.parts.family]
-    request = test_img2img.fields(sampler="euler_a", **{"mask": mask, "width": 72, "height": 104} if mask else {})
+    width, height = test_img2img.SIZE
+    request = test_img2img.fields(sampler="euler_a", **{"mask": mask, "width": width, "height": height} if mask else {})
     drawn, other = ours(pair, request), test_img2img.theirs(pair, kind, request)
     if mask is None:
         same(drawn, other)
