@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pictures import Pair, apart, build, fields, ours, theirs
+from pictures import Pair, apart, fields, ours, theirs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -32,11 +32,6 @@ BLOCKS = {
     "up_blocks.0.attentions.0": "output_blocks.0.1",
     "up_blocks.0.attentions.1": "output_blocks.1.1",
 }
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    return build(tmp_path_factory.mktemp("families"))
 
 
 def factors(pair: Pair) -> Factors:

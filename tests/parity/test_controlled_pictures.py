@@ -7,6 +7,7 @@ prints how far apart they are, in every case with every family.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,23 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+@cache
+def saved(family: str, seed: int, folder: Path) -> ControlNetModel:
+    """Write a network to a folder, and return it as diffusers reads it from there."""
+    network(family, seed=seed).save_pretrained(folder)
+    return ControlNetModel.from_pretrained(folder)
+
+
 def both(pair: Pair, family: str, case: str, place: Path) -> tuple[Drawn, Drawn]:
     """The picture of a case, ours and theirs."""
     entries, changes = CASES[case]
     request = pictures.fields(guidance_scale=6.0) | changes
     xl, kind = family == "sdxl", pictures.kind_of(request)
     request = pictures.unsized(request) if kind == "picture" else request
-    for k in range(len(entries)):
-        network(family, seed=10 + k).save_pretrained(place / str(k))
+    loaded = [saved(family, 10 + k, place / str(k)) for k in range(len(entries))]
     control = [{"file": place / str(k), **entry} for k, entry in enumerate(entries)]
     mine = pictures.ours(pair, request | {"control": control})
 
-    loaded = [ControlNetModel.from_pretrained(place / str(k)) for k in range(len(entries))]
     many = len(loaded) > 1
     components = {**pair.theirs.components, "controlnet": MultiControlNetModel(loaded) if many else loaded[0]}
     pipe = PIPELINES[xl, kind](**components, **({} if xl else {"requires_safety_checker": False}))
@@ -120,9 +126,14 @@ TESTED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("networks")
+
+
 @pytest.mark.parametrize(("family", "case"), TESTED)
-def test_pictures_are_those_of_diffusers(pairs: dict[str, Pair], family: str, case: str, tmp_path: Path) -> None:
-    mine, expected = both(pairs[family], family, case, tmp_path)
+def test_pictures_are_those_of_diffusers(pairs: dict[str, Pair], family: str, case: str, files: Path) -> None:
+    mine, expected = both(pairs[family], family, case, files / family)
     same(mine, expected)
     plain = pictures.ours(pairs[family], pictures.fields(guidance_scale=6.0) | CASES[case][1])
     different(mine, plain)

@@ -61,7 +61,7 @@ def test_a_picture_without_guidance(pairs: dict[str, Pair], sampler: str, family
     same(ours(pairs[family], request), theirs(pairs[family], request))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl"))])
 def test_any_two_samplers_draw_different_pictures(pairs: dict[str, Pair], family: str) -> None:
     """Or the test above would show nothing. So do two seeds, two prompts, and no guidance.
 
