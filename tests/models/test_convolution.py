@@ -22,7 +22,7 @@ OPTIONS = [
 def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Return x, weight and bias of random numbers; x requires a gradient."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 5, 4, generator=generator, dtype=dtype).requires_grad_()
+    x = torch.randn(1, 4, 3, 4, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(2, 4, 3, 3, generator=generator, dtype=dtype)
     return x, weight, torch.randn(2, generator=generator, dtype=dtype)
 
