@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from short_form import short_form
 from torch import Tensor
 
 import mezzotint
@@ -85,15 +86,15 @@ def test_a_batch_changes_nothing_and_a_stream_ends_in_the_picture(sd1: Pipeline,
     assert sd1.resolve(first.request) == first.request
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SOLVERS if name in mezzotint.samplers.names.NAMES and name != "dpm_adaptive"]
-)
-def test_every_solver_starts_from_a_picture_and_keeps_a_mask(sd1: Pipeline, name: str) -> None:
+NAMED = [name for name in SOLVERS if name in mezzotint.samplers.names.NAMES and name != "dpm_adaptive"]
+
+
+@pytest.mark.parametrize(("name", "strength"), short_form(NAMED, [MASKED.strength, 1.0]))
+def test_every_solver_starts_from_a_picture_and_keeps_a_mask(sd1: Pipeline, name: str, strength: float) -> None:
     inside = np.asarray(blot()) > 0
-    for request in (MASKED, MASKED.replace(strength=1.0)):
-        image = sd1.generate(request.replace(sampler=name)).images[0]
-        assert np.array_equal(levels(image)[~inside], levels(photograph())[~inside])
-        assert (levels(image)[inside] != levels(photograph())[inside]).mean() > 0.5
+    image = sd1.generate(MASKED.replace(sampler=name, strength=strength)).images[0]
+    assert np.array_equal(levels(image)[~inside], levels(photograph())[~inside])
+    assert (levels(image)[inside] != levels(photograph())[inside]).mean() > 0.5
 
 
 # ---- the blend -------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_the_same_model_after_itself_changes_nothing(
     base: mezzotint.Pipeline, place: Path, fields: dict[str, Any]
 ) -> None:
     """Noise, masks, guidance, prompts and, by A1111's names, the solver's memory: bit for bit."""
-    asked = request(place, "base", **fields)
+    asked = request(place, "base", **{"steps": 4} | fields)
     steps: list[tuple[int, int]] = []
     result = base.generate(asked, on_step=lambda *counts: steps.append(counts))
     plain = base.generate(asked.replace(refiner=None, refiner_at=None))
