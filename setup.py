@@ -18,7 +18,7 @@ LIBRARY = Extension(
     depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "pool", "product", "simd")],
     define_macros=[("SOURCES", f'"{hashlib.sha256(SOURCES).hexdigest()}"')],  # see kernels/__init__.py
     extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread"],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-lm"],
     optional=True,  # without a compiler there are no kernels, and torch does everything
 )
 

@@ -177,13 +177,50 @@ def test_what_it_does_not_take_is_torchs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not kernel.is_supported(q, k, v, None, False)
 
 
-def test_gradients_and_autocast_are_torchs() -> None:
+@pytest.mark.parametrize("queries, keys, dim", [(1, 1, 1), (7, 3, 5), (130, 200, 40), (40, 77, 192)])
+def test_gradients_are_those_of_the_formula(queries: int, keys: int, dim: int) -> None:
+    inputs = example(2, 3, queries, keys, dim)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    exact_leaves = [x.double().requires_grad_() for x in inputs]
+    out, expected = attention(*leaves), exact(*exact_leaves)
+    assert torch.equal(out, kernel.attend(*inputs))
+    by_output = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(out, leaves, by_output)
+    terms = dim + max(queries, keys)
+    for x, y in zip(gradients, torch.autograd.grad(expected, exact_leaves, by_output.double()), strict=True):
+        assert (x - y).abs().max() <= 8 * EPSILON * terms**0.5 * max(y.abs().max(), by_output.abs().max())
+
+
+def test_the_logarithms_of_the_sums() -> None:
+    q, k, v = example(2, 3, 130, 200, 40)
+    scores = q.double() @ k.double().transpose(-2, -1) / math.sqrt(40)
+    out, logsumexp = kernel.attend_and_sum(q, k, v)
+    assert torch.equal(out, kernel.attend(q, k, v))
+    assert (logsumexp - scores.logsumexp(-1)).abs().max() <= EPSILON * 240**0.5 * scores.abs().max()
+
+
+def test_one_input_alone_may_need_a_gradient() -> None:
+    q, k, v = example(1, 2, 20, 30, 16)
+    v.requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(q, k, v).sum(), [v])
+    shares = (q.double() @ k.double().transpose(-2, -1) / 4).softmax(-1).sum(2)  # (B, heads, Tk)
+    assert (gradient - shares[..., None]).abs().max() <= 4 * EPSILON * 46**0.5 * shares.max()
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, v), kernel.attend(q, k, v))
+
+
+def test_a_gradient_of_a_gradient_is_refused_as_torch_refuses_it() -> None:
+    inputs = [x.detach().requires_grad_() for x in example(1, 2, 20, 30, 16)]
+    for compute in (attention, F.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError, match="not implemented"):
+            gradients = torch.autograd.grad(compute(*inputs).pow(2).sum(), inputs, create_graph=True)
+            torch.autograd.grad(gradients[0].sum(), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batched attention
+def test_autocast_and_vmap_are_torchs() -> None:
     q, k, v = example(2, 2, 20, 20, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype
-    v.requires_grad_()
-    out = attention(q, k, v)
-    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
-    assert out.requires_grad
-    with torch.no_grad():
-        assert torch.equal(attention(q, k, v), kernel.attend(q, k, v))
+    both = torch.func.vmap(attention)(*(x[:, None] for x in (q, k, v)))[:, 0]
+    assert (both - exact(q, k, v)).abs().max() <= 4 * EPSILON * 60**0.5

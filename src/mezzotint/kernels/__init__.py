@@ -113,6 +113,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.convolve3x3.argtypes, library.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int] * 2, None
     library.linear.argtypes, library.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 3, None
     library.linear_scratch.argtypes, library.linear_scratch.restype = [ctypes.c_int] * 2, size
-    library.attend.argtypes, library.attend.restype = [pointer] * 6 + [size] * 5 + [ctypes.c_int], None
+    library.attend.argtypes, library.attend.restype = [pointer] * 7 + [size] * 5 + [ctypes.c_int], None
     library.attend_scratch.argtypes, library.attend_scratch.restype = [size] * 4 + [ctypes.c_int], size
     library.convolve3x3_scratch.argtypes, library.convolve3x3_scratch.restype = [size, ctypes.c_int], size

@@ -7,6 +7,7 @@
 // keys alone, not on how the queries are distributed over panels, units and threads.
 
 #include <float.h>
+#include <math.h>
 #include <string.h>
 
 #include "exponential.h"
@@ -24,11 +25,11 @@ typedef struct {
 
 typedef struct {
     Operand q, k, v;
-    float *out, *scratch;
+    float *out, *logsumexp, *scratch;
     index heads, queries, keys, dim;
     index block;          // keys of a block
     index panels, parts;  // panels of a unit, and units of a head
-    float factor;         // log2(e) / sqrt(dim)
+    float scale, factor;  // 1 / sqrt(dim), and log2(e) times that
 } Job;
 
 INLINE index least(index a, index b) { return a < b ? a : b; }
@@ -171,6 +172,10 @@ static void attend_unit(void *given, ptrdiff_t unit, int thread)
     }
     for (index p = 0; p < panels; p++)
         unpack_outputs(dim, out + p * panel, sums + p * COLUMNS, count - p * COLUMNS, to + p * COLUMNS * out_row, out_row);
+    if (job->logsumexp) {
+        float *sum = job->logsumexp + (batch * job->heads + head) * job->queries + first;
+        for (index i = 0; i < count; i++) sum[i] = maxima[i] * job->scale + logf(sums[i]);
+    }
 }
 
 // Split the queries of each of `heads` heads into units; return the panels of a unit.
@@ -190,17 +195,20 @@ ptrdiff_t attend_scratch(ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t queries, pt
 
 // Compute out (batch, queries, heads, dim), contiguous, from q (batch, heads, queries, dim) and k and v (batch, heads,
 // keys, dim) of any strides but the last. strides[operand][axis] are those of q, k and v for batch, head and row. All sizes
-// are positive. scratch has room for attend_scratch(batch, heads, queries, dim, threads).
-void attend(const float *q, const float *k, const float *v, float *out, float *scratch, const ptrdiff_t strides[3][3],
-            ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t dim, int threads)
+// are positive. scratch has room for attend_scratch(batch, heads, queries, dim, threads). logsumexp (batch, heads, queries), or
+// NULL: the logarithm of the sum of the exponentials of each query's scores, which a backward pass needs.
+void attend(const float *q, const float *k, const float *v, float *out, float *logsumexp, float *scratch,
+            const ptrdiff_t strides[3][3], ptrdiff_t batch, ptrdiff_t heads, ptrdiff_t queries, ptrdiff_t keys,
+            ptrdiff_t dim, int threads)
 {
     Job job = {.q = {q, strides[0][0], strides[0][1], strides[0][2]},
                .k = {k, strides[1][0], strides[1][1], strides[1][2]},
                .v = {v, strides[2][0], strides[2][1], strides[2][2]},
-               .out = out, .scratch = scratch, .heads = heads, .queries = queries, .keys = keys, .dim = dim};
+               .out = out, .logsumexp = logsumexp, .scratch = scratch, .heads = heads, .queries = queries, .keys = keys, .dim = dim};
     index blocks = (keys + KEYS - 1) / KEYS;
     job.block = (keys + blocks - 1) / blocks;  // of about equal size
-    job.factor = (float)(1.4426950408889634 / __builtin_sqrt((double)dim));
+    job.scale = (float)(1 / sqrt((double)dim));
+    job.factor = (float)(1.4426950408889634 / sqrt((double)dim));
     job.panels = panels_of_unit(batch * heads, queries, threads);
     job.parts = ((queries + COLUMNS - 1) / COLUMNS + job.panels - 1) / job.panels;
     parallel(attend_unit, &job, batch * heads * job.parts, threads);

@@ -43,6 +43,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, heads, Tq, d), as a view of a contiguous (B, Tq, heads, d).
     """
+    return _attend(q, k, v, None)
+
+
+def attend_and_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `attend` and what its backward pass needs.
+
+    Returns:
+        The output of `attend`, and (B, heads, Tq): the logarithm of the sum over the keys of exp(q kᵀ / sqrt(d)).
+    """
+    logsumexp = torch.empty(q.shape[:3])
+    return _attend(q, k, v, logsumexp), logsumexp
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor | None) -> Tensor:
     kernels = library()
     assert kernels is not None
     batch, heads, queries, dim = q.shape
@@ -50,6 +64,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty(batch, queries, heads, dim)
     scratch = torch.empty(kernels.attend_scratch(batch, heads, queries, dim, threads))
     strides = (ctypes.c_ssize_t * 9)(*(stride for x in (q, k, v) for stride in x.stride()[:3]))
-    pointers = (tensor.data_ptr() for tensor in (q, k, v, out, scratch))
+    pointers = (None if x is None else x.data_ptr() for x in (q, k, v, out, logsumexp, scratch))
     kernels.attend(*pointers, strides, batch, heads, queries, k.shape[2], dim, threads)
     return out.transpose(1, 2)

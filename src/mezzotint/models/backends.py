@@ -1,15 +1,15 @@
-"""The ways to compute attention, behind the one function of attention.py: torch's own, three packages', and slices.
+"""The implementations of attention.
 
-| name | what it is | exact |
+| name | implementation | exact |
 |---|---|---|
-| sdpa | torch's fused attention, which holds no table of scores where it has a kernel | yes |
-| math | softmax(q kᵀ) v as it is written, the table of scores whole: for comparison | yes |
-| sliced | the same over a few heads and queries at a time, so many that their scores fit a number of bytes | yes |
-| xformers, flash | the memory-efficient kernels of xformers and of flash-attn; CUDA | yes |
+| sdpa | torch's scaled_dot_product_attention | yes |
+| math | softmax(q kᵀ) v with all scores in memory, for comparison | yes |
+| sliced | the same for a few heads and queries at a time, whose scores fit into a number of bytes | yes |
+| xformers, flash | the memory-efficient kernels of xformers and flash-attn; CUDA | yes |
 | sage | SageAttention: queries and keys in int8; CUDA | no |
-| auto | our own kernel in float32 on a CPU, xformers where it supports the call, otherwise sdpa; never raises | yes |
+| auto | our own kernel in float32 on the CPU, xformers where it supports the call, otherwise sdpa; never raises | yes |
 
-What a package cannot do (a mask, a device, a dtype, a head size) sdpa does instead, with one line in the log a reason.
+Where a package does not support a mask, device, dtype or head size, sdpa is used, and each reason is logged once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mezzotint.errors import MissingExtraError, RequestError
 from mezzotint.kernels import attention as kernel
+from mezzotint.kernels import is_eager
 from mezzotint.placement import DEFAULT_SLICE_BYTES, parse_size
 
 log = logging.getLogger("mezzotint")
@@ -45,10 +46,16 @@ class Backend:
 
     @classmethod
     def of(cls, text: str, size: int | str | None = None) -> Backend:
-        """From "sdpa", "sliced" or "sliced:64MiB"; `size` is the bytes otherwise.
+        """Parse a backend.
 
-        Raises RequestError for what is no backend, BudgetError for what is no size, MissingExtraError for a package
-        that is not there or does not work.
+        Args:
+            text: Its name, also with the memory for the scores, as in "sliced:64MiB".
+            size: That memory, if it is not in the text.
+
+        Raises:
+            RequestError: If there is no such backend, or it takes no size.
+            BudgetError: If the size is not one.
+            MissingExtraError: If the package is not installed or does not work.
         """
         name, _, written = text.partition(":")
         if name not in NAMES or (size is not None and written):
@@ -67,10 +74,36 @@ class Backend:
             return plain(q, k, v, mask, is_causal)
         if self.name == "auto" and kernel.is_supported(q, k, v, mask, is_causal):
             return kernel.attend(q, k, v)
+        if self.name == "auto" and _is_trainable(q, k, v, mask, is_causal):
+            y: Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
+            return y
         package = "xformers" if self.name == "auto" else self.name
         if package in PACKAGES and (self.name != "auto" or _is_installed(package)):
             return _foreign(package, q, k, v, mask, is_causal, asked=self.name != "auto")
         return sdpa(q, k, v, mask, is_causal)
+
+
+def _is_trainable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Tell whether `_Attention` can be used, where gradients are wanted."""
+    if not torch.is_grad_enabled() or not is_eager(q, k, v):
+        return False
+    return kernel.is_supported(q.detach(), k.detach(), v.detach(), mask, is_causal)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention with our own kernel in the forward pass and torch's fused kernel in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, logsumexp = kernel.attend_and_sum(q, k, v)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients: tuple[Tensor, Tensor, Tensor] = backward(gradient, *ctx.saved_tensors, 0.0, False)
+        return gradients
 
 
 # ---- torch's, and the plain formula ----------------------------------------------------------------------------------
@@ -82,7 +115,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """softmax(q kᵀ / sqrt(d) + mask) v in so many words, in the dtype of q: two tables of B x heads x Tq x Tk."""
+    """Compute softmax(q kᵀ / sqrt(d) + mask) v in the dtype of q, with two tensors (B, heads, Tq, Tk) in memory."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, Tq, Tk)
     if mask is not None:
         scores = scores + mask
@@ -100,10 +133,10 @@ def sliced(
     is_causal: bool = False,
     size: int = DEFAULT_SLICE_BYTES,
 ) -> Tensor:
-    """`plain`, exactly, in float32 at least, a slice of heads and queries at a time.
+    """Compute `plain`, at least in float32, for a slice of the heads and queries at a time.
 
-    The scores of one slice are one table of at most `size` bytes, but of one query's Tk scores at least. Where
-    gradients flow, each slice is computed again in the backward pass, and its three tables share `size`.
+    The scores of a slice take at most `size` bytes, or those of a single query if they take more. With gradients, each
+    slice is recomputed in the backward pass, and its three tensors of scores share `size`.
     """
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -113,7 +146,7 @@ def sliced(
         mask = mask.expand(batch, heads, queries, keys)
 
     def part(b: int, h: int, i: int, table: Tensor | None = None) -> Tensor:
-        """Of picture b, heads from h, queries from i: (several, rows, d)."""
+        """Return the slice of picture b that begins at head h and query i, (several, rows, d)."""
         some, these = slice(h, h + several), slice(i, i + rows)
         bias = None if mask is None else mask[b, some, these].to(dtype)
         a, c, d = (x.to(dtype) for x in (q[b, some, these], k[b, some], v[b, some]))
@@ -140,20 +173,20 @@ def sliced(
 
 
 def slice_shape(heads: int, queries: int, keys: int, itemsize: int, size: int) -> tuple[int, int]:
-    """(heads, queries) of a slice whose scores take at most `size` bytes: whole heads, or some queries of one."""
+    """Return (heads, queries) of a slice whose scores take at most `size` bytes: whole heads, or queries of one."""
     row = keys * itemsize
     several = min(heads, size // (queries * row))
     return (several, queries) if several else (1, min(queries, max(1, size // row)))
 
 
 def _slice(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """q, scaled, (n, rows, d); k, v (n, Tk, d) -> (n, rows, d)."""
+    """Compute attention from scaled queries (n, rows, d) to k and v (n, Tk, d)."""
     scores = q @ k.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 
 
 def _in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
-    """`_slice` with the scores and the shares one after another in `table`, which no gradient needs."""
+    """Compute `_slice` without gradients, with scores and probabilities in the memory of `table`."""
     shape = (*q.shape[:2], k.shape[1])
     scores = torch.bmm(q, k.transpose(-2, -1), out=table[: q.shape[0] * q.shape[1] * k.shape[1]].view(shape))
     if bias is not None:
@@ -162,7 +195,7 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, table: Tenso
 
 
 def _after(first: int, rows: int, k: Tensor) -> Tensor:
-    """Which keys come after each query, for queries from `first`: (rows, Tk) boolean."""
+    """Return whether each key comes after each query, for queries from `first`: boolean, (rows, Tk)."""
     return torch.ones(rows, k.shape[2], dtype=torch.bool, device=k.device).triu(first + 1)
 
 
@@ -196,7 +229,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Package:
-    """What is imported, what installs it, which calls it takes, and the call."""
+    """A package that computes attention: how to import, install and call it, and the inputs that it supports."""
 
     module: str
     install: str
@@ -293,7 +326,7 @@ def _version(name: str) -> str:
 
 
 def available() -> Iterator[tuple[str, str]]:
-    """Yield each backend, and "available" or why it is not; a package is imported only where there is a GPU for it."""
+    """Yield each backend with "available" or the reason why it is not. Packages are imported only if there is a GPU."""
     for name in NAMES:
         if name not in PACKAGES:
             yield name, "available"
