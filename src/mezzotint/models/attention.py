@@ -1,11 +1,10 @@
-"""The one attention function. Every network calls it; the ways to compute it (backends.py) are behind the same name.
+"""The attention function that every network calls. backends.py has the implementations to choose from.
 
     with mezzotint.attention.backend("sliced", bytes="32MiB"):
         pipe("a lemon")
 
-Beside it, whoever watches: inside `recording(recorder)` each cross-attention of a UNet hands its queries and keys to
-the recorder before it runs. The recorder travels in a context variable, so it is this thread's and this run's alone;
-without one that is all it costs, a look at the variable. What is drawn never changes.
+Inside `recording(recorder)`, each cross-attention of a UNet passes its queries and keys to the recorder before it runs.
+The output does not change. Backend, recorder and perturbation are context variables: they affect only this thread.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Recorder = Callable[[Any, Tensor, Tensor], None]  # (the Attention, q (B, heads,
 
 
 class Perturbation(NamedTuple):
-    """Self-attentions that let the last `rows` of a batch pass as they are: each token attends to itself alone."""
+    """Self-attentions that are the identity for the last `rows` of a batch: each token attends only to itself."""
 
     layers: Container[Any]
     rows: int
@@ -39,9 +38,15 @@ _AUTO = Backend()
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Compute softmax(q kᵀ / sqrt(d) + mask) v (Vaswani et al. 2017, eq. 1).
 
-    q: (B, heads, Tq, d); k, v: (B, heads, Tk, d); mask: additive, broadcastable to (B, heads, Tq, Tk).
-    `is_causal`: no query sees a later key; not together with a mask. Each query must see a key. Returns
-    (B, heads, Tq, d).
+    Args:
+        q: Queries, (B, heads, Tq, d).
+        k: Keys, (B, heads, Tk, d).
+        v: Values, (B, heads, Tk, d).
+        mask: Additive, broadcastable to (B, heads, Tq, Tk). It must not mask all keys of a query.
+        is_causal: Whether query i attends only to keys 0 to i. It excludes a mask.
+
+    Returns:
+        (B, heads, Tq, d).
     """
     return (_chosen.get() or _AUTO)(q, k, v, mask, is_causal)
 

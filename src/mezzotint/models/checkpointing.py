@@ -1,11 +1,11 @@
-"""Gradient checkpointing: the activations of some blocks are not kept for the backward pass, but computed again in it.
+"""Gradient checkpointing: the activations of some blocks are not saved for the backward pass, but recomputed in it.
 
     with checkpointing(unet), checkpointing(text_encoder, every=2):
         loss = ...
         loss.backward()
 
-A block then keeps only its inputs, so a training step needs the memory of those and of one block, and the time of one
-more forward pass of the blocks chosen. Gradients are the same bits: dropout draws the same numbers again.
+Only the inputs of these blocks are saved, so a training step needs memory for them and the activations of one block,
+and time for one more forward pass of the blocks. Gradients are the same bits: dropout repeats its random numbers.
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 """
 
@@ -63,11 +63,17 @@ def checkpointed(network: nn.Module, blocks: str | Sequence[str] = "all", every:
 def checkpointing(network: nn.Module, blocks: str | Sequence[str] = "all", every: int = 1) -> Iterator[None]:
     """Checkpoint blocks of a UNet or text encoder, by itself or wrapped (peft, DDP), inside the block.
 
-    `blocks`: "all" residual blocks, transformer blocks and encoder layers; "resnets", "transformers", "layers" those of
-    one kind; "attentions" or "feedforwards" only these parts of the transformer blocks; a part of the network by name
-    ("up_blocks", "down_blocks.0") the blocks in it; or several of these: kinds within places. `every`: each n-th of
-    them. The backward pass may run after the context. Calls without gradients are as before.
-    Raises RequestError where the network has no such blocks, or they already are.
+    The backward pass may run after the context. Calls without gradients do not change.
+
+    Args:
+        network: The network.
+        blocks: "all" residual blocks, transformer blocks and encoder layers; "resnets", "transformers" or "layers" for
+            those of one kind; "attentions" or "feedforwards" for these parts of the transformer blocks; the name of a
+            part of the network ("up_blocks", "down_blocks.0") for the blocks in it; or several of these.
+        every: Checkpoint only every n-th of them.
+
+    Raises:
+        RequestError: If the network has no such blocks, or they are checkpointed already.
     """
     chosen = checkpointed(network, blocks, every)
     for name, module in chosen.items():

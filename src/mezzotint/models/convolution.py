@@ -1,8 +1,7 @@
 """The convolution of every network, with optional circular padding, so that pictures tile seamlessly.
 
-Inside `seamless("x")`, or "y" or "xy", what lies beyond a side in that direction is what lies at the opposite one. The
-direction travels in a context variable, so it is this thread's and this run's alone; without one all that it costs is
-a look at the variable.
+Inside `seamless("x")`, or "y" or "xy", convolutions pad with values from the opposite side in these directions. The
+directions are a context variable, so they affect only the current thread.
 """
 
 from __future__ import annotations

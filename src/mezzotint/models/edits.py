@@ -1,7 +1,7 @@
-"""What a user has done to a network: hooks, other modules in it, edited weights.
+"""Detect what a user has changed in a network: hooks, replaced modules, edited weights.
 
-A fast path computes what a layer would, without calling it, or keeps what was computed from weights. It is taken only
-where nobody can tell: where the layer has no hook and is of its own class, and the weights are those of before.
+Fast paths compute a layer's output without calling it, or cache what was computed from weights. They are taken only if
+that makes no difference: if the layer has no hook and its original class, and the weights have not changed.
 """
 
 from __future__ import annotations

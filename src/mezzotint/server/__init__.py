@@ -1,4 +1,4 @@
-"""The server: a queue that loses nothing, its API, two dialects of other programs, and a page.
+"""The server: a durable queue, its own API, the APIs of AUTOMATIC1111 and OpenAI, and a page.
 
 app = create_app(Settings(data=Path("pictures")))   # an ASGI application
 serve(Settings(data=Path("pictures")))              # listen until SIGTERM or Ctrl-C

@@ -60,7 +60,7 @@ Core = Annotated[Service, Depends(service)]
 
 @router.post("/jobs", status_code=202, openapi_extra=body_schema(Submission))
 async def submit(request: Request, core: Core) -> JSONResponse:
-    """Queue a request, or several: all of them or none. They are on the disk when the reply is sent."""
+    """Queue one or several requests, all or none. They are on the disk before the reply is sent."""
     body = await read_json(request, Submission)
     if (body.request is None) == (body.requests is None):
         raise InvalidError("either request or requests must be given", "request")
@@ -79,7 +79,7 @@ def jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[float | None, Query(ge=0, allow_inf_nan=False)] = None,
 ) -> JSONResponse:
-    """List jobs: those that wait in the order in which they will run, others the newest first."""
+    """List jobs: queued ones in the order in which they will run, others newest first."""
     return JSONResponse({"jobs": [job.to_dict() for job in core.store.jobs(state, limit=limit, before=before)]})
 
 
@@ -91,13 +91,13 @@ def job(core: Core, id: Id) -> JSONResponse:
 
 @router.delete("/jobs/{id}")
 def cancel(core: Core, id: Id) -> JSONResponse:
-    """Cancel a job: at once if it waits, after its current step if it runs. One that has ended stays as it is."""
+    """Cancel a queued job immediately, or a running one after its current step. A finished job does not change."""
     return JSONResponse(core.cancel(id).to_dict())
 
 
 @router.post("/jobs/{id}/move", openapi_extra=body_schema(Move))
 async def move(request: Request, core: Core, id: Id) -> JSONResponse:
-    """Move a job that waits."""
+    """Move a queued job."""
     body = await read_json(request, Move)
     await run_in_threadpool(core.move, id, body.before)
     return JSONResponse(await run_in_threadpool(core.queue))
@@ -105,7 +105,7 @@ async def move(request: Request, core: Core, id: Id) -> JSONResponse:
 
 @router.get("/queue")
 def queue(core: Core) -> JSONResponse:
-    """Return the state of the queue: the order of what waits, and what runs."""
+    """Return the state of the queue: the order of the queued jobs, and the running ones."""
     return JSONResponse(core.queue())
 
 
@@ -118,14 +118,14 @@ def pause(core: Core) -> JSONResponse:
 
 @router.post("/queue/resume")
 def resume(core: Core) -> JSONResponse:
-    """Go on with the queue."""
+    """Resume the queue."""
     core.pause(False)
     return JSONResponse(core.queue())
 
 
 @router.get("/events", response_class=StreamingResponse)
 async def events(core: Core, last_event_id: Annotated[str, Header()] = "") -> StreamingResponse:
-    """Stream what happens as server-sent events: queue, job, step, preview and picture."""
+    """Stream server-sent events: queue, job, step, preview and picture."""
     if len(core.events) >= core.settings.limits.streams:
         raise UnavailableError(f"{core.settings.limits.streams} streams of events are open already", retry_after=10)
 
@@ -147,7 +147,7 @@ async def events(core: Core, last_event_id: Annotated[str, Header()] = "") -> St
 
 
 def facts(core: Service) -> dict[str, Any]:
-    """Return what the page shows of the server itself."""
+    """Return facts about the server, for the page."""
     from mezzotint import __version__
 
     limits = vars(core.settings.limits)

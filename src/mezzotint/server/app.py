@@ -1,4 +1,4 @@
-"""The application: the routes of all dialects over one service, behind one middleware, and the process around it."""
+"""The application: the routes of all APIs, behind one middleware, and the process that serves them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _on_bug(request: Request, error: Any) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which goes on answering, and refuses new work, until the running picture is finished."""
+    """uvicorn's server, which on SIGTERM refuses new work and keeps answering until the running picture is finished."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)

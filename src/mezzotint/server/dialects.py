@@ -1,4 +1,4 @@
-"""What the two dialects of other programs share: bodies that are read as those programs read them, and failed jobs."""
+"""Shared by the APIs of the two other programs: lenient parsing of bodies, and the errors of failed jobs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ Given = Annotated[str, Field(min_length=1)] | Annotated[bytes, Field(min_length=
 
 @dataclass(frozen=True)
 class EntryKind:
-    """How the server takes one kind of entry.
+    """A kind of entry in the body of a job.
 
     Attributes:
         body: The entry in a body.

@@ -1,4 +1,4 @@
-"""Events: what happens in the queue, published by any thread and read by any number of connections."""
+"""Events of the queue, published by any thread and read by any number of connections."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ Wanted = Callable[[Event], bool]
 
 
 class Subscription(AsyncIterator[Event | None]):
-    """What one reader has still to read: an iterator over the events since it was made.
+    """The unread events of one reader: an iterator over the events since it was made.
 
-    It ends when the events are closed, or when its reader was too slow; None means that nothing happened for a while.
+    It ends when the events are closed or the reader is too slow; it yields None if nothing happens for a while.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Routes for those who watch over the server: whether it lives, whether it takes work, and numbers."""
+"""Routes for monitoring: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 async def healthz() -> JSONResponse:
-    """Say that the process answers."""
+    """Return 200 as long as the process answers."""
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/readyz")
 def readyz(core: Core) -> Response:
-    """Say whether new work is taken: 503 while the server stops, its disk is full or a worker has ended."""
+    """Return 200 if new jobs are accepted, or 503 while the server stops, its disk is full or a worker has died."""
     if core.stopping or core.waits_for_disk or not core.alive:
         reason = "the server is stopping" if core.stopping else core.waits_for_disk or "a worker has ended"
         return error_reply(reason, 503, type="server_error", code="unavailable", headers={"Retry-After": "10"})
@@ -29,6 +29,6 @@ def readyz(core: Core) -> Response:
 
 @router.get("/metrics")
 def metrics(core: Core) -> Response:
-    """Return numbers in Prometheus' format."""
+    """Return metrics in Prometheus' format."""
     data, kind = render(core)
     return Response(data, media_type=kind)

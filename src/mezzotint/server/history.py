@@ -1,4 +1,4 @@
-"""The history: the pictures of the store, their ratings and tags, and what is deleted to keep a bound."""
+"""The history: the pictures of the store with ratings and tags, and the limit on their size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, read from the service when they are asked for."""
+"""Metrics for Prometheus, read from the service when they are scraped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mezzotint.server.service import Service
 
 
 class _Collector:
-    """Yields the numbers of a service."""
+    """Collects the metrics of a service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -39,7 +39,7 @@ class _Collector:
 
 
 def render(service: Service) -> tuple[bytes, str]:
-    """Return the numbers as text, and its media type."""
+    """Return the metrics as text, and its media type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(service))
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""The guard of every route: pure ASGI, so that it sees each byte of a body before anything is done with it.
+"""The guard of every route: pure ASGI middleware, which sees each byte of a body before the application does.
 
 In this order: a request id; the Host and the Origin, against allow-lists; the token; the size of the body, counted
 while it arrives. The headers of replies say that no browser may guess their type, frame them or run what is in them.
@@ -93,7 +93,7 @@ class Guard:
         await self._pass_on(scope, receive, guarded_send, headers)
 
     def _refuse(self, scope: Scope, headers: Headers, origin: str) -> Response | None:
-        """Return the reply to a request that may not pass, or None."""
+        """Return the reply that refuses a request, or None if it is allowed."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._knows_host(hosts[0]):
             return error_reply("this Host is not served; --allow-host adds a name", 421, code="unknown_host")

@@ -51,7 +51,7 @@ class LoadedModel:
 
 
 class Models:
-    """Lists names, and keeps models loaded, the least recently used of which is let go when memory is short.
+    """Lists names, and keeps models loaded; the least recently used one is unloaded when memory is short.
 
     Args:
         settings: The settings of the server.
@@ -194,7 +194,7 @@ class Models:
         return found
 
     def unload(self, key: tuple[str, str | None] | None = None) -> None:
-        """Let a model go, or all of them."""
+        """Unload a model, or all of them."""
         with self._lock:
             for each in [key] if key else list(self._loaded):
                 self._loaded.pop(each, None)

@@ -1,4 +1,4 @@
-"""What is wrong with a body, in the style of Request: which field, what it is, what it must be."""
+"""Error messages about a body, in the style of Request: the field, its value, and what it must be."""
 
 from __future__ import annotations
 

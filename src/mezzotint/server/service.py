@@ -1,4 +1,4 @@
-"""The service: what every dialect does with the queue, whatever its routes and bodies look like."""
+"""The service: the operations of the queue, which all APIs share."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Service:
 
     @property
     def notice(self) -> str | None:
-        """What a person should know of the options."""
+        """A remark for the user on the options."""
         chosen = self.store.option("model")
         if chosen is None or chosen in self.models.paths:
             return None
@@ -208,12 +208,12 @@ class Service:
         return job
 
     def move(self, id: str, before: str) -> None:
-        """Move a job that waits before another one, or "first" or "last"."""
+        """Move a queued job before another one, or to "first" or "last"."""
         self.store.move(id, None if before in ("first", "last") else before, last=before == "last")
         self._publish_queue()
 
     def pause(self, paused: bool) -> None:
-        """Pause the queue after the running jobs, or go on."""
+        """Pause the queue after the running jobs, or resume it."""
         for worker in self.workers:
             worker.pause(paused)
         self._publish_queue()
@@ -233,7 +233,7 @@ class Service:
 
     @property
     def running(self) -> list[Progress]:
-        """What is being drawn now, by the devices in their order."""
+        """The progress of each running job, in the order of the devices."""
         return [found for worker in self.workers if (found := worker.progress)]
 
     @property
@@ -291,7 +291,7 @@ class Service:
         return [self.store.get(id) for id in ids]
 
     def forget(self, ids: Sequence[str]) -> None:
-        """Delete what a stateless server has of a call that has been answered, or whose client has gone away."""
+        """Delete the jobs of a stateless server's call that was answered or whose client disconnected."""
         if not self.settings.stateless:
             return
         for job in self._get_all(ids):
@@ -303,7 +303,7 @@ class Service:
         self.history.forget_uploads(time.time() - FORGET)
 
     def check_accepting(self) -> None:
-        """Check that the server takes new work. Raises UnavailableError."""
+        """Check that the server accepts new jobs. Raises UnavailableError."""
         if self.stopping:
             raise UnavailableError("the server is stopping", retry_after=10)
         if self.folder.free() < SPARE_DISK:

@@ -1,7 +1,7 @@
 """The store: jobs, pictures, uploads and options in an SQLite database.
 
-What is accepted is committed and on the disk (WAL, synchronous=FULL) before the caller hears of it. Each change of
-state is one transaction. Calls that submit at the same time share one, so that many clients share one flush.
+Accepted jobs are committed and on the disk (WAL, synchronous=FULL) before `submit` returns. Each change of state is one
+transaction. Concurrent submissions share one, so that many clients share one flush.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Store:
     def jobs(
         self, state: str | None = None, *, limit: int = 100, before: float | None = None, newest: bool = True
     ) -> list[Job]:
-        """Return jobs: those that wait in the order in which they will run, others the newest first.
+        """Return jobs: queued ones in the order in which they will run, others newest first.
 
         Args:
             state: Their state, or None for all.
@@ -295,7 +295,7 @@ class Store:
         return {state: found.get(state, 0) for state in STATES}
 
     def order(self) -> list[str]:
-        """Return the ids of the jobs that wait, in the order in which they will run."""
+        """Return the ids of the queued jobs in the order in which they will run."""
         rows = self.rows("SELECT id FROM jobs WHERE state = 'queued' ORDER BY priority, position, number")
         return [row["id"] for row in rows]
 

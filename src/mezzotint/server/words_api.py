@@ -34,7 +34,7 @@ MONTH = 30 * 24 * 3600
 
 
 class Words(BaseModel):
-    """A prompt, and how it is read."""
+    """A prompt, and how to parse it."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a (lemon:1.3)"}]})
 
@@ -47,7 +47,7 @@ class Words(BaseModel):
 
 
 class Planned(BaseModel):
-    """A request whose memory is planned."""
+    """A request to plan the memory for."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"request": {"prompt": "", "width": 512, "height": 512}}]}
@@ -128,7 +128,7 @@ def schema() -> JSONResponse:
 
 @router.post("/tokens", openapi_extra=body_schema(Words))
 async def tokens(request: Request, core: Core) -> JSONResponse:
-    """Show how a prompt is read: tokens, weights and chunks, words that are unknown, and what may not be meant."""
+    """Return how a prompt is parsed: tokens, weights and chunks, unknown words, and likely mistakes."""
     body = await read_json(request, Words)
     return JSONResponse(await run_in_threadpool(_tokens, core, body))
 
@@ -172,7 +172,7 @@ def _tokenizers(model: str | None) -> Any:
 
 @router.post("/plan", openapi_extra=body_schema(Planned))
 async def plan(request: Request, core: Core) -> Response:
-    """Say what memory a request takes, and how it would be made to fit, without drawing it."""
+    """Predict the memory of a request, and the placement with which it fits the budget."""
     body = await read_json(request, Planned)
     given: BaseModel = body.request
     return await run_in_threadpool(_plan, core, given.model_dump(exclude_unset=True), body.model, body.vae)

@@ -1,4 +1,4 @@
-"""The worker of a device: a thread that takes the next job, draws it, writes each picture and then its row.
+"""The worker of a device: a thread that claims jobs, draws them, and writes each picture and then its row.
 
 A picture is in the store only when its file is on the disk. The name of a file follows from the job and the place, so
 that a job which starts again after a kill writes the same files. A full disk pauses the worker, which keeps the picture
@@ -46,7 +46,7 @@ class StopJob(BaseException):
 
 
 class Preview:
-    """Latents, and the picture of them when somebody looks: the worker does not wait for it."""
+    """Latents, converted to a picture when a client reads it; the worker does not wait for that."""
 
     def __init__(self, job: str, picture: Callable[[Tensor], Image], latents: Tensor) -> None:
         self._job, self._picture, self._latents = job, picture, latents
@@ -65,7 +65,7 @@ class Preview:
 
 @dataclass
 class Progress:
-    """What is being drawn.
+    """The progress of a running job or batch.
 
     Attributes:
         job: The id of the job, of several in a batch the first that is not cancelled.
@@ -147,16 +147,16 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start to draw."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name="mezzotint-worker", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Look for a job now."""
+        """Look for a job immediately."""
         self._wake.set()
 
     def pause(self, paused: bool) -> None:
-        """Pause before the next job, or go on."""
+        """Pause before the next job, or resume."""
         self.store.set_option("paused", paused)
         self.paused = paused
         self.wake()
@@ -371,7 +371,7 @@ class Worker:
     # ---- a picture again ---------------------------------------------------------------------------------------------
 
     def _verify(self, jobs: Sequence[Job]) -> None:
-        """Draw a picture again and compare the bits."""
+        """Generate a picture again and compare the pixels."""
         from mezzotint.again import judge, read_source, threads
 
         (job,) = jobs
@@ -407,7 +407,7 @@ class Worker:
     # ---- the disk ----------------------------------------------------------------------------------------------------
 
     def _has_room(self) -> bool:
-        """Return whether there is room to draw; say so if not."""
+        """Return whether the disk has room for a picture; publish it if not."""
         free = self.folder.free()
         if free >= SPARE_DISK:
             self._say_disk("")
@@ -419,7 +419,7 @@ class Worker:
         return False
 
     def _patiently(self, write: Callable[[], Any], size: int = 0) -> None:
-        """Write, and while the disk is full wait for room and write again."""
+        """Write, and retry while the disk is full."""
         while True:
             try:
                 write()
@@ -448,7 +448,7 @@ class Worker:
             self.events.publish("job", job.to_dict(), job.id)
 
     def _tell_end(self, ids: Sequence[str]) -> None:
-        """Publish that jobs do not run any more."""
+        """Publish that jobs are no longer running."""
         self.progress = None
         self._publish_jobs([self.store.get(id) for id in ids])
         self.tell_queue()

@@ -1,13 +1,13 @@
-"""AUTOMATIC1111's API, /sdapi/v1: what its clients send is drawn as that program draws it, through the one queue.
+"""AUTOMATIC1111's API, /sdapi/v1. Its clients' requests give that program's pictures, through the same queue.
 
-    body.py       the bodies of txt2img and img2img, and the requests that they mean
+    body.py       the bodies of txt2img and img2img, and their translation to requests
     controlnet.py the extension sd-webui-controlnet, /controlnet
     drawing.py    txt2img, img2img, progress, interrupt, skip
     options.py    the options: the default model, and defaults of later requests
-    listings.py   what there is: models, samplers, LoRAs, ...
-    pictures.py   png-info and the extras, which draw nothing
+    listings.py   lists of models, samplers, LoRAs, ...
+    pictures.py   png-info and the extras, which use no model
 
-Unknown keys are ignored, as that program does. What it knows and we do not is named in the reply's `info`.
+Unknown keys are ignored, as in that program. Its fields that are not supported here are listed in the reply's `info`.
 """
 
 from fastapi import APIRouter

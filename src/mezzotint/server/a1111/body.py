@@ -1,7 +1,7 @@
-"""The bodies of txt2img and img2img, and the requests that they mean.
+"""The bodies of txt2img and img2img, and their translation to requests.
 
-A body's settings are put into the infotext's vocabulary, whose meaning records/infotext.py defines: a picture drawn by
-such a body and one drawn from the text of that program's picture are the same.
+A body's settings are expressed in the terms of the infotext, which records/infotext.py translates. So a body and the
+infotext of that program's picture give the same picture.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _SCHEDULES = Spellings((name, name) for name in (AUTOMATIC, *A1111_SCHEDULES))
 
 
 class Text2Image(LooseBody):
-    """What to draw."""
+    """The body of txt2img."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -134,7 +134,7 @@ class Text2Image(LooseBody):
 
     @property
     def pictures(self) -> int:
-        """How many pictures one iteration draws."""
+        """Number of pictures of one iteration."""
         return self.batch_size
 
     def settings(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Text2Image(LooseBody):
 
 
 class Image2Image(Text2Image):
-    """What to draw, and the pictures to start from."""
+    """The body of img2img."""
 
     denoising_strength: float | None = 0.75
     init_images: list[str] = Field(default=[])
@@ -184,7 +184,7 @@ class Image2Image(Text2Image):
 
     @property
     def pictures(self) -> int:
-        """How many pictures one iteration draws: with several init images, one of each."""
+        """Number of pictures of one iteration; with several init images, one for each."""
         return len(self.init_images) if len(self.init_images) > 1 else self.batch_size
 
     def settings(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class Image2Image(Text2Image):
 
 @dataclass
 class Task:
-    """What a body means.
+    """The requests that a body asks for.
 
     Attributes:
         requests: The fields of a Request for each iteration.
@@ -230,7 +230,7 @@ class Task:
         seed: The seed of the first picture.
         subseed: Its variation seed.
         sampler: The name of the sampler, and the label of its schedule.
-        notes: What is not supported, a phrase each.
+        notes: A phrase for each setting that is not supported.
     """
 
     requests: list[dict[str, Any]]
@@ -244,7 +244,7 @@ class Task:
 def translate(
     body: Text2Image, options: Mapping[str, Any], *, loads_networks: bool, refiner: str | None = None
 ) -> Task:
-    """Return what a body means.
+    """Translate a body.
 
     Args:
         body: The body.

@@ -1,7 +1,7 @@
-"""The extension sd-webui-controlnet, as Forge has it too: its units of a body, and what there is for them.
+"""The extension sd-webui-controlnet, also built into Forge: the units of a body, and its routes.
 
-Of its preprocessors there is canny, which is arithmetic; the edges are found at the picture's own size. A unit whose
-module begins with "ip-adapter" is an IP-Adapter, whose encoder follows from its file and not from the module.
+Of its preprocessors, only canny is supported; edges are detected at the picture's own size. A unit whose module begins
+with "ip-adapter" is an IP-Adapter; its encoder is determined by its file, not by the module.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Unit(LooseBody):
 
 
 class DetectBody(LooseBody):
-    """Pictures, and what is to be made of them."""
+    """Pictures to preprocess."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -151,7 +151,7 @@ def is_ours(script: str) -> bool:
 
 
 def with_pictures(entries: Mapping[str, list[dict[str, Any]]], image: bytes | None) -> dict[str, list[dict[str, Any]]]:
-    """Return entries whose missing pictures are the one that the run starts from, as the extension has it.
+    """Return entries whose missing pictures are the one that the run starts from, as in the extension.
 
     A ControlNet for inpainting takes that picture by itself, with the masked part marked.
     """

@@ -1,7 +1,7 @@
-"""txt2img and img2img, and how far they are.
+"""txt2img, img2img, and their progress.
 
-A call is answered when its pictures are drawn. Each of its iterations (n_iter) is a job, so that one can be skipped and
-the others go on. `interrupt` cancels the call whose job runs; its reply holds the pictures that were finished by then.
+A call is answered when its pictures are finished. Each of its iterations (n_iter) is a job, so that one can be skipped
+while the others continue. `interrupt` cancels the call whose job is running; its reply has the finished pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ router = APIRouter(route_class=Route)
 
 @dataclass(eq=False)
 class Call:
-    """A call that waits for its pictures."""
+    """A call that is waiting for its pictures."""
 
     jobs: list[str]
     timestamp: str = field(default_factory=lambda: time.strftime("%Y%m%d%H%M%S"))
@@ -42,7 +42,7 @@ class Call:
 
 
 def calls(request: Request) -> list[Call]:
-    """Return the calls that wait, of this application."""
+    """Return the waiting calls of this application."""
     state = request.app.state
     if not hasattr(state, "a1111_calls"):
         state.a1111_calls = []
@@ -52,13 +52,13 @@ def calls(request: Request) -> list[Call]:
 
 @router.post("/txt2img", openapi_extra=body_schema(Text2Image))
 async def text_to_image(request: Request, core: Core) -> JSONResponse:
-    """Draw pictures of a prompt."""
+    """Generate pictures from a prompt."""
     return await _draw(request, core, await read_body(request, Text2Image))
 
 
 @router.post("/img2img", openapi_extra=body_schema(Image2Image))
 async def image_to_image(request: Request, core: Core) -> JSONResponse:
-    """Draw pictures of a prompt that start from others, or a part of them."""
+    """Generate pictures from a prompt and init images, or repaint a masked part of them."""
     return await _draw(request, core, await read_body(request, Image2Image))
 
 
@@ -172,7 +172,7 @@ def _version() -> str:
 
 @router.get("/progress")
 def progress(request: Request, core: Core, skip_current_image: bool = False) -> JSONResponse:
-    """Say how far the running call is; 0 and a job count of 0 mean that nothing runs or waits."""
+    """Return the progress of the running call; 0 with a job count of 0 means that the queue is empty."""
     found = _running_call(request, core)
     running, job = found[1:] if found else (core.progress, "")
     state = {
@@ -216,7 +216,7 @@ def progress(request: Request, core: Core, skip_current_image: bool = False) -> 
 
 @router.post("/interrupt")
 def interrupt(request: Request, core: Core) -> JSONResponse:
-    """Cancel the call whose job runs. Jobs that came by another API go on."""
+    """Cancel the running call. Jobs of other APIs continue."""
     found = _running_call(request, core)
     if found is not None:
         call, *_ = found
@@ -228,7 +228,7 @@ def interrupt(request: Request, core: Core) -> JSONResponse:
 
 @router.post("/skip")
 def skip(request: Request, core: Core) -> JSONResponse:
-    """Cancel the running iteration of a call; the next one follows."""
+    """Cancel the running iteration of a call and continue with the next one."""
     found = _running_call(request, core)
     if found is not None:
         call, _, job = found
@@ -238,7 +238,7 @@ def skip(request: Request, core: Core) -> JSONResponse:
 
 
 def _running_call(request: Request, core: Service) -> tuple[Call, Progress, str] | None:
-    """Return the first call whose job runs now, how far it is, and the job."""
+    """Return the first call whose job is running, its progress, and the job."""
     running = ((each, job) for each in core.running for job in each.jobs)
     waiting = calls(request)
     return next(((call, each, job) for each, job in running for call in waiting if job in call.jobs), None)

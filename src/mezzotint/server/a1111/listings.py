@@ -1,4 +1,4 @@
-"""What there is: models, samplers, schedules, LoRAs and so on. File names are listed names, never paths."""
+"""Lists of models, samplers, schedules, LoRAs and so on. File names are listed names, never paths."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The options: the model and the settings of later requests that do not give their own.
 
-Clients read the whole object and post it back, so what is unknown in it is ignored.
+Clients read all options and post them back, so unknown ones are ignored.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Changes(LooseBody):
 
 @router.post("/options", openapi_extra=body_schema(Changes))
 async def set_options(request: Request, core: Core) -> JSONResponse:
-    """Set options for later requests; what is queued already keeps its own."""
+    """Set options for later requests; queued jobs keep theirs."""
     body = await read_body(request, Changes)
     await run_in_threadpool(_set, core, body.model_extra or {})
     return JSONResponse(None)

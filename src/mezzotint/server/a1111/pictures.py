@@ -1,4 +1,4 @@
-"""png-info, and the extras: pictures enlarged without a network."""
+"""png-info, and the extras: enlarge pictures without a model."""
 
 from __future__ import annotations
 

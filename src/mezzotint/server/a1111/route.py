@@ -1,4 +1,4 @@
-"""Errors in the form that clients of AUTOMATIC1111 know."""
+"""Errors in the form of AUTOMATIC1111's API."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""OpenAI's images API, /v1: its clients' requests are drawn by our models, through the one queue.
+"""OpenAI's images API, /v1. Its clients' requests are drawn by our models, through the same queue.
 
-    body.py     the bodies of generations and edits, and the requests that they mean
+    body.py     the bodies of generations and edits, and their translation to requests
     images.py   generations, edits, streams of partial images, links to pictures
     models.py   the list of models
 

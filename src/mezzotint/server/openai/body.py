@@ -1,4 +1,4 @@
-"""The bodies of generations and edits, and the requests that they mean.
+"""The bodies of generations and edits, and their translation to requests.
 
 Besides that API's fields there are those that other servers of its kind take: negative_prompt, seed, steps (also as
 num_inference_steps, or step), guidance_scale and, for edits, strength.
@@ -24,7 +24,7 @@ NAMES = {"width": "size", "height": "size", "count": "n"}
 
 
 class Generation(LooseBody):
-    """What to draw."""
+    """The body of a generation."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "a lemon on a blue background", "size": "512x512"}]},
@@ -66,7 +66,7 @@ class Generation(LooseBody):
 
 
 class Edit(Generation):
-    """What to draw in place of a picture, or of a part of it."""
+    """The body of an edit."""
 
     strength: float | None = None
 

@@ -1,6 +1,6 @@
 """Generations and edits: whole replies, streams of partial images, and links to pictures.
 
-A stream whose reader goes away cancels its job: nobody would get the picture.
+If the reader of a stream disconnects, the job is cancelled.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class Link:
 
 @router.post("/images/generations", openapi_extra=body_schema(Generation))
 async def generate(request: Request, core: Core) -> Response:
-    """Draw pictures of a prompt."""
+    """Generate pictures from a prompt."""
     body = await read_body(request, Generation)
     return await _answer(request, core, body, body.fields(), "image_generation")
 
 
 @router.post("/images/edits", openapi_extra=FORM)
 async def edit(request: Request, core: Core) -> Response:
-    """Draw a picture anew, or its part where the mask is transparent."""
+    """Repaint a picture, or the part of it where the mask is transparent."""
     if media_type(request) != "multipart/form-data":
         raise UnsupportedError("the body must be a form, with the Content-Type multipart/form-data")
     async with open_form(request, files=20, fields=100) as form:
@@ -128,7 +128,7 @@ def _submit(core: Service, body: Generation, fields: Mapping[str, Any]) -> Job:
 
 
 def _facts(body: Generation, job: Job) -> dict[str, Any]:
-    """Return what a reply and each event say of the pictures."""
+    """Return the facts about the pictures that a reply and each event contain."""
     first = job.pictures[0] if job.pictures else None
     size = f"{first.width}x{first.height}" if first else body.size
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": body.output_format}
