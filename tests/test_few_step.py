@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +296,15 @@ def test_the_unet_with_adapters_of_peft_is_the_merged_one(folder: Path) -> None:
         ours = merge_copy(pipe.unet, lora)(sample, 500.0, Condition(context))
         theirs = peer(sample, 500, context).sample
     assert error(ours, theirs) < 1e-4
+
+
+def test_a_lora_imports_no_compiler() -> None:
+    """torch._dynamo and sympy take seconds and 130 MB."""
+    script = """
+import sys
+import mezzotint
+mezzotint.load(device="cpu").generate(mezzotint.Request("a lemon", sampler="lcm", steps=1))
+found = {"torch._dynamo", "sympy"} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from copy import deepcopy
 
@@ -258,3 +259,30 @@ def test_decomposed_is_pefts(layer: nn.Module) -> None:
             net(own), {"unet.0": [(LayerChange(Decomposed(LowRank(down, up), magnitude.flatten())), 1.0)]}
         ):
             torch.testing.assert_close(own(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+SHAPES = [(8,), (8, 6), (8, 6, 1, 1), (8, 6, 3, 3), (6, 8)]
+DOWNS = [(4,), (4, 6), (4, 6, 1, 1), (4, 6, 3, 3), (4, 54), (3, 6), (4, 6, 9)]
+UPS = [(8,), (8, 4), (8, 4, 1, 1), (8, 4, 2, 2), (8, 3), (6, 4)]
+MIDS = [None, (4, 4, 3, 3), (4, 4, 1, 1), (4, 3, 3, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("mid", MIDS)
+def test_a_low_rank_change_fits_where_its_product_has_the_shape(mid: tuple[int, ...] | None) -> None:
+    fitting = 0
+    for down, up, shape in itertools.product(DOWNS, UPS, SHAPES):
+        change = LowRank(torch.ones(down), torch.ones(up), None if mid is None else torch.ones(mid))
+        rest = change.down.shape[1:]
+        try:
+            expected = Change.fits(change, shape)  # by the product
+            # LoRA's down and up are a convolution of the layer's size and one of 1x1
+            expected &= mid is not None or rest in (shape[1:], (*shape[1:], 1, 1)) or (*rest, 1, 1) == shape[1:]
+        except (RuntimeError, IndexError, ValueError):
+            expected = False
+        try:
+            found = change.fits(shape)
+        except IndexError:  # refused, as `find_mismatch` reads it
+            found = False
+        assert found == expected, (down, up, shape)
+        fitting += found
+    assert fitting or mid in ((4, 3, 3, 3), (4, 4))

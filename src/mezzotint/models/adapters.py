@@ -59,9 +59,7 @@ class Change:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the change is one for a weight of this shape. Its tensors may be on the meta device."""
-        made = tuple(self.product().shape)
-        flat = (shape[0], math.prod(shape[1:]))
-        return made in (shape, flat, (*shape, 1, 1)) or (*made, 1, 1) == shape
+        return _is_shape_of(tuple(self.product().shape), shape)
 
     def at(self, scale: float) -> tuple[Change, float]:
         """Return the change to apply at a scale, and the factor to apply it with."""
@@ -71,6 +69,12 @@ class Change:
         """Return the change on a device, without a copy if it is there already. `dtype` is that of the layer there."""
         moved = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]  # dataclasses
         return type(self)(**{n: v.to(device) if isinstance(v, Tensor | Change) else v for n, v in moved.items()})
+
+
+def _is_shape_of(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Return whether a change of this shape has the elements of a weight of that shape, in the same order."""
+    flat = (weight[0], math.prod(weight[1:]))
+    return change in (weight, flat, (*weight, 1, 1)) or (*change, 1, 1) == weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +109,15 @@ class LowRank(Change):
         return F.conv2d(_layer(layer, *inner).mul_(self.factor), up)  # (B, outputs, h, w)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
+        # from the shapes alone: a product on the meta device imports torch's compiler, which takes seconds and 130 MB
+        outputs, rank = self.up.flatten(1).shape
+        inner, inputs = self.down.flatten(1).shape
+        if self.mid is not None:
+            ranks = self.mid.ndim == 4 and self.mid.shape[:2] == (rank, inner)
+            return ranks and _is_shape_of((outputs, inputs, *self.mid.shape[2:]), shape)
         rest = tuple(self.down.shape[1:])
-        whole = self.mid is not None or rest == shape[1:] or (*rest, 1, 1) == shape[1:] or rest == (*shape[1:], 1, 1)
-        return whole and super().fits(shape)
+        whole = rest == shape[1:] or (*rest, 1, 1) == shape[1:] or rest == (*shape[1:], 1, 1)
+        return rank == inner and whole and _is_shape_of((outputs, *rest), shape)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LowRank:
         down, up, mid = (t if t is None else t.to(device, dtype) for t in (self.down, self.up, self.mid))
