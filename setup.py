@@ -14,8 +14,8 @@ FOLDER = "src/mezzotint/kernels"
 SOURCES = b"".join(path.read_bytes() for path in sorted(pathlib.Path(FOLDER).glob("*.[ch]")))
 LIBRARY = Extension(
     "mezzotint.kernels.float32",
-    [f"{FOLDER}/{name}.c" for name in ("attention", "convolution", "linear", "pool")],
-    depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "pool", "product", "simd")],
+    [f"{FOLDER}/{name}.c" for name in ("attention", "convolution", "linear", "parallel")],
+    depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "parallel", "product", "simd")],
     define_macros=[("SOURCES", f'"{hashlib.sha256(SOURCES).hexdigest()}"')],  # see kernels/__init__.py
     extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread"],
     extra_link_args=["-pthread", "-lm"],

@@ -299,7 +299,7 @@ def test_the_unet_with_adapters_of_peft_is_the_merged_one(folder: Path) -> None:
 
 
 def test_a_lora_imports_no_compiler() -> None:
-    """torch._dynamo and sympy take seconds and 130 MB."""
+    """torch._dynamo and sympy take 2 s and 70 MB."""
     script = """
 import sys
 import mezzotint

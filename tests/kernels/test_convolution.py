@@ -174,7 +174,7 @@ def _in_a_fork(queue: multiprocessing.Queue[list[float]]) -> None:
     queue.put(kernel.convolve(x, weight, bias, (1, 1)).flatten().tolist())
 
 
-def test_a_fork_starts_threads_of_its_own() -> None:
+def test_a_fork_does_not_wait_for_threads_that_it_lacks() -> None:
     before = torch.get_num_threads()
     x, weight, bias = example()
     try:

@@ -93,7 +93,9 @@ def _load() -> ctypes.CDLL | str:
     try:
         found = ctypes.CDLL(str(LIBRARY))
         _declare(found)
-    except (OSError, AttributeError) as error:  # one that was compiled for another C library
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        found.use_openmp(ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p))
+    except (OSError, AttributeError) as error:  # one for another C library, or torch without OpenMP
         return f"{LIBRARY.name} cannot be loaded ({error})"
     if found.sources().decode() != _hash_sources():  # its functions may take other arguments
         return f"{LIBRARY.name} was compiled from other sources; install mezzotint again"
@@ -109,6 +111,7 @@ def _hash_sources() -> str:
 def _declare(library: ctypes.CDLL) -> None:
     """Declare the types of the functions' arguments and results."""
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+    library.use_openmp.argtypes, library.use_openmp.restype = [pointer], None
     library.sources.argtypes, library.sources.restype = [], ctypes.c_char_p
     library.convolve3x3.argtypes, library.convolve3x3.restype = [pointer] * 5 + [size] * 7 + [ctypes.c_int] * 2, None
     library.linear.argtypes, library.linear.restype = [pointer] * 5 + [size] * 4 + [ctypes.c_int] * 3, None

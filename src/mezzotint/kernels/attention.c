@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "exponential.h"
-#include "pool.h"
+#include "parallel.h"
 #include "product.h"
 
 #define KEYS 96          // of a block, at most

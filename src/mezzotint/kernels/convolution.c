@@ -8,7 +8,7 @@
 
 #include <stdlib.h>
 
-#include "pool.h"
+#include "parallel.h"
 #include "product.h"
 
 #define ELEMENTS 36

@@ -5,7 +5,7 @@
 // sums are added over the blocks in order of depth, so that y depends neither on the number of threads nor of rows.
 
 #include "exponential.h"
-#include "pool.h"
+#include "parallel.h"
 #include "product.h"
 
 #define DEPTH 384          // columns of w that are multiplied at a time, at most
