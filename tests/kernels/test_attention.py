@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_formula(queries: int, keys: int, dim: int) -
 def test_the_logarithms_of_the_sums() -> None:
     q, k, v = example(2, 3, 130, 200, 40)
     scores = q.double() @ k.double().transpose(-2, -1) / math.sqrt(40)
-    out, logsumexp = kernel.attend_and_sum(q, k, v)
+    out, logsumexp = kernel.attend_with_logsumexp(q, k, v)
     assert torch.equal(out, kernel.attend(q, k, v))
     assert (logsumexp - scores.logsumexp(-1)).abs().max() <= EPSILON * 240**0.5 * scores.abs().max()
 

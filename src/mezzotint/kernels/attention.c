@@ -204,7 +204,8 @@ void attend(const float *q, const float *k, const float *v, float *out, float *l
     Job job = {.q = {q, strides[0][0], strides[0][1], strides[0][2]},
                .k = {k, strides[1][0], strides[1][1], strides[1][2]},
                .v = {v, strides[2][0], strides[2][1], strides[2][2]},
-               .out = out, .logsumexp = logsumexp, .scratch = scratch, .heads = heads, .queries = queries, .keys = keys, .dim = dim};
+               .out = out, .logsumexp = logsumexp, .scratch = scratch,
+               .heads = heads, .queries = queries, .keys = keys, .dim = dim};
     index blocks = (keys + KEYS - 1) / KEYS;
     job.block = (keys + blocks - 1) / blocks;  // of about equal size
     job.scale = (float)(1 / sqrt((double)dim));

@@ -46,11 +46,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend(q, k, v, None)
 
 
-def attend_and_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `attend` and what its backward pass needs.
+def attend_with_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `attend`, and the logsumexp of each query's scores, which the backward pass needs.
 
     Returns:
-        The output of `attend`, and (B, heads, Tq): the logarithm of the sum over the keys of exp(q kᵀ / sqrt(d)).
+        The output of `attend`, and the logarithm of the sum of exp(q kᵀ / sqrt(d)) over the keys, (B, heads, Tq).
     """
     logsumexp = torch.empty(q.shape[:3])
     return _attend(q, k, v, logsumexp), logsumexp

@@ -95,7 +95,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, logsumexp = kernel.attend_and_sum(q, k, v)
+        out, logsumexp = kernel.attend_with_logsumexp(q, k, v)
         ctx.save_for_backward(q, k, v, out, logsumexp)
         return out
 
