@@ -453,10 +453,17 @@ MUTATIONS = [
     ),
     Mutation(
         "models/adapters.py",
-        "made in (shape, flat, (*shape, 1, 1))",
-        "made in (shape, (*shape, 1, 1))",
+        "change in (weight, flat, (*weight, 1, 1))",
+        "change in (weight, (*weight, 1, 1))",
         "tests/weights/test_lycoris.py",
         "lycoris_own",
+    ),
+    Mutation(
+        "models/adapters.py",
+        "return rank == inner and whole and",
+        "return whole and",
+        "tests/models/test_adapters.py",
+        "fits_where",
     ),
     Mutation(
         "weights/model_files.py",
