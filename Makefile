@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed  ## draw a picture with the bundled model
 	$(BIN)/mezzotint generate "a lemon on a blue background" --seed 7 --out demo.png
 
-test: .venv/installed-all  ## the tests (about eight minutes on two cores)
+test: .venv/installed-all  ## the tests (eight to ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/installed-all build/schemathesis/bin/schemathesis  ## the long tests; Ray, 150 MB, is installed for them alone
