@@ -12,19 +12,30 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "src/mezzotint/kernels"
 SOURCES = b"".join(path.read_bytes() for path in sorted(pathlib.Path(FOLDER).glob("*.[ch]")))
-LIBRARY = Extension(
-    "mezzotint.kernels.float32",
-    [f"{FOLDER}/{name}.c" for name in ("attention", "convolution", "linear", "parallel")],
-    depends=[f"{FOLDER}/{name}.h" for name in ("exponential", "parallel", "product", "simd")],
-    define_macros=[("SOURCES", f'"{hashlib.sha256(SOURCES).hexdigest()}"')],  # see kernels/__init__.py
-    extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread"],
-    extra_link_args=["-pthread", "-lm"],
-    optional=True,  # without a compiler there are no kernels, and torch does everything
-)
+AVX512 = [f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "bf16")]
+
+
+def library(name: str, sources: list[str], flags: list[str]) -> Extension:
+    """Return the recipe of a library of kernels."""
+    return Extension(
+        f"mezzotint.kernels.{name}",
+        [f"{FOLDER}/{source}.c" for source in sources],
+        depends=[f"{FOLDER}/{header}.h" for header in ("exponential", "parallel", "product", "simd")],
+        define_macros=[("SOURCES", f'"{hashlib.sha256(SOURCES).hexdigest()}"')],  # see kernels/__init__.py
+        extra_compile_args=["-O3", "-g0", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-pthread", *flags],
+        extra_link_args=["-pthread", "-lm"],
+        optional=True,  # without a compiler there are no kernels, and torch does everything
+    )
+
+
+LIBRARIES = [
+    library("float32", ["attention", "convolution", "linear", "parallel"], []),
+    library("bfloat16", ["attention", "parallel"], ["-DBFLOAT16", *AVX512]),
+]
 
 
 class BuildLibrary(build_ext):
-    """Build a plain shared library, which knows nothing of Python."""
+    """Build plain shared libraries, which know nothing of Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Name the file without the version of Python."""
@@ -52,4 +63,4 @@ class Wheel(bdist_wheel):
 
 
 x86 = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
-setup(ext_modules=[LIBRARY] if x86 else [], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})
+setup(ext_modules=LIBRARIES if x86 else [], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

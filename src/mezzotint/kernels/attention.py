@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mezzotint.kernels import can_take, library, products
+from mezzotint.kernels import can_take, library_bfloat16, products
 
 LARGEST_HEAD = 192  # with larger heads torch's attention is as fast, and more accurate
 LEAST_WORK = 2**20  # multiply-accumulates of each product: with fewer, the call itself takes as long
@@ -24,16 +24,17 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal
         and k.shape == v.shape == (batch, heads, k.shape[2], dim)
         and dim <= LARGEST_HEAD
         and q.numel() * k.shape[2] >= max(LEAST_WORK, 1)
-        and can_take(*inputs)
-        and products() is not None
+        and can_take(*inputs, dtype=q.dtype)
+        and _library(q.dtype) is not None
     )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q kᵀ / sqrt(d)) v, where `is_supported` says so.
 
-    The result differs from `torch.nn.functional.scaled_dot_product_attention` by the rounding of float32. It depends
-    neither on the number of threads nor on the other pictures of the batch.
+    The result differs from `torch.nn.functional.scaled_dot_product_attention` by the rounding of float32; in bfloat16
+    scores and sums are in float32, exponentials and the result are rounded. It depends neither on the number of threads
+    nor on the other pictures of the batch.
 
     Args:
         q: (B, heads, Tq, d).
@@ -57,13 +58,19 @@ def attend_with_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor | None) -> Tensor:
-    kernels = library()
+    kernels = _library(q.dtype)
     assert kernels is not None
     batch, heads, queries, dim = q.shape
     threads = torch.get_num_threads()
-    out = torch.empty(batch, queries, heads, dim)
+    out = torch.empty(batch, queries, heads, dim, dtype=q.dtype)
     scratch = torch.empty(kernels.attend_scratch(batch, heads, queries, dim, threads))
     strides = (ctypes.c_ssize_t * 9)(*(stride for x in (q, k, v) for stride in x.stride()[:3]))
     pointers = (None if x is None else x.data_ptr() for x in (q, k, v, out, logsumexp, scratch))
     kernels.attend(*pointers, strides, batch, heads, queries, k.shape[2], dim, threads)
     return out.transpose(1, 2)
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    if dtype == torch.float32:
+        return products()
+    return library_bfloat16() if dtype == torch.bfloat16 else None

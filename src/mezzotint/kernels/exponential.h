@@ -5,12 +5,9 @@
 
 #include "simd.h"
 
-INLINE vec maximum(vec a, vec b) { return (vec)__builtin_ia32_maxps256(a, b); }  // b if one of them is NaN
-
 // Return 2^(factor x) for x <= 0, with a relative error below 2e-7; 0 where factor x < -126.5; NaN for NaN.
 INLINE vec exponential(vec x, float factor)
 {
-    typedef unsigned bits __attribute__((vector_size(4 * LANES)));
     const float magic = 0x1.8p23f + 127;  // the last bits of magic + y are 127 + y, rounded: a float's exponent
     x = maximum(repeat(-127 / factor), x);
     vec sum = factor * x + magic, f = factor * x - (sum - magic);

@@ -1,11 +1,11 @@
-// Matrix products in float32 of the sizes that fit the processor's nearest caches.
+// Matrix products with sums in float32, of sizes that fit the processor's nearest caches; a factor's elements are words.
 
 #ifndef PRODUCT_H
 #define PRODUCT_H
 
 #include "simd.h"
 
-#define ROWS 6                // ROWS x 2 vectors of sums and what they need fill the 16 registers
+#define ROWS (LANES == 8 ? 6 : 12)  // ROWS x 2 vectors of sums and what they need fill the 16 or 32 registers
 #define COLUMNS (2 * LANES)
 #define LINE 16               // floats of a cache line
 
@@ -18,8 +18,8 @@ INLINE void sum_products(const int rows, index depth, const float *a, index a_ro
         vec b0 = load(b), b1 = load(b + LANES);
         UNROLL for (int i = 0; i < rows; i++) {
             vec x = repeat(a[i * a_row]);
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
+            sum[i][0] = multiply_add(x, b0, sum[i][0]);
+            sum[i][1] = multiply_add(x, b1, sum[i][1]);
         }
     }
 }

@@ -121,7 +121,7 @@ class LoadedModel:
             "refiner": plan.refiner.digests if plan.refiner else {},
             "merged": self.adapters.merged_digests(),
             "edited": self.edited(),
-            "kernels": kernels.INSTRUCTIONS if self.device.type == "cpu" and kernels.library() else "",
+            "kernels": kernels.instructions(self.dtype) if self.device.type == "cpu" else "",
             "solver": samplers.origin(plan.sampler.solver),
             "options": parts.options.values(),
             **parts.given_hashes,
