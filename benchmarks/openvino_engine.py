@@ -145,9 +145,10 @@ class Engine:
             outputs.append(list(self.run[part](ids).values()))
         if len(encoders) == 1:
             return outputs[0]
-        context = np.concatenate([hidden for hidden, _ in outputs], axis=2)
+        context, pooled = np.concatenate([hidden for hidden, _ in outputs], axis=2), outputs[1][1].copy()
+        context[0] = pooled[0] = 0  # what SDXL takes for no prompt
         time_ids = np.array([[size, size, 0, 0, size, size]] * 2, np.float32)
-        return [context, outputs[1][1], time_ids]
+        return [context, pooled, time_ids]
 
     def denoise(self, noise: Array, condition: list[Array], steps: int, guidance: float) -> Iterator[Array]:
         """Yield the latents after each step, (1, C, h, w)."""

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import mezzotint
 from mezzotint.models.tokenizer import Tokenizer
-from pictures import FAMILIES, NEGATIVE, PROMPT, Pair, apart, different, fields, ours, pixels, same, save, theirs
+from pictures import FAMILIES, NEGATIVE, PROMPT, Pair, apart, different, fields, load, ours, pixels, same, save, theirs
 from table import NAMES
 from test_single_file import Model
 
@@ -194,6 +194,19 @@ def test_no_negative_prompt_is_zeros_in_sdxl_and_an_empty_one_is_not(pairs: dict
     empty = ours(pairs["sdxl"], request)
     same(empty, theirs(pairs["sdxl"], request))
     different(empty, ours(pairs["sdxl"], fields(negative_prompt=None)))
+
+
+def test_an_index_that_does_not_name_zeros_has_diffusers_default(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """A missing negative prompt is zeros in SDXL."""
+    folder = Path(pairs["sdxl"].theirs.config._name_or_path)
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index.pop("force_zeros_for_empty_prompt") is True
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    pair, request = load(tmp_path, "sdxl"), fields(negative_prompt=None)
+    same(ours(pair, request), theirs(pair, request))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

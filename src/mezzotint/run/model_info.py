@@ -74,6 +74,7 @@ class ModelInfo:
     @classmethod
     def of(cls, facts: ModelFacts, unet: UNetConfig, vae: VAEConfig, device_type: str) -> ModelInfo:
         """Collect the facts of a model, loaded or not."""
+        has_zeros = facts.model_index.get("force_zeros_for_empty_prompt", facts.family == "sdxl")  # diffusers' default
         return cls(
             family=facts.family,
             native_size=(unet.sample_size or 64) * vae.downscale,
@@ -85,7 +86,7 @@ class ModelInfo:
             latent_channels=vae.latent_channels,
             downscale=vae.downscale,
             force_upcast=vae.force_upcast,
-            empty_prompt=None if facts.model_index.get("force_zeros_for_empty_prompt") else "",
+            empty_prompt=None if has_zeros else "",
             few_step=facts.few_step,
             device_type=device_type,
             notices=tuple(facts.notices),

@@ -79,6 +79,7 @@ def plan_file(
         plan.model_index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     if refines:
         plan.model_index = {"_class_name": "StableDiffusionXLImg2ImgPipeline", AESTHETIC: True}
+        plan.model_index["force_zeros_for_empty_prompt"] = False  # as in the published folder
     found: dict[str, tuple[dict[str, Any], Sources, list[str]]] = {}
     for name, kind in kinds.items():
         try:
