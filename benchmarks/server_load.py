@@ -14,15 +14,33 @@ import argparse
 import http.client
 import json
 import os
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from server_overhead import server
+
+@contextmanager
+def server(data: Path, *options: str) -> Iterator[tuple[int, int]]:
+    """Run a server; yield its port and its process id."""
+    command = [sys.executable, "-m", "mezzotint", "serve", "--port", "0", "--data", str(data), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        url = re.search(r"http://[^:]+:(\d+)/", process.stdout.readline())
+        assert url
+        yield int(url[1]), process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def call(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None) -> tuple[Any, float]:

@@ -2,29 +2,32 @@
 
     python benchmarks/server_overhead.py [--repeats 30] [--sampler lcm] [--steps 4] [--data FOLDER]
 
-A server of the bundled model, in a process of its own, answers on loopback; this process calls `generate` with the
-same requests. The two take turns, and what the server adds is the median of the differences of neighbours. A request by
-our own API is submitted, the event of its end awaited, and the file fetched. Nothing is subtracted: `generate` returns
-pixels, and what the server adds includes the PNG file, whose encoding is told too, and the flushes. The processor's
-time of either process is told too: other programs hardly change it; and so are its page faults. This process keeps
-freed memory as the server does: without that some processes have thousands of page faults in each run, and others have
-none, a difference of several milliseconds that is not the server's. Then strace counts the flushes of further jobs, if
-it is installed. The time of one flush is the median of writing 64 KiB to a file of that disk and syncing it.
+A server of the bundled model, in a process of its own, answers on loopback. Its worker thread also calls `generate`
+with the same requests, outside of the queue, with the same weights and threads: two processes that draw the same differ
+by up to 5 ms in each run, as long as they live. The two ways take turns, and what the server adds is the median of the
+differences of neighbours, with its standard error. A request by our own API is submitted, the event of its end awaited,
+and the file fetched. Nothing is subtracted: `generate` returns pixels, and what the server adds includes the PNG file,
+whose encoding is told too, and the flushes. The processor's time is told too, and page faults. Then strace counts the
+flushes of further jobs, if it is installed. The time of one flush is the median of writing 64 KiB to a file of that
+disk and syncing it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import http.client
 import io
 import json
 import os
+import queue
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,25 +38,84 @@ from PIL import Image
 
 import mezzotint
 from mezzotint.images.io import encode_file
-from mezzotint.memory import system
+from mezzotint.server.app import serve
+from mezzotint.server.settings import Settings
+from mezzotint.server.worker import Worker
 
 Fields = dict[str, Any]
 WARMUPS = 3  # runs of each way that are not counted
 
 
-@contextmanager
-def server(data: Path, *options: str) -> Iterator[tuple[int, int]]:
-    """Run a server; yield its port and its process id."""
-    command = [sys.executable, "-m", "mezzotint", "serve", "--port", "0", "--data", str(data), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        url = re.search(r"http://[^:]+:(\d+)/", process.stdout.readline())
+def serve_and_generate(data: Path, preview_every: int) -> None:
+    """Run a server whose worker also answers each line of standard input, the fields of a request, by `generate`."""
+    asked: queue.SimpleQueue[Fields] = queue.SimpleQueue()
+    claim, workers = Worker._claim, set[Worker]()
+
+    def claim_after_generating(worker: Worker) -> Any:
+        workers.add(worker)
+        while not asked.empty():
+            request = mezzotint.Request(**asked.get())
+            pipe = worker.models.load(worker.models.default, None, request).pipe
+            begin = time.perf_counter()
+            image = pipe.generate(request).images[0]
+            answer = {"ms": 1000 * (time.perf_counter() - begin), "sha256": sha256(image)}
+            print(json.dumps(answer), flush=True)
+        return claim(worker)
+
+    def listen() -> None:
+        for line in sys.stdin:
+            asked.put(json.loads(line))
+            for worker in workers:
+                worker.wake()
+
+    Worker._claim = claim_after_generating  # type: ignore[method-assign]
+    threading.Thread(target=listen, daemon=True).start()
+    settings = Settings(data=data, port=0, devices=("cpu",), preview_every=preview_every)
+    serve(settings, lambda url: print(url, flush=True))
+
+
+def sha256(image: Image.Image) -> str:
+    """Return the SHA-256 of a picture's pixels."""
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, data: Path, preview_every: int) -> None:
+        command = [sys.executable, __file__, "--serve", str(data), "--preview-every", str(preview_every)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+        url = re.search(r"http://[^:]+:(\d+)/", self._line())
         assert url
-        yield int(url[1]), process.pid
+        self.port = int(url[1])
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline()
+
+    def generate(self, fields: Fields) -> Fields:
+        """Draw without the queue; return the milliseconds, and the SHA-256 of the pixels."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(fields) + "\n")
+        self._process.stdin.flush()
+        answer: Fields = json.loads(self._line())
+        return answer
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait(60)
+
+
+@contextmanager
+def running(data: Path, preview_every: int) -> Iterator[Server]:
+    """Run a server while the block runs."""
+    server = Server(data, preview_every)
+    try:
+        yield server
     finally:
-        process.terminate()
-        process.wait(60)
+        server.stop()
 
 
 class Client:
@@ -157,48 +219,50 @@ def main() -> None:
     parser.add_argument("--sampler", default="lcm")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--data", type=Path, help="where the data folder is made [default: the temporary folder]")
-    parser.add_argument("--preview-every", default="1", help="as of mezzotint serve [default: 1]")
+    parser.add_argument("--preview-every", type=int, default=1, help="as of mezzotint serve [default: 1]")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    system.keep_freed()
-    pipe = mezzotint.load(device="cpu")
+    if options.serve:
+        serve_and_generate(options.serve, options.preview_every)
+        return
 
     def fields(seed: int) -> Fields:
         prompt = "a lemon on a blue background"
         return {"prompt": prompt, "seed": seed, "steps": options.steps, "sampler": options.sampler}
 
-    def generate(seed: int) -> Image.Image:
-        return pipe.generate(mezzotint.Request(**fields(seed))).images[0]
-
     with tempfile.TemporaryDirectory(dir=options.data) as name:
         folder = Path(name)
-        arguments = ("--device", "cpu", "--preview-every", options.preview_every)
-        with server(folder / "data", *arguments) as (port, pid):
-            client = Client(port)
-            ways: dict[str, tuple[Callable[[int], Any], int]] = {
-                "generate": (generate, os.getpid()),
-                "api": (lambda seed: client.api(fields(seed)), pid),
-            }
+        with running(folder / "data", options.preview_every) as server:
+            client = Client(server.port)
+
+            def draw(way: str, seed: int) -> float:
+                """Draw a picture and return the milliseconds."""
+                if way == "generate":
+                    return float(server.generate(fields(seed))["ms"])
+                begin = time.perf_counter()
+                client.api(fields(seed))
+                return 1000 * (time.perf_counter() - begin)
+
             with Image.open(io.BytesIO(client.api(fields(0)))) as drawn:
-                identical = drawn.tobytes() == generate(0).tobytes()
-            times, cpu, faults = ({way: list[float]() for way in ways} for _ in range(3))
+                identical = sha256(drawn) == server.generate(fields(0))["sha256"]
+                encoding = time_encoding(drawn, options.repeats)
+            times, cpu, faults = ({way: list[float]() for way in ("generate", "api")} for _ in range(3))
             for seed in range(options.repeats + WARMUPS):
-                for way in list(ways)[:: -1 if seed % 2 else 1]:
-                    draw, process = ways[way]
-                    before, begin = (cpu_ms(process), page_faults(process)), time.perf_counter()
-                    draw(seed)
-                    taken = 1000 * (time.perf_counter() - begin)
+                for way in list(times)[:: -1 if seed % 2 else 1]:
+                    before = cpu_ms(server.pid), page_faults(server.pid)
+                    taken = draw(way, seed)
                     if seed >= WARMUPS:
                         times[way].append(taken)
-                        cpu[way].append(cpu_ms(process) - before[0])
-                        faults[way].append(page_faults(process) - before[1])
+                        cpu[way].append(cpu_ms(server.pid) - before[0])
+                        faults[way].append(page_faults(server.pid) - before[1])
             flush = time_flush(folder, options.repeats)
-            encoding = time_encoding(generate(0), options.repeats)
-            flushes = count_flushes(pid, 20, lambda seed: client.api(fields(seed)), folder)
+            flushes = count_flushes(server.pid, 20, lambda seed: client.api(fields(seed)), folder)
     report: dict[str, Any] = {"runs": options.repeats}
     for name, found in (("wall_ms", times), ("cpu_ms", cpu), ("page_faults", faults)):
         medians = {way: round(statistics.median(each), 1) for way, each in found.items()}
         pairs = [server - direct for server, direct in zip(found["api"], found["generate"], strict=True)]
-        report[name] = medians | {"beyond": round(statistics.median(pairs), 1)}
+        error = 1.25 * statistics.stdev(pairs) / len(pairs) ** 0.5  # of the median of normal numbers
+        report[name] = medians | {"beyond": round(statistics.median(pairs), 1), "error": round(error, 1)}
     report["least_wall_ms"] = {way: round(min(each), 1) for way, each in times.items()}
     report["png_ms"] = round(encoding, 2)
     more = {"flush_ms": round(flush, 2), "strace": flushes, "identical": identical, "load": os.getloadavg()[0]}

@@ -10,11 +10,22 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from mezzotint.server.app import MAX_HEAD
+
 
 @contextmanager
 def listening(app: FastAPI) -> Iterator[int]:
     """Serve an application while the block runs; yield its port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            h11_max_incomplete_event_size=MAX_HEAD,
+            port=0,
+            log_level="error",
+            timeout_graceful_shutdown=1,
+        )
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     end = time.monotonic() + 30

@@ -119,24 +119,36 @@ def test_a_slow_reader_gets_the_newest_state_and_is_cut_off() -> None:
     assert [event.read()["number"] for event in found if event.name == "job"] == list(range(events.QUEUE_SIZE - 1))
 
 
-def test_passing_events_are_gathered_until_the_pause_ends() -> None:
+def test_passing_events_are_gathered_until_their_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event of another kind comes at once, and makes those of its own job that wait void."""
-    source = events.Events()
+    source, now = events.Events(), 0.0
 
     async def take(reader: Subscription) -> list[tuple[str, str]]:
         first = await anext(reader)
         return [] if first is None else [(event.name, event.job) for event in (first, *reader.take())]
 
     async def run() -> None:
+        nonlocal now
         reader = source.subscribe(pause=3600, beat=0.001)
+        monkeypatch.setattr(events, "monotonic", lambda: now)
         source.publish("step", {"step": 1}, "a")
         source.publish("step", {"step": 1}, "b")
         source.publish("queue", {})
         assert await take(reader) == []
         source.publish("job", {}, "a")
         assert await take(reader) == [("job", "a")]
-        reader._end_pause()
-        assert await take(reader) == [("step", "b"), ("queue", "")]
+        now = 3000.0
+        source.publish("step", {"step": 1}, "c")
+        source.publish("step", {"step": 2}, "b")
+        reader._end_pauses()
+        assert await take(reader) == []
+        now = 3600.0
+        reader._end_pauses()
+        assert await take(reader) == [("queue", ""), ("step", "b")]  # b has waited since its first step
+        now = 6600.0
+        reader._end_pauses()
+        assert await take(reader) == [("step", "c")]
+        monkeypatch.undo()
         reader = source.subscribe(pause=0.001)
         for step in (3, 4):
             source.publish("step", {"step": step}, "a")

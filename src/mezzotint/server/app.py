@@ -34,6 +34,7 @@ from mezzotint.server.settings import Settings
 from mezzotint.server.static import add_page
 
 log = logging.getLogger("mezzotint.server")
+MAX_HEAD = 64 * 1024  # bytes of a request's line and headers
 ROUTERS = [health.router, *a1111.routers, openai.router]
 ROUTERS_WITH_STATE = [api.router, history_api.router, words_api.router]
 # what a stateless server does not have: another replica may get the next request
@@ -162,12 +163,13 @@ def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app,
+        http="h11",  # httptools, which uvicorn prefers, bounds no headers, and loses the body of an Upgrade: h2c
+        h11_max_incomplete_event_size=MAX_HEAD,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=2,
         timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 * 1024,
         lifespan="on",
     )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

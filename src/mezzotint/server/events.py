@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 QUEUE_SIZE = 256  # events that a slow reader may lag behind before it is cut off
@@ -75,7 +76,8 @@ class Subscription(AsyncIterator[Event | None]):
     ) -> None:
         self.wanted, self.cut = wanted, cut
         self._source, self._beat, self._pause = source, beat, pause
-        self._later: dict[tuple[str, str], Event] = {}  # passing events until the end of the pause
+        self._later: dict[tuple[str, str], tuple[float, Event]] = {}  # passing events, and when their pauses end
+        self._is_timed = False  # whether the end of a pause is awaited
         self._events = deque(events)
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -85,16 +87,17 @@ class Subscription(AsyncIterator[Event | None]):
             return
         key = (event.name, event.job)
         if event.name in PASSING and self._pause:
-            if not self._later:
+            due, _ = self._later.pop(key, (monotonic() + self._pause, event))
+            self._later[key] = due, event
+            if not self._is_timed:
+                self._is_timed = True
                 with suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._loop.call_later, self._pause, self._end_pause)
-            self._later.pop(key, None)
-            self._later[key] = event
+                    self._loop.call_soon_threadsafe(self._loop.call_later, self._pause, self._end_pauses)
             return
         if event.name in PASSING:
             self._events = deque(each for each in self._events if (each.name, each.job) != key)
         else:  # the job has passed what waits
-            self._later = {key: each for key, each in self._later.items() if not each.job or each.job != event.job}
+            self._later = {key: each for key, each in self._later.items() if not key[1] or key[1] != event.job}
         self._append(event)
         self.wake()
 
@@ -116,11 +119,16 @@ class Subscription(AsyncIterator[Event | None]):
         with suppress(RuntimeError):  # its loop is closed
             self._loop.call_soon_threadsafe(self._arrived.set)
 
-    def _end_pause(self) -> None:
+    def _end_pauses(self) -> None:
+        now = monotonic()
         with self._source.lock:
-            for event in self._later.values():
-                self._append(event)
-            self._later.clear()
+            for key, (due, event) in list(self._later.items()):
+                if due - now <= self._pause / 8:  # those that are nearly due are sent along
+                    self._append(event)
+                    del self._later[key]
+            self._is_timed = bool(self._later)
+            if self._is_timed:
+                self._loop.call_later(min(due for due, _ in self._later.values()) - now, self._end_pauses)
         self._arrived.set()
 
     async def __anext__(self) -> Event | None:

@@ -129,7 +129,8 @@ class _Submission:
     """Jobs of one call that wait for the next transaction."""
 
     def __init__(self, jobs: Sequence[NewJob]) -> None:
-        self.jobs, self.ids = jobs, [secrets.token_hex(16) for _ in jobs]
+        self.jobs = jobs
+        self.added: list[Job] = []
         self.error: Exception | None = None
         self.committed = False
 
@@ -236,7 +237,7 @@ class Store:
                     each.committed = each.error is None
         if mine.error is not None:
             raise mine.error
-        return self._jobs(f"id IN ({','.join('?' * len(mine.ids))})", mine.ids, "number")
+        return mine.added
 
     def _insert(self, db: sqlite3.Connection, submission: _Submission, waiting: int) -> int:
         """Insert the jobs of one call, if the queue has room for them; return how many wait then."""
@@ -247,13 +248,17 @@ class Store:
             )
             return waiting
         now = time.time()
-        for id, job in zip(submission.ids, submission.jobs, strict=True):
+        for job in submission.jobs:
+            id, request = secrets.token_hex(16), json.dumps(job.request)
             number = db.execute(
                 "INSERT INTO jobs (id, state, kind, priority, position, model, vae, request, dialect, target, created) "
                 "VALUES (?, 'queued', ?, ?, 0, ?, ?, ?, ?, ?, ?)",
-                (id, job.kind, job.priority, job.model, job.vae, json.dumps(job.request), job.dialect, job.target, now),
+                (id, job.kind, job.priority, job.model, job.vae, request, job.dialect, job.target, now),
             ).lastrowid
-            db.execute("UPDATE jobs SET position = ? WHERE number = ?", (float(number or 0), number))
+            position = float(number or 0)
+            db.execute("UPDATE jobs SET position = ? WHERE number = ?", (position, number))
+            values = vars(job) | {"request": json.loads(request), "position": position, "created": now}
+            submission.added.append(Job(id=id, state=QUEUED, **values))
         return waiting + len(submission.jobs)
 
     def get(self, id: str) -> Job:
