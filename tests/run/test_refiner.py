@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer=None,
             second=(tiny_clip(32, tokenizer, projects), tokenizer),
             scheduler_config=scheduler,
-            model_index={"requires_aesthetics_score": True},
+            model_index={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
             dtype=torch.float32,
         )
         save_folder(
