@@ -7,7 +7,7 @@
 | sliced | the same for a few heads and queries at a time, whose scores fit into a number of bytes | yes |
 | xformers, flash | the memory-efficient kernels of xformers and flash-attn; CUDA | yes |
 | sage | SageAttention: queries and keys in int8; CUDA | no |
-| auto | our own kernel on the CPU (docs/speed.md), xformers where it supports the call, otherwise sdpa; never raises | yes |
+| auto | our own kernel on the CPU, xformers where it supports the call, otherwise sdpa; never raises | yes |
 
 Where a package does not support a mask, device, dtype or head size, sdpa is used, and each reason is logged once.
 """
