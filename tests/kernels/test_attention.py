@@ -32,12 +32,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def in_software() -> ctypes.CDLL:
-    """Compile the library for bfloat16 with its instructions computed in software, for any processor."""
+def emulated() -> ctypes.CDLL:
+    """Compile the library for bfloat16 with its instructions emulated, for any processor."""
     sources = [kernels.LIBRARY.with_name(f"{name}.c") for name in ("attention", "parallel")]
     flags = ["-O2", "-std=c11", "-mavx2", "-mfma", "-ffp-contract=fast", "-Wno-psabi", "-pthread", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "software.so")
+        library = Path(folder, "emulated.so")
         defined = ["-DBFLOAT16", f'-DSOURCES="{kernels._hash_sources()}"']
         subprocess.run(["gcc", *flags, *defined, *sources, "-o", library, "-lm"], check=True)
         found = kernels._open(library)
@@ -45,14 +45,14 @@ def in_software() -> ctypes.CDLL:
     return found
 
 
-LIBRARIES = ["float32", "bfloat16 in software"]
+LIBRARIES = ["float32", "bfloat16, emulated"]
 if torch.cpu.get_capabilities().get("avx512_bf16"):
     LIBRARIES.append("bfloat16")
 
 
 @pytest.fixture(params=LIBRARIES)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """A dtype, whose library is used as if it had been asked for."""
+    """A dtype, with its library enabled."""
     if request.param == "float32":
         return torch.float32
     if request.param == "bfloat16":
@@ -61,7 +61,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     else:
         if shutil.which("gcc") is None:
             pytest.skip("there is no compiler")
-        library = in_software()
+        library = emulated()
     monkeypatch.setattr(kernel, "library_bfloat16", lambda: library)
     return torch.bfloat16
 

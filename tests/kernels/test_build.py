@@ -32,7 +32,7 @@ def test_the_libraries_are_there() -> None:
         ({"avx512_bf16": True, "amx_bf16": True}, "the processor has AMX, which torch's attention uses"),
     ],
 )
-def test_the_library_for_bfloat16_must_be_asked_for(
+def test_the_library_for_bfloat16_must_be_enabled(
     capabilities: dict[str, bool], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is opened on a processor with its instructions alone, where the variable says so."""

@@ -2,11 +2,10 @@
 
 The sources beside this file are compiled into two libraries when the package is built on an x86-64 machine with a C
 compiler. `float32.so` is used on processors with AVX2 and FMA. `bfloat16.so` has the attention in bfloat16 for
-processors with AVX-512 BF16. It has been tested by computing its instructions in software, and has not run on such a
-processor, so that it is used only if asked for. The functions take pointers and sizes and know nothing of Python or
-torch; they are called through ctypes.
+processors with AVX-512 BF16. It has been tested only with these instructions emulated, so it must be enabled
+explicitly. The functions take pointers and sizes and know nothing of Python or torch; they are called through ctypes.
 
-The environment variable MEZZOTINT_KERNELS=off disables both, and MEZZOTINT_KERNELS=bfloat16 asks for the second.
+The environment variable MEZZOTINT_KERNELS=off disables both libraries; MEZZOTINT_KERNELS=bfloat16 enables the second.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def library_bfloat16() -> ctypes.CDLL | None:
-    """Return the library for bfloat16, or None if it is missing, not asked for, or not for this processor."""
+    """Return the library for bfloat16, or None if it is missing, not enabled, or not for this processor."""
     found = _load_bfloat16()
     return None if isinstance(found, str) else found
 

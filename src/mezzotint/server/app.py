@@ -163,7 +163,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None] = lambda url: None
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app,
-        http="h11",  # httptools, which uvicorn prefers, bounds no headers, and loses the body of an Upgrade: h2c
+        http="h11",  # httptools has no limit for headers, and loses the body of a request with Upgrade: h2c
         h11_max_incomplete_event_size=MAX_HEAD,
         log_config=None,
         access_log=False,
