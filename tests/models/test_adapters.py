@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import subprocess
+import sys
 import threading
 from copy import deepcopy
 
@@ -28,6 +31,7 @@ from mezzotint.models.adapters import (
 from mezzotint.models.checkpointing import checkpointing
 from mezzotint.models.convolution import Conv2d, seamless
 from mezzotint.models.offload import StoredWeight, offload_weight
+from mezzotint.models.relative_adapters import Generalized
 from mezzotint.models.unet import Condition, UNet
 
 
@@ -274,15 +278,93 @@ def test_a_low_rank_change_fits_where_its_product_has_the_shape(mid: tuple[int, 
         change = LowRank(torch.ones(down), torch.ones(up), None if mid is None else torch.ones(mid))
         rest = change.down.shape[1:]
         try:
-            expected = Change.fits(change, shape)  # by the product
+            product = tuple(change.product().shape)
+            flat = (shape[0], math.prod(shape[1:]))
+            expected = product in (shape, flat, (*shape, 1, 1)) or (*product, 1, 1) == shape
             # LoRA's down and up are a convolution of the layer's size and one of 1x1
             expected &= mid is not None or rest in (shape[1:], (*shape[1:], 1, 1)) or (*rest, 1, 1) == shape[1:]
         except (RuntimeError, IndexError, ValueError):
             expected = False
         try:
             found = change.fits(shape)
-        except IndexError:  # refused, as `find_mismatch` reads it
+        except (IndexError, ValueError):  # refused, as `find_mismatch` reads it
             found = False
         assert found == expected, (down, up, shape)
         fitting += found
     assert fitting or mid in ((4, 3, 3, 3), (4, 4))
+
+
+PAIRS = list(itertools.product([None, (4, 4, 3, 3), (4, 3, 3, 3), (4, 4)], [(8, 4), (4, 8), (8, 3)], [(4, 6), (3, 6)]))
+
+
+def shape_of(change: Change) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Return the shape of a change's product and its `shape()`, each None where there is none."""
+    try:
+        product = tuple(change.product().shape)
+    except (RuntimeError, IndexError, ValueError):
+        product = None
+    try:
+        return product, change.shape()
+    except ValueError:
+        return product, None
+
+
+def ones(*shapes: tuple[int, ...] | None) -> list[torch.Tensor | None]:
+    return [None if shape is None else torch.ones(shape) for shape in shapes]
+
+
+def test_the_shape_of_a_hadamard_change_is_that_of_its_product() -> None:
+    found = set()
+    for (t1, w1_a, w1_b), (t2, w2_a, w2_b) in itertools.product(PAIRS, PAIRS):
+        product, shape = shape_of(Hadamard(*ones(w1_a, w1_b, w2_a, w2_b, t1, t2)))  # type: ignore[arg-type]
+        assert product == shape, (w1_a, w1_b, w2_a, w2_b, t1, t2)
+        found.add(shape)
+    assert found == {None, (8, 6), (8, 6, 3, 3)}
+
+
+def test_the_shape_of_a_kronecker_change_is_that_of_its_product() -> None:
+    found = set()
+    wholes = [(2, 3), (2, 3, 3, 3), None]
+    for w1, w2, (_, w1_a, w1_b), (t2, w2_a, w2_b) in itertools.product([(2, 3), None], wholes, PAIRS, PAIRS):
+        product, shape = shape_of(Kronecker(*ones(w1, w1_a, w1_b, w2, w2_a, w2_b, t2)))
+        assert product == shape, (w1, w1_a, w1_b, w2, w2_a, w2_b, t2)
+        found.add(shape)
+    assert {None, (4, 9), (4, 9, 3, 3), (16, 18, 3, 3), (64, 36), (64, 36, 3, 3)} <= found
+
+
+def test_a_generalized_change_fits_where_its_product_has_the_shape() -> None:
+    for a1, a2 in itertools.product([(6, 4), (4, 6), (8, 4), (6, 3)], [(4, 6), (3, 6), (4, 8), (6, 4)]):
+        change = Generalized(LowRank(torch.ones(4, 6), torch.ones(8, 4)), torch.ones(a1), torch.ones(a2))
+        try:
+            expected = tuple(change.product().shape) == (6, 6)
+        except RuntimeError:
+            expected = False
+        try:
+            found = change.fits((8, 6))
+        except ValueError:
+            found = False
+        assert found == expected, (a1, a2)
+
+
+def test_a_shape_imports_no_compiler() -> None:
+    """On the meta device, a product of matrices imports sympy, and torch.kron imports torch._dynamo: 2 s and 70 MB."""
+    script = """
+import sys
+import torch
+from mezzotint.weights.lora_changes import find_mismatch
+down, up = (4, 6), (8, 4)
+files = [
+    {"down": down, "up": up},
+    {"w1_a": up, "w1_b": down, "w2_a": up, "w2_b": down},
+    {"k_w1": (2, 3), "k_w2": (4, 2)},
+    {"k_w1_a": (2, 1), "k_w1_b": (1, 3), "k_w2_a": (4, 1), "k_w2_b": (1, 2)},
+    {"a1": (6, 4), "a2": down, "b1": up, "b2": down},
+    {"down": down, "up": up, "magnitude": (8,)},
+]
+for file in files:
+    assert find_mismatch("unet.0", torch.nn.Linear(6, 8), file) is None, file
+    assert find_mismatch("unet.0", torch.nn.Linear(7, 8), file), file
+found = {"torch._dynamo", "sympy"} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -48,6 +48,14 @@ class Change:
         """Return ΔW (outputs, ...) in float32, at scale 1."""
         raise NotImplementedError
 
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of `product()`, computed from the tensors' shapes alone.
+
+        Raises:
+            ValueError: If tensors of these shapes cannot be multiplied.
+        """
+        raise NotImplementedError
+
     def delta(self, weight: Tensor) -> Tensor:
         """Return ΔW for this weight, in its shape and float32, at scale 1."""
         return self.product().view(weight.shape)
@@ -59,7 +67,7 @@ class Change:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether the change is one for a weight of this shape. Its tensors may be on the meta device."""
-        return _is_shape_of(tuple(self.product().shape), shape)
+        return _is_shape_of(self.shape(), shape)
 
     def at(self, scale: float) -> tuple[Change, float]:
         """Return the change to apply at a scale, and the factor to apply it with."""
@@ -108,16 +116,16 @@ class LowRank(Change):
         inner = (x, down) if self.mid is None else (F.conv2d(x, down), self.mid.to(x))
         return F.conv2d(_layer(layer, *inner).mul_(self.factor), up)  # (B, outputs, h, w)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        # from the shapes alone: a product on the meta device imports torch's compiler, which takes 2 s and 70 MB
-        outputs, rank = self.up.flatten(1).shape
-        inner, inputs = self.down.flatten(1).shape
+    def shape(self) -> tuple[int, ...]:
+        up, down = self.up.flatten(1), self.down.flatten(1)
         if self.mid is not None:
-            ranks = self.mid.ndim == 4 and self.mid.shape[:2] == (rank, inner)
-            return ranks and _is_shape_of((outputs, inputs, *self.mid.shape[2:]), shape)
+            return composed_shape(self.mid, up.t(), down)
+        return (composed_shape(None, up, down)[0], *self.down.shape[1:])
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
         rest = tuple(self.down.shape[1:])
         whole = rest == shape[1:] or (*rest, 1, 1) == shape[1:] or rest == (*shape[1:], 1, 1)
-        return rank == inner and whole and _is_shape_of((outputs, *rest), shape)
+        return (whole or self.mid is not None) and super().fits(shape)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LowRank:
         down, up, mid = (t if t is None else t.to(device, dtype) for t in (self.down, self.up, self.mid))
@@ -145,6 +153,12 @@ class Hadamard(Change):
         first = _compose(self.t1, self.w1_a, self.w1_b)
         return first.mul_(_compose(self.t2, self.w2_a, self.w2_b)).mul_(self.factor)
 
+    def shape(self) -> tuple[int, ...]:
+        first, second = composed_shape(self.t1, self.w1_a, self.w1_b), composed_shape(self.t2, self.w2_a, self.w2_b)
+        if first != second:
+            raise ValueError(f"the products have the shapes {first} and {second}")
+        return first
+
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Change):
@@ -163,7 +177,13 @@ class Kronecker(Change):
         first = _full_or_product(self.w1, None, self.w1_a, self.w1_b)
         second = _full_or_product(self.w2, self.t2, self.w2_a, self.w2_b)
         first = first[:, :, None, None] if second.ndim == 4 else first
-        return torch.kron(first, second).mul_(self.factor)
+        return torch.kron(first, second.contiguous()).mul_(self.factor)  # it fails for some strides of einsum's results
+
+    def shape(self) -> tuple[int, ...]:
+        first = _shape_or_composed(self.w1, None, self.w1_a, self.w1_b)
+        second = _shape_or_composed(self.w2, self.t2, self.w2_a, self.w2_b)
+        first = (*first, 1, 1) if len(second) == 4 else first
+        return tuple(a * b for a, b in zip(first, second, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +194,9 @@ class Full(Change):
 
     def product(self) -> Tensor:
         return self.diff.float()
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.diff.shape)
 
 
 class RelativeChange(Change):
@@ -196,6 +219,9 @@ class Decomposed(RelativeChange):
 
     def product(self) -> Tensor:
         return self.change.product()
+
+    def shape(self) -> tuple[int, ...]:
+        return self.change.shape()
 
     def delta(self, weight: Tensor) -> Tensor:
         before = weight.float()
@@ -323,6 +349,34 @@ def _full_or_product(whole: Tensor | None, core: Tensor | None, a: Tensor | None
         return whole.float()
     assert a is not None and b is not None
     return _compose(core, a, b)
+
+
+def composed_shape(core: Tensor | None, a: Tensor, b: Tensor) -> tuple[int, ...]:
+    """Return the shape of the product of `a`, `core` (None for no core) and `b`.
+
+    A product on the meta device would tell it too, but imports torch's compiler, which takes 2 s and 70 MB.
+
+    Raises:
+        ValueError: If they cannot be multiplied.
+    """
+    if core is None:
+        (outputs, rank), (inner, inputs) = a.shape, b.shape
+        ranks, kernel = rank == inner, []
+    else:
+        (first, outputs), (second, inputs), (i, j, *kernel) = a.shape, b.shape, core.shape
+        ranks = (i, j) == (first, second) and len(kernel) == 2
+    if not ranks:
+        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)} have different ranks")
+    return (outputs, inputs, *kernel)
+
+
+def _shape_or_composed(
+    whole: Tensor | None, core: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> tuple[int, ...]:
+    if whole is not None:
+        return tuple(whole.shape)
+    assert a is not None and b is not None
+    return composed_shape(core, a, b)
 
 
 def _to(tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None) -> Tensor | None:

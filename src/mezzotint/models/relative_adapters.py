@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mezzotint.models.adapters import LowRank, RelativeChange
+from mezzotint.models.adapters import LowRank, RelativeChange, composed_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,9 @@ class Generalized(RelativeChange):
         return self.inner.delta(weight) + mixed
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 1 and self.inner.fits(shape) and tuple(self.product().shape) == (shape[1], shape[1])
+        return (
+            len(shape) > 1 and self.inner.fits(shape) and composed_shape(None, self.a1, self.a2) == (shape[1], shape[1])
+        )
 
 
 @dataclass(frozen=True, eq=False)
