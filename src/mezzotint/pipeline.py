@@ -29,6 +29,7 @@ from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import RequestError
 from mezzotint.images.init_image import open_picture, to_source
 from mezzotint.images.io import from_pil
+from mezzotint.memory import system
 from mezzotint.memory.planner import Budget, MemoryPlan
 from mezzotint.memory.planner import plan as plan_memory
 from mezzotint.models.clip import CLIPTextModel
@@ -117,7 +118,7 @@ class Pipeline:
             budget: The memory that a request may not exceed.
         """
         self._model, self._budget = LoadedModel(parts, placement or Placement(), budget is not None), budget
-        self._runner, self._executor = Runner(self._model), self._model.executor
+        self._runner, self._executor = Runner(self._model, system.trim_heap), self._model.executor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """Copy the networks and everything that belongs to them.
@@ -127,7 +128,7 @@ class Pipeline:
         """
         other = copy(self)
         other._model = self._model.copy(memo)
-        other._runner, other._executor = Runner(other._model), other._model.executor
+        other._runner, other._executor = Runner(other._model, system.trim_heap), other._model.executor
         return other
 
     @property

@@ -572,7 +572,7 @@ RECORD: dict[str, Any] = {
 
 def test_freed_pages_are_returned_before_a_large_decoding(sd1: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[None] = []
-    monkeypatch.setattr("mezzotint.memory.system.trim_heap", lambda: trims.append(None))
+    monkeypatch.setattr(sd1._runner, "trim_heap", lambda: trims.append(None))
     sd1.decode(torch.zeros(1, 4, 8, 8))
     assert not trims
     sd1.decode(torch.zeros(2, 4, 64, 32))

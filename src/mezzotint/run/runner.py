@@ -16,7 +16,6 @@ from mezzotint.diffusion.noise import SeededNoise
 from mezzotint.diffusion.solvers import Step
 from mezzotint.errors import RequestError
 from mezzotint.images.io import to_pil
-from mezzotint.memory import system
 from mezzotint.models.adapters import active_adapters, install_adapters
 from mezzotint.models.offload import onload
 from mezzotint.result import Result
@@ -44,10 +43,11 @@ class Runner:
 
     Attributes:
         model: The model.
+        trim_heap: Returns freed memory to the system; called before large decodings on the CPU.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
+    def __init__(self, model: LoadedModel, trim_heap: Callable[[], None]) -> None:
+        self.model, self.trim_heap = model, trim_heap
 
     def generate(
         self,
@@ -103,7 +103,7 @@ class Runner:
         """Decode latents; `seamless` names the directions in which the pictures tile."""
         executor, vae = self.model.executor, self.model.parts.vae
         if self.model.device.type == "cpu" and latents[:, 0].numel() >= TRIM_FROM:
-            system.trim_heap()  # otherwise what the UNet has freed is held during the decoding, whose peak is higher
+            self.trim_heap()  # otherwise what the UNet has freed is held during the decoding, whose peak is higher
         with executor.inference(seamless):
             return to_pil(executor.decode(vae, vae.unscale(latents.to(self.model.device)), upcast_parts))
 
