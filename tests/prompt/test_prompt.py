@@ -274,6 +274,7 @@ def test_lint(syntax: str, text: str, start: int, words: str) -> None:
 @pytest.mark.parametrize("syntax", SYNTAXES)
 def test_lint_has_nothing_to_say_of_plain_words(syntax: str) -> None:
     assert lint("a lemon, left of a whale", syntax) == []
+    assert lint(r"a lemon \(left\) of a whale\[", syntax) == []
 
 
 def test_choices(tmp_path: Path) -> None:
