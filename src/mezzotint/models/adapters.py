@@ -49,10 +49,10 @@ class Change:
         raise NotImplementedError
 
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of `product()`, computed from the tensors' shapes alone.
+        """Return the shape of ΔW without computing it.
 
         Raises:
-            ValueError: If tensors of these shapes cannot be multiplied.
+            ValueError: If the shapes of the tensors do not match.
         """
         raise NotImplementedError
 
@@ -177,7 +177,7 @@ class Kronecker(Change):
         first = _full_or_product(self.w1, None, self.w1_a, self.w1_b)
         second = _full_or_product(self.w2, self.t2, self.w2_a, self.w2_b)
         first = first[:, :, None, None] if second.ndim == 4 else first
-        return torch.kron(first, second.contiguous()).mul_(self.factor)  # it fails for some strides of einsum's results
+        return torch.kron(first, second.contiguous()).mul_(self.factor)  # torch.kron fails for some strides
 
     def shape(self) -> tuple[int, ...]:
         first = _shape_or_composed(self.w1, None, self.w1_a, self.w1_b)
@@ -352,12 +352,12 @@ def _full_or_product(whole: Tensor | None, core: Tensor | None, a: Tensor | None
 
 
 def composed_shape(core: Tensor | None, a: Tensor, b: Tensor) -> tuple[int, ...]:
-    """Return the shape of the product of `a`, `core` (None for no core) and `b`.
+    """Return the shape of `_compose(core, a, b)` without computing it.
 
-    A product on the meta device would tell it too, but imports torch's compiler, which takes 2 s and 70 MB.
+    Multiplying on the meta device would import torch's compiler, which takes 2 s and 70 MB.
 
     Raises:
-        ValueError: If they cannot be multiplied.
+        ValueError: If the shapes do not match.
     """
     if core is None:
         (outputs, rank), (inner, inputs) = a.shape, b.shape
@@ -366,7 +366,7 @@ def composed_shape(core: Tensor | None, a: Tensor, b: Tensor) -> tuple[int, ...]
         (first, outputs), (second, inputs), (i, j, *kernel) = a.shape, b.shape, core.shape
         ranks = (i, j) == (first, second) and len(kernel) == 2
     if not ranks:
-        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)} have different ranks")
+        raise ValueError(f"the ranks of {tuple(a.shape)} and {tuple(b.shape)} do not match")
     return (outputs, inputs, *kernel)
 
 

@@ -31,7 +31,7 @@ from mezzotint.run.tiling import Canvas, tile_plan, tiles_of
 
 log = logging.getLogger("mezzotint")
 
-TRIM_FROM = 64 * 64  # latents of a decoding from which returning freed pages takes a negligible part of its time
+TRIM_FROM = 64 * 64  # latent pixels of a batch; with fewer, trimming the heap takes a noticeable part of the decoding
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 OnImage = Callable[[int, Image.Image], None]  # index in the Result, picture
@@ -103,7 +103,7 @@ class Runner:
         """Decode latents; `seamless` names the directions in which the pictures tile."""
         executor, vae = self.model.executor, self.model.parts.vae
         if self.model.device.type == "cpu" and latents[:, 0].numel() >= TRIM_FROM:
-            self.trim_heap()  # otherwise what the UNet has freed is held during the decoding, whose peak is higher
+            self.trim_heap()  # what the UNet has freed would otherwise add to the peak memory of decoding
         with executor.inference(seamless):
             return to_pil(executor.decode(vae, vae.unscale(latents.to(self.model.device)), upcast_parts))
 
